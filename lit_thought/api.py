@@ -1,0 +1,145 @@
+"""One call from a model, an instruction and some inputs to a thought patch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.callback import ThoughtCallback
+from lit_thought.data import DEFAULT_TEMPLATE, PairDataModule
+from lit_thought.errors import ThoughtError
+from lit_thought.module import ThoughtModule
+from lit_thought.patch import ThoughtPatch
+from lit_thought.prompts import PromptTemplate
+from lit_thought.unrelated import TextSource
+
+__all__ = ["fit", "transmute"]
+
+
+def transmute(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str | None = None,
+    pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
+    template: str | PromptTemplate = DEFAULT_TEMPLATE,
+    *,
+    sites: Sequence[str] = ("attn_out", "mlp_out"),
+    order: Literal["sequential", "teacher-forced"] = "sequential",
+    rank: int | float | None = 16,
+    ridge: float = 1e-2,
+    preserve: TextSource | None = "default",
+    preserve_weight: float = 1.0,
+    preserve_tokens: int = 12_000,
+    answer_weight: float = 1.0,
+    generate: Mapping[str, Any] | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    statistics_dtype: Literal["float32", "float64"] = "float64",
+    offload: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> ThoughtPatch:
+    """Find the change of weights that makes the plain prompt behave like the instructed one.
+
+    Thin: a ``Trainer.fit`` of :class:`~lit_thought.module.ThoughtModule` over
+    :class:`~lit_thought.data.PairDataModule` with :class:`~lit_thought.callback.ThoughtCallback`; the arguments
+    are theirs. The model is left bit for bit as it was.
+
+    Args:
+        model: a frozen causal LM (Llama-like or GPT-2), in any floating dtype.
+        tokenizer: its tokenizer.
+        instruction: the removable chunk of the prompt.
+        pairs: inputs, with outputs where you have them; see :class:`~lit_thought.data.PairDataModule`.
+        template: how instruction, input and output make a prompt.
+        sites, order, rank, ridge: see :class:`~lit_thought.callback.ThoughtCallback`.
+        preserve, preserve_weight, preserve_tokens: unrelated text to leave alone; see there.
+        answer_weight, generate, max_new_tokens, batch_size: see :class:`~lit_thought.data.PairDataModule`.
+        statistics_dtype, offload, cache_dir: see :class:`~lit_thought.callback.ThoughtCallback`.
+        progress: show progress bars.
+        seed: seed of the generated outputs, where they are sampled.
+
+    Returns:
+        The patch, not applied.
+
+    Raises:
+        ThoughtError: for bad input, before any long work.
+
+    Example:
+        >>> patch = transmute(model, tokenizer, "Answer with the opposite.\\n", [{"input": "hot"}])  # doctest: +SKIP
+        >>> patch.save_adapter("antonym/")  # doctest: +SKIP
+    """
+    callback = ThoughtCallback(
+        sites=sites,
+        order=order,
+        rank=rank,
+        ridge=ridge,
+        preserve=preserve,
+        preserve_weight=preserve_weight,
+        preserve_tokens=preserve_tokens,
+        statistics_dtype=statistics_dtype,
+        offload=offload,
+        cache_dir=cache_dir,
+    )
+    data = PairDataModule(
+        pairs,
+        instruction,
+        template,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        generate=generate,
+        seed=seed,
+        answer_weight=answer_weight,
+    )
+    return fit(ThoughtModule(model, tokenizer), data, callback, progress=progress)
+
+
+def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, progress: bool = True) -> ThoughtPatch:
+    """Run the fit with a plain Trainer on the model's own device and return the patch.
+
+    Raises:
+        ThoughtError: for bad input, or when the fit was interrupted.
+    """
+    model = module.model
+    device = model.device
+    with _quiet_lightning():
+        trainer = Trainer(
+            accelerator="cpu" if device.type == "cpu" else device.type,
+            devices=1 if device.index is None else [device.index],
+            max_epochs=-1,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+        )
+        try:
+            trainer.fit(module, datamodule=data)
+        finally:
+            model.to(device)  # Lightning moves a module to the CPU when it is done
+    if callback.patch is None:
+        raise ThoughtError("the fit was interrupted before its last block; there is no patch.")
+    return callback.patch
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's banner and its advice on data loading, which does not apply here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,108 @@
+"""The README.md of an adapter folder, written from the patch's provenance."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lit_thought.patch import ThoughtPatch
+
+__all__ = ["model_card"]
+
+_LONGEST = 4000
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def model_card(patch: ThoughtPatch) -> str:
+    """Markdown with the hub's YAML header. No licence is claimed: it depends on the base model's."""
+    known = patch.provenance
+    base = str(known.get("base_model") or known.get("model") or "")
+    on_hub = _HUB_ID.fullmatch(base) is not None
+    tags = ["peft", "lora", "lit-thought", "thought-patch"]
+    lines = ["---", *([f"base_model: {json.dumps(base)}"] if on_hub else []), "library_name: peft"]
+    lines += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    lines += [
+        "# Instruction as weights",
+        "",
+        f"A LoRA adapter for {f'`{base}`' if base else 'a causal language model'} that stands in for an "
+        "instruction in the prompt: give the model with the adapter the prompt *without* the instruction. It was "
+        "solved for in closed form by lit_thought, with no gradient training.",
+        "",
+        f"Rank {patch.rank}, {len(patch.targets)} weights changed, {patch.num_parameters:,} parameters.",
+        "",
+    ]
+    parts = known.get("parts", [known])
+    if len(parts) > 1:
+        lines += [f"It is the sum of {len(parts)} patches.", ""]
+    for number, part in enumerate(parts, start=1):
+        if len(parts) > 1:
+            lines += [f"## Part {number}, times {part.get('scale', 1.0):g}", ""]
+        lines += _part(part)
+    if "truncated" in known:
+        cut = known["truncated"]
+        lines += [f"Truncated to rank {cut['rank']}; relative error {cut['relative_error']:.2e}.", ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({(base if on_hub else 'the base model')!r})",
+        'model = PeftModel.from_pretrained(model, "this folder")',
+        "```",
+        "",
+        "With lit_thought, removable without a trace: "
+        '`with ThoughtPatch.load("this folder").applied(model): ...`',
+        "",
+        "`thought.json` holds the whole record of how the adapter was made.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _part(known: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    if known.get("instruction"):
+        lines += ["The instruction that the adapter replaces:", "", *_fenced(str(known["instruction"])), ""]
+    if known.get("template"):
+        template = known["template"]
+        text = template if isinstance(template, str) else json.dumps(template, indent=2, ensure_ascii=False)
+        lines += ["Prompt template:", "", *_fenced(text), ""]
+    settings = known.get("settings")
+    for title, table in (("Settings", settings), ("Figures of the fit", known.get("diagnostics"))):
+        rows = list(_rows(table)) if isinstance(table, Mapping) else []
+        if rows:
+            lines += [f"{title}:", "", "| | |", "|---|---|", *rows, ""]
+    record = {key: known[key] for key in ("date", "versions", "fingerprint") if known.get(key)}
+    if record:
+        lines += ["| | |", "|---|---|", *_rows(record), ""]
+    return lines
+
+
+def _rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """One row per value; a nested table's keys are joined by dots; long lists stay in thought.json."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _rows(value, f"{prefix}{key}.")
+        elif not isinstance(value, list) or len(value) <= 8:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            shown = " ".join(shown.split())
+            if len(shown) <= 200:
+                escaped = shown.replace("\\", "\\\\").replace("|", "\\|")
+                yield f"| {prefix}{key} | {escaped} |"
+
+
+def _fenced(text: str) -> list[str]:
+    """The text as a literal block, whatever backticks it holds; a very long one is cut, and says so."""
+    longest_run = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest_run + 1)
+    cut = text[:_LONGEST]
+    note = (
+        []
+        if cut == text
+        else ["", f"(the first {_LONGEST} of {len(text)} characters; all of it in thought.json)"]
+    )
+    return [f"{fence}text", cut, fence, *note]

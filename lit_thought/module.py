@@ -1,0 +1,69 @@
+"""The LightningModule around a frozen causal LM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.batches import PairBatch
+from lit_thought.errors import ThoughtError
+from lit_thought.runner import Observation, StreamRunner
+
+__all__ = ["ThoughtModule"]
+
+
+class ThoughtModule(LightningModule):
+    """A frozen causal LM that observes itself with and without an instruction; it trains nothing.
+
+    ``training_step`` runs one site of one block on one batch through :class:`~lit_thought.runner.StreamRunner`
+    and returns the :class:`~lit_thought.runner.Observation`; what to do with it is the callback's business.
+
+    Args:
+        model: a causal LM that :func:`~lit_thought.blocks.find_blocks` knows.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ThoughtError: when ``model`` is not a transformers model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise ThoughtError(
+                f"model must be a transformers causal LM; got {type(model).__name__}. "
+                "load_model(name) returns one with its tokenizer."
+            )
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.model = model
+        self.tokenizer = tokenizer
+        self.runner: StreamRunner | None = None
+        self._modes: list[tuple[torch.nn.Module, bool]] = []
+
+    def configure_optimizers(self) -> None:
+        """No optimizer: the patch is solved, not trained."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Empty: the frozen model is not worth a checkpoint."""
+        return {}
+
+    def on_fit_start(self) -> None:
+        """Switch dropout off; Lightning leaves the mode as it finds it."""
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Observation]:
+        """Observe the current site of the current block on one batch."""
+        if self.runner is None:
+            raise ThoughtError("ThoughtModule has no streams. Give the Trainer a ThoughtCallback.")
+        return {"observation": self.runner.observe(batch)}
+
+    def teardown(self, stage: str) -> None:
+        """Drop the streams and put the model back into the mode it came in."""
+        self.runner = None
+        for module, training in self._modes:
+            module.training = training
+        self._modes = []

@@ -1,0 +1,159 @@
+"""Mean Gram matrices of unrelated text through the original model, computed once per model and kept on disk.
+
+They are the preservation term of the solve (Z₀ in :mod:`lit_thought.solve`): inputs on which a patched layer
+should go on doing what it did. One file per block, so that only one block's matrices are ever in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from lit_thought.batches import pad
+from lit_thought.blocks import SITES, Block
+from lit_thought.errors import ThoughtError
+from lit_thought.files import atomic_folder
+from lit_thought.models import fingerprint, model_name
+from lit_thought.solve import Prior
+from lit_thought.streams import Stream
+
+__all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation"]
+
+WINDOW = 256
+"""Tokens of each window of unrelated text."""
+
+_FORMAT = 1
+
+
+def default_cache_dir() -> Path:
+    """``$LIT_THOUGHT_CACHE``, else ``$XDG_CACHE_HOME/lit_thought``, else ``~/.cache/lit_thought``."""
+    if chosen := os.environ.get("LIT_THOUGHT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_thought"
+
+
+class Preservation:
+    """The cached matrices of one model and one text.
+
+    Args:
+        folder: the cache entry.
+        device: where :meth:`prior` puts its tensors.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        self._block: tuple[int, dict[str, torch.Tensor]] | None = None
+
+    def prior(self, block: Block, site: str) -> Prior:
+        """Z₀ of one site: the mean of a aᵀ over the unrelated tokens, as a :class:`~lit_thought.solve.Prior`."""
+        if self._block is None or self._block[0] != block.index:
+            self._block = (block.index, load_file(_file(self.folder, block), device=str(self.device)))
+        tensors = self._block[1]
+        return Prior(tensors[f"{site}.values"], tensors[f"{site}.vectors"])
+
+
+def preservation(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    windows: Sequence[Sequence[int]],
+    cache_dir: str | os.PathLike[str] | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Preservation, bool]:
+    """Load the matrices for these token windows from the cache, or compute them and keep them there.
+
+    The entry's name is a hash of everything that changes its content: the model's weights, the token ids, the
+    format. Sums are float64; the eigenvectors are stored in float32.
+
+    Args:
+        model: the original, unpatched model.
+        blocks: its blocks.
+        windows: token ids of each window.
+        cache_dir: cache folder, :func:`default_cache_dir` when left out.
+        batch_size: windows a batch.
+        progress: called with the number of blocks done.
+
+    Returns:
+        The matrices, and whether they came from the cache.
+    """
+    device = next(model.parameters()).device
+    manifest = {
+        "format": _FORMAT,
+        "model": model_name(model),
+        "fingerprint": fingerprint(model),
+        "dtype": str(model.dtype),
+        "tokens": sum(map(len, windows)),
+        "windows": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest(),
+        "blocks": len(blocks),
+    }
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:24]
+    root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    folder = root / f"preserve-{key}"
+    if _valid(folder, manifest, blocks):
+        return Preservation(folder, device), True
+    with atomic_folder(folder, overwrite=True) as temporary:
+        _compute(model, blocks, windows, temporary, batch_size, progress)
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return Preservation(folder, device), False
+
+
+@torch.inference_mode()
+def _compute(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    windows: Sequence[Sequence[int]],
+    folder: Path,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    device = next(model.parameters()).device
+    tokens = [
+        pad(windows[i : i + batch_size], 0, "right").to(device) for i in range(0, len(windows), batch_size)
+    ]
+    streams = [Stream(model, blocks, batch) for batch in tokens]
+    count = sum(map(len, windows))
+    for block in blocks:
+        sizes = {name: block.sites[name].d_in for name in SITES}
+        grams = {n: torch.zeros(d, d, dtype=torch.float64, device=device) for n, d in sizes.items()}
+        for stream in streams:
+            output, readings = stream.run(block, SITES)
+            for name, reading in readings.items():
+                a = reading.input[stream.tokens.mask].double()
+                grams[name].addmm_(a.T, a)
+            assert output is not None
+            stream.hidden = output
+        tensors = {}
+        for name, gram in grams.items():
+            if not bool(torch.isfinite(gram).all()):
+                raise ThoughtError(
+                    f"preserve: block {block.index} gives NaN or infinite activations on the unrelated text. "
+                    "Check the model's weights and dtype."
+                )
+            prior = Prior.from_gram(gram / count)
+            tensors[f"{name}.values"] = prior.values.cpu()
+            tensors[f"{name}.vectors"] = prior.vectors.float().cpu().contiguous()
+        save_file(tensors, _file(folder, block))
+        if progress is not None:
+            progress(block.index + 1)
+
+
+def _file(folder: Path, block: Block) -> Path:
+    return folder / f"block-{block.index:04d}.safetensors"
+
+
+def _valid(folder: Path, manifest: dict[str, Any], blocks: Sequence[Block]) -> bool:
+    """Whether an entry is complete and is what its name says; a damaged one is made anew."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return found == manifest and all(_file(folder, block).is_file() for block in blocks)
+    except (OSError, ValueError, SafetensorError):
+        return False

@@ -1,0 +1,503 @@
+"""A prompt with a removable chunk, tokenised with and without it, and the alignment of the two runs.
+
+The instructed run reads ``prefix · I · suffix``, the plain run ``prefix · suffix`` ("Transmuting prompts into
+weights", arXiv 2510.08734). A patch learns from the tokens that both runs have in common, so everything
+downstream rests on the alignment made here: it never guesses where the chunk is, and it refuses a pair whose
+input or output tokens have no counterpart.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lit_thought.errors import ThoughtError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PromptTemplate", "TokenisedPair", "check_context"]
+
+_log = logging.getLogger("lit_thought")
+_warned: set[str] = set()  # kinds of inexact alignment that this process has already reported
+_FIELD = re.compile(r"\{(instruction|input|output)\}")
+_MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it
+_Spans = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class TokenisedPair:
+    """The token ids of a plain and an instructed run, and which tokens of the two are compared.
+
+    Attributes:
+        plain_ids: What the tokenizer makes of the plain text.
+        instructed_ids: The same with the chunk.
+        plain_positions: Increasing positions of the compared tokens in ``plain_ids``.
+        instructed_positions: Their counterparts: same length, same token ids, increasing.
+        sink: Plain token 0 has a counterpart but is not compared, because with no BOS before it, it is the
+            attention sink of the plain run and an ordinary token of the instructed run.
+        output_span: Token range ``[start, stop)`` of the output in ``plain_ids``; ``(len, len)`` without one.
+        exact: ``plain_ids`` are ``instructed_ids`` less one contiguous block. Otherwise the runs are aligned
+            on their common prefix and suffix, and some plain tokens have no counterpart.
+    """
+
+    plain_ids: tuple[int, ...]
+    instructed_ids: tuple[int, ...]
+    plain_positions: tuple[int, ...]
+    instructed_positions: tuple[int, ...]
+    sink: bool
+    output_span: tuple[int, int]
+    exact: bool
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The instructed text ``before + chunk + after``, the plain text, and character ranges in the latter."""
+
+    before: str
+    chunk: str
+    after: str
+    plain: str
+    input_span: tuple[int, int]
+    output_span: tuple[int, int]
+
+    def cuts(self) -> list[int]:
+        """Places in the plain text where a block put in makes the instructed text, the best first.
+
+        The block is the chunk, or the chunk with what goes away along with it (whitespace around it, the
+        frame of a system message). Empty where more has changed than that.
+        """
+        longest_head = _common(self.before, self.plain)
+        shortest_head = len(self.plain) - _common(self.after[::-1], self.plain[::-1])
+        cuts = list(range(shortest_head, longest_head + 1))
+        return cuts[::-1] if longest_head == len(self.before) else cuts
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt with fields, one of which, ``{instruction}``, is the removable chunk I.
+
+    A text template has the fields ``{input}`` and ``{output}`` once each, ``{output}`` last, and
+    ``{instruction}`` at most once; without it the chunk goes to the very start. Any other brace is literal,
+    and what is put into a field is never parsed. For chat models use :meth:`chat`.
+
+    Args:
+        text: The template. Spaces and tabs before ``{output}`` belong to the output: a generation prompt ends
+            without them (``"Q: hot\\nA:"``), and they are left out before an output that is empty or begins
+            with whitespace of its own.
+        separator: Ends a chunk that goes to the very start, unless the instruction ends in whitespace. It is
+            part of the chunk, and removed with it.
+        user: Chat only; see :meth:`chat`.
+        system: Chat only; see :meth:`chat`.
+
+    Raises:
+        ThoughtError: A field is missing, repeated or out of order.
+    """
+
+    text: str = "Q: {input}\nA: {output}\n"
+    separator: str = "\n"
+    user: str | None = field(default=None, kw_only=True)
+    system: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("text", "separator", "user", "system"):
+            value = getattr(self, name)
+            if value is not None or name in ("text", "separator"):
+                _require_str(f"template {name}", value)
+        if self.user is None and self.system is None:
+            self._check_text()
+        else:
+            self._check_chat()
+
+    def _check_text(self) -> None:
+        fields = _FIELD.findall(self.text)
+        for name in ("input", "output"):
+            if fields.count(name) != 1:
+                raise ThoughtError(
+                    f"template: expected the field {{{name}}} exactly once, got it {fields.count(name)} "
+                    f"times in {self.text!r}; write for example 'Q: {{input}}\\nA: {{output}}\\n'"
+                )
+        if fields.count("instruction") > 1:
+            raise ThoughtError(
+                f"template: expected the field {{instruction}} at most once, got it "
+                f"{fields.count('instruction')} times in {self.text!r}; the chunk must be one block"
+            )
+        if fields[-1] != "output":
+            raise ThoughtError(
+                f"template: expected {{output}} to be the last field, got {{{fields[-1]}}} after it in "
+                f"{self.text!r}; move it before {{output}}: the output is what follows the prompt"
+            )
+
+    def _check_chat(self) -> None:
+        if self.text or self.user is None:
+            raise ThoughtError(
+                "template: expected either a text or chat messages, with a user message; got "
+                f"text={self.text!r}, user={self.user!r}, system={self.system!r}; "
+                "build chat templates with PromptTemplate.chat(user=..., system=...)"
+            )
+        user, system = _FIELD.findall(self.user), _FIELD.findall(self.system or "")
+        got = f"got user={self.user!r}, system={self.system!r}"
+        if user.count("input") != 1 or "input" in system:
+            raise ThoughtError(f"chat template: expected {{input}} exactly once, in the user message; {got}")
+        if (user + system).count("instruction") != 1:
+            raise ThoughtError(
+                f"chat template: expected {{instruction}} exactly once, in the user or system message; {got}"
+            )
+        if "output" in user + system:
+            raise ThoughtError(
+                f"chat template: expected no {{output}}; {got}; remove it: it is the assistant's message"
+            )
+
+    @classmethod
+    def chat(cls, user: str = "{input}", system: str | None = "{instruction}") -> PromptTemplate:
+        """A template that goes through the tokenizer's chat template.
+
+        In the plain run the chunk is empty: whitespace of the template left over at an end of its message
+        goes with it, and a system message left empty is dropped.
+
+        Args:
+            user: The user's message, with ``{input}`` once.
+            system: The system message or ``None``. ``{instruction}`` stands once, in either of the two.
+
+        Raises:
+            ThoughtError: A field is missing, repeated or in the wrong message.
+        """
+        return cls("", "", user=user, system=system)
+
+    @classmethod
+    def parse(cls, value: str | PromptTemplate) -> PromptTemplate:
+        """A template from ``"chat"`` (chunk = system message), ``"chat-user"`` (chunk before the input in the
+        user's message), a text with fields, or a template, which is returned as it is.
+
+        Raises:
+            ThoughtError: Anything else.
+        """
+        if isinstance(value, PromptTemplate):
+            return value
+        if value == "chat":
+            return cls.chat()
+        if value == "chat-user":
+            return cls.chat(user="{instruction}\n\n{input}", system=None)
+        if isinstance(value, str) and _FIELD.search(value):
+            return cls(value)
+        raise ThoughtError(
+            "template: expected 'chat', 'chat-user', a text with the fields {input} and {output}, or a "
+            f"PromptTemplate; got {value!r}"
+        )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts go through the tokenizer's chat template."""
+        return self.user is not None
+
+    @property
+    def stop(self) -> str | None:
+        """The literal text after ``{output}``, at which generation stops; ``None`` if empty, and for chat."""
+        return None if self.is_chat else self.text.partition("{output}")[2] or None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """What :meth:`from_dict` needs to build this template again; fit for JSON."""
+        if self.is_chat:
+            return {"user": self.user, "system": self.system}
+        return {"text": self.text, "separator": self.separator}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptTemplate:
+        """The template that :meth:`to_dict` described.
+
+        Raises:
+            ThoughtError: The keys are not those of a text template or of a chat template.
+        """
+        keys = set(values) if isinstance(values, Mapping) else set()
+        if keys == {"user", "system"}:
+            return cls.chat(**values)
+        if keys == {"text", "separator"}:
+            return cls(**values)
+        raise ThoughtError(
+            f"template: expected the keys text and separator, or user and system; got {values!r}; "
+            "pass what PromptTemplate.to_dict() returned"
+        )
+
+    def tokenise(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: str,
+        input: str,
+        output: str | None = None,
+        finished: bool = True,
+    ) -> TokenisedPair:
+        """Tokenise the prompt with and without the chunk, and align the two.
+
+        The plain text is always tokenised as the tokenizer does it by itself (chat prompts without additional
+        special tokens, since the chat template writes them), so that users' prompts match. Where the chunk
+        falls between two plain tokens, the plain ids are the instructed ids less one block; otherwise the
+        runs are aligned on their common suffix and prefix outside the chunk.
+
+        Args:
+            tokenizer: A fast tokenizer; for chat, one with a chat template.
+            instruction: The chunk I.
+            input: The query.
+            output: The completion; ``None`` for a prompt to generate from.
+            finished: Whether the output is complete. If so, the template's tail (for chat, the end of the
+                turn) follows it; ``False`` if a generation hit its length limit.
+
+        Raises:
+            ThoughtError: A blank or non-string argument, an unfit tokenizer, a chat template that has no
+                place for the chunk, or an input or output token without a counterpart in the other run.
+        """
+        for name, value in (("instruction", instruction), ("input", input)):
+            _require_str(name, value)
+            if not value.strip():
+                raise ThoughtError(f"{name}: expected a string that is not blank, got {value!r}")
+        if output is not None:
+            _require_str("output", output)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ThoughtError(
+                f"tokenizer: expected a fast tokenizer (character offsets are needed to find the chunk), got "
+                f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+            )
+        if self.is_chat:
+            texts = self._render_chat(tokenizer, instruction, input, output, finished)
+        else:
+            texts = self._render_text(instruction, input, output, finished)
+        return _align(tokenizer, texts, self.is_chat)
+
+    def _render_text(self, instruction: str, input: str, output: str | None, finished: bool) -> _Texts:
+        body, _, tail = self.text.partition("{output}")
+        prompt = body.rstrip(" \t")
+        chunk = instruction
+        if "{instruction}" in prompt:
+            before, _, after = prompt.partition("{instruction}")
+        else:
+            before, after = "", prompt
+            if not instruction[-1].isspace():
+                chunk += self.separator
+        if "{input}" in before:
+            start = before.index("{input}")
+            before = before.replace("{input}", input)
+        else:
+            start = len(before) + after.index("{input}")
+            after = after.replace("{input}", input)
+        if output is not None and output[:1].strip():
+            after += body[len(prompt) :]
+        output_start = len(before) + len(after)
+        after += output or ""
+        output_stop = len(before) + len(after)
+        if output is not None and finished:
+            after += tail
+        input_span, output_span = (start, start + len(input)), (output_start, output_stop)
+        return _Texts(before, chunk, after, before + after, input_span, output_span)
+
+    def _render_chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: str,
+        input: str,
+        output: str | None,
+        finished: bool,
+    ) -> _Texts:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ThoughtError(
+                f"template: a chat template needs a tokenizer with one, but this {type(tokenizer).__name__} "
+                "has none; set tokenizer.chat_template, or use a text template such as "
+                "'Q: {input}\\nA: {output}\\n'"
+            )
+        instructed = _apply(tokenizer, self._messages(instruction, input))
+        before, after = _split(_apply(tokenizer, self._messages(_MARK, input)), "instruction")
+        plain = _apply(tokenizer, self._messages(None, input))
+        input_before, input_after = _split(_apply(tokenizer, self._messages(None, _MARK)), "input")
+        stop = len(instructed) - len(after)
+        if stop < len(before) or not (instructed.startswith(before) and instructed.endswith(after)):
+            raise ThoughtError(
+                "template: the tokenizer's chat template changes the text around the instruction depending "
+                "on what it says, so the chunk cannot be removed; use 'chat-user' or a text template"
+            )
+        completion = output or ""
+        if output is not None and finished:
+            completion += _end_of_turn(tokenizer, self._messages(None, input))
+        output_stop = len(plain) + len(output or "")
+        return _Texts(
+            before,
+            instructed[len(before) : stop],
+            after + completion,
+            plain + completion,
+            (len(input_before), len(plain) - len(input_after)),
+            (len(plain), output_stop),
+        )
+
+    def _messages(self, instruction: str | None, input: str) -> list[dict[str, str]]:
+        """The messages with the chunk, or, with ``instruction=None``, those of the plain run."""
+        messages = []
+        for role, content in (("system", self.system), ("user", self.user)):
+            if content is None:
+                continue
+            head, chunk, rest = content.partition("{instruction}")
+            if chunk and instruction is None:  # whitespace left over at an end goes with the chunk
+                left, right = head.strip(), rest.strip()
+                head, rest = (head if right else head.rstrip()), (rest if left else rest.lstrip())
+            head, rest = head.replace("{input}", input), rest.replace("{input}", input)
+            content = head + (instruction or "" if chunk else "") + rest
+            if content.strip():
+                messages.append({"role": role, "content": content})
+        return messages
+
+
+def check_context(pair: TokenisedPair, limit: int, index: int) -> None:
+    """Check that the longer of the two runs fits the model's context window.
+
+    Args:
+        pair: The tokenised pair.
+        limit: The context window, in tokens.
+        index: The pair's place among the pairs, for the message.
+
+    Raises:
+        ThoughtError: The instructed run is too long; says whether the instruction alone fills the window.
+    """
+    length = len(pair.instructed_ids)
+    if length <= limit:
+        return
+    chunk = length - len(pair.instructed_positions) - pair.sink
+    if chunk >= limit:
+        raise ThoughtError(
+            f"instruction: expected room for it in the model's context window of {limit} tokens, but "
+            f"it alone has {chunk}; shorten it, or use a model with a longer window"
+        )
+    raise ThoughtError(
+        f"pairs[{index}]: expected at most {limit} tokens (the model's context window), got {length}, "
+        f"{chunk} of them the instruction; shorten input or output, lower max_new_tokens, or leave the pair out"
+    )
+
+
+def _require_str(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ThoughtError(f"{name}: expected a string, got {type(value).__name__} ({value!r})")
+
+
+def _common(left: Sequence[object], right: Sequence[object]) -> int:
+    """Length of the common prefix of two sequences."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = True) -> str:
+    """The tokenizer's chat template as text."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # Jinja's errors, and whatever the template raises on roles it does not know
+        roles = ", ".join(message["role"] for message in messages)
+        raise ThoughtError(
+            f"template: the tokenizer's chat template failed on messages of the roles {roles}: {error}; if "
+            "it takes no system message, use 'chat-user' or a text template"
+        ) from error
+
+
+def _split(rendered: str, name: str) -> tuple[str, str]:
+    """The text before and after the mark that stands for the field ``name``."""
+    if rendered.count(_MARK) != 1:
+        raise ThoughtError(
+            f"template: expected the tokenizer's chat template to write the {name} once, but it wrote it "
+            f"{rendered.count(_MARK)} times; use 'chat-user' or a text template"
+        )
+    before, _, after = rendered.partition(_MARK)
+    return before, after
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """What the chat template puts after an assistant's message, up to its first special token."""
+    rendered = _apply(tokenizer, [*messages, {"role": "assistant", "content": _MARK}], prompt=False)
+    rest = rendered.rpartition(_MARK)[2] if _MARK in rendered else ""
+    special = {*tokenizer.all_special_tokens}
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = [(rest.index(token), -len(token)) for token in special if token and token in rest]
+    if ends:
+        start, negative_length = min(ends)
+        return rest[: start - negative_length]
+    return rest.rstrip() or str(tokenizer.eos_token or "")
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool
+) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Token ids and the characters each covers, with the whitespace that some tokenizers trim off."""
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    spans, reached = [], 0
+    for start, stop in encoded["offset_mapping"]:
+        if reached < start and text[reached:start].isspace():
+            start = reached
+        spans.append((start, stop))
+        reached = max(reached, stop)
+    return tuple(encoded["input_ids"]), spans
+
+
+def _overlap(spans: _Spans, start: int, stop: int) -> tuple[int, int]:
+    """Range of the tokens that share characters with ``[start, stop)``; empty, in its place, if none do."""
+    first = next((i for i, (_, end) in enumerate(spans) if end > start), len(spans))
+    touching = [i for i, (begin, end) in enumerate(spans) if begin < stop and end > start and begin < end]
+    return (touching[0], touching[-1] + 1) if touching and start < stop else (first, first)
+
+
+def _align(tokenizer: PreTrainedTokenizerBase, texts: _Texts, is_chat: bool) -> TokenisedPair:
+    plain, spans = _encode(tokenizer, texts.plain, special=not is_chat)
+    instructed_text = texts.before + texts.chunk + texts.after
+    instructed, instructed_spans = _encode(tokenizer, instructed_text, special=not is_chat)
+    head = tail = -1
+    for cut in texts.cuts():
+        place = next((i for i, (_, stop) in enumerate(spans) if stop > cut), len(plain))
+        if place == len(plain) or spans[place][0] >= cut:  # the chunk falls between two plain tokens
+            head, tail = place, len(plain) - place
+            block = instructed_text[cut : len(instructed_text) - (len(texts.plain) - cut)]
+            kept = instructed[:head] + instructed[len(instructed) - tail :]
+            if kept != plain or len(instructed) <= len(plain):  # it merges with the text around it
+                block_ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+                instructed = (*plain[:head], *block_ids, *plain[head:])
+            break
+    exact = head >= 0
+    if not exact:
+        _report_inexact("chat" if is_chat and not texts.cuts() else "merge")
+        start, stop = _overlap(instructed_spans, len(texts.before), len(texts.before) + len(texts.chunk))
+        tail = _common(plain[::-1], instructed[stop:][::-1])
+        head = _common(plain[: len(plain) - tail], instructed[:start])
+    shift = len(instructed) - len(plain)
+    matches = [(i, i) for i in range(head)] + [(i, i + shift) for i in range(len(plain) - tail, len(plain))]
+    sink = bool(matches) and matches[0][0] == 0 and matches[0][1] != 0
+    matches = matches[sink:]
+    output_span = _overlap(spans, *texts.output_span)
+    covered = {p for p, _ in matches} | ({0} if sink else set())
+    for name, span in (("input", _overlap(spans, *texts.input_span)), ("output", output_span)):
+        for position in range(*span):
+            if position not in covered:
+                token = texts.plain[slice(*spans[position])]
+                raise ThoughtError(
+                    f"{name}: expected its tokens to be the same in both runs, but {token!r} is not: it "
+                    "merges with text at the edge of the chunk; put a newline, or other text that does not "
+                    f"merge, between {{instruction}} and {{{name}}} in the template"
+                )
+    return TokenisedPair(
+        plain_ids=plain,
+        instructed_ids=instructed,
+        plain_positions=tuple(p for p, _ in matches),
+        instructed_positions=tuple(q for _, q in matches),
+        sink=sink,
+        output_span=output_span,
+        exact=exact,
+    )
+
+
+def _report_inexact(kind: str) -> None:
+    """Say once per process and kind that the plain run is not the instructed run less the chunk."""
+    if kind in _warned:
+        return
+    _warned.add(kind)
+    if kind == "chat":
+        _log.info(
+            "The chat template writes other text where the chunk is missing; the runs are aligned on their "
+            "common prefix and suffix."
+        )
+    else:
+        _log.warning(
+            "The tokenizer merges text across the chunk's place into one token; the runs are aligned on "
+            "their common prefix and suffix. A newline next to the chunk in the template avoids this."
+        )

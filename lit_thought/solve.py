@@ -1,0 +1,287 @@
+"""From the statistics of one layer to its low-rank patch, in closed form.
+
+The patch ΔW of a linear layer minimises the mean squared error of the residual stream, with a ridge and
+with a Gram matrix Z₀ of inputs that should go on producing what they produced (preservation):
+
+    min_ΔW  (1/w) Σ wᵢ ‖ΔW aᵢ − δᵢ‖²  +  ρ tr(ΔW Z₀ ΔWᵀ)  +  λ s ‖ΔW‖²
+
+    ΔW = C M⁻¹,   M = Z + λ s I,   Z = (1/w) Σ wᵢ aᵢaᵢᵀ + ρ Z₀,   C = (1/w) Σ wᵢ δᵢaᵢᵀ
+
+``s = ‖Z‖_F² / tr Z`` is a weighted mean of Z's eigenvalues, so that one λ serves all layers and models.
+The best patch of rank r in the same metric is ΔW projected on the top eigenvectors U of
+``ΔW M ΔWᵀ = C M⁻¹ Cᵀ`` (reduced-rank regression): ``B = U``, ``A = Uᵀ ΔW``.
+
+"Transmuting prompts into weights" (Mazzawi et al. 2025, arXiv 2510.08734), Theorem 3.1, is the case
+ρ = λ = 0 at full rank; the preservation term is MEMIT's covariance term (Meng et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.statistics import Statistics
+
+__all__ = ["Prior", "Solution", "check_rank", "solve"]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Mean Gram matrix of inputs to preserve, by its eigendecomposition: Z₀ = Q diag(values) Qᵀ.
+
+    Attributes:
+        values: (d_in,), non-negative.
+        vectors: Q, (d_in, d_in), one eigenvector a column.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def from_gram(cls, gram: Tensor) -> Prior:
+        """Decompose a mean Gram matrix, (d_in, d_in)."""
+        values, vectors = torch.linalg.eigh(gram.double())
+        return cls(values.clamp_min(0), vectors)
+
+    def gram(self) -> Tensor:
+        """Z₀, (d_in, d_in), float64."""
+        vectors = self.vectors.double()
+        return (vectors * self.values.double()) @ vectors.T
+
+
+@dataclass
+class Solution:
+    """A low-rank patch ΔW = B A of one layer and what is known about its quality.
+
+    Attributes:
+        A: (r, d_in), float64.
+        B: (d_out, r), float64, orthonormal columns.
+        diagnostics: plain numbers:
+            ``error_before``: mean squared error of the residual stream, (1/w) Σ w ‖δ‖²;
+            ``error_after``: the same predicted with the patch of rank r;
+            ``rank``: r; ``tokens``; ``ridge_scale``: s;
+            ``effective_rank``: tr Z / s, the participation ratio of Z's eigenvalues;
+            ``condition``: of M, from Z's largest eigenvalue (power iteration) over the ridge λ s;
+            ``truncation_loss``: share of the full-rank patch's gain that rank r gives up;
+            ``norm``: ‖ΔW‖_F.
+    """
+
+    A: Tensor
+    B: Tensor
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+def check_rank(rank: int | float | None, limit: int) -> None:
+    """Check a rank setting.
+
+    Args:
+        rank: an int in 1..limit, a fraction of explained energy in (0, 1), or None for full rank.
+        limit: the largest rank that the layers allow, min(d_in, d_out).
+
+    Raises:
+        ThoughtError: for anything else.
+    """
+    if rank is None:
+        return
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if whole and not 1 <= rank <= limit:
+        raise ThoughtError(
+            f"rank must be between 1 and {limit}, the largest rank these layers allow; got {rank}. "
+            "Use None for full rank."
+        )
+    if not whole and not (isinstance(rank, float) and 0 < rank < 1):
+        raise ThoughtError(
+            f"rank must be an integer, a fraction of explained energy between 0 and 1, or None; got {rank!r}."
+        )
+
+
+def solve(
+    stats: Statistics,
+    ridge: float,
+    prior: Prior | None = None,
+    prior_weight: float = 0.0,
+    rank: int | float | None = None,
+    name: str = "layer",
+) -> Solution:
+    """Solve one layer's patch; the formula is at the top of this module.
+
+    The n × n dual is used while ``stats`` keeps its few tokens as rows, the d_in × d_in primal otherwise;
+    both give the same patch to rounding. All arithmetic is float64.
+
+    Args:
+        stats: sums over the compared tokens.
+        ridge: λ ≥ 0, relative to s.
+        prior: inputs to preserve, with ``prior_weight`` ρ ≥ 0 relative to one mean token of ``stats``.
+        rank: int, fraction of explained energy in (0, 1), or None for full rank.
+        name: the layer's name, for error messages.
+
+    Returns:
+        The patch as factors with its diagnostics.
+
+    Raises:
+        SingularSystemError: when M is singular or a sum is not finite.
+        ThoughtError: when a setting is out of range or no token was added.
+    """
+    if not (ridge >= 0 and prior_weight >= 0 and math.isfinite(ridge) and math.isfinite(prior_weight)):
+        raise ThoughtError(f"ridge and prior_weight must be finite and ≥ 0; got {ridge!r} and {prior_weight!r}.")
+    if stats.weight <= 0:
+        raise ThoughtError(f"{name}: there is no token to solve from; the statistics are empty.")
+    check_rank(rank, min(stats.d_in, stats.d_out))
+    prior = prior if prior_weight > 0 else None
+    if prior is not None and len(prior.values) != stats.d_in:
+        raise ThoughtError(f"{name}: prior has size {len(prior.values)}; expected {stats.d_in}.")
+    rows = stats.rows()
+    if rows is not None and ridge > 0:
+        return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
+    return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
+
+
+def _solve_primal(
+    stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
+) -> Solution:
+    own = stats.gram.double() / stats.weight
+    cross = stats.cross.double() / stats.weight
+    total = own if prior is None else own.add(prior.gram(), alpha=rho)
+    trace = float(total.diagonal().sum())
+    square = float(total.square().sum())
+    _check_finite(name, trace, square, float(stats.energy))
+    scale = square / trace
+    system = total.clone()
+    system.diagonal().add_(ridge * scale)
+    lower, info = torch.linalg.cholesky_ex(system)
+    pivots = lower.diagonal()
+    worst = float((pivots.min() / pivots.max()) ** 2)
+    if int(info) != 0 or not worst > stats.d_in * torch.finfo(torch.float64).eps:
+        raise SingularSystemError(
+            f"{name}: the system is singular ({stats.tokens} tokens for {stats.d_in} input dimensions, "
+            f"ridge {ridge}). Use ridge > 0, or more tokens than dimensions."
+        )
+    half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
+    gains, basis = _top(half.T @ half, rank)
+    A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
+    before = float(stats.energy) / stats.weight
+    after = before - 2 * float((basis.T @ cross * A).sum()) + float((A @ own * A).sum())
+    largest = _largest_eigenvalue(lambda v: total @ v, stats.d_in, total)
+    condition = (largest + ridge * scale) / (ridge * scale) if ridge > 0 else 1 / worst
+    return _solution(A, basis, gains, stats, scale, trace, condition, before, after)
+
+
+def _solve_dual(
+    stats: Statistics,
+    rows: tuple[Tensor, Tensor],
+    ridge: float,
+    prior: Prior | None,
+    rho: float,
+    rank: int | float | None,
+    name: str,
+) -> Solution:
+    """The same patch from n rows a, δ: with D = ρ Z₀ + λ s I and G = a D⁻¹ aᵀ (n × n),
+
+    C M⁻¹ = δᵀ (I + G)⁻¹ a D⁻¹  and  C M⁻¹ Cᵀ = δᵀ (I − (I + G)⁻¹) δ.  (Woodbury and push-through)
+    """
+    root = math.sqrt(stats.weight)
+    a, delta = rows[0].double() / root, rows[1].double() / root
+    inner = a @ a.T
+    own_trace, own_square = float(inner.diagonal().sum()), float(inner.square().sum())
+    if prior is None:
+        rotated, trace, square = a, own_trace, own_square
+        values = a.new_zeros(stats.d_in)
+    else:
+        vectors = prior.vectors.to(a)
+        values = rho * prior.values.to(a)
+        rotated = a @ vectors
+        trace = own_trace + float(values.sum())
+        square = own_square + 2 * float((rotated.square() @ values).sum()) + float(values.square().sum())
+    _check_finite(name, trace, square, float(stats.energy))
+    scale = square / trace
+    weighted = rotated / (values + ridge * scale)
+    dual_values, dual_vectors = torch.linalg.eigh(rotated @ weighted.T)
+    shrink = dual_values.clamp_min(0)
+    turned = dual_vectors.T @ delta
+    half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * turned
+    if len(half) < stats.d_out:
+        gains, left = _top(half @ half.T, rank)
+        # a left singular vector of half with gain g belongs to the basis vector halfᵀ left / √g; what is
+        # numerically zero has no direction and is dropped
+        keep = gains[: left.shape[1]] > gains[0] * len(half) * torch.finfo(torch.float64).eps
+        left = left[:, keep]
+        basis = (half.T @ left) / gains[: len(keep)][keep].sqrt()
+    else:
+        gains, basis = _top(half.T @ half, rank)
+    A = ((turned @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
+    if prior is not None:
+        A = A @ vectors.T
+    before = float(stats.energy) / stats.weight
+    after = float((delta - a @ A.T @ basis.T).square().sum())
+
+    def matvec(v: Tensor) -> Tensor:
+        return rotated.T @ (rotated @ v) + values.unsqueeze(1) * v
+
+    largest = _largest_eigenvalue(matvec, stats.d_in, a)
+    condition = (largest + ridge * scale) / (ridge * scale)
+    return _solution(A, basis, gains, stats, scale, trace, condition, before, after)
+
+
+def _top(gain: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a positive semi-definite matrix, largest first, and the top eigenvectors."""
+    values, vectors = torch.linalg.eigh(gain)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if isinstance(rank, float):
+        explained = values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+        rank = min(len(values), int((explained < rank).sum()) + 1)
+    return values, vectors[:, : rank if rank is not None else len(values)]
+
+
+def _largest_eigenvalue(matvec: Callable[[Tensor], Tensor], size: int, like: Tensor, iterations: int = 8) -> float:
+    """A lower estimate of the largest eigenvalue by power iteration from a fixed start."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(like.device)
+    for _ in range(iterations):
+        v = v / v.norm()
+        v = matvec(v)
+    return float(v.norm())
+
+
+def _check_finite(name: str, trace: float, square: float, energy: float) -> None:
+    if not all(map(math.isfinite, (trace, square, energy))):
+        raise SingularSystemError(
+            f"{name}: the activations contain NaN or infinite values, so there is nothing to solve. Check the "
+            "model's weights and dtype (float16 overflows easily; bfloat16 or float32 do not)."
+        )
+    if trace <= 0:
+        raise SingularSystemError(f"{name}: all inputs of the layer are zero; there is no direction to patch.")
+
+
+def _solution(
+    A: Tensor,
+    B: Tensor,
+    gains: Tensor,
+    stats: Statistics,
+    scale: float,
+    trace: float,
+    condition: float,
+    before: float,
+    after: float,
+) -> Solution:
+    rank = B.shape[1]
+    total = float(gains.sum())
+    return Solution(
+        A,
+        B,
+        {
+            "error_before": before,
+            "error_after": after,
+            "rank": rank,
+            "tokens": stats.tokens,
+            "ridge_scale": scale,
+            "effective_rank": trace / scale,
+            "condition": condition,
+            "truncation_loss": float(gains[rank:].sum()) / total if total > 0 else 0.0,
+            "norm": float(A.norm()),
+        },
+    )

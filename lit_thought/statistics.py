@@ -1,0 +1,167 @@
+"""The two sums that a thought patch is solved from, for one site of one block.
+
+With aᵢ the input of the site's linear layer, δᵢ the error of the residual stream and wᵢ a token's weight:
+
+    Z = Σ wᵢ aᵢ aᵢᵀ    (the Gram matrix, d_in × d_in)
+    C = Σ wᵢ δᵢ aᵢᵀ    (the cross matrix, d_out × d_in)
+
+Sums add: over batches, processes and data sets. As long as there are fewer tokens than ``d_in / 2`` the
+tokens themselves are the smaller and the cheaper form of the same sums (they feed the n × n dual of the
+solve), so they are kept as rows; beyond that they are folded into Z and C and forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_thought.errors import ThoughtError
+
+__all__ = ["Statistics"]
+
+
+@dataclass
+class Statistics:
+    """Running sums for one linear layer.
+
+    Attributes:
+        d_in: size of a, the layer's input.
+        d_out: size of δ, the residual stream.
+        dtype: dtype of the sums, float64 (default) or float32; never lower, whatever the model's dtype.
+        weight: Σ wᵢ.
+        tokens: how many tokens were added.
+        energy: Σ wᵢ ‖δᵢ‖², what a patch has to explain (a 0-dim tensor once tokens were added).
+
+    Example:
+        >>> stats = Statistics(d_in=3, d_out=2)
+        >>> stats.update(torch.eye(3), torch.ones(3, 2))
+        >>> stats.gram.diagonal().tolist(), stats.tokens
+        ([1.0, 1.0, 1.0], 3)
+    """
+
+    d_in: int
+    d_out: int
+    dtype: torch.dtype = torch.float64
+    weight: float = 0.0
+    tokens: int = 0
+    energy: Tensor = field(default_factory=lambda: torch.zeros(()))
+    _gram: Tensor | None = field(default=None, repr=False)
+    _cross: Tensor | None = field(default=None, repr=False)
+    _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ThoughtError(f"dtype of the statistics must be float32 or float64; got {self.dtype}.")
+
+    def update(self, a: Tensor, delta: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            a: inputs of the layer, (n, d_in), any floating dtype.
+            delta: errors of the residual stream, (n, d_out).
+            weights: non-negative weight of each token, (n,); 1 when left out.
+
+        Raises:
+            ThoughtError: when the shapes do not fit.
+        """
+        if a.shape != (len(a), self.d_in) or delta.shape != (len(a), self.d_out):
+            raise ThoughtError(
+                f"a and delta must be (n, {self.d_in}) and (n, {self.d_out}); "
+                f"got {tuple(a.shape)} and {tuple(delta.shape)}."
+            )
+        a, delta = a.to(self.dtype), delta.to(self.dtype)
+        if weights is None:
+            self.weight += len(a)
+        else:
+            self.weight += float(weights.sum())
+            root = weights.to(self.dtype).sqrt().unsqueeze(1)
+            a, delta = a * root, delta * root
+        self.tokens += len(a)
+        self.energy = self.energy.to(delta) + delta.square().sum()
+        self._rows.append((a, delta))
+        if self._gram is not None or 2 * self.num_rows >= self.d_in:
+            self._fold()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens kept as rows: all of them, or 0 once they are folded into the sums."""
+        return sum(len(a) for a, _ in self._rows)
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """√w a, (n, d_in), and √w δ, (n, d_out), while there are few tokens; otherwise None."""
+        if self._gram is not None or not self._rows:
+            return None
+        if len(self._rows) > 1:
+            self._rows = [(torch.cat([a for a, _ in self._rows]), torch.cat([d for _, d in self._rows]))]
+        return self._rows[0]
+
+    @property
+    def gram(self) -> Tensor:
+        """Z = Σ w a aᵀ, (d_in, d_in)."""
+        return self._sums()[0]
+
+    @property
+    def cross(self) -> Tensor:
+        """C = Σ w δ aᵀ, (d_out, d_in)."""
+        return self._sums()[1]
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        if self._gram is not None and self._cross is not None:
+            return self._gram, self._cross
+        rows = self.rows()
+        if rows is None:
+            device = self.energy.device
+            return (
+                torch.zeros(self.d_in, self.d_in, dtype=self.dtype, device=device),
+                torch.zeros(self.d_out, self.d_in, dtype=self.dtype, device=device),
+            )
+        a, delta = rows
+        return a.T @ a, delta.T @ a
+
+    def _fold(self) -> None:
+        a = torch.cat([a for a, _ in self._rows])
+        delta = torch.cat([d for _, d in self._rows])
+        self._rows = []
+        if self._gram is None or self._cross is None:
+            self._gram, self._cross = a.T @ a, delta.T @ a
+        else:
+            self._gram.addmm_(a.T, a)
+            self._cross.addmm_(delta.T, a)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """The statistics of both sets of tokens together."""
+        self._check_same_layer(other)
+        total = self._combined(other, 1)
+        if self._gram is None and other._gram is None:
+            total._rows = [*self._rows, *other._rows]
+            if 2 * total.num_rows >= total.d_in:
+                total._fold()
+        else:
+            total._gram, total._cross = self.gram + other.gram, self.cross + other.cross
+        return total
+
+    def __sub__(self, other: Statistics) -> Statistics:
+        """The statistics of the tokens of ``self`` without those of ``other``, to rounding."""
+        self._check_same_layer(other)
+        rest = self._combined(other, -1)
+        rest._gram, rest._cross = self.gram - other.gram, self.cross - other.cross
+        return rest
+
+    def _combined(self, other: Statistics, sign: int) -> Statistics:
+        return Statistics(
+            self.d_in,
+            self.d_out,
+            self.dtype,
+            self.weight + sign * other.weight,
+            self.tokens + sign * other.tokens,
+            self.energy + sign * other.energy,
+        )
+
+    def _check_same_layer(self, other: Statistics) -> None:
+        mine, theirs = (self.d_in, self.d_out, self.dtype), (other.d_in, other.d_out, other.dtype)
+        if mine != theirs:
+            raise ThoughtError(
+                f"statistics of different layers cannot be combined: (d_in, d_out, dtype) is {mine} and {theirs}."
+            )
