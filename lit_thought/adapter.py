@@ -1,7 +1,7 @@
 """The patch as a PEFT LoRA adapter: a folder that PEFT, vLLM and llama.cpp read without this package.
 
-Written with one uniform rank (zero rows and columns fill the smaller ones) and alpha = rank, so that the scale is
-1 everywhere; vLLM and llama.cpp know nothing else. Reading accepts other plain LoRA adapters too.
+Written with one uniform rank (zero rows and columns fill the smaller ones) and alpha = rank, so that the
+scale is 1 everywhere; vLLM and llama.cpp know nothing else. Reading accepts other plain LoRA adapters too.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def write_adapter(
     for key, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise PatchError(f"dtype={dtype} cannot hold {key!r}: a value overflows. Use torch.float32.")
-    settings = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
-    }
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     thought = {"format_version": FORMAT_VERSION, "provenance": patch.provenance}
     with atomic_folder(folder, overwrite) as out:
         save_file(state, out / WEIGHTS, metadata={"format": "pt"})
@@ -124,9 +122,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise PatchError(
-            f"path={str(folder)!r} is not a folder; expected an adapter that save_adapter wrote."
-        )
+        raise PatchError(f"path={str(folder)!r} is not a folder; expected an adapter that save_adapter wrote.")
     config = _read_json(path / CONFIG)
     rank, scale = _check_config(config)
     tensors = _read_tensors(path / WEIGHTS)
@@ -135,10 +131,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
         for target, sides in _pair_up(tensors, config.get("target_modules")).items()
     }
     provenance = _read_provenance(path / THOUGHT)
-    if config.get("base_model_name_or_path"):
-        provenance.setdefault("base_model", config["base_model_name_or_path"])
-    if config.get("fan_in_fan_out"):
-        provenance.setdefault("fan_in_fan_out", True)
+    if provenance is None:
+        known = {
+            "base_model": config.get("base_model_name_or_path"),
+            "fan_in_fan_out": config.get("fan_in_fan_out"),
+        }
+        provenance = {key: value for key, value in known.items() if value}
     return ThoughtPatch(factors, provenance)
 
 
@@ -237,21 +235,17 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         pickled = file.with_suffix(".bin").name if file.with_name("adapter_model.bin").is_file() else None
         why = f"; {pickled} is a pickle, which could run code: convert it with PEFT first" if pickled else ""
-        raise PatchError(
-            f"{file.parent.name!r} has no {WEIGHTS}{why}. Expected a folder that save_adapter wrote."
-        )
+        raise PatchError(f"{file.parent.name!r} has no {WEIGHTS}{why}. Expected a folder that save_adapter wrote.")
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:  # safetensors' own error is not a subclass of anything narrower
-        raise PatchError(
-            f"{WEIGHTS} in {file.parent.name!r} is damaged ({error}). Copy or save it again."
-        ) from error
+        raise PatchError(f"{WEIGHTS} in {file.parent.name!r} is damaged ({error}). Copy or save it again.") from error
     return tensors
 
 
-def _read_provenance(file: Path) -> dict[str, Any]:
+def _read_provenance(file: Path) -> dict[str, Any] | None:
     if not file.exists():
-        return {}
+        return None
     thought = _read_json(file)
     version = thought.get("format_version")
     if version != FORMAT_VERSION:
@@ -267,17 +261,13 @@ def _read_provenance(file: Path) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise PatchError(
-            f"{file.parent.name!r} has no {file.name}. Expected a folder that save_adapter wrote."
-        )
+        raise PatchError(f"{file.parent.name!r} has no {file.name}. Expected a folder that save_adapter wrote.")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise PatchError(f"{file.name} in {file.parent.name!r} is not readable JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise PatchError(
-            f"{file.name} in {file.parent.name!r} holds a {type(value).__name__}; expected an object."
-        )
+        raise PatchError(f"{file.name} in {file.parent.name!r} holds a {type(value).__name__}; expected an object.")
     return value
 
 

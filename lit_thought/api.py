@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -123,7 +124,7 @@ def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, 
         try:
             trainer.fit(module, datamodule=data)
         finally:
-            model.to(device)  # Lightning moves a module to the CPU when it is done
+            torch.nn.Module.to(model, device)  # Lightning moves a module to the CPU when it is done
     if callback.patch is None:
         raise ThoughtError("the fit was interrupted before its last block; there is no patch.")
     return callback.patch

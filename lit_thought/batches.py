@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from lit_thought.errors import ThoughtError
 from lit_thought.prompts import TokenisedPair
 from lit_thought.streams import TokenBatch
 
@@ -70,7 +71,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all sequences share, leaving each at least one token of its own."""
-    first, last = min(sequences), max(sequences)
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return min(shared, min(map(len, sequences)) - 1)
 
@@ -79,7 +80,7 @@ def make_batches(
     pairs: Sequence[TokenisedPair],
     batch_size: int,
     pad_id: int,
-    padding_side: Literal["left", "right"] = "right",
+    padding_side: str = "right",
     groups: Sequence[Any] | None = None,
     answer_weight: float = 1.0,
 ) -> list[PairBatch]:
@@ -93,15 +94,21 @@ def make_batches(
         groups: one hashable key a pair (its instruction); only pairs of one group share a lead.
         answer_weight: weight of the output's tokens and of the token before them; others weigh 1.
 
+    Raises:
+        ThoughtError: when ``padding_side`` is neither "left" nor "right".
+
     Returns:
         Batches in the order in which they must run: each lead before the batches that follow it.
     """
+    if padding_side not in ("left", "right"):
+        raise ThoughtError(f'padding_side must be "left" or "right"; got {padding_side!r}.')
+    side = cast(Literal["left", "right"], padding_side)
     keys = list(groups) if groups is not None else [None] * len(pairs)
     batches: list[PairBatch] = []
     _add_sinks(batches, pairs, pad_id)
     for key in dict.fromkeys(keys):
         members = [pair for pair, k in zip(pairs, keys, strict=True) if k == key]
-        _add_group(batches, members, batch_size, pad_id, padding_side, answer_weight)
+        _add_group(batches, members, batch_size, pad_id, side, answer_weight)
     return batches
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -100,7 +101,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         UnsupportedModelError: for an architecture that is not in the table, a block whose layers are not
             plain linear layers (wrapped by PEFT, quantised), or cross-attention.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
     if hasattr(model, "peft_config"):
         raise UnsupportedModelError(

@@ -6,7 +6,7 @@ import datetime
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -168,10 +168,18 @@ class ThoughtCallback(Callback):
             return
         windows = text_windows(tokenizer, self.texts, WINDOW, self.preserve_tokens)
         with tqdm(
-            total=len(blocks), desc="Preservation statistics (once per model)", unit="block", disable=not show, leave=False
+            total=len(blocks),
+            desc="Preservation statistics (once per model)",
+            unit="block",
+            disable=not show,
+            leave=False,
         ) as bar:
             self._preservation, self.preserve_cached = preservation(
-                model, blocks, windows, self.cache_dir, progress=lambda done: bar.update(done - bar.n) and None
+                model,
+                blocks,
+                windows,
+                self.cache_dir,
+                progress=lambda done: bar.update(done - bar.n) and None,
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,7 +282,8 @@ def _runner(pl_module: LightningModule) -> StreamRunner:
 
 
 def _exported(solution: Solution) -> LowRank:
-    """The factors in float32, as the adapter will hold them."""
-    return LowRank(solution.A.float().contiguous(), solution.B.float().contiguous())
-
-
+    """The factors in float32, as the adapter will hold them; a patch of nothing has rank 1 and is zero."""
+    A, B = solution.A.float(), solution.B.float()
+    if A.shape[0] == 0:
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+    return LowRank(A.contiguous(), B.contiguous())

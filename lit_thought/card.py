@@ -27,8 +27,8 @@ def model_card(patch: ThoughtPatch) -> str:
         "# Instruction as weights",
         "",
         f"A LoRA adapter for {f'`{base}`' if base else 'a causal language model'} that stands in for an "
-        "instruction in the prompt: give the model with the adapter the prompt *without* the instruction. It was "
-        "solved for in closed form by lit_thought, with no gradient training.",
+        "instruction in the prompt: give the model with the adapter the prompt *without* the instruction. "
+        "It was solved for in closed form by lit_thought, with no gradient training.",
         "",
         f"Rank {patch.rank}, {len(patch.targets)} weights changed, {patch.num_parameters:,} parameters.",
         "",
@@ -54,8 +54,7 @@ def model_card(patch: ThoughtPatch) -> str:
         'model = PeftModel.from_pretrained(model, "this folder")',
         "```",
         "",
-        "With lit_thought, removable without a trace: "
-        '`with ThoughtPatch.load("this folder").applied(model): ...`',
+        'With lit_thought, removable without a trace: `with ThoughtPatch.load("this folder").applied(model): ...`',
         "",
         "`thought.json` holds the whole record of how the adapter was made.",
         "",
@@ -100,9 +99,5 @@ def _fenced(text: str) -> list[str]:
     longest_run = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest_run + 1)
     cut = text[:_LONGEST]
-    note = (
-        []
-        if cut == text
-        else ["", f"(the first {_LONGEST} of {len(text)} characters; all of it in thought.json)"]
-    )
+    note = [] if cut == text else ["", f"(the first {_LONGEST} of {len(text)} characters; all of it in thought.json)"]
     return [f"{fence}text", cut, fence, *note]

@@ -173,9 +173,7 @@ def generate_outputs(
     total = sum(map(len, missing.values()))
     with tqdm(total=total, desc="Generating outputs", unit="pair", disable=not progress or total == 0) as bar:
         for instruction, members in missing.items():
-            prompts = [
-                template.tokenise(tokenizer, instruction, pairs[i]["input"]).instructed_ids for i in members
-            ]
+            prompts = [template.tokenise(tokenizer, instruction, pairs[i]["input"]).instructed_ids for i in members]
             before = bar.n
             texts = generate(
                 model,

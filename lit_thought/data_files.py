@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ __all__ = ["load_pairs"]
 _KEYS = ("instruction", "input", "output")
 
 
-def load_pairs(source: str | Path | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def load_pairs(source: str | PathLike[str] | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Read and check pairs.
 
     Args:
@@ -33,7 +34,7 @@ def load_pairs(source: str | Path | Sequence[Mapping[str, Any]]) -> list[dict[st
             key, a blank ``input`` or ``instruction``, or a value that is not a string; names the file and the
             line or item.
     """
-    if isinstance(source, str | Path):
+    if isinstance(source, str | PathLike):
         rows = _read(Path(source))
         name = str(source)
     elif isinstance(source, list | tuple):
@@ -55,9 +56,7 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ThoughtError(
-            f"pairs: expected a file that ends in .json, .jsonl or .csv, got {str(path)!r}; convert it"
-        )
+        raise ThoughtError(f"pairs: expected a file that ends in .json, .jsonl or .csv, got {str(path)!r}; convert it")
     if not path.is_file():
         raise ThoughtError(f"pairs: expected a file, but there is none at {str(path)!r}; check the path")
     try:
@@ -117,7 +116,10 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
                 )
             yield where, {key: value for key, value in row.items() if value or key not in _KEYS}
     except csv.Error as error:
-        raise ThoughtError(f"pairs: malformed CSV in {path}, line {reader.line_num}: {error}") from error
+        line = reader.reader.line_num
+        raise ThoughtError(
+            f"pairs: malformed CSV in {path}, line {line}: {error}; check the quotes there and before"
+        ) from error
 
 
 def _check(where: str, row: object) -> dict[str, str]:
@@ -128,8 +130,7 @@ def _check(where: str, row: object) -> dict[str, str]:
     unknown = [key for key in row if key not in _KEYS]
     if unknown:
         raise ThoughtError(
-            f"{where}: unknown key {unknown[0]!r}; allowed are 'input', 'output' and 'instruction'; rename "
-            "or remove it"
+            f"{where}: unknown key {unknown[0]!r}; allowed are 'input', 'output' and 'instruction'; rename or remove it"
         )
     pair = {key: row[key] for key in _KEYS if row.get(key) is not None}
     for key, value in pair.items():

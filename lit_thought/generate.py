@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ logger = logging.getLogger("lit_thought")
 @dataclass(frozen=True)
 class Generation:
     """What the model wrote: the text up to the stop string, stripped; and whether it came to an end by
-    itself (at the stop string or an end-of-sequence token) rather than at ``max_new_tokens``."""
+    itself (at the stop string or an end-of-sequence token) rather than at ``max_new_tokens``; and its first
+    token."""
 
     text: str
     finished: bool
+    first_token: int | None = None
 
 
 class _StopAtText(StoppingCriteria):
@@ -115,11 +117,9 @@ def generate(
                 cache.batch_repeat_interleave(len(members))
                 arguments["past_key_values"] = cache
             if stop:
-                arguments["stopping_criteria"] = StoppingCriteriaList(
-                    [_StopAtText(tokenizer, ids.shape[1], stop)]
-                )
+                arguments["stopping_criteria"] = StoppingCriteriaList([_StopAtText(tokenizer, ids.shape[1], stop)])
             try:
-                output = model.generate(input_ids=ids, attention_mask=mask, **arguments)
+                output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, **arguments)
             except (ValueError, TypeError) as error:
                 if options:
                     raise ThoughtError(
@@ -130,8 +130,8 @@ def generate(
             for row, i in enumerate(members):
                 new = output[row, ids.shape[1] :].tolist()
                 ended = next((k for k, token in enumerate(new) if token in ends), None)
-                text, stopped = _cut(tokenizer.decode(new[:ended], skip_special_tokens=True), stop)
-                results[i] = Generation(text.strip(), stopped or ended is not None)
+                text, stopped = _cut(str(tokenizer.decode(new[:ended], skip_special_tokens=True)), stop)
+                results[i] = Generation(text.strip(), stopped or ended is not None, new[0] if new else None)
             if progress is not None:
                 progress(len(results))
     return [results[i] for i in range(len(prompts))]

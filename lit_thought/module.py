@@ -46,7 +46,7 @@ class ThoughtModule(LightningModule):
     def configure_optimizers(self) -> None:
         """No optimizer: the patch is solved, not trained."""
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Empty: the frozen model is not worth a checkpoint."""
         return {}
 

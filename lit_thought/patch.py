@@ -33,8 +33,8 @@ class ThoughtPatch:
     Args:
         factors: e.g. ``{"model.layers.0.self_attn.o_proj": Factors(A, B)}``.
         provenance: what the patch was made from, as JSON values; infinite and NaN figures become null.
-            Keys read here: ``fingerprint`` and ``model`` (which model it belongs to), ``base_model`` (the name
-            that adapters record), ``fan_in_fan_out`` (the targets are GPT-2's transposed ``Conv1D``).
+            Keys read here: ``fingerprint`` and ``model`` (which model it belongs to), ``base_model`` (the
+            name that adapters record), ``fan_in_fan_out`` (the targets are GPT-2's transposed ``Conv1D``).
 
     Raises:
         PatchError: if there are no factors or the provenance is not JSON.
@@ -120,9 +120,7 @@ class ThoughtPatch:
             PatchError: see ``validate``; also if this very patch is applied already.
         """
         if isinstance(model, nn.Module) and has_change(model, self):
-            raise PatchError(
-                "this patch is applied to the model already. Remove it first, or apply 2 * patch."
-            )
+            raise PatchError("this patch is applied to the model already. Remove it first, or apply 2 * patch.")
         self.validate(model, check)
         add_change(model, self, self.factors)
 

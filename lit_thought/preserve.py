@@ -116,9 +116,7 @@ def _compute(
     progress: Callable[[int], None] | None,
 ) -> None:
     device = next(model.parameters()).device
-    tokens = [
-        pad(windows[i : i + batch_size], 0, "right").to(device) for i in range(0, len(windows), batch_size)
-    ]
+    tokens = [pad(windows[i : i + batch_size], 0, "right").to(device) for i in range(0, len(windows), batch_size)]
     streams = [Stream(model, blocks, batch) for batch in tokens]
     count = sum(map(len, windows))
     for block in blocks:

@@ -362,12 +362,12 @@ def check_context(pair: TokenisedPair, limit: int, index: int) -> None:
     chunk = length - len(pair.instructed_positions) - pair.sink
     if chunk >= limit:
         raise ThoughtError(
-            f"instruction: expected room for it in the model's context window of {limit} tokens, but "
-            f"it alone has {chunk}; shorten it, or use a model with a longer window"
+            f"instruction: expected room for it in the model's context window of {limit} tokens, "
+            f"but it alone has {chunk}; shorten it, or use a model with a longer window"
         )
     raise ThoughtError(
         f"pairs[{index}]: expected at most {limit} tokens (the model's context window), got {length}, "
-        f"{chunk} of them the instruction; shorten input or output, lower max_new_tokens, or leave the pair out"
+        f"{chunk} of them the instruction; shorten input or output, lower max_new_tokens or leave it out"
     )
 
 
@@ -450,7 +450,7 @@ def _align(tokenizer: PreTrainedTokenizerBase, texts: _Texts, is_chat: bool) -> 
             head, tail = place, len(plain) - place
             block = instructed_text[cut : len(instructed_text) - (len(texts.plain) - cut)]
             kept = instructed[:head] + instructed[len(instructed) - tail :]
-            if kept != plain or len(instructed) <= len(plain):  # it merges with the text around it
+            if kept != plain:  # it merges with the text around it
                 block_ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
                 instructed = (*plain[:head], *block_ids, *plain[head:])
             break

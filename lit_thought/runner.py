@@ -144,9 +144,7 @@ class StreamRunner:
         self._fetch(pair.target)
         output, readings = pair.target.run(self.block, self.sites)
         rows = pair.batch.target_rows
-        pair.goals = {
-            name: reading.residual.flatten(0, 1)[rows].to(self.storage) for name, reading in readings.items()
-        }
+        pair.goals = {name: reading.residual.flatten(0, 1)[rows].to(self.storage) for name, reading in readings.items()}
         assert output is not None
         pair.target.hidden = output.to(self.storage)
 
@@ -154,6 +152,7 @@ class StreamRunner:
         pair.target.forget_kv(self.block)
         if pair.plain is None:
             return
+        output: Tensor | None
         if pair.after is not None:
             output, inputs = (x.to(self.device) for x in pair.after)
             output = output + self._patches["mlp_out"](inputs).to(output.dtype)
@@ -161,7 +160,7 @@ class StreamRunner:
         else:
             self._fetch(pair.plain)
             output, _ = pair.plain.run(self.block, (), self._patches)
-            assert output is not None
+        assert output is not None
         if self.order == "teacher-forced":
             rows = output.flatten(0, 1).clone()
             target = pair.target.hidden.to(self.device).flatten(0, 1)

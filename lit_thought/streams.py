@@ -76,9 +76,7 @@ class _LeadLayer(DynamicLayer):
         self.lead: _LeadLayer | None = None
         self.latest: tuple[Tensor, Tensor] | None = None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.keep:
             self.latest = (key_states, value_states)
         if self.lead is None:
@@ -120,13 +118,13 @@ def _recorded_calls(blocks: Sequence[Block], calls: list[tuple[tuple, dict]]) ->
     with ExitStack() as stack:
         for block in blocks:
             had = block.module.__dict__.get("forward")
-            block.module.forward = pass_through  # type: ignore[method-assign]
+            block.module.forward = pass_through
 
             def restore(module: nn.Module = block.module, had: Any = had) -> None:
                 if had is None:
                     del module.forward
                 else:
-                    module.forward = had  # type: ignore[method-assign]
+                    module.forward = had
 
             stack.callback(restore)
         yield

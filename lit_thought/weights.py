@@ -1,8 +1,8 @@
 """Low-rank changes put on a model's weights, and taken off exactly.
 
 Per model, the touched weights are kept as they were, beside the list of changes in the order they came.
-Taking one off puts those copies back and adds the rest again, so removal is exact to the last bit in every dtype
-and order.
+Taking one off puts those copies back and adds the rest again, so removal is exact to the last bit in every
+dtype and order.
 """
 
 from __future__ import annotations

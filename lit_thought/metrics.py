@@ -1,0 +1,95 @@
+"""Metrics of the three-way comparison, as torchmetrics metrics: sums are kept as state and divided once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["TextMatch", "TokenDivergence", "token_kl"]
+
+
+class TextMatch(Metric):
+    """Share of texts that are equal to their references, after stripping white space.
+
+    Against the reference outputs it is exact match; against the instructed model's outputs, fidelity.
+
+    Example:
+        >>> metric = TextMatch()
+        >>> metric.update(["cold", "small"], ["cold", "little"])
+        >>> metric.compute().item()
+        0.5
+    """
+
+    full_state_update = False
+    higher_is_better = True
+
+    matches: Tensor
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("matches", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, texts: Sequence[str], references: Sequence[str]) -> None:
+        """Add pairs of texts.
+
+        Raises:
+            ValueError: when there are not as many texts as references.
+        """
+        self.matches += sum(a.strip() == b.strip() for a, b in zip(texts, references, strict=True))
+        self.total += len(texts)
+
+    def compute(self) -> Tensor:
+        """Matches ÷ pairs, 0-dim; NaN without pairs."""
+        return self.matches / self.total
+
+
+def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(p ‖ q) of each token in nats, p from ``reference`` and q from ``logits``: Σ_v p_v (log p_v − log q_v).
+
+    Args:
+        reference: (n, vocabulary), any floating dtype; computed in float32 or better.
+        logits: (n, vocabulary).
+
+    Returns:
+        (n,).
+    """
+    wide = torch.promote_types(reference.dtype, torch.float32)
+    p, q = reference.to(wide).log_softmax(-1), logits.to(wide).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+class TokenDivergence(Metric):
+    """Mean KL(reference ‖ model) in nats and share of equal top-1 tokens, over tokens.
+
+    :meth:`compute` returns ``{"kl": …, "agreement": …}``.
+    """
+
+    full_state_update = False
+
+    kl: Tensor
+    agree: Tensor
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("kl", "agree", "total"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, reference: Tensor, logits: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens: logits of the reference and of the model, both (n, vocabulary), and weights, (n,), or 1."""
+        if weights is None:
+            weights = torch.ones(len(logits), device=logits.device)
+        weights = weights.double()
+        self.kl += (token_kl(reference, logits).double() * weights).sum()
+        self.agree += ((reference.argmax(-1) == logits.argmax(-1)) * weights).sum()
+        self.total += weights.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Weighted means over tokens, 0-dim; NaN without tokens."""
+        return {"kl": self.kl / self.total, "agreement": self.agree / self.total}

@@ -1,0 +1,52 @@
+"""Word-level tasks: ten demonstrations as the instruction, other inputs to fit and to test on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_thought.data_files import load_pairs
+
+DATA = Path(__file__).parent / "data"
+SIX_TASKS = (
+    "common_words/country-capital",
+    "common_words/antonym",
+    "common_words/english-french",
+    "function_vectors/singular-plural",
+    "function_vectors/present-past",
+    "function_vectors/capitalize",
+)
+TEMPLATE = "Q: {input}\nA: {output}\n"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One seeded split of a task: the instruction (demonstrations), inputs to fit, pairs to test."""
+
+    name: str
+    instruction: str
+    fit: list[dict[str, str]]
+    test: list[dict[str, str]]
+
+
+def load_split(task: str, seed: int, shots: int = 10, fit: int = 30, test: int = 100) -> Split:
+    """Shuffle a task with a seed: ``shots`` demonstrations, ``fit`` inputs without outputs, up to ``test`` others.
+
+    Args:
+        task: a name below ``recipes/data`` or the path of a JSON, JSONL or CSV file of input/output pairs.
+        seed: seed of the shuffle.
+        shots: demonstrations in the instruction.
+        fit: inputs to fit on; their outputs are dropped.
+        test: most pairs to test on.
+    """
+    path = DATA / f"{task}.json"
+    pairs = load_pairs(path if path.is_file() else task)
+    random.Random(seed).shuffle(pairs)
+    instruction = "".join(
+        TEMPLATE.replace("{input}", pair["input"]).replace("{output}", pair["output"]) for pair in pairs[:shots]
+    )
+    rest = pairs[shots:]
+    return Split(
+        Path(task).stem, instruction, [{"input": pair["input"]} for pair in rest[:fit]], rest[fit : fit + test]
+    )
