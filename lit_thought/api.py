@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,15 +18,18 @@ from lit_thought.data import DEFAULT_TEMPLATE, PairDataModule
 from lit_thought.errors import ThoughtError
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import ThoughtPatch
+from lit_thought.progress import StageProgressBar
 from lit_thought.prompts import PromptTemplate
 from lit_thought.unrelated import TextSource
 
 __all__ = ["fit", "transmute"]
 
+ModelLoader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
 
 def transmute(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | ModelLoader,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     instruction: str | None = None,
     pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
     template: str | PromptTemplate = DEFAULT_TEMPLATE,
@@ -55,15 +58,26 @@ def transmute(
     are theirs. The model is left bit for bit as it was.
 
     Args:
-        model: a frozen causal LM (Llama-like or GPT-2), in any floating dtype.
-        tokenizer: its tokenizer.
+        model: a frozen causal LM (Llama-like or GPT-2), in any floating dtype; or a function without arguments
+            that loads and returns (model, tokenizer), called once all other arguments have been checked.
+        tokenizer: its tokenizer; left out when ``model`` is such a function.
         instruction: the removable chunk of the prompt.
         pairs: inputs, with outputs where you have them; see :class:`~lit_thought.data.PairDataModule`.
         template: how instruction, input and output make a prompt.
-        sites, order, rank, ridge: see :class:`~lit_thought.callback.ThoughtCallback`.
-        preserve, preserve_weight, preserve_tokens: unrelated text to leave alone; see there.
-        answer_weight, generate, max_new_tokens, batch_size: see :class:`~lit_thought.data.PairDataModule`.
-        statistics_dtype, offload, cache_dir: see :class:`~lit_thought.callback.ThoughtCallback`.
+        sites: where to patch each block: attn_out, mlp_out or both.
+        order: sequential (each block sees the blocks patched so far) or teacher-forced (the instructed run).
+        rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
+        ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
+        preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None.
+        preserve_weight: ρ ≥ 0, weight of the unrelated text against the pairs.
+        preserve_tokens: most tokens of unrelated text to use.
+        answer_weight: weight of the output's tokens and the token before them; others weigh 1.
+        generate: options of model.generate for outputs that are missing; greedy when left out.
+        max_new_tokens: longest output that the instructed model may write.
+        batch_size: pairs a batch; the patch does not depend on it.
+        statistics_dtype: dtype of the sums, float64 or float32; the solve is always float64.
+        offload: keep the streams on the CPU between uses, for a model on a GPU.
+        cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         progress: show progress bars.
         seed: seed of the generated outputs, where they are sampled.
 
@@ -99,6 +113,8 @@ def transmute(
         seed=seed,
         answer_weight=answer_weight,
     )
+    if not isinstance(model, PreTrainedModel) and callable(model):
+        model, tokenizer = model()
     return fit(ThoughtModule(model, tokenizer), data, callback, progress=progress)
 
 
@@ -115,7 +131,7 @@ def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, 
             accelerator="cpu" if device.type == "cpu" else device.type,
             devices=1 if device.index is None else [device.index],
             max_epochs=-1,
-            callbacks=[callback],
+            callbacks=[callback, StageProgressBar()] if progress else [callback],
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,

@@ -127,7 +127,7 @@ class ThoughtCallback(Callback):
         allowed = trainer.max_epochs
         if allowed is not None and allowed != -1 and allowed < stages:
             raise ThoughtError(
-                f"max_epochs={allowed} is too few: {len(blocks)} blocks × {len(self.sites)} sites need {stages} epochs. "
+                f"max_epochs={allowed} is too few: {len(blocks)} blocks × {len(self.sites)} sites need {stages}. "
                 "Use Trainer(max_epochs=-1); the callback stops the run after the last one."
             )
         if trainer.world_size > 1:

@@ -82,7 +82,7 @@ def evaluate(
         ThoughtError: for bad input; PatchError when the patch does not fit the model.
     """
     patch = patch if isinstance(patch, ThoughtPatch) else ThoughtPatch.load(patch)
-    check_patch(model, patch)
+    patch.validate(model)
     result = Evaluation(
         model,
         tokenizer,
@@ -97,12 +97,6 @@ def evaluate(
     if items_file is not None:
         _write_items(items_file, result["items"])
     return result
-
-
-def check_patch(model: PreTrainedModel, patch: ThoughtPatch) -> None:
-    """Refuse a patch that does not fit, before any long work."""
-    with patch.applied(model):
-        pass
 
 
 class Evaluation:

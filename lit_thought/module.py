@@ -26,16 +26,18 @@ class ThoughtModule(LightningModule):
         tokenizer: its tokenizer.
 
     Raises:
-        ThoughtError: when ``model`` is not a transformers model.
+        ThoughtError: when ``model`` is not a transformers model, or there is no tokenizer.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
         if not isinstance(model, PreTrainedModel):
             raise ThoughtError(
                 f"model must be a transformers causal LM; got {type(model).__name__}. "
                 "load_model(name) returns one with its tokenizer."
             )
+        if tokenizer is None:
+            raise ThoughtError("tokenizer is missing; give the model's own. load_model(name) returns both.")
         self.automatic_optimization = False
         self.strict_loading = False
         self.model = model

@@ -66,10 +66,10 @@ class Statistics:
         Raises:
             ThoughtError: when the shapes do not fit.
         """
-        if a.shape != (len(a), self.d_in) or delta.shape != (len(a), self.d_out):
+        shapes = [tuple(x.shape) for x in (a, delta, weights) if x is not None]
+        if shapes != [(len(a), self.d_in), (len(a), self.d_out), (len(a),)][: len(shapes)]:
             raise ThoughtError(
-                f"a and delta must be (n, {self.d_in}) and (n, {self.d_out}); "
-                f"got {tuple(a.shape)} and {tuple(delta.shape)}."
+                f"a, delta and weights must be (n, {self.d_in}), (n, {self.d_out}) and (n,); got {shapes}."
             )
         a, delta = a.to(self.dtype), delta.to(self.dtype)
         if weights is None:

@@ -1,0 +1,191 @@
+"""The ``lit-thought`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from lit_thought.errors import ThoughtError
+
+__all__ = ["evaluate", "fit", "main"]
+
+
+def fit(
+    pairs: str,
+    out: str,
+    instruction: str | None = None,
+    instruction_file: str | None = None,
+    template: str = "Q: {input}\nA: {output}\n",
+    model: str = "smollm2",
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> None:
+    """Turn an instruction into a PEFT LoRA adapter.
+
+    Example: lit-thought fit --pairs pairs.jsonl --instruction "Answer with the opposite." --out antonym/
+
+    Args:
+        pairs: JSON, JSONL or CSV file with the keys input, output (optional) and instruction (optional).
+        out: folder to write the adapter to.
+        instruction: the removable chunk of the prompt.
+        instruction_file: a UTF-8 text file to read it from instead.
+        template: text with {input} and {output} (and {instruction} where the chunk is not at the start), "chat"
+            (instruction as system message) or "chat-user" (inside the user message).
+        model: smollm2 (the embedded default), a hub id or a local directory.
+        dtype: dtype to load the model in.
+        device: where to put it, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        trust_remote_code: run code that a hub model brings along.
+        overwrite: replace the folder if it exists.
+        **settings: see :func:`lit_thought.api.transmute`.
+    """
+    from lit_thought.api import transmute
+    from lit_thought.files import check_output_folder
+
+    check_output_folder(out, overwrite)
+    text = _instruction(instruction, instruction_file)
+    loader = partial(_load, model, dtype, device, revision, trust_remote_code)
+    patch = transmute(loader, None, text, pairs, template, **settings)
+    patch.save_adapter(out, overwrite=overwrite)
+    size = (Path(out).expanduser() / "adapter_model.safetensors").stat().st_size
+    _say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
+
+
+def evaluate(
+    adapter: str,
+    pairs: str,
+    out: str | None = None,
+    instruction: str | None = None,
+    instruction_file: str | None = None,
+    template: str | None = None,
+    model: str = "smollm2",
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    unrelated: str | None = "default",
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    samples: int = 5,
+    progress: bool = True,
+) -> None:
+    """Compare the plain, the instructed and the patched model on held-out pairs.
+
+    Example: lit-thought evaluate --adapter antonym/ --pairs test.jsonl --out result/
+
+    Args:
+        adapter: adapter folder that fit wrote.
+        pairs: JSON, JSONL or CSV file with the keys input and output (optional).
+        out: folder for result.json and items.jsonl (each pair's three outputs); not written when left out.
+        instruction: the instruction; the one the adapter was made from when left out.
+        instruction_file: a UTF-8 text file to read it from instead.
+        template: as for fit; the adapter's own when left out.
+        model: smollm2 (the embedded default), a hub id or a local directory.
+        dtype: dtype to load the model in.
+        device: where to put it, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        trust_remote_code: run code that a hub model brings along.
+        unrelated: text file to measure perplexity on; "default" for text that the package ships, null to skip.
+        max_new_tokens: longest output.
+        batch_size: pairs a batch.
+        samples: how many pairs to print with their three outputs.
+        progress: show progress bars.
+    """
+    from lit_thought.data import pair_instructions
+    from lit_thought.data_files import load_pairs
+    from lit_thought.evaluation import evaluate as compare
+    from lit_thought.evaluation import format_result
+    from lit_thought.files import atomic_folder, check_output_folder
+    from lit_thought.patch import ThoughtPatch
+    from lit_thought.prompts import PromptTemplate
+    from lit_thought.unrelated import load_texts
+
+    if out is not None:
+        check_output_folder(out)
+    patch = ThoughtPatch.load(adapter)
+    text = None
+    if instruction is not None or instruction_file is not None:
+        text = _instruction(instruction, instruction_file)
+    elif isinstance(patch.provenance.get("instruction"), str):
+        text = patch.provenance["instruction"]
+    stored = patch.provenance.get("template")
+    if template is not None:
+        chosen = PromptTemplate.parse(template)
+    elif stored is not None:
+        chosen = PromptTemplate.from_dict(stored)
+    else:
+        raise ThoughtError(f"template: {adapter!r} does not say which one it was made with; pass --template.")
+    rows = load_pairs(pairs)
+    pair_instructions(rows, text)
+    if unrelated is not None:
+        load_texts(unrelated, "evaluate", "unrelated")
+    lm, tokenizer = _load(model, dtype, device, revision, trust_remote_code)
+    result = compare(
+        lm,
+        tokenizer,
+        patch,
+        instruction=text,
+        pairs=rows,
+        template=chosen,
+        unrelated=unrelated,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    print(format_result(result, samples))
+    if out is not None:
+        with atomic_folder(out) as folder:
+            items = result.pop("items")
+            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+            (folder / "items.jsonl").write_text("".join(lines), encoding="utf-8")
+            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _say(f"Wrote result.json and items.jsonl to {out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: bad input ends in one line on standard error and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        jsonargparse.auto_cli(
+            {"fit": fit, "evaluate": evaluate},
+            args=list(arguments) if arguments is not None else None,
+            as_positional=False,
+            prog="lit-thought",
+            description="Turn a prompt into weights, with no training.",
+        )
+    except ThoughtError as error:
+        print(f"lit-thought: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _instruction(text: str | None, file: str | None) -> str | None:
+    if text is not None and file is not None:
+        raise ThoughtError("instruction and instruction_file exclude each other; give one of them.")
+    if file is None:
+        return text
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ThoughtError(f"instruction_file={file!r} cannot be read as a UTF-8 text file ({error}).") from error
+
+
+def _load(name: str, dtype: str, device: str | None, revision: str | None, trust_remote_code: bool) -> Any:
+    from lit_thought.models import load_model
+
+    _say(f"Loading {name} …")
+    return load_model(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)

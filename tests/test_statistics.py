@@ -1,0 +1,209 @@
+"""The sums a patch is solved from, against loops over single tokens in NumPy float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lit_thought.errors import ThoughtError
+from lit_thought.statistics import Statistics
+
+D_IN, D_OUT = 12, 5
+
+
+def tokens(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random inputs, errors and weights of ``n`` tokens."""
+    rng = np.random.default_rng(seed)
+    a, delta = rng.standard_normal((n, D_IN)), rng.standard_normal((n, D_OUT))
+    return torch.tensor(a), torch.tensor(delta), torch.tensor(rng.uniform(0.1, 3, n))
+
+
+def loop(a: Tensor, delta: Tensor, weights: Tensor) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Z, C, Σ w ‖δ‖² and Σ w, one token at a time."""
+    gram, cross, energy, total = np.zeros((D_IN, D_IN)), np.zeros((D_OUT, D_IN)), 0.0, 0.0
+    for x, e, w in zip(a.double().numpy(), delta.double().numpy(), weights.double().numpy(), strict=True):
+        gram += w * np.outer(x, x)
+        cross += w * np.outer(e, x)
+        energy += w * (e @ e)
+        total += w
+    return gram, cross, energy, total
+
+
+def gather(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype = torch.float64) -> Statistics:
+    stats = Statistics(D_IN, D_OUT, dtype)
+    for part in parts:
+        stats.update(*part)
+    return stats
+
+
+def split(n: int, cuts: list[int], seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The ``n`` tokens cut into consecutive batches, some of which may be empty."""
+    edges = [0, *sorted(cut % (n + 1) for cut in cuts), n]
+    return [
+        tuple(x[start:stop] for x in tokens(n, seed)) for start, stop in zip(edges[:-1], edges[1:], strict=True)
+    ]
+
+
+def assert_sums(stats: Statistics, reference: tuple[np.ndarray, np.ndarray, float, float], tol: float = 1e-12) -> None:
+    gram, cross, energy, weight = reference
+    scale = max(np.abs(gram).max(), 1.0)
+    np.testing.assert_allclose(stats.gram.double().numpy(), gram, rtol=0, atol=tol * scale)
+    np.testing.assert_allclose(stats.cross.double().numpy(), cross, rtol=0, atol=tol * scale)
+    assert float(stats.energy) == pytest.approx(energy, rel=tol, abs=tol)
+    assert stats.weight == pytest.approx(weight, rel=tol, abs=tol)
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 30])
+def test_sums_equal_a_loop_over_tokens(n: int) -> None:
+    parts = split(n, [n // 3, n // 2])
+    stats = gather(parts)
+    assert_sums(stats, loop(*tokens(n)))
+    assert stats.tokens == n
+
+
+def test_weights_default_to_one_each() -> None:
+    a, delta, _ = tokens(4)
+    stats = Statistics(D_IN, D_OUT)
+    stats.update(a, delta)
+    assert_sums(stats, loop(a, delta, torch.ones(4)))
+    assert stats.weight == 4
+
+
+def test_weight_of_two_is_the_token_twice_and_of_zero_no_token() -> None:
+    a, delta, _ = tokens(3)
+    weighted, repeated = Statistics(D_IN, D_OUT), Statistics(D_IN, D_OUT)
+    weighted.update(a, delta, torch.tensor([2.0, 1.0, 0.0]))
+    repeated.update(a[[0, 0, 1]], delta[[0, 0, 1]])
+    torch.testing.assert_close(weighted.gram, repeated.gram, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(weighted.cross, repeated.cross, rtol=1e-14, atol=1e-14)
+    assert weighted.weight == repeated.weight == 3
+    assert weighted.tokens == 3  # seen, though one weighs nothing
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_tokens_are_kept_as_rows_only_below_half_of_d_in(n: int) -> None:
+    stats = gather([tuple(x[i : i + 1] for x in tokens(n)) for i in range(n)])
+    rows = stats.rows()
+    if 2 * n >= D_IN:
+        assert rows is None
+        assert stats.num_rows == 0
+    else:
+        a, delta, weights = tokens(n)
+        assert rows is not None
+        assert stats.num_rows == n
+        torch.testing.assert_close(rows[0], a * weights.sqrt()[:, None], rtol=1e-15, atol=0)
+        torch.testing.assert_close(rows[1], delta * weights.sqrt()[:, None], rtol=1e-15, atol=0)
+    assert_sums(stats, loop(*tokens(n)))
+
+
+def test_empty_statistics_are_zero() -> None:
+    stats = Statistics(D_IN, D_OUT)
+    assert stats.rows() is None
+    assert stats.gram.shape == (D_IN, D_IN)
+    assert stats.cross.shape == (D_OUT, D_IN)
+    assert not stats.gram.any()
+    assert not stats.cross.any()
+    assert (stats.weight, stats.tokens, float(stats.energy)) == (0, 0, 0)
+    stats.update(torch.zeros(0, D_IN), torch.zeros(0, D_OUT), torch.zeros(0))
+    assert_sums(stats, loop(*tokens(0)))
+
+
+cuts = st.lists(st.integers(0, 40), max_size=4)
+counts = st.integers(0, 25)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=counts, cuts=cuts, order=st.randoms(use_true_random=False))
+def test_sums_depend_on_neither_split_nor_order(n: int, cuts: list[int], order) -> None:
+    parts = split(n, cuts)
+    order.shuffle(parts)
+    assert_sums(gather(parts), loop(*tokens(n)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=counts, m=counts, cuts=cuts)
+def test_addition_is_the_sums_of_both_sets(n: int, m: int, cuts: list[int]) -> None:
+    left, right = gather(split(n, cuts, seed=1)), gather(split(m, cuts, seed=2))
+    both = tuple(torch.cat(pair) for pair in zip(tokens(n, 1), tokens(m, 2), strict=True))
+    total = left + right
+    assert_sums(total, loop(*both))
+    assert total.tokens == n + m
+    assert (total.rows() is not None) == (0 < 2 * (n + m) < D_IN)
+    assert_sums(left, loop(*tokens(n, 1)))  # the parts are as they were
+    assert_sums(right, loop(*tokens(m, 2)))
+    total.update(*tokens(2, 3))  # and stay so when the total goes on
+    assert_sums(left, loop(*tokens(n, 1)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=counts, m=counts, cuts=cuts)
+def test_subtraction_takes_a_set_off_again(n: int, m: int, cuts: list[int]) -> None:
+    left, right = gather(split(n, cuts, seed=1)), gather(split(m, cuts, seed=2))
+    rest = (left + right) - right
+    assert_sums(rest, loop(*tokens(n, 1)), tol=1e-11)
+    assert rest.tokens == n
+    rest.update(*tokens(3, 3))
+    both = tuple(torch.cat(pair) for pair in zip(tokens(n, 1), tokens(3, 3), strict=True))
+    assert_sums(rest, loop(*both), tol=1e-11)
+
+
+@pytest.mark.parametrize("n", [4, 40])
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=["float64", "float32"]
+)
+def test_bfloat16_inputs_are_summed_in_the_dtype_of_the_sums(n: int, dtype: torch.dtype, tol: float) -> None:
+    a, delta, weights = tokens(n)
+    parts = [(a[i : i + 3].bfloat16(), delta[i : i + 3].bfloat16(), weights[i : i + 3]) for i in range(0, n, 3)]
+    stats = gather(parts, dtype)
+    assert stats.gram.dtype == stats.cross.dtype == dtype
+    assert_sums(stats, loop(a.bfloat16(), delta.bfloat16(), weights), tol)  # what bfloat16 rounds off stays off
+
+
+def test_float32_sums_are_float32() -> None:
+    """A negative control: float32 sums are not secretly float64, nor the other way round."""
+    parts = split(200, [50, 100, 150])
+    gram = loop(*tokens(200))[0]
+    single, double = (
+        np.abs(gather(parts, dtype).gram.double().numpy() - gram).max() for dtype in (torch.float32, torch.float64)
+    )
+    assert 1e-6 < single < 1e-3
+    assert double < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_sums_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ThoughtError, match="float32 or float64"):
+        Statistics(D_IN, D_OUT, dtype)
+
+
+@pytest.mark.parametrize(
+    ("a", "delta", "weights"),
+    [
+        ((4, D_IN + 1), (4, D_OUT), (4,)),
+        ((4, D_IN), (4, D_OUT + 1), (4,)),
+        ((4, D_IN), (3, D_OUT), (4,)),
+        ((4, 2, D_IN), (4, D_OUT), (4,)),
+        ((D_IN,), (D_OUT,), (4,)),
+        ((4, D_IN), (4, D_OUT), (3,)),
+        ((4, D_IN), (4, D_OUT), (1,)),
+        ((4, D_IN), (4, D_OUT), (4, 1)),
+    ],
+)
+def test_wrong_shapes_are_refused_and_nothing_is_added(a: tuple, delta: tuple, weights: tuple) -> None:
+    stats = Statistics(D_IN, D_OUT)
+    with pytest.raises(ThoughtError, match=f"{D_IN}.*{D_OUT}"):
+        stats.update(torch.ones(a), torch.ones(delta), torch.ones(weights))
+    assert (stats.tokens, stats.weight, stats.num_rows) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("other", [Statistics(D_IN + 1, D_OUT), Statistics(D_IN, D_OUT, torch.float32)])
+def test_statistics_of_different_layers_do_not_combine(other: Statistics) -> None:
+    stats = Statistics(D_IN, D_OUT)
+    with pytest.raises(ThoughtError, match="cannot be combined"):
+        stats + other
+    with pytest.raises(ThoughtError, match="cannot be combined"):
+        stats - other
