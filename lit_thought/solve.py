@@ -66,7 +66,7 @@ class Solution:
             ``error_after``: the same predicted with the patch of rank r;
             ``rank``: r; ``tokens``; ``ridge_scale``: s;
             ``effective_rank``: tr Z / s, the participation ratio of Z's eigenvalues;
-            ``condition``: of M, from Z's largest eigenvalue (power iteration) over the ridge λ s;
+            ``condition``: of M, from Z's largest eigenvalue (Rayleigh–Ritz) over the ridge λ s;
             ``truncation_loss``: share of the full-rank patch's gain that rank r gives up;
             ``norm``: ‖ΔW‖_F.
     """
@@ -219,10 +219,10 @@ def _solve_dual(
     before = float(stats.energy) / stats.weight
     after = float((delta - a @ A.T @ basis.T).square().sum())
 
-    def matvec(v: Tensor) -> Tensor:
+    def matmul(v: Tensor) -> Tensor:
         return rotated.T @ (rotated @ v) + values.unsqueeze(1) * v
 
-    largest = _largest_eigenvalue(matvec, stats.d_in, a)
+    largest = _largest_eigenvalue(matmul, stats.d_in, a)
     condition = (largest + ridge * scale) / (ridge * scale)
     return _solution(A, basis, gains, stats, scale, trace, condition, before, after)
 
@@ -237,14 +237,14 @@ def _top(gain: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
     return values, vectors[:, : rank if rank is not None else len(values)]
 
 
-def _largest_eigenvalue(matvec: Callable[[Tensor], Tensor], size: int, like: Tensor, iterations: int = 8) -> float:
-    """A lower estimate of the largest eigenvalue by power iteration from a fixed start."""
+def _largest_eigenvalue(matmul: Callable[[Tensor], Tensor], size: int, like: Tensor, steps: int = 8) -> float:
+    """A lower estimate of the largest eigenvalue: the Rayleigh–Ritz value on a small Krylov space, fixed start."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(like.device)
-    for _ in range(iterations):
-        v = v / v.norm()
-        v = matvec(v)
-    return float(v.norm())
+    columns = [torch.randn(size, 1, generator=generator, dtype=torch.float64).to(like.device)]
+    for _ in range(steps - 1):
+        columns.append(matmul(columns[-1] / columns[-1].norm()))
+    basis = torch.linalg.qr(torch.cat([column / column.norm() for column in columns], dim=1))[0]
+    return float(torch.linalg.eigvalsh(basis.T @ matmul(basis))[-1])
 
 
 def _check_finite(name: str, trace: float, square: float, energy: float) -> None:

@@ -1,0 +1,206 @@
+"""What a fit costs, against the forward passes that it cannot avoid.
+
+    python recipes/benchmark_fit.py --config recipes/benchmark_fit.yaml
+
+Unavoidable: the chunk once, and every compared token twice (with the chunk and without it), through the decoder
+without its head, in the same batches, process and threads. The fit goes from pairs with outputs to an adapter on
+disk; the preservation statistics come from their cache, whose own cost is printed beside. Prints a Markdown table and
+writes it with a JSON record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jsonargparse
+import psutil
+import torch
+from tasks import TEMPLATE, load_split
+
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
+from lit_thought.api import fit
+from lit_thought.blocks import find_decoder
+from lit_thought.files import atomic_file
+from lit_thought.streams import forward_inputs, lead_cache
+
+
+def benchmark(
+    model: str = "smollm2",
+    dtype: str = "float32",
+    device: str | None = None,
+    task: str = "function_vectors/capitalize",
+    pairs: Sequence[int] = (30, 300),
+    rank: int = 16,
+    statistics_dtype: str = "float64",
+    repeats: int = 5,
+    out: str = "recipes/results/benchmark_fit",
+) -> None:
+    """Time fits and bare forward passes in turn and print their ratio.
+
+    Args:
+        model: "smollm2" (the embedded default), a hub id or a local directory.
+        dtype: dtype of the model.
+        device: where to run; the CPU when left out.
+        task: a word task with enough pairs.
+        pairs: numbers of pairs to fit on.
+        rank: rank of the adapter.
+        statistics_dtype: float64 or float32.
+        repeats: measurements of each; medians are reported.
+        out: path of the two result files, without suffix.
+    """
+    lm, tokenizer = load_model(model, dtype=dtype, device=device)
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        first = None
+        for count in pairs:
+            split = load_split(task, 0, fit=count)
+            data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=12)
+            start = time.perf_counter()
+            data.prepare(lm, tokenizer)
+            generating = time.perf_counter() - start
+            labelled = [{**pair, "output": text} for pair, text in zip(split.fit, data.outputs, strict=True)]
+
+            settings = {"rank": rank, "cache_dir": cache, "statistics_dtype": statistics_dtype}
+            run = partial(fit_once, lm, tokenizer, labelled, split.instruction, settings)
+            warm = run()
+            if first is None:
+                first = warm.stopwatch.seconds["preserve"]
+            bare(lm, data)
+            bares, fits, stages = [], [], []
+            for _ in range(repeats):
+                bares.append(_seconds(partial(bare, lm, data)))
+                start = time.perf_counter()
+                stages.append(dict(run().stopwatch.seconds))
+                fits.append(time.perf_counter() - start)
+            with peak_memory(lm.device) as peak:
+                run()
+            rows.append(
+                {
+                    "pairs": count,
+                    "compared_tokens": sum(len(b.plain_rows) for b in data.batches),
+                    "chunk_tokens": max(b.target.ids.shape[1] for b in data.batches if len(b.target.ids) == 1),
+                    "bare_seconds": median(bares),
+                    "fit_seconds": median(fits),
+                    "ratio": median(f / b for f, b in zip(fits, bares, strict=True)),
+                    "stages": {name: median(s[name] for s in stages) for name in stages[0]},
+                    "generate_seconds": generating,
+                    "peak_bytes": peak["bytes"],
+                }
+            )
+    _report(rows, first, lm, Path(out), {"model": model, "dtype": dtype, "rank": rank, "task": task})
+
+
+def fit_once(
+    lm: Any, tokenizer: Any, pairs: list[dict[str, str]], instruction: str, settings: dict[str, Any]
+) -> ThoughtCallback:
+    """From pairs with outputs to an adapter on disk."""
+    callback = ThoughtCallback(**settings)
+    patch = fit(ThoughtModule(lm, tokenizer), PairDataModule(pairs, instruction, TEMPLATE), callback, progress=False)
+    with callback.stopwatch("save"):
+        patch.save_adapter(Path(settings["cache_dir"]) / "adapter", overwrite=True)
+    return callback
+
+
+@torch.inference_mode()
+def bare(lm: Any, data: PairDataModule) -> None:
+    """The forward passes that no fit can avoid."""
+    decoder = find_decoder(lm)
+    for side in ("target", "plain"):
+        leads: dict[int, Any] = {}
+        for batch in data.batches:
+            tokens = getattr(batch, side)
+            if tokens is None or batch.plain is batch.target:
+                continue
+            tokens = tokens.to(lm.device)
+            if batch.lead is None and len(tokens.ids) == 1:
+                leads[batch.index] = lead_cache(lm, tokens.ids[0].tolist())
+                continue
+            cache = None
+            if batch.lead in leads:
+                cache = leads[batch.lead]
+                length = cache.get_seq_length()
+                cache = type(cache)(
+                    [
+                        (k.expand(len(tokens.ids), -1, -1, -1), v.expand(len(tokens.ids), -1, -1, -1))
+                        for k, v, _ in cache
+                    ]
+                )
+            else:
+                length = 0
+            decoder(**forward_inputs(tokens, length), past_key_values=cache, use_cache=cache is not None)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Largest memory above what is there at the start: allocated on a GPU, resident in this process otherwise."""
+    peak = {"bytes": 0}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak["bytes"] = torch.cuda.max_memory_allocated(device) - before
+        return
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak["bytes"] = max(peak["bytes"], process.memory_info().rss - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _seconds(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _report(rows: list[dict[str, Any]], preserve: float | None, lm: Any, out: Path, settings: dict[str, Any]) -> None:
+    names = list(rows[0]["stages"])
+    head = ["pairs", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward", *(f"{n}, s" for n in names)]
+    head += ["peak memory above the model, MB", "(outputs, if generated, s)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+    for row in rows:
+        cells = [row["pairs"], row["compared_tokens"], f"{row['bare_seconds']:.2f}", f"{row['fit_seconds']:.2f}"]
+        cells += [f"{row['ratio']:.2f}", *(f"{row['stages'][n]:.2f}" for n in names)]
+        cells += [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['generate_seconds']:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    name = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    environment = (
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    lines += [
+        "",
+        f"Preservation statistics, once per model: {preserve:.1f} s. {environment}; {json.dumps(settings)}",
+        "",
+    ]
+    table = "\n".join(lines)
+    print(table)
+    record = {"rows": rows, "preserve_seconds_once": preserve, "environment": environment, "settings": settings}
+    for suffix, content in ((".md", table), (".json", json.dumps(record, indent=1) + "\n")):
+        with atomic_file(out.with_suffix(suffix)) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(benchmark)

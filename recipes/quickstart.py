@@ -1,0 +1,72 @@
+"""The main job on the embedded model: demonstrations of antonyms become an adapter.
+
+    python recipes/quickstart.py --config recipes/quickstart.yaml
+
+Fits the patch from 30 inputs without outputs, saves it as a PEFT adapter, loads that with PEFT alone, checks that
+it is the same model, and compares plain, instructed and patched on held-out words.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import jsonargparse
+import torch
+from peft import PeftModel
+from tasks import TEMPLATE, load_split
+
+from lit_thought import evaluate, load_model, transmute
+from lit_thought.evaluation import format_result
+
+
+def quickstart(
+    model: str = "smollm2",
+    task: str = "common_words/antonym",
+    seed: int = 0,
+    rank: int = 16,
+    test: int = 30,
+    out: str | None = None,
+) -> None:
+    """Fit, save, reload with PEFT, evaluate, print the table.
+
+    Args:
+        model: "smollm2" (the embedded default), a hub id or a local directory.
+        task: a word task below recipes/data, or a JSON, JSONL or CSV file of input/output pairs.
+        seed: seed of the split into demonstrations, inputs to fit and test words.
+        rank: rank of the adapter.
+        test: most test words.
+        out: folder to write the adapter to; a temporary one when left out.
+    """
+    print(f"Loading {model} …")
+    lm, tokenizer = load_model(model)
+    split = load_split(task, seed, test=test)
+
+    print(f"Transmuting this instruction into weights, from {len(split.fit)} inputs:\n\n{split.instruction}")
+    patch = transmute(lm, tokenizer, split.instruction, split.fit, TEMPLATE, rank=rank, max_new_tokens=12)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(out or scratch) if out else Path(scratch) / "adapter"
+        patch.save_adapter(folder)
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        print(f"Saved a rank-{patch.rank} PEFT adapter: {size / 1e6:.1f} MB")
+
+        prompt = tokenizer(
+            TEMPLATE.split("{output}")[0].replace("{input}", split.test[0]["input"]).rstrip(" "), return_tensors="pt"
+        )
+        with torch.no_grad(), patch.applied(lm):
+            direct = lm(**prompt).logits
+        adapted = PeftModel.from_pretrained(lm, str(folder))
+        with torch.no_grad():
+            difference = (adapted(**prompt).logits - direct).abs().max()
+        print(f"Loaded by PEFT; largest difference of logits from the patched model: {difference:.1e}\n")
+        lm = adapted.unload()
+
+    result = evaluate(
+        lm, tokenizer, patch, instruction=split.instruction, pairs=split.test, template=TEMPLATE, max_new_tokens=12
+    )
+    print(format_result(result))
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(quickstart)

@@ -1,0 +1,144 @@
+"""Six word-level tasks: demonstrations become adapters, scored beside the instructed model.
+
+    python recipes/word_tasks.py --config recipes/word_tasks.yaml
+
+For each task and seed, the first 10 pairs of a shuffle are the instruction, the next 30 inputs are fitted (their
+outputs are not used: the instructed model writes its own), and up to 100 others are the test. Both sites together are
+compared with either alone. Writes a Markdown and a JSON table.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jsonargparse
+from tasks import SIX_TASKS, TEMPLATE, load_split
+
+from lit_thought import load_model, transmute
+from lit_thought.evaluation import Evaluation
+from lit_thought.files import atomic_file
+
+SITES = {"both": ("attn_out", "mlp_out"), "attn_out": ("attn_out",), "mlp_out": ("mlp_out",)}
+
+
+def word_tasks(
+    model: str = "smollm2",
+    tasks: Sequence[str] = SIX_TASKS,
+    seeds: Sequence[int] = (0, 1, 2),
+    sites: Sequence[str] = ("both", "attn_out", "mlp_out"),
+    rank: int = 16,
+    shots: int = 10,
+    fit: int = 30,
+    test: int = 100,
+    max_new_tokens: int = 12,
+    out: str = "recipes/results/word_tasks",
+) -> None:
+    """Fit and test every task, seed and choice of sites.
+
+    Args:
+        model: "smollm2" (the embedded default), a hub id or a local directory.
+        tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
+        seeds: seeds of the splits.
+        sites: "both", "attn_out", "mlp_out"; the first is summed up below the table.
+        rank: rank of the adapters.
+        shots: demonstrations in the instruction.
+        fit: inputs to fit on.
+        test: most pairs to test on.
+        max_new_tokens: longest output.
+        out: path of the two result files, without suffix.
+    """
+    lm, tokenizer = load_model(model)
+    runs: list[dict[str, Any]] = []
+    for task, seed in product(tasks, seeds):
+        split = load_split(task, seed, shots, fit, test)
+        common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
+        evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
+        for where in sites:
+            patch = transmute(lm, tokenizer, pairs=split.fit, sites=SITES[where], rank=rank, progress=False, **common)
+            result = evaluation.score(patch)
+            del result["items"]
+            runs.append({"task": split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch), **result})
+            accuracy = result["accuracy"]
+            print(
+                f"{split.name}, seed {seed}, {where}: "
+                f"accuracy {accuracy['instructed']:.2f} → {accuracy['patched']:.2f}, "
+                f"fidelity {result['fidelity']:.2f}, perplexity × {result['perplexity_ratio']:.3f}",
+                flush=True,
+            )
+    settings = patch.provenance["settings"]
+    table = _table(runs, sites)
+    print("\n" + table)
+    record = {
+        "model": model,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": settings,
+        "versions": patch.provenance["versions"],
+        "runs": runs,
+    }
+    header = (
+        f"`python recipes/word_tasks.py` on {model}, commit {record['commit']}; settings: `{json.dumps(settings)}`\n\n"
+    )
+    for suffix, content in ((".md", header + table), (".json", json.dumps(record, indent=1) + "\n")):
+        with atomic_file(Path(out).with_suffix(suffix)) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def _size(patch: Any) -> int:
+    with TemporaryDirectory() as folder:
+        patch.save_adapter(Path(folder) / "adapter")
+        return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _table(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
+    """Means over seeds by task and sites, and the mean ratio and fidelity of each choice of sites."""
+    lines = [
+        "| task | sites | plain | instructed | patched | patched ÷ instructed | fidelity | KL of the output, nats "
+        "| perplexity × (worst) | adapter |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    ratios: dict[str, dict[str, float]] = {where: {} for where in sites}
+    fidelities: dict[str, list[float]] = {where: [] for where in sites}
+    for task, where in product(dict.fromkeys(run["task"] for run in runs), sites):
+        own = [run for run in runs if run["task"] == task and run["sites"] == where]
+        accuracy = {k: mean(run["accuracy"][k] for run in own) for k in ("plain", "instructed", "patched")}
+        ratio = accuracy["patched"] / accuracy["instructed"] if accuracy["instructed"] else float("nan")
+        fidelity = mean(run["fidelity"] for run in own)
+        perplexity = [run["perplexity_ratio"] for run in own]
+        ratios[where][task] = ratio
+        fidelities[where].append(fidelity)
+        cells = [task, where, *(f"{accuracy[k]:.3f}" for k in accuracy), f"{ratio:.3f}", f"{fidelity:.3f}"]
+        cells.append(f"{mean(run['output_kl']['patched'] for run in own):.3f}")
+        cells.append(f"{mean(perplexity):.4f} ({max(perplexity):.4f})")
+        cells.append(f"{own[0]['adapter_bytes'] / 1e6:.2f} MB")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for where in sites:
+        strong = {task: ratio for task, ratio in ratios[where].items() if task != "english-french"}
+        line = f"- {where}: mean fidelity {mean(fidelities[where]):.3f}"
+        if strong:
+            worst = min(strong, key=lambda task: strong[task])
+            line += (
+                f"; patched ÷ instructed without english-french: mean {mean(strong.values()):.3f}, "
+                f"lowest {strong[worst]:.3f} ({worst})"
+            )
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(word_tasks)

@@ -1,0 +1,685 @@
+"""The whole fit on tiny random models: what the patch does, what it depends on, and what it leaves alone."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, make_model, make_tokenizer
+from lightning.pytorch import Trainer
+from peft import PeftModel
+from scipy.special import log_softmax
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lit_thought import adapter, callback, statistics
+from lit_thought.api import fit, transmute
+from lit_thought.callback import ThoughtCallback
+from lit_thought.data import PairDataModule
+from lit_thought.errors import ThoughtError
+from lit_thought.models import fingerprint
+from lit_thought.module import ThoughtModule
+from lit_thought.patch import ThoughtPatch
+from lit_thought.prompts import PromptTemplate
+
+TOKENIZER = make_tokenizer()
+INSTRUCTION = "Q: good\nA: bad\nQ: up\nA: down\n"
+PAIRS = [
+    {"input": "hot", "output": "cold"},
+    {"input": "big", "output": "small"},
+    {"input": "brown fox", "output": "the lazy dog"},
+    {"input": "French", "output": "what is the capital"},
+    {"input": "quick", "output": "over"},
+]
+TEXTS = ["The quick brown fox jumps over the lazy dog; " * 4, "Always answer in French. You are a pirate. " * 4]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+
+
+def readable(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the model write letters, spaces and newlines only, or end: random models write broken UTF-8 otherwise."""
+    words = [TOKENIZER.decode([i]) for i in range(len(TOKENIZER))]
+    allowed = {i for i, word in enumerate(words) if word == "\n" or word.replace(" ", "x").isalpha() and word.isascii()}
+    allowed.add(TOKENIZER.eos_token_id)
+    model.generation_config.suppress_tokens = [i for i in range(512) if i not in allowed]
+    return model
+
+
+def make_patch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast = TOKENIZER,
+    pairs: Sequence[dict[str, str]] = PAIRS,
+    instruction: str | None = INSTRUCTION,
+    **settings: Any,
+) -> ThoughtPatch:
+    return transmute(
+        model, tokenizer, instruction, pairs, **{"preserve": None, "rank": None, "progress": False, **settings}
+    )
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel,
+    patch: ThoughtPatch,
+    tokenizer: PreTrainedTokenizerFast = TOKENIZER,
+    pairs: Sequence[dict[str, str]] = PAIRS,
+    instruction: str | None = INSTRUCTION,
+    template: str = "Q: {input}\nA: {output}\n",
+) -> tuple[float, float]:
+    """Mean KL(instructed ‖ plain) of the compared tokens without and with the patch, by whole forward passes."""
+
+    def log_probabilities(ids: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+        logits = model(input_ids=torch.tensor([list(ids)])).logits[0, list(positions)]
+        return log_softmax(logits.double().numpy(), axis=-1)
+
+    before, after = [], []
+    for pair in pairs:
+        chunk = pair.get("instruction", instruction)
+        tokens = PromptTemplate.parse(template).tokenise(tokenizer, chunk, pair["input"], pair["output"])
+        wanted = log_probabilities(tokens.instructed_ids, tokens.instructed_positions)
+        plain = log_probabilities(tokens.plain_ids, tokens.plain_positions)
+        with patch.applied(model):
+            patched = log_probabilities(tokens.plain_ids, tokens.plain_positions)
+        for kept, got in ((before, plain), (after, patched)):
+            kept.append((np.exp(wanted) * (wanted - got)).sum(-1))
+    return float(np.concatenate(before).mean()), float(np.concatenate(after).mean())
+
+
+def dense(patch: ThoughtPatch) -> dict[str, Tensor]:
+    return {path: factors.delta(torch.float64) for path, factors in patch.factors.items()}
+
+
+def distance(one: ThoughtPatch, other: ThoughtPatch) -> float:
+    """Largest relative difference of any target's ΔW, in the Frobenius norm."""
+    assert one.targets == other.targets
+    mine, theirs = dense(one), dense(other)
+    return max(float((mine[path] - theirs[path]).norm() / mine[path].norm()) for path in mine)
+
+
+def identical(one: ThoughtPatch, other: ThoughtPatch) -> bool:
+    return one.targets == other.targets and all(
+        torch.equal(one.factors[path].A, other.factors[path].A)
+        and torch.equal(one.factors[path].B, other.factors[path].B)
+        for path in one.targets
+    )
+
+
+class Untouched:
+    """What a fit must leave as it found it, taken when created and compared by :meth:`check`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.before = self._state()
+
+    def _state(self) -> dict[str, Any]:
+        tensors = {name: value for name, value in self.model.state_dict().items()}
+        return {
+            "bits": {n: v.detach().contiguous().view(torch.uint8).clone() for n, v in tensors.items()},
+            "places": {n: (p.data_ptr(), p.device, p.dtype) for n, p in self.model.named_parameters()},
+            "requires_grad": {n: p.requires_grad for n, p in self.model.named_parameters()},
+            "grad": {n for n, p in self.model.named_parameters() if p.grad is not None or p.is_inference()},
+            "training": {n: m.training for n, m in self.model.named_modules()},
+            "attributes": {n: sorted(vars(m)) for n, m in self.model.named_modules()},
+            "hooks": {
+                (n, kind): len(hooks)
+                for n, m in self.model.named_modules()
+                for kind, hooks in vars(m).items()
+                if kind.endswith("_hooks")
+            },
+            "generation_config": self.model.generation_config.to_dict(),
+            "config": self.model.config.to_dict(),
+        }
+
+    def check(self) -> None:
+        now = self._state()
+        assert now["bits"].keys() == self.before["bits"].keys()
+        assert all(torch.equal(value, self.before["bits"][name]) for name, value in now["bits"].items())
+        for key in now.keys() - {"bits"}:
+            assert now[key] == self.before[key], key
+        assert not any(now["hooks"].values())
+        assert not any("forward" in names for names in now["attributes"].values())
+
+
+def mixed_model(family: str = "gpt2", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """In train mode with dropout, but for one block; half of the parameters ask for gradients."""
+    model = make_model(family, dtype)
+    model.train()
+    next(module for name, module in model.named_modules() if name.endswith(".1")).eval()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    return model
+
+
+def fail_at(number: int, error: BaseException, genuine: Callable[..., Any]) -> Callable[..., Any]:
+    """``genuine``, but its ``number``-th call raises."""
+    calls: list[int] = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return genuine(*args, **kwargs)
+
+    return failing
+
+
+# --- what the patch does -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patched_plain_run_follows_the_instructed_run(family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype)
+    before, after = divergence(model, make_patch(model, ridge=1e-8))
+    assert before > 0.01
+    assert after < 0.1 * before
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("template", ["chat", "chat-user", "Q: {input}\n{instruction}A: {output}\n"])
+def test_other_templates_and_bos(template: str, bos: bool) -> None:
+    model, tokenizer = make_model(), make_tokenizer(bos=bos)
+    patch = make_patch(model, tokenizer, template=template, ridge=1e-8)
+    before, after = divergence(model, patch, tokenizer, template=template)
+    assert before > 0.01
+    assert after < 0.1 * before
+
+
+@pytest.mark.parametrize("sites", [("attn_out",), ("mlp_out",), ("mlp_out", "attn_out")])
+@pytest.mark.parametrize("order", ["sequential", "teacher-forced"])
+def test_sites_and_orders(sites: tuple[str, ...], order: str) -> None:
+    model = make_model()
+    patch = make_patch(model, sites=sites, order=order, ridge=1e-8)
+    layers = {"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj"}
+    wanted = {f"model.layers.{block}.{layers[site]}" for block in range(3) for site in sites}
+    assert set(patch.targets) == wanted
+    before, after = divergence(model, patch)
+    assert after < 0.5 * before
+
+
+def test_orders_differ_only_after_the_first_block() -> None:
+    patches = [make_patch(make_model(), order=order) for order in ("sequential", "teacher-forced")]
+    one, other = map(dense, patches)
+    for path in one:
+        same = torch.allclose(one[path], other[path], rtol=1e-9)
+        assert same == path.startswith("model.layers.0."), path
+
+
+def test_bfloat16_model() -> None:
+    model = make_model("llama", torch.bfloat16)
+    untouched = Untouched(model)
+    patch = make_patch(model, rank=8)
+    untouched.check()
+    assert all(torch.isfinite(f.A).all() and torch.isfinite(f.B).all() for f in patch.factors.values())
+    before, after = divergence(model, patch)
+    assert after < 0.5 * before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_peft_computes_what_the_patched_model_computes(family: str, tmp_path: Path) -> None:
+    model = make_model(family, torch.float32)
+    patch = make_patch(model, rank=4)
+    patch.save_adapter(tmp_path / "adapter")
+    ids = torch.tensor([TOKENIZER("Q: hot\nA: cold\n")["input_ids"]])
+    original = model(ids).logits
+    with patch.applied(model):
+        wanted = model(ids).logits
+    assert (wanted - original).abs().max() > 1e-2
+    loaded = PeftModel.from_pretrained(make_model(family, torch.float32), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_each_pair_may_have_its_own_instruction() -> None:
+    model = make_model()
+    common = make_patch(model, ridge=1e-8)
+    same = [{**pair, "instruction": INSTRUCTION} for pair in PAIRS]
+    assert identical(common, make_patch(model, pairs=same, instruction=None, ridge=1e-8))
+    assert identical(common, make_patch(model, pairs=same, instruction="overridden\n", ridge=1e-8))
+    mixed = [{**pair, "instruction": ("Talk like a pirate.\n", INSTRUCTION)[i % 2]} for i, pair in enumerate(PAIRS)]
+    patch = make_patch(model, pairs=mixed, instruction=None, ridge=1e-8)
+    assert distance(common, patch) > 1e-2
+    assert patch.provenance["instruction"] == sorted({INSTRUCTION, "Talk like a pirate.\n"})
+    before, after = divergence(model, patch, pairs=mixed, instruction=None)
+    assert after < 0.1 * before
+
+
+def test_answer_weight_counts_the_outputs_tokens_more() -> None:
+    model = make_model()
+    assert identical(make_patch(model), make_patch(model, answer_weight=1.0))
+    heavier = make_patch(model, answer_weight=5.0)
+    assert distance(make_patch(model), heavier) > 1e-3
+    # weight 2 for the answer's tokens is what twice the tokens would be: their sums are known in closed form
+    weights = [5 if a <= p < b else 1 for t in tokenised() for a, b in [answer(t)] for p in range(len(t.plain_ids))]
+    diagnostics = heavier.provenance["diagnostics"]["model.layers.0.self_attn.o_proj"]
+    assert diagnostics["error_before"] == pytest.approx(attention_error(make_model(), weights), rel=1e-6)
+
+
+def tokenised() -> list[Any]:
+    return [PromptTemplate().tokenise(TOKENIZER, INSTRUCTION, p["input"], p["output"]) for p in PAIRS]
+
+
+def answer(tokens: Any) -> tuple[int, int]:
+    return tokens.output_span[0] - 1, tokens.output_span[1]
+
+
+@torch.no_grad()
+def attention_error(model: PreTrainedModel, weights: Sequence[float]) -> float:
+    """Weighted mean squared difference of block 0's residual stream after attention, instructed less plain."""
+
+    def residual(ids: Sequence[int]) -> Tensor:
+        seen: list[Tensor] = []
+        handle = model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0].clone())
+        )
+        model(input_ids=torch.tensor([list(ids)]))
+        handle.remove()
+        return seen[0]
+
+    errors: list[float] = []
+    for tokens in tokenised():
+        plain, instructed = residual(tokens.plain_ids), residual(tokens.instructed_ids)
+        assert tokens.sink  # without BOS the first token is compared with itself
+        errors.append(0.0)
+        for p, q in zip(tokens.plain_positions, tokens.instructed_positions, strict=True):
+            errors.append(float((instructed[q] - plain[p]).square().sum()))
+    return float(np.average(errors, weights=weights))
+
+
+def test_diagnostics() -> None:
+    model = make_model()
+    patch = make_patch(model, rank=4)
+    diagnostics = patch.provenance["diagnostics"]
+    assert set(diagnostics) == set(patch.targets)
+    for path, found in diagnostics.items():
+        assert found["error_after"] <= found["error_before"]
+        assert found["rank"] == patch.factors[path].rank == 4
+        assert found["norm"] == pytest.approx(float(patch.factors[path].delta(torch.float64).norm()), rel=1e-5)
+        assert 0 < found["truncation_loss"] < 1
+        assert found["condition"] > 1
+    weights = [1] * sum(len(tokens.plain_ids) for tokens in tokenised())
+    first = diagnostics["model.layers.0.self_attn.o_proj"]
+    assert first["error_before"] == pytest.approx(attention_error(model, weights), rel=1e-6)
+    with ThoughtPatch({patch.targets[0]: patch.factors[patch.targets[0]]}).applied(model):
+        plain = make_patch(model, ridge=1e12)  # a ridge so large that nothing is patched on top
+    # the patched model's instructed run differs, so only the plain side's rank and sign can be compared
+    assert plain.provenance["diagnostics"][patch.targets[0]]["norm"] < 1e-6
+
+
+def test_predicted_error_is_the_error() -> None:
+    """``error_after`` of block 0's attention, recomputed through the patched model."""
+    model = make_model()
+    patch = make_patch(model, rank=4, sites="attn_out")
+    path = "model.layers.0.self_attn.o_proj"
+    original = make_model()
+    errors = []
+    for tokens in tokenised():
+        wanted = entrance_of_mlp(original, tokens.instructed_ids)
+        unpatched = entrance_of_mlp(original, tokens.plain_ids)
+        with ThoughtPatch({path: patch.factors[path]}).applied(model):
+            got = entrance_of_mlp(model, tokens.plain_ids)
+        errors.append(float((got[0] - unpatched[0]).square().sum()))  # the sink should stay
+        pairs = zip(tokens.plain_positions, tokens.instructed_positions, strict=True)
+        errors += [float((wanted[q] - got[p]).square().sum()) for p, q in pairs]
+    assert patch.provenance["diagnostics"][path]["error_after"] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+@torch.no_grad()
+def entrance_of_mlp(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """Block 0's residual stream after attention, (length, d)."""
+    seen: list[Tensor] = []
+    norm = model.model.layers[0].post_attention_layernorm
+    handle = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].clone()))
+    try:
+        model(input_ids=torch.tensor([list(ids)]))
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def test_provenance_tells_where_the_patch_comes_from() -> None:
+    model = make_model()
+    model.name_or_path = "tiny/llama"
+    patch = make_patch(
+        model, pairs=[*PAIRS, {"input": "dog"}], rank=3, ridge=0.1, max_new_tokens=4, preserve=TEXTS, preserve_tokens=40
+    )
+    known = patch.provenance
+    assert json.loads(json.dumps(known, allow_nan=False)) == known
+    assert known["model"] == known["base_model"] == "tiny/llama"
+    assert known["fingerprint"] == fingerprint(model)
+    assert known["instruction"] == INSTRUCTION
+    assert PromptTemplate.from_dict(known["template"]) == PromptTemplate()
+    assert known["fan_in_fan_out"] is False
+    assert known["settings"] == {
+        "sites": ["attn_out", "mlp_out"],
+        "order": "sequential",
+        "rank": 3,
+        "ridge": 0.1,
+        "preserve_weight": 1.0,
+        "preserve_tokens": 40,
+        "statistics_dtype": "float64",
+        "pairs": 6,
+        "generated_outputs": 1,
+        "generate": {},
+        "max_new_tokens": 4,
+        "answer_weight": 1.0,
+        "seed": 0,
+    }
+    assert {"lit_thought", "torch", "transformers", "peft", "lightning"} <= set(known["versions"])
+    made = datetime.datetime.fromisoformat(known["date"])
+    assert abs(datetime.datetime.now(datetime.UTC) - made) < datetime.timedelta(minutes=5)
+    assert make_patch(make_model("gpt2"), rank=2).provenance["fan_in_fan_out"] is True
+
+
+# --- what it does not depend on ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_batches_and_order_do_not_matter(rank: int | None) -> None:
+    model = make_model()
+    patch = make_patch(model, rank=rank)
+    for settings in ({"batch_size": 1}, {"batch_size": 2}, {"batch_size": 3, "pairs": PAIRS[::-1]}, {"offload": True}):
+        assert distance(patch, make_patch(model, rank=rank, **settings)) < 1e-7
+    for side in ("left", "right"):
+        tokenizer = make_tokenizer()
+        tokenizer.padding_side = side
+        assert distance(patch, make_patch(model, tokenizer, rank=rank)) < 1e-7
+        assert tokenizer.padding_side == side
+    assert distance(patch, make_patch(model, pairs=PAIRS[:-1], rank=rank)) > 1e-2
+
+
+def test_float32_sums_are_close() -> None:
+    model = make_model()
+    patch, single = make_patch(model), make_patch(model, statistics_dtype="float32")
+    assert 0 < distance(patch, single) < 1e-3
+
+
+def test_the_model_may_be_in_train_mode() -> None:
+    """Dropout stays off while the instructed model writes the outputs, too."""
+    pairs = [{"input": pair["input"]} for pair in PAIRS]
+    trained = readable(make_model("gpt2", torch.float32)).train()
+    assert trained.config.resid_pdrop > 0
+    calm = readable(make_model("gpt2", torch.float32))
+    settings: dict[str, Any] = {"pairs": pairs, "max_new_tokens": 8, "preserve": TEXTS, "preserve_weight": 1.0}
+    assert identical(make_patch(calm, **settings, cache_dir="calm"), make_patch(trained, **settings, cache_dir="train"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# --- the Lightning side ------------------------------------------------------------------------------------
+
+
+def make_trainer(thought: ThoughtCallback, **settings: Any) -> Trainer:
+    return Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": -1,
+            "callbacks": [thought],
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **settings,
+        }
+    )
+
+
+def train(model: PreTrainedModel, thought: ThoughtCallback, **settings: Any) -> Trainer:
+    trainer = make_trainer(thought, **settings)
+    trainer.fit(ThoughtModule(model, TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION))
+    return trainer
+
+
+def test_trainer_makes_the_patch_that_transmute_makes() -> None:
+    model = make_model()
+    thought = ThoughtCallback(preserve=None, rank=4)
+    trainer = train(model, thought)
+    assert trainer.current_epoch == 6
+    assert thought.patch is not None
+    assert identical(thought.patch, make_patch(model, rank=4))
+    assert set(thought.stopwatch.seconds) >= {"forward", "statistics", "solve", "patch"}
+
+
+def test_a_callback_can_be_used_again() -> None:
+    thought = ThoughtCallback(preserve=None, rank=4)
+    train(make_model("llama", seed=1), thought)
+    first = thought.patch
+    train(make_model("llama", seed=2), thought)
+    assert first is not None
+    assert thought.patch is not None
+    assert identical(first, make_patch(make_model("llama", seed=1), rank=4))
+    assert identical(thought.patch, make_patch(make_model("llama", seed=2), rank=4))
+
+
+@pytest.mark.parametrize(("sites", "stages"), [(("attn_out", "mlp_out"), 6), (("mlp_out",), 3)])
+def test_max_epochs(sites: tuple[str, ...], stages: int) -> None:
+    for allowed in (stages, stages + 3, None):
+        thought = ThoughtCallback(sites, preserve=None)
+        assert train(make_model(), thought, max_epochs=allowed).current_epoch == stages
+        assert thought.patch is not None
+    thought = ThoughtCallback(sites, preserve=None)
+    with pytest.raises(ThoughtError, match=rf"max_epochs={stages - 1} .*need {stages}"):
+        train(make_model(), thought, max_epochs=stages - 1)
+    assert thought.patch is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit_train_batches": 1}, "limit_train_batches"),
+        ({"limit_train_batches": 0.5}, "limit_train_batches"),
+        ({"overfit_batches": 1}, "limit_train_batches"),
+        ({"precision": "bf16-mixed"}, "precision='bf16-mixed'"),
+        ({"precision": "bf16-true"}, "precision='bf16-true'"),
+    ],
+)
+def test_trainer_settings_that_would_spoil_the_sums(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ThoughtError, match=message):
+        train(make_model(), ThoughtCallback(preserve=None), **settings)
+
+
+def test_module_data_and_callback_belong_together() -> None:
+    with pytest.raises(ThoughtError, match="datamodule=PairDataModule"):
+        make_trainer(ThoughtCallback(preserve=None)).fit(
+            ThoughtModule(make_model(), TOKENIZER), train_dataloaders=[torch.zeros(1)]
+        )
+    with pytest.raises(ThoughtError, match="ThoughtCallback"):
+        make_trainer(ThoughtCallback(preserve=None), callbacks=[]).fit(
+            ThoughtModule(make_model(), TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION)
+        )
+    with pytest.raises(ThoughtError, match="model must be a transformers causal LM; got Linear"):
+        ThoughtModule(nn.Linear(2, 2), TOKENIZER)  # type: ignore[arg-type]
+
+
+# --- preservation ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def drift(model: PreTrainedModel, patch: ThoughtPatch, text: str) -> float:
+    """Mean squared change of the hidden states on a text that the patch should leave alone."""
+    ids = torch.tensor([TOKENIZER(text)["input_ids"]])
+    before = model(ids, output_hidden_states=True).hidden_states
+    with patch.applied(model):
+        after = model(ids, output_hidden_states=True).hidden_states
+    return sum(float((a - b).square().mean()) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_preservation_keeps_the_patch_away_from_other_text(family: str) -> None:
+    model = make_model(family)
+    free, kept = make_patch(model), make_patch(model, preserve=TEXTS, preserve_weight=10.0)
+    assert distance(free, kept) > 1e-2
+    assert drift(model, kept, TEXTS[0]) < 0.3 * drift(model, free, TEXTS[0])
+    before, after = divergence(model, kept)
+    assert after < before
+
+
+def test_no_weight_is_no_preservation(tmp_path: Path) -> None:
+    model = make_model()
+    patch = make_patch(model, preserve=TEXTS, preserve_weight=0, cache_dir=tmp_path / "unused")
+    assert identical(patch, make_patch(model))
+    assert not (tmp_path / "unused").exists()
+
+
+def test_preservation_is_computed_once_for_each_model_and_text(tmp_path: Path) -> None:
+    cached = []
+    patches = []
+    for seed, texts in ((0, TEXTS), (0, TEXTS), (0, TEXTS[:1]), (1, TEXTS), (1, TEXTS)):
+        thought = ThoughtCallback(preserve=texts, cache_dir=tmp_path / "kept")
+        model = make_model("llama", torch.float32, seed)
+        patches.append(fit(ThoughtModule(model, TOKENIZER), PairDataModule(PAIRS, INSTRUCTION), thought, False))
+        cached.append(thought.preserve_cached)
+    assert cached == [False, True, False, False, True]
+    assert identical(patches[0], patches[1])
+    assert identical(patches[3], patches[4])
+    assert distance(patches[0], patches[2]) > 1e-3
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+# --- what it leaves alone ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_model_is_left_as_it_was(family: str) -> None:
+    model = mixed_model(family)
+    untouched = Untouched(model)
+    patch = make_patch(
+        model, pairs=[*PAIRS, {"input": "dog"}], max_new_tokens=4, preserve=TEXTS, preserve_tokens=60, rank=2
+    )
+    untouched.check()
+    with patch.applied(model), pytest.raises(AssertionError):
+        untouched.check()  # the check can fail
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        (callback, "solve", 1),
+        (callback, "solve", 4),
+        (statistics.Statistics, "update", 7),
+        (callback.StreamRunner, "finish", 2),
+        (callback.StreamRunner, "observe", 5),
+        (adapter, "save_file", 1),
+    ],
+)
+@pytest.mark.parametrize("error", [RuntimeError("pulled the plug"), KeyboardInterrupt("ctrl-c")])
+def test_a_failing_fit_leaves_nothing_behind(
+    error: BaseException, owner: Any, name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mixed_model()
+    untouched = Untouched(model)
+    monkeypatch.setattr(owner, name, fail_at(number, error, getattr(owner, name)))
+    thought = ThoughtCallback(preserve=None, output_dir=tmp_path / "here" / "out")
+    module = ThoughtModule(model, TOKENIZER)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(type(error), match=str(error) if isinstance(error, RuntimeError) else None):
+        fit(module, PairDataModule(PAIRS, INSTRUCTION), thought, progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    untouched.check()
+    assert module.runner is None  # or the streams would stay in memory
+    assert not list(tmp_path.rglob("*out*"))
+
+
+def test_failing_in_the_middle_of_a_block_removes_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixed_model("llama")
+    untouched = Untouched(model)
+    activation = model.model.layers[1].mlp.act_fn
+    monkeypatch.setattr(type(activation), "forward", fail_at(9, RuntimeError("no room"), type(activation).forward))
+    with pytest.raises(RuntimeError, match="no room"):
+        make_patch(model)
+    untouched.check()
+
+
+def test_output_dir_holds_the_patch_at_the_end(tmp_path: Path) -> None:
+    thought = ThoughtCallback(preserve=None, rank=4, output_dir=tmp_path / "out")
+    model = make_model()
+    patch = fit(ThoughtModule(model, TOKENIZER), PairDataModule(PAIRS, INSTRUCTION), thought, progress=False)
+    loaded = ThoughtPatch.load(tmp_path / "out", model)
+    assert identical(patch, loaded)
+    assert loaded.provenance == patch.provenance
+
+
+# --- generated outputs -------------------------------------------------------------------------------------
+
+
+def written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, limit: int, special: bool = True
+) -> tuple[str, bool]:
+    """What the model writes after a prompt, one prompt at a time and without a cache; stops at a newline."""
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=special)["input_ids"]])
+    new: list[int] = []
+    for _ in range(limit):
+        output = model.generate(ids, max_new_tokens=1, do_sample=False, use_cache=False, pad_token_id=1)
+        token = int(output[0, -1])
+        if token == tokenizer.eos_token_id:
+            return tokenizer.decode(new).strip(), True
+        new.append(token)
+        ids = output
+        text = tokenizer.decode(new)
+        if special and "\n" in text.lstrip():
+            return text.lstrip().partition("\n")[0].strip(), True
+    return tokenizer.decode(new, skip_special_tokens=True).strip(), False
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_what_the_instructed_model_writes(family: str, bos: bool) -> None:
+    model, tokenizer = readable(make_model(family)), make_tokenizer(bos=bos)
+    inputs = ["hot", "the lazy dog", "fox jumps over", "up", "capital of France", "big"]
+    data = PairDataModule(
+        [*({"input": text} for text in inputs), PAIRS[0]], INSTRUCTION, batch_size=4, max_new_tokens=7
+    )
+    data.prepare(model, tokenizer)
+    ends = []
+    for text, output, tokens in zip(inputs, data.outputs, data.tokenised, strict=False):
+        wanted, finished = written(model, tokenizer, f"{INSTRUCTION}Q: {text}\nA:", 7)
+        ends.append(finished)
+        assert output == wanted
+        space = " " if output[:1].strip() else ""
+        completed = f"Q: {text}\nA:{space}{output}" + "\n" * finished
+        assert list(tokens.plain_ids) == tokenizer(completed)["input_ids"]
+    assert data.outputs[-1] == PAIRS[0]["output"]
+    assert len(set(data.outputs)) > 2
+
+
+def test_chat_outputs_are_what_the_instructed_model_writes() -> None:
+    model = readable(make_model())
+    data = PairDataModule([{"input": "hot"}, {"input": "the lazy dog"}], INSTRUCTION, "chat", max_new_tokens=7)
+    data.prepare(model, TOKENIZER)
+    for text, output in zip(("hot", "the lazy dog"), data.outputs, strict=True):
+        messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+        prompt = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert output == written(model, TOKENIZER, prompt, 7, special=False)[0]
+
+
+def test_sampled_outputs_depend_on_the_seed_alone() -> None:
+    model = readable(make_model())
+    pairs = [{"input": pair["input"]} for pair in PAIRS]
+
+    def outputs(seed: int) -> list[str]:
+        options = {"do_sample": True, "temperature": 1.5}
+        data = PairDataModule(pairs, INSTRUCTION, max_new_tokens=6, generate=options, seed=seed)
+        data.prepare(model, TOKENIZER)
+        return data.outputs
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = outputs(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert outputs(1) == first
+    assert outputs(2) != first
