@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,8 +138,14 @@ def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, 
             enable_model_summary=False,
             enable_progress_bar=progress,
         )
+        handler = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(module, datamodule=data)
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C, with the signal ignored from then on
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from None
         finally:
             torch.nn.Module.to(model, device)  # Lightning moves a module to the CPU when it is done
     if callback.patch is None:

@@ -90,7 +90,8 @@ def make_batches(
         pairs: tokenised pairs.
         batch_size: pairs a batch.
         pad_id: any token id.
-        padding_side: on which side of the shorter sequences the padding goes; the patch does not depend on it.
+        padding_side: "right" or "left"; a patch does not depend on it, unless the model's attention has a sliding
+            window, which padding on the left would fill.
         groups: one hashable key a pair (its instruction); only pairs of one group share a lead.
         answer_weight: weight of the output's tokens and of the token before them; others weigh 1.
 
@@ -133,6 +134,7 @@ def _add_group(
     plain_lead, target_lead = _lead_lengths(pairs)
     lead = len(batches) if target_lead else None
     if target_lead:
+        side = "right"  # padding between a lead and its followers would use up a sliding window
         shared = [(p, q) for p, q in _matches(pairs[0]) if p < plain_lead]
         weights = [sum(_weight(pair, p, answer_weight) for pair in pairs) for p, _ in shared]
         batches.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import math
 import os
 from collections.abc import Sequence
@@ -13,10 +12,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 import lit_thought
 from lit_thought.batches import PairBatch
-from lit_thought.blocks import check_sites, find_blocks
+from lit_thought.blocks import Block, check_sites, find_blocks
 from lit_thought.data import PairDataModule
 from lit_thought.errors import ThoughtError
 from lit_thought.files import check_output_folder
@@ -32,8 +32,6 @@ from lit_thought.timing import Stopwatch
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 
 __all__ = ["ThoughtCallback"]
-
-logger = logging.getLogger("lit_thought")
 
 
 class ThoughtCallback(Callback):
@@ -60,7 +58,8 @@ class ThoughtCallback(Callback):
 
     Attributes:
         patch: the :class:`~lit_thought.patch.ThoughtPatch`, once the fit has ended.
-        stopwatch: seconds by stage: preserve, tokenise (with generated outputs), forward, statistics, solve, patch.
+        stopwatch: seconds by stage: preserve (load or compute), prepare (write missing outputs, tokenise, batch),
+            forward, statistics, solve, patch.
         preserve_cached: whether the preservation statistics came from the cache; None without preservation.
 
     Raises:
@@ -134,15 +133,16 @@ class ThoughtCallback(Callback):
             raise ThoughtError(
                 f"not supported yet: a fit on {trainer.world_size} processes. Use Trainer(devices=1, num_nodes=1)."
             )
-        if trainer.limit_train_batches not in (None, 1.0):
+        limit = trainer.limit_train_batches  # the float 1.0 is all batches, the int 1 a single one
+        if isinstance(limit, int) or limit not in (None, 1.0):
             raise ThoughtError("limit_train_batches must be left out: the statistics need every batch.")
         if trainer.precision not in ("32-true", "64-true"):
             raise ThoughtError(
                 f"precision={trainer.precision!r} must be left out; load the model in the dtype you want instead "
                 '(load_model(name, dtype="bfloat16")).'
             )
-        limit = min(min(site.d_in, site.d_out) for block in blocks for site in block.sites.values())
-        check_rank(self.rank, limit)
+        sites = [block.sites[name] for block in blocks for name in self.sites]
+        check_rank(self.rank, min(min(site.d_in, site.d_out) for site in sites))
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,13 +156,16 @@ class ThoughtCallback(Callback):
         blocks = find_blocks(model)
         data.check(model, tokenizer)
         with self.stopwatch("preserve"):
-            self._load_preservation(model, tokenizer, blocks, show)
-        with self.stopwatch("generate"):
+            identity = fingerprint(model)
+            self._load_preservation(model, tokenizer, blocks, identity, show)
+        with self.stopwatch("prepare"):
             data.prepare(model, tokenizer, progress=show)
         pl_module.runner = StreamRunner(model, blocks, self.sites, self.order, self.offload)
-        self._provenance = self._describe(pl_module, data)
+        self._provenance = self._describe(model, blocks, identity, data)
 
-    def _load_preservation(self, model: Any, tokenizer: Any, blocks: Sequence[Any], show: bool) -> None:
+    def _load_preservation(
+        self, model: Any, tokenizer: Any, blocks: Sequence[Block], identity: str, show: bool
+    ) -> None:
         self.preserve_cached = None
         if self.texts is None or self.preserve_weight == 0:
             return
@@ -179,6 +182,7 @@ class ThoughtCallback(Callback):
                 blocks,
                 windows,
                 self.cache_dir,
+                identity=identity,
                 progress=lambda done: bar.update(done - bar.n) and None,
             )
 
@@ -187,20 +191,17 @@ class ThoughtCallback(Callback):
         runner = _runner(pl_module)
         site = runner.block.sites[runner.site]
         self._statistics = Statistics(site.d_in, site.d_out, getattr(torch, self.statistics_dtype))
-        if trainer.progress_bar_callback is not None:
-            logger.debug("block %d of %d, %s", runner.block.index + 1, len(runner.blocks), runner.site)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Time the forward pass."""
-        self._forward = self.stopwatch("forward")
-        self._forward.__enter__()
+        self._started = self.stopwatch.now()
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Add the batch's compared tokens to the sums."""
-        self._forward.__exit__(None, None, None)
+        self.stopwatch.seconds["forward"] += self.stopwatch.now() - self._started
         seen: Observation = outputs["observation"]
         assert self._statistics is not None
         with self.stopwatch("statistics"):
@@ -229,7 +230,7 @@ class ThoughtCallback(Callback):
     def _log(self, pl_module: LightningModule, site: str, solution: Solution) -> None:
         before, after = (solution.diagnostics[f"error_{when}"] for when in ("before", "after"))
         left = after / before if before > 0 else 0.0
-        pl_module.log(f"{site} error left", left, prog_bar=True, on_epoch=True)
+        pl_module.log(f"{site}/error_left", left, prog_bar=True, on_epoch=True)
 
     def _finish(self) -> None:
         with self.stopwatch("patch"):
@@ -239,16 +240,17 @@ class ThoughtCallback(Callback):
             if self.output_dir is not None:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)
 
-    def _describe(self, pl_module: ThoughtModule, data: PairDataModule) -> dict[str, Any]:
-        model = pl_module.model
-        sites = [site for block in find_blocks(model) for site in block.sites.values()]
+    def _describe(
+        self, model: PreTrainedModel, blocks: Sequence[Block], identity: str, data: PairDataModule
+    ) -> dict[str, Any]:
+        """What the patch remembers of how it was made."""
         packages = ("torch", "transformers", "peft", "lightning")
         return {
             "model": model_name(model),
             "base_model": model_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
-            "fingerprint": fingerprint(model),
-            "fan_in_fan_out": sites[0].fan_in_fan_out,
+            "fingerprint": identity,
+            "fan_in_fan_out": blocks[0].sites[self.sites[0]].fan_in_fan_out,
             "instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions)),
             "template": data.template.to_dict(),
             "settings": {
@@ -268,6 +270,11 @@ class ThoughtCallback(Callback):
             },
             "versions": {"lit_thought": lit_thought.__version__, **{p: version(p) for p in packages}},
         }
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Clean up after a failed fit, too; Lightning tears down only after one that ended well."""
+        self.teardown(trainer, pl_module, "fit")
+        pl_module.teardown("fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the sums and the cached matrices."""

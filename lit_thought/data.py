@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.generate import generate
 from lit_thought.prompts import PromptTemplate, TokenisedPair, check_context
 
-__all__ = ["PairDataModule", "context_window", "generate_outputs", "pair_instructions"]
+__all__ = ["PairDataModule", "check_counts", "context_window", "generate_outputs", "pair_instructions"]
 
 DEFAULT_TEMPLATE = "Q: {input}\nA: {output}\n"
 
@@ -65,11 +67,13 @@ class PairDataModule(LightningDataModule):
         self.pairs = load_pairs(pairs)
         self.instructions = pair_instructions(self.pairs, instruction)
         self.template = PromptTemplate.parse(template)
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(value, int) or value < 1:
-                raise ThoughtError(f"{name} must be a whole number of 1 or more; got {value!r}.")
-        if not answer_weight > 0:
-            raise ThoughtError(f"answer_weight must be above 0; got {answer_weight!r}.")
+        check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        if not isinstance(answer_weight, (int, float)) or not 0 < answer_weight < math.inf:
+            raise ThoughtError(f"answer_weight must be a finite number above 0; got {answer_weight!r}.")
+        try:
+            json.dumps(generate, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ThoughtError(f"generate must hold JSON values only, for the patch's record ({error}).") from error
         self.instruction = instruction
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.generate_options = dict(generate or {})
@@ -113,7 +117,7 @@ class PairDataModule(LightningDataModule):
             self.tokenised,
             self.batch_size,
             tokenizer.pad_token_id or 0,
-            tokenizer.padding_side,
+            "right",
             self.instructions,
             self.answer_weight,
         )
@@ -139,6 +143,17 @@ def pair_instructions(pairs: Sequence[Mapping[str, str]], instruction: str | Non
                 "Pass instruction=..., or give each pair its own."
             )
     return chosen  # type: ignore[return-value]
+
+
+def check_counts(**counts: int) -> None:
+    """Check settings that count something.
+
+    Raises:
+        ThoughtError: for one that is not a whole number of 1 or more.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ThoughtError(f"{name} must be a whole number of 1 or more; got {value!r}.")
 
 
 def context_window(model: PreTrainedModel) -> int:

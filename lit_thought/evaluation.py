@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.batches import PairBatch, make_batches, pad
-from lit_thought.data import DEFAULT_TEMPLATE, context_window, pair_instructions
+from lit_thought.data import DEFAULT_TEMPLATE, check_counts, context_window, pair_instructions
 from lit_thought.data_files import load_pairs
 from lit_thought.files import atomic_file
 from lit_thought.generate import Generation, generate
@@ -83,19 +82,21 @@ def evaluate(
     """
     patch = patch if isinstance(patch, ThoughtPatch) else ThoughtPatch.load(patch)
     patch.validate(model)
-    result = Evaluation(
-        model,
-        tokenizer,
-        instruction=instruction,
-        pairs=pairs,
-        template=template,
-        unrelated=unrelated,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    ).score(patch)
-    if items_file is not None:
-        _write_items(items_file, result["items"])
+    with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first
+        result = Evaluation(
+            model,
+            tokenizer,
+            instruction=instruction,
+            pairs=pairs,
+            template=template,
+            unrelated=unrelated,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        ).score(patch)
+        if file is not None:
+            lines = (json.dumps(item, ensure_ascii=False) for item in result["items"])
+            file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return result
 
 
@@ -123,6 +124,7 @@ class Evaluation:
         self.rows = load_pairs(pairs)
         self.instructions = pair_instructions(self.rows, instruction)
         self.template = PromptTemplate.parse(template)
+        check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         texts = load_texts(unrelated, "evaluate", "unrelated") if unrelated is not None else None
         self.prompts = [
@@ -158,9 +160,11 @@ class Evaluation:
         if answered:
             references = [self.rows[i]["output"] for i in answered]
             accuracy = {run: _match([texts[run][i] for i in answered], references) for run in RUNS}
-            firsts = [self._first_reference_token(i) for i in answered]
+            firsts = [self._first_token(i, self.rows[i]["output"]) for i in answered]
             first_accuracy = {
-                run: sum(outputs[run][i].first_token == first for i, first in zip(answered, firsts, strict=True))
+                run: sum(
+                    self._first_token(i, texts[run][i]) == first for i, first in zip(answered, firsts, strict=True)
+                )
                 / len(answered)
                 for run in RUNS
             }
@@ -218,9 +222,9 @@ class Evaluation:
             outputs |= zip(members, written, strict=True)
         return [outputs[i] for i in range(len(self.rows))]
 
-    def _first_reference_token(self, index: int) -> int | None:
-        row = self.rows[index]
-        pair = self.template.tokenise(self.tokenizer, self.instructions[index], row["input"], row["output"])
+    def _first_token(self, index: int, output: str) -> int | None:
+        """The first token of an output's own text (some tokenizers make a token of the space before a digit)."""
+        pair = self.template.tokenise(self.tokenizer, self.instructions[index], self.rows[index]["input"], output)
         start, stop = pair.output_span
         return pair.plain_ids[start] if start < stop else None
 
@@ -307,12 +311,6 @@ def _logits(
     tokens = tokens.to(model.device)
     logits = model(**forward_inputs(tokens, length), past_key_values=cache, use_cache=cache is not None).logits
     return logits.flatten(0, 1)[rows.to(model.device)]
-
-
-def _write_items(path: str | os.PathLike[str], items: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_file(path) as temporary:
-        lines = (json.dumps(item, ensure_ascii=False) for item in items)
-        Path(temporary).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def format_result(result: Mapping[str, Any], samples: int = 5) -> str:

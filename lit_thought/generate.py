@@ -24,12 +24,10 @@ logger = logging.getLogger("lit_thought")
 @dataclass(frozen=True)
 class Generation:
     """What the model wrote: the text up to the stop string, stripped; and whether it came to an end by
-    itself (at the stop string or an end-of-sequence token) rather than at ``max_new_tokens``; and its first
-    token."""
+    itself (at the stop string or an end-of-sequence token) rather than at ``max_new_tokens``."""
 
     text: str
     finished: bool
-    first_token: int | None = None
 
 
 class _StopAtText(StoppingCriteria):
@@ -88,7 +86,10 @@ def generate(
         raise ThoughtError("prompts is empty; expected at least one.")
     device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    shared = common_prefix(prompts)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    # the padding after a shared beginning would take up places in a sliding window
+    slides = window is not None and max(map(len, prompts)) + max_new_tokens > window
+    shared = 0 if slides else common_prefix(prompts)
     lead = lead_cache(model, prompts[0][:shared]) if shared else None
     ends = _end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -127,11 +128,16 @@ def generate(
                         "Expected options of transformers' GenerationConfig."
                     ) from error
                 raise
+            if not isinstance(output, Tensor) or len(output) != len(members):
+                raise ThoughtError(
+                    f"generate: {dict(options or {})!r} does not give one sequence of tokens for each prompt. "
+                    "Leave out num_return_sequences, return_dict_in_generate and the like."
+                )
             for row, i in enumerate(members):
                 new = output[row, ids.shape[1] :].tolist()
                 ended = next((k for k, token in enumerate(new) if token in ends), None)
                 text, stopped = _cut(str(tokenizer.decode(new[:ended], skip_special_tokens=True)), stop)
-                results[i] = Generation(text.strip(), stopped or ended is not None, new[0] if new else None)
+                results[i] = Generation(text.strip(), stopped or ended is not None)
             if progress is not None:
                 progress(len(results))
     return [results[i] for i in range(len(prompts))]

@@ -52,8 +52,8 @@ class ThoughtModule(LightningModule):
         """Empty: the frozen model is not worth a checkpoint."""
         return {}
 
-    def on_fit_start(self) -> None:
-        """Switch dropout off; Lightning leaves the mode as it finds it."""
+    def setup(self, stage: str) -> None:
+        """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it."""
         self._modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
 

@@ -67,6 +67,7 @@ def preservation(
     windows: Sequence[Sequence[int]],
     cache_dir: str | os.PathLike[str] | None = None,
     batch_size: int = 8,
+    identity: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Preservation, bool]:
     """Load the matrices for these token windows from the cache, or compute them and keep them there.
@@ -80,6 +81,7 @@ def preservation(
         windows: token ids of each window.
         cache_dir: cache folder, :func:`default_cache_dir` when left out.
         batch_size: windows a batch.
+        identity: the model's fingerprint, where it is known already.
         progress: called with the number of blocks done.
 
     Returns:
@@ -89,7 +91,7 @@ def preservation(
     manifest = {
         "format": _FORMAT,
         "model": model_name(model),
-        "fingerprint": fingerprint(model),
+        "fingerprint": identity or fingerprint(model),
         "dtype": str(model.dtype),
         "tokens": sum(map(len, windows)),
         "windows": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest(),

@@ -124,6 +124,10 @@ class StreamRunner:
         if self.site == self.sites[-1]:
             for pair in self._pairs.values():
                 self._advance(pair)
+            for pair in self._pairs.values():  # a lead's keys and values only once those that follow it are done
+                for stream in (pair.target, pair.plain):
+                    if stream is not None:
+                        stream.forget_kv(self.block)
             self._patches = {}
         self.stage += 1
 
@@ -149,7 +153,6 @@ class StreamRunner:
         pair.target.hidden = output.to(self.storage)
 
     def _advance(self, pair: _Pair) -> None:
-        pair.target.forget_kv(self.block)
         if pair.plain is None:
             return
         output: Tensor | None
@@ -167,7 +170,6 @@ class StreamRunner:
             rows[pair.batch.plain_rows] = target[pair.batch.target_rows]
             output = rows.view_as(output)
         pair.plain.hidden = output.to(self.storage)
-        pair.plain.forget_kv(self.block)
 
     def _fetch(self, stream: Stream) -> None:
         stream.hidden = stream.hidden.to(self.device)

@@ -21,14 +21,15 @@ class Stopwatch:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time the body of a ``with`` statement."""
-        start = self._now()
+        start = self.now()
         try:
             yield
         finally:
-            self.seconds[name] += self._now() - start
+            self.seconds[name] += self.now() - start
 
     @staticmethod
-    def _now() -> float:
+    def now() -> float:
+        """The time in seconds, once the work under way on the GPU is done."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -28,8 +28,12 @@ def load_texts(source: TextSource, part: Literal["preserve", "evaluate"], argume
     Raises:
         ThoughtError: when the file is missing or not UTF-8, or there is no text; names ``argument``.
     """
-    if not isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (list, tuple)):
         texts = list(source)
+    elif not isinstance(source, (str, os.PathLike)):
+        raise ThoughtError(
+            f'{argument} must be a text file, a list of texts or "default"; got {type(source).__name__}.'
+        )
     elif source == "default":
         texts = [files("lit_thought").joinpath("text", f"{part}.txt").read_text(encoding="utf-8")]
     else:

@@ -1,6 +1,6 @@
 """Choose the defaults of sites, ridge, preservation and answer weight, from fit pairs only.
 
-    python recipes/sweep.py
+    python recipes/sweep.py --config recipes/sweep.yaml
 
 For each task and seed the instruction and the 30 fit inputs are those of `word_tasks.py`; its test words are
 never read. Twenty of the inputs are fitted, the other ten are held back: fidelity and KL to the instructed model

@@ -42,15 +42,16 @@ TEXTS = ["The quick brown fox jumps over the lazy dog; " * 4, "Always answer in 
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
 
 
 def readable(model: PreTrainedModel) -> PreTrainedModel:
     """Let the model write letters, spaces and newlines only, or end: random models write broken UTF-8 otherwise."""
-    words = [TOKENIZER.decode([i]) for i in range(len(TOKENIZER))]
-    allowed = {i for i, word in enumerate(words) if word == "\n" or word.replace(" ", "x").isalpha() and word.isascii()}
-    allowed.add(TOKENIZER.eos_token_id)
+    words = {i: TOKENIZER.decode([i]) for i in range(len(TOKENIZER))}
+    letters = {i for i, word in words.items() if word.isascii() and word.replace(" ", "x").isalpha()}
+    allowed = {*letters, TOKENIZER.convert_tokens_to_ids("Ċ"), TOKENIZER.eos_token_id}
     model.generation_config.suppress_tokens = [i for i in range(512) if i not in allowed]
     return model
 
@@ -101,13 +102,13 @@ def dense(patch: ThoughtPatch) -> dict[str, Tensor]:
 
 def distance(one: ThoughtPatch, other: ThoughtPatch) -> float:
     """Largest relative difference of any target's ΔW, in the Frobenius norm."""
-    assert one.targets == other.targets
+    assert set(one.targets) == set(other.targets)
     mine, theirs = dense(one), dense(other)
     return max(float((mine[path] - theirs[path]).norm() / mine[path].norm()) for path in mine)
 
 
 def identical(one: ThoughtPatch, other: ThoughtPatch) -> bool:
-    return one.targets == other.targets and all(
+    return set(one.targets) == set(other.targets) and all(
         torch.equal(one.factors[path].A, other.factors[path].A)
         and torch.equal(one.factors[path].B, other.factors[path].B)
         for path in one.targets
@@ -122,9 +123,8 @@ class Untouched:
         self.before = self._state()
 
     def _state(self) -> dict[str, Any]:
-        tensors = {name: value for name, value in self.model.state_dict().items()}
         return {
-            "bits": {n: v.detach().contiguous().view(torch.uint8).clone() for n, v in tensors.items()},
+            "bits": {n: v.detach().contiguous().view(torch.uint8).clone() for n, v in self.model.state_dict().items()},
             "places": {n: (p.data_ptr(), p.device, p.dtype) for n, p in self.model.named_parameters()},
             "requires_grad": {n: p.requires_grad for n, p in self.model.named_parameters()},
             "grad": {n for n, p in self.model.named_parameters() if p.grad is not None or p.is_inference()},
@@ -260,7 +260,6 @@ def test_answer_weight_counts_the_outputs_tokens_more() -> None:
     assert identical(make_patch(model), make_patch(model, answer_weight=1.0))
     heavier = make_patch(model, answer_weight=5.0)
     assert distance(make_patch(model), heavier) > 1e-3
-    # weight 2 for the answer's tokens is what twice the tokens would be: their sums are known in closed form
     weights = [5 if a <= p < b else 1 for t in tokenised() for a, b in [answer(t)] for p in range(len(t.plain_ids))]
     diagnostics = heavier.provenance["diagnostics"]["model.layers.0.self_attn.o_proj"]
     assert diagnostics["error_before"] == pytest.approx(attention_error(make_model(), weights), rel=1e-6)
@@ -274,22 +273,11 @@ def answer(tokens: Any) -> tuple[int, int]:
     return tokens.output_span[0] - 1, tokens.output_span[1]
 
 
-@torch.no_grad()
 def attention_error(model: PreTrainedModel, weights: Sequence[float]) -> float:
     """Weighted mean squared difference of block 0's residual stream after attention, instructed less plain."""
-
-    def residual(ids: Sequence[int]) -> Tensor:
-        seen: list[Tensor] = []
-        handle = model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
-            lambda module, args: seen.append(args[0][0].clone())
-        )
-        model(input_ids=torch.tensor([list(ids)]))
-        handle.remove()
-        return seen[0]
-
     errors: list[float] = []
     for tokens in tokenised():
-        plain, instructed = residual(tokens.plain_ids), residual(tokens.instructed_ids)
+        plain, instructed = (entrance_of_mlp(model, ids) for ids in (tokens.plain_ids, tokens.instructed_ids))
         assert tokens.sink  # without BOS the first token is compared with itself
         errors.append(0.0)
         for p, q in zip(tokens.plain_positions, tokens.instructed_positions, strict=True):
@@ -311,10 +299,6 @@ def test_diagnostics() -> None:
     weights = [1] * sum(len(tokens.plain_ids) for tokens in tokenised())
     first = diagnostics["model.layers.0.self_attn.o_proj"]
     assert first["error_before"] == pytest.approx(attention_error(model, weights), rel=1e-6)
-    with ThoughtPatch({patch.targets[0]: patch.factors[patch.targets[0]]}).applied(model):
-        plain = make_patch(model, ridge=1e12)  # a ridge so large that nothing is patched on top
-    # the patched model's instructed run differs, so only the plain side's rank and sign can be compared
-    assert plain.provenance["diagnostics"][patch.targets[0]]["norm"] < 1e-6
 
 
 def test_predicted_error_is_the_error() -> None:
@@ -386,17 +370,30 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-def test_batches_and_order_do_not_matter(rank: int | None) -> None:
-    model = make_model()
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_batches_and_order_do_not_matter(family: str, rank: int | None) -> None:
+    model = make_model(family)
+
+    def first(patch: ThoughtPatch) -> ThoughtPatch:
+        path = patch.targets[0]
+        return ThoughtPatch({path: patch.factors[path]})
+
     patch = make_patch(model, rank=rank)
-    for settings in ({"batch_size": 1}, {"batch_size": 2}, {"batch_size": 3, "pairs": PAIRS[::-1]}, {"offload": True}):
-        assert distance(patch, make_patch(model, rank=rank, **settings)) < 1e-7
-    for side in ("left", "right"):
-        tokenizer = make_tokenizer()
-        tokenizer.padding_side = side
-        assert distance(patch, make_patch(model, tokenizer, rank=rank)) < 1e-7
-        assert tokenizer.padding_side == side
-    assert distance(patch, make_patch(model, pairs=PAIRS[:-1], rank=rank)) > 1e-2
+    left = make_tokenizer()
+    left.padding_side = "left"
+    for settings in (
+        {"batch_size": 1},
+        {"batch_size": 2},
+        {"batch_size": 3, "pairs": PAIRS[::-1]},
+        {"tokenizer": left},
+        {"tokenizer": left, "batch_size": 2},
+        {"offload": True},
+    ):
+        other = make_patch(model, rank=rank, **settings)
+        assert distance(first(patch), first(other)) < 1e-7
+        assert distance(patch, other) < 1e-6  # each block sees the float32 rounding of those before it
+    assert left.padding_side == "left"
+    assert distance(first(patch), first(make_patch(model, pairs=PAIRS[:-1], rank=rank))) > 1e-2
 
 
 def test_float32_sums_are_close() -> None:
@@ -413,11 +410,6 @@ def test_the_model_may_be_in_train_mode() -> None:
     calm = readable(make_model("gpt2", torch.float32))
     settings: dict[str, Any] = {"pairs": pairs, "max_new_tokens": 8, "preserve": TEXTS, "preserve_weight": 1.0}
     assert identical(make_patch(calm, **settings, cache_dir="calm"), make_patch(trained, **settings, cache_dir="train"))
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 # --- the Lightning side ------------------------------------------------------------------------------------
