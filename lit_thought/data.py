@@ -61,7 +61,7 @@ class PairDataModule(LightningDataModule):
         max_new_tokens: int = 64,
         generate: Mapping[str, Any] | None = None,
         seed: int = 0,
-        answer_weight: float = 1.0,
+        answer_weight: float = 10.0,
     ) -> None:
         super().__init__()
         self.pairs = load_pairs(pairs)
@@ -88,7 +88,7 @@ class PairDataModule(LightningDataModule):
         for index, (pair, instruction) in enumerate(zip(self.pairs, self.instructions, strict=True)):
             tokens = self.template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
             room = 0 if "output" in pair else self.max_new_tokens
-            check_context(tokens, limit - room, index)
+            check_context(tokens, limit, index, room)
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> None:
         """Write the missing outputs with the instructed model, tokenise, align and batch all pairs."""

@@ -132,7 +132,7 @@ class Evaluation:
             for instruction, row in zip(self.instructions, self.rows, strict=True)
         ]
         for index, prompt in enumerate(self.prompts):
-            check_context(prompt, context_window(model) - max_new_tokens, index)
+            check_context(prompt, context_window(model), index, max_new_tokens)
         self.windows = (
             text_windows(tokenizer, texts, min(_WINDOW, context_window(model))) if texts is not None else None
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +17,7 @@ from lit_thought.streams import lead_cache
 
 __all__ = ["Generation", "generate"]
 
-logger = logging.getLogger("lit_thought")
+_REFUSED = ("num_beams", "num_return_sequences", "return_dict_in_generate", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,11 @@ def generate(
     """
     if not prompts:
         raise ThoughtError("prompts is empty; expected at least one.")
+    refused = [name for name in _REFUSED if name in (options or {})]
+    if refused:
+        raise ThoughtError(
+            f"generate: {refused[0]!r} is not supported: one sequence a prompt is written. Leave it out."
+        )
     device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     window = getattr(model.config.get_text_config(), "sliding_window", None)
@@ -128,11 +132,6 @@ def generate(
                         "Expected options of transformers' GenerationConfig."
                     ) from error
                 raise
-            if not isinstance(output, Tensor) or len(output) != len(members):
-                raise ThoughtError(
-                    f"generate: {dict(options or {})!r} does not give one sequence of tokens for each prompt. "
-                    "Leave out num_return_sequences, return_dict_in_generate and the like."
-                )
             for row, i in enumerate(members):
                 new = output[row, ids.shape[1] :].tolist()
                 ended = next((k for k, token in enumerate(new) if token in ends), None)

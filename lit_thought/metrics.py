@@ -46,7 +46,7 @@ class TextMatch(Metric):
 
     def compute(self) -> Tensor:
         """Matches ÷ pairs, 0-dim; NaN without pairs."""
-        return self.matches / self.total
+        return self.matches.double() / self.total
 
 
 def token_kl(reference: Tensor, logits: Tensor) -> Tensor:

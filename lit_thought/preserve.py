@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -72,8 +72,8 @@ def preservation(
 ) -> tuple[Preservation, bool]:
     """Load the matrices for these token windows from the cache, or compute them and keep them there.
 
-    The entry's name is a hash of everything that changes its content: the model's weights, the token ids, the
-    format. Sums are float64; the eigenvectors are stored in float32.
+    The entry's name is a hash of everything that changes its content: the model's weights and configuration,
+    the token ids, the format. Sums are float64; the eigenvectors are stored in float32.
 
     Args:
         model: the original, unpatched model.
@@ -92,6 +92,7 @@ def preservation(
         "format": _FORMAT,
         "model": model_name(model),
         "fingerprint": identity or fingerprint(model),
+        "config": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
         "dtype": str(model.dtype),
         "tokens": sum(map(len, windows)),
         "windows": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest(),
@@ -154,6 +155,11 @@ def _valid(folder: Path, manifest: dict[str, Any], blocks: Sequence[Block]) -> b
     """Whether an entry is complete and is what its name says; a damaged one is made anew."""
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return found == manifest and all(_file(folder, block).is_file() for block in blocks)
+        return found == manifest and all(_complete(_file(folder, block)) for block in blocks)
     except (OSError, ValueError, SafetensorError):
         return False
+
+
+def _complete(file: Path) -> bool:
+    with safe_open(file, framework="pt") as content:  # refuses a truncated file
+        return set(content.keys()) == {f"{name}.{part}" for name in SITES for part in ("values", "vectors")}

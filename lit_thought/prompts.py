@@ -345,19 +345,20 @@ class PromptTemplate:
         return messages
 
 
-def check_context(pair: TokenisedPair, limit: int, index: int) -> None:
+def check_context(pair: TokenisedPair, limit: int, index: int, room: int = 0) -> None:
     """Check that the longer of the two runs fits the model's context window.
 
     Args:
         pair: The tokenised pair.
         limit: The context window, in tokens.
         index: The pair's place among the pairs, for the message.
+        room: How many tokens (max_new_tokens) may yet be generated.
 
     Raises:
         ThoughtError: The instructed run is too long; says whether the instruction alone fills the window.
     """
     length = len(pair.instructed_ids)
-    if length <= limit:
+    if length + room <= limit:
         return
     chunk = length - len(pair.instructed_positions) - pair.sink
     if chunk >= limit:
@@ -365,8 +366,9 @@ def check_context(pair: TokenisedPair, limit: int, index: int) -> None:
             f"instruction: expected room for it in the model's context window of {limit} tokens, "
             f"but it alone has {chunk}; shorten it, or use a model with a longer window"
         )
+    to_come = f" and max_new_tokens={room}" if room else ""
     raise ThoughtError(
-        f"pairs[{index}]: expected at most {limit} tokens (the model's context window), got {length}, "
+        f"pairs[{index}]: expected at most {limit} tokens (the model's context window), got {length}{to_come}, "
         f"{chunk} of them the instruction; shorten input or output, lower max_new_tokens or leave it out"
     )
 

@@ -101,7 +101,7 @@ class StreamRunner:
             self._run_target(pair)
         if pair.plain is None:
             site, width = self.block.sites[self.site], pair.goals[self.site].shape[1]
-            return Observation(self._nothing(site.d_in), self._nothing(width), batch.weights)
+            return Observation(self._nothing(site.d_in), self._nothing(width), pair.batch.weights)
         last = self.site == self.sites[-1]
         self._fetch(pair.plain)
         output, readings = pair.plain.run(
@@ -115,7 +115,7 @@ class StreamRunner:
         delta = pair.goals[self.site].to(self.device).to(wide) - residual.to(wide)
         if last and output is not None:
             pair.after = (output.to(self.storage), reading.input.to(self.storage))
-        return Observation(reading.input.flatten(0, 1)[rows], delta, batch.weights)
+        return Observation(reading.input.flatten(0, 1)[rows], delta, pair.batch.weights)
 
     @torch.inference_mode()
     def finish(self, patch: LowRank) -> None:

@@ -245,7 +245,7 @@ def test_pad(side: str) -> None:
 
 
 def test_wrong_padding_side_is_refused() -> None:
-    with pytest.raises(ThoughtError, match="padding_side.*'middle'"):
+    with pytest.raises(ThoughtError, match=r"padding_side.*'middle'"):
         make_batches([pair_without_common_start(0)], 1, PAD, "middle")
 
 

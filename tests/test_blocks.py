@@ -88,12 +88,11 @@ def test_heads_narrower_than_the_model() -> None:
     [
         GPTNeoXConfig(**{k: v for k, v in TINY.items() if k not in ("num_key_value_heads", "head_dim")}),
         Gemma2Config(**TINY),
-        OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
-                  word_embed_proj_dim=16),
+        OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2),
         PhiConfig(**{k: v for k, v in TINY.items() if k != "head_dim"}),
     ],
     ids=lambda config: config.model_type,
-)  # fmt: skip
+)
 def test_other_architectures_are_refused_by_name(config: PreTrainedConfig) -> None:
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UnsupportedModelError, match=f"not supported yet: architecture '{config.model_type}'.*llama"):
@@ -108,7 +107,7 @@ def test_cross_attention_is_refused() -> None:
 
 def test_models_wrapped_by_peft_are_refused_and_accepted_once_unloaded() -> None:
     wrapped = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["down_proj"]))
-    with pytest.raises(UnsupportedModelError, match="wrapped by PEFT.*unload"):
+    with pytest.raises(UnsupportedModelError, match=r"wrapped by PEFT.*unload"):
         find_blocks(wrapped)
     with pytest.raises(UnsupportedModelError, match=r"PEFT|lora"):
         find_blocks(wrapped.base_model.model)

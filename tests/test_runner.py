@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -264,11 +264,7 @@ def test_negative_control() -> None:
     model, pairs = make_model("llama"), make_pairs()
     patches = make_patches(find_blocks(model), SITES)
     base = run(model, pairs, SITES, patches)[-1].cross
-    without_sink = [
-        TokenisedPair(p.plain_ids, p.instructed_ids, p.plain_positions, p.instructed_positions, False, p.output_span,
-                      p.exact)
-        for p in pairs
-    ]  # fmt: skip
+    without_sink = [replace(pair, sink=False) for pair in pairs]
     for other in (
         run(model, pairs, SITES, patches, "teacher-forced"),
         run(model, pairs, SITES, [LowRank(p.A, -p.B) for p in patches]),

@@ -264,7 +264,7 @@ def test_values_that_are_not_finite_are_refused_by_name(n: int, where: str, valu
     for prior in (False, True):
         problem = make_problem(n, ridge, prior)
         getattr(problem, where)[2, 3] = value
-        with pytest.raises(SingularSystemError, match="block 3, mlp_out: .*NaN or infinite"):
+        with pytest.raises(SingularSystemError, match=r"block 3, mlp_out: .*NaN or infinite"):
             problem.solve(rank=2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def gather(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype = torc
 def split(n: int, cuts: list[int], seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The ``n`` tokens cut into consecutive batches, some of which may be empty."""
     edges = [0, *sorted(cut % (n + 1) for cut in cuts), n]
-    return [tuple(x[start:stop] for x in tokens(n, seed)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [tuple(x[start:stop] for x in tokens(n, seed)) for start, stop in pairwise(edges)]
 
 
 def assert_sums(stats: Statistics, reference: tuple[np.ndarray, np.ndarray, float, float], tol: float = 1e-12) -> None:

@@ -124,15 +124,13 @@ def test_streams_equal_the_full_forward(family: str, lead: list[int], side: str,
     for i, row in enumerate(ROWS):
         reference = Reference(changed, lead + row)
         for block in blocks:
-            own = {key: value[len(lead) :] for key, value in (
-                ("entrance", reference.hidden_states[block.index]),
-                ("output", reference.exits[block.index]),
-                *((f"{name} input", reference.inputs[block.index, name]) for name in SITES),
-                *((f"{name} residual", reference.residual(block.index, name)) for name in SITES),
-            )}  # fmt: skip
-            assert seen[block.index][i].keys() == own.keys()
-            for key, expected in own.items():
-                assert_same(seen[block.index][i][key], expected)
+            whole = {"entrance": reference.hidden_states[block.index], "output": reference.exits[block.index]}
+            for name in SITES:
+                whole[f"{name} input"] = reference.inputs[block.index, name]
+                whole[f"{name} residual"] = reference.residual(block.index, name)
+            assert seen[block.index][i].keys() == whole.keys()
+            for key, expected in whole.items():
+                assert_same(seen[block.index][i][key], expected[len(lead) :])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

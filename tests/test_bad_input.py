@@ -1,0 +1,288 @@
+"""Bad input, through the public doors: a ThoughtError that names the argument, before the model has run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+from test_fit import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, adapter, evaluate, load_model, transmute
+from lit_thought.api import fit
+from lit_thought.errors import PatchError, SingularSystemError, ThoughtError, UnsupportedModelError
+from lit_thought.patch import ThoughtPatch
+
+TOKENIZER = make_tokenizer()
+DECODER = type(make_model().get_decoder())
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("malformed.jsonl").write_text('{"input": "hot"}\n\n{"input": "big",\n')
+    Path("no_input.jsonl").write_text('{"input": "hot"}\n{"output": "small"}\n')
+    Path("empty.jsonl").write_text("\n")
+    Path("taken").mkdir()
+    Path("taken/precious.txt").write_text("mine")
+
+
+@pytest.fixture
+def _no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any run of the model's blocks fails the test."""
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the model has run")
+
+    monkeypatch.setattr(DECODER, "forward", forward)
+
+
+# What is wrong, as arguments of transmute, and the beginning of the message
+FIT = [
+    ({"pairs": ()}, "pairs is empty"),
+    ({"pairs": []}, "pairs is empty"),
+    ({"pairs": "empty.jsonl"}, "pairs is empty"),
+    ({"pairs": "nothing.jsonl"}, r"pairs: .*nothing\.jsonl"),
+    ({"pairs": "malformed.jsonl"}, r"pairs: malformed JSON in malformed\.jsonl, line 3"),
+    ({"pairs": "no_input.jsonl"}, r"no_input\.jsonl, line 2: the required key 'input' is missing"),
+    ({"pairs": [{"output": "cold"}]}, r"pairs\[0\]: the required key 'input'"),
+    ({"pairs": [{"input": "hot", "answer": "cold"}]}, r"pairs\[0\]: unknown key 'answer'"),
+    ({"pairs": [{"input": 5}]}, r"pairs\[0\]: expected 'input' to be a string"),
+    ({"pairs": {"input": "hot"}}, "pairs: expected a path"),
+    ({"template": "Q: {question}\nA: {output}\n"}, r"template: expected the field \{input\}"),
+    ({"template": "Q: {input}\n"}, r"template: expected the field \{output\}"),
+    ({"template": "chatter"}, "template: expected"),
+    ({"template": None}, "template: expected"),
+    ({"instruction": None}, "instruction must be a text that is not empty"),
+    ({"instruction": ""}, "instruction must be a text that is not empty"),
+    ({"instruction": " \n"}, "instruction must be a text that is not empty"),
+    ({"instruction": 5}, "instruction must be a text that is not empty"),
+    ({"instruction": "hot " * 300}, "instruction: expected room for it in the model's context window of 256"),
+    ({"pairs": [*PAIRS, {"input": "hot " * 300, "output": "cold"}]}, r"pairs\[5\]: expected at most 256 tokens"),
+    ({"pairs": [*PAIRS, {"input": "hot"}], "max_new_tokens": 240}, r"pairs\[5\]: expected at most 256 tokens"),
+    ({"rank": 33}, "rank must be between 1 and 32, .*got 33"),
+    ({"rank": 0}, "rank must be between 1 and .*got 0"),
+    ({"rank": -2}, "rank must be between 1 and .*got -2"),
+    ({"rank": 1.5}, "rank must be an integer, a fraction .*got 1.5"),
+    ({"rank": 0.0}, "rank must be an integer, a fraction"),
+    ({"rank": math.nan}, "rank must be an integer, a fraction"),
+    ({"rank": True}, "rank must be an integer, a fraction .*got True"),
+    ({"rank": "16"}, "rank must be an integer, a fraction"),
+    ({"ridge": -1e-3}, "ridge must be a finite number ≥ 0; got -0.001"),
+    ({"ridge": math.nan}, "ridge must be a finite number ≥ 0; got nan"),
+    ({"ridge": math.inf}, "ridge must be a finite number"),
+    ({"ridge": "0.1"}, "ridge must be a finite number"),
+    ({"ridge": None}, "ridge must be a finite number"),
+    ({"preserve_weight": -1.0}, "preserve_weight must be a finite number ≥ 0; got -1.0"),
+    ({"preserve_weight": math.nan}, "preserve_weight must be a finite number"),
+    ({"preserve_tokens": 1}, "preserve_tokens must be a whole number of 2 or more; got 1"),
+    ({"preserve_tokens": 1e3}, "preserve_tokens must be a whole number"),
+    ({"preserve": "nothing.txt"}, "preserve='nothing.txt' cannot be read"),
+    ({"preserve": []}, "preserve must hold one or more texts"),
+    ({"preserve": 5}, "preserve must be a text file"),
+    ({"preserve": ["a"]}, "the unrelated text gives no window"),
+    ({"sites": ("mlp_in",)}, r"sites must name one or more of .*got \['mlp_in'\]"),
+    ({"sites": ()}, "sites must name one or more"),
+    ({"sites": ("mlp_out", "mlp_out")}, "sites must name one or more"),
+    ({"order": "parallel"}, "order must be one of .*got 'parallel'"),
+    ({"statistics_dtype": "bfloat16"}, "statistics_dtype must be .*got 'bfloat16'"),
+    ({"batch_size": 0}, "batch_size must be a whole number"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number"),
+    ({"answer_weight": 0}, "answer_weight must be a finite number above 0"),
+    ({"generate": {"num_beams": 3}, "pairs": [{"input": "hot"}]}, "generate: 'num_beams' is not supported"),
+]
+
+
+@pytest.mark.usefixtures("_no_forward")
+@pytest.mark.parametrize(("settings", "message"), FIT, ids=[str(settings)[:40] for settings, _ in FIT])
+def test_transmute(settings: dict[str, Any], message: str) -> None:
+    model = make_model()
+    untouched = Untouched(model)
+    arguments = {"instruction": INSTRUCTION, "pairs": PAIRS, "preserve": None, "progress": False, **settings}
+    with pytest.raises(ThoughtError, match=f"^{message}"):
+        transmute(model, TOKENIZER, **arguments)
+    untouched.check()
+
+
+@pytest.mark.usefixtures("_no_forward")
+def test_the_largest_rank_is_that_of_the_chosen_sites() -> None:
+    model = make_model()
+    model.model.layers[1].self_attn.o_proj = torch.nn.Linear(20, 32)
+    for sites, limit in ((("attn_out", "mlp_out"), 20), (("attn_out",), 20), (("mlp_out",), 32)):
+        with pytest.raises(ThoughtError, match=f"rank must be between 1 and {limit},"):
+            make_patch(model, sites=sites, rank=33)
+
+
+@pytest.mark.usefixtures("_no_forward")
+def test_output_folder_is_checked_first() -> None:
+    with pytest.raises(ThoughtError, match=r"path='taken' is a folder that is not empty.*overwrite=True"):
+        ThoughtCallback(output_dir="taken")
+    with pytest.raises(ThoughtError, match="is a file; expected a folder"):
+        ThoughtCallback(output_dir="taken/precious.txt", overwrite=True)
+    ThoughtCallback(output_dir="taken", overwrite=True)
+    assert Path("taken/precious.txt").read_text() == "mine"
+
+
+def opt() -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    return OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16))
+
+
+def quantised() -> PreTrainedModel:
+    model = make_model()
+    model.model.layers[1].mlp.down_proj = torch.nn.Bilinear(2, 2, 2)  # stands for any layer that is not plain
+    return model
+
+
+@pytest.mark.usefixtures("_no_forward")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (opt, "not supported yet: architecture 'opt'"),
+        (quantised, r"not supported yet: model\.layers\.1\.mlp\.down_proj"),
+    ],
+)
+def test_unsupported_models(make: Callable[[], PreTrainedModel], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    monkeypatch.setattr(type(model.get_decoder()), "forward", DECODER.forward)
+    with pytest.raises(UnsupportedModelError, match=message):
+        make_patch(model)
+    with pytest.raises(ThoughtError, match="model must be a transformers causal LM; got str"):
+        transmute("smollm2", TOKENIZER, INSTRUCTION, PAIRS)  # type: ignore[arg-type]
+
+
+def test_unknown_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, message in (
+        ("no-such-model-anywhere", "name='no-such-model-anywhere'"),
+        (tmp_path / "nowhere", "there is none"),
+        ("taken/precious.txt", "is a file"),
+        (tmp_path / "taken", r"without a config\.json"),
+        ("", "name is empty"),
+    ):
+        with pytest.raises(ThoughtError, match=message):
+            load_model(name)
+    with pytest.raises(ThoughtError, match="dtype='int8'"):
+        load_model("smollm2", dtype="int8")
+
+
+# --- numbers that are not ----------------------------------------------------------------------------------
+
+
+def poison(model: PreTrainedModel, path: str, value: float = math.nan) -> None:
+    with torch.no_grad():
+        model.get_submodule(path).weight[1, 2] = value
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("model.embed_tokens", "block 0, attn_out"),
+        ("model.layers.0.self_attn.v_proj", "block 0, attn_out"),
+        ("model.layers.1.self_attn.o_proj", "block 1, attn_out"),
+        ("model.layers.1.mlp.up_proj", "block 1, mlp_out"),
+        ("model.layers.2.mlp.down_proj", "block 2, mlp_out"),
+    ],
+)
+def test_nan_in_the_weights(path: str, place: str, dtype: torch.dtype) -> None:
+    model = make_model("llama", dtype)
+    if path == "model.embed_tokens":
+        with torch.no_grad():
+            model.get_submodule(path).weight[:, 2] = math.nan
+    else:
+        poison(model, path)
+    untouched = Untouched(model)
+    with pytest.raises(SingularSystemError, match=f"^{place}: the activations contain NaN"):
+        make_patch(model)
+    untouched.check()
+
+
+def test_activations_that_overflow() -> None:
+    model = make_model("llama", torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    untouched = Untouched(model)
+    with pytest.raises(SingularSystemError, match=r"^block 1, mlp_out: .*float16 overflows"):
+        make_patch(model)
+    untouched.check()
+
+
+def test_nan_on_the_text_to_preserve(tmp_path: Path) -> None:
+    model = make_model()
+    poison(model, "model.layers.1.mlp.up_proj")
+    with pytest.raises(ThoughtError, match=r"^preserve: block 1 gives NaN"):
+        make_patch(model, preserve=TEXTS, cache_dir=tmp_path / "kept")
+    assert list((tmp_path / "kept").iterdir()) == []  # nothing half-made is kept
+
+
+def test_no_ridge_and_too_few_tokens() -> None:
+    with pytest.raises(SingularSystemError, match=r"^block 0, attn_out: the system is singular .*Use ridge > 0"):
+        make_patch(make_model(), pairs=PAIRS[:1], ridge=0)
+
+
+def test_a_model_whose_weights_all_vanish() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+    with pytest.raises(SingularSystemError, match=r"^block 0, attn_out: all inputs of the layer are zero"):
+        make_patch(model)
+
+
+# --- patches and folders -----------------------------------------------------------------------------------
+
+
+def test_a_patch_of_another_model(request: pytest.FixtureRequest) -> None:
+    patch = make_patch(make_model("llama", seed=1), rank=2)
+    other = make_model("llama", seed=2)
+    untouched = Untouched(other)
+    request.getfixturevalue("_no_forward")
+    with pytest.raises(PatchError, match="this patch was made for"):
+        patch.apply_(other)
+    with pytest.raises(PatchError, match="this patch was made for"):
+        evaluate(other, TOKENIZER, patch, instruction=INSTRUCTION, pairs=PAIRS, progress=False)
+    with pytest.raises(PatchError, match=r"model\.layers"):
+        patch.apply_(make_model("gpt2"), check=False)
+    untouched.check()
+
+
+def test_adapter_folder_with_a_missing_tensor() -> None:
+    model = make_model()
+    make_patch(model, rank=2).save_adapter("out")
+    tensors = load_file("out/adapter_model.safetensors")
+    lost = next(key for key in tensors if key.endswith("lora_B.weight"))
+    save_file({key: value for key, value in tensors.items() if key != lost}, "out/adapter_model.safetensors")
+    for load in (ThoughtPatch.load, lambda path: evaluate(model, TOKENIZER, path, instruction="a", pairs=PAIRS)):
+        with pytest.raises(PatchError, match=r"adapter_model\.safetensors lacks 1 of the tensors") as raised:
+            load("out")
+        assert lost in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["save_file", "_write_json", "model_card"])
+def test_interrupted_save(step: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = make_patch(make_model(), rank=2)
+    patch.save_adapter("out")
+    before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    here = set(Path().iterdir())
+    monkeypatch.setattr(adapter, step, fail_at(1, error, getattr(adapter, step)))
+    with pytest.raises(type(error)):
+        (2 * patch).save_adapter("out", overwrite=True)
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == before
+    assert set(Path().iterdir()) == here
+
+
+def test_interrupted_fit_keeps_the_old_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    thought = ThoughtCallback(preserve=None, output_dir="taken", overwrite=True)
+    monkeypatch.setattr(adapter, "model_card", fail_at(1, OSError("disk full"), adapter.model_card))
+    with pytest.raises(OSError, match="disk full"):
+        fit(ThoughtModule(make_model(), TOKENIZER), PairDataModule(PAIRS, INSTRUCTION), thought, progress=False)
+    assert [file.name for file in Path("taken").iterdir()] == ["precious.txt"]
