@@ -90,8 +90,8 @@ def make_batches(
         pairs: tokenised pairs.
         batch_size: pairs a batch.
         pad_id: any token id.
-        padding_side: "right" or "left"; a patch does not depend on it, unless the model's attention has a sliding
-            window, which padding on the left would fill.
+        padding_side: on which side of the shorter sequences the padding goes, always the right one after a lead;
+            the patch does not depend on it.
         groups: one hashable key a pair (its instruction); only pairs of one group share a lead.
         answer_weight: weight of the output's tokens and of the token before them; others weigh 1.
 

@@ -40,6 +40,7 @@ def word_tasks(
     test: int = 100,
     max_new_tokens: int = 12,
     out: str = "recipes/results/word_tasks",
+    done: Sequence[str] = (),
 ) -> None:
     """Fit and test every task, seed and choice of sites.
 
@@ -54,10 +55,19 @@ def word_tasks(
         test: most pairs to test on.
         max_new_tokens: longest output.
         out: path of the two result files, without suffix.
+        done: JSON files of earlier runs with the same settings, which are taken over instead of repeated; so that
+            seeds can be spread over processes.
     """
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
+    settings, versions = None, None
+    for record in (json.loads(Path(file).read_text(encoding="utf-8")) for file in done):
+        runs += record["runs"]
+        settings, versions = record["settings"], record["versions"]
+    finished = {(run["task"], run["seed"]) for run in runs}
     for task, seed in product(tasks, seeds):
+        if (Path(task).stem, seed) in finished:
+            continue
         split = load_split(task, seed, shots, fit, test)
         common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
         evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
@@ -73,7 +83,7 @@ def word_tasks(
                 f"fidelity {result['fidelity']:.2f}, perplexity × {result['perplexity_ratio']:.3f}",
                 flush=True,
             )
-    settings = patch.provenance["settings"]
+            settings, versions = patch.provenance["settings"], patch.provenance["versions"]
     table = _table(runs, sites)
     print("\n" + table)
     record = {
@@ -81,7 +91,7 @@ def word_tasks(
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "settings": settings,
-        "versions": patch.provenance["versions"],
+        "versions": versions,
         "runs": runs,
     }
     header = (

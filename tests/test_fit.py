@@ -6,6 +6,7 @@ import datetime
 import json
 import signal
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,8 @@ def make_patch(
     instruction: str | None = INSTRUCTION,
     **settings: Any,
 ) -> ThoughtPatch:
-    return transmute(
-        model, tokenizer, instruction, pairs, **{"preserve": None, "rank": None, "progress": False, **settings}
-    )
+    usual = {"preserve": None, "rank": None, "ridge": 1e-2, "answer_weight": 1.0, "progress": False}
+    return transmute(model, tokenizer, instruction, pairs, **{**usual, **settings})
 
 
 @torch.no_grad()
@@ -257,7 +257,6 @@ def test_each_pair_may_have_its_own_instruction() -> None:
 
 def test_answer_weight_counts_the_outputs_tokens_more() -> None:
     model = make_model()
-    assert identical(make_patch(model), make_patch(model, answer_weight=1.0))
     heavier = make_patch(model, answer_weight=5.0)
     assert distance(make_patch(model), heavier) > 1e-3
     weights = [5 if a <= p < b else 1 for t in tokenised() for a, b in [answer(t)] for p in range(len(t.plain_ids))]
@@ -336,7 +335,14 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
     model = make_model()
     model.name_or_path = "tiny/llama"
     patch = make_patch(
-        model, pairs=[*PAIRS, {"input": "dog"}], rank=3, ridge=0.1, max_new_tokens=4, preserve=TEXTS, preserve_tokens=40
+        model,
+        pairs=[*PAIRS, {"input": "dog"}],
+        rank=3,
+        ridge=0.1,
+        max_new_tokens=4,
+        preserve=TEXTS,
+        preserve_weight=0.5,
+        preserve_tokens=40,
     )
     known = patch.provenance
     assert json.loads(json.dumps(known, allow_nan=False)) == known
@@ -350,7 +356,7 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         "order": "sequential",
         "rank": 3,
         "ridge": 0.1,
-        "preserve_weight": 1.0,
+        "preserve_weight": 0.5,
         "preserve_tokens": 40,
         "statistics_dtype": "float64",
         "pairs": 6,
@@ -430,15 +436,19 @@ def make_trainer(thought: ThoughtCallback, **settings: Any) -> Trainer:
     )
 
 
+def make_data() -> PairDataModule:
+    return PairDataModule(PAIRS, INSTRUCTION, answer_weight=1.0)
+
+
 def train(model: PreTrainedModel, thought: ThoughtCallback, **settings: Any) -> Trainer:
     trainer = make_trainer(thought, **settings)
-    trainer.fit(ThoughtModule(model, TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION))
+    trainer.fit(ThoughtModule(model, TOKENIZER), datamodule=make_data())
     return trainer
 
 
 def test_trainer_makes_the_patch_that_transmute_makes() -> None:
     model = make_model()
-    thought = ThoughtCallback(preserve=None, rank=4)
+    thought = ThoughtCallback(preserve=None, ridge=1e-2, rank=4)
     trainer = train(model, thought)
     assert trainer.current_epoch == 6
     assert thought.patch is not None
@@ -446,8 +456,16 @@ def test_trainer_makes_the_patch_that_transmute_makes() -> None:
     assert set(thought.stopwatch.seconds) >= {"forward", "statistics", "solve", "patch"}
 
 
+def test_transmute_has_the_defaults_of_the_classes() -> None:
+    of = {owner: signature(owner).parameters for owner in (transmute, ThoughtCallback, PairDataModule)}
+    own = {"output_dir", "overwrite", "pairs"}  # required, or not for a function that returns the patch
+    for owner in (ThoughtCallback, PairDataModule):
+        for name in of[owner].keys() - own:
+            assert of[transmute][name].default == of[owner][name].default, name
+
+
 def test_a_callback_can_be_used_again() -> None:
-    thought = ThoughtCallback(preserve=None, rank=4)
+    thought = ThoughtCallback(preserve=None, ridge=1e-2, rank=4)
     train(make_model("llama", seed=1), thought)
     first = thought.patch
     train(make_model("llama", seed=2), thought)
@@ -491,7 +509,7 @@ def test_module_data_and_callback_belong_together() -> None:
         )
     with pytest.raises(ThoughtError, match="ThoughtCallback"):
         make_trainer(ThoughtCallback(preserve=None), callbacks=[]).fit(
-            ThoughtModule(make_model(), TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION)
+            ThoughtModule(make_model(), TOKENIZER), datamodule=make_data()
         )
     with pytest.raises(ThoughtError, match="model must be a transformers causal LM; got Linear"):
         ThoughtModule(nn.Linear(2, 2), TOKENIZER)  # type: ignore[arg-type]
@@ -530,10 +548,11 @@ def test_no_weight_is_no_preservation(tmp_path: Path) -> None:
 def test_preservation_is_computed_once_for_each_model_and_text(tmp_path: Path) -> None:
     cached = []
     patches = []
-    for seed, texts in ((0, TEXTS), (0, TEXTS), (0, TEXTS[:1]), (1, TEXTS), (1, TEXTS)):
-        thought = ThoughtCallback(preserve=texts, cache_dir=tmp_path / "kept")
+    one, other = TEXTS[:1], TEXTS[1:]  # of which as many tokens are used
+    for seed, texts in ((0, one), (0, one), (0, other), (1, one), (1, one)):
+        thought = ThoughtCallback(preserve=texts, preserve_tokens=30, cache_dir=tmp_path / "kept")
         model = make_model("llama", torch.float32, seed)
-        patches.append(fit(ThoughtModule(model, TOKENIZER), PairDataModule(PAIRS, INSTRUCTION), thought, False))
+        patches.append(fit(ThoughtModule(model, TOKENIZER), make_data(), thought, False))
         cached.append(thought.preserve_cached)
     assert cached == [False, True, False, False, True]
     assert identical(patches[0], patches[1])
@@ -566,6 +585,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
         (callback.StreamRunner, "finish", 2),
         (callback.StreamRunner, "observe", 5),
         (adapter, "save_file", 1),
+        (PairDataModule, "prepare", 1),
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError("pulled the plug"), KeyboardInterrupt("ctrl-c")])
@@ -579,7 +599,7 @@ def test_a_failing_fit_leaves_nothing_behind(
     module = ThoughtModule(model, TOKENIZER)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(type(error), match=str(error) if isinstance(error, RuntimeError) else None):
-        fit(module, PairDataModule(PAIRS, INSTRUCTION), thought, progress=False)
+        fit(module, make_data(), thought, progress=False)
     assert signal.getsignal(signal.SIGINT) is handler
     untouched.check()
     assert module.runner is None  # or the streams would stay in memory
@@ -597,9 +617,9 @@ def test_failing_in_the_middle_of_a_block_removes_the_hooks(monkeypatch: pytest.
 
 
 def test_output_dir_holds_the_patch_at_the_end(tmp_path: Path) -> None:
-    thought = ThoughtCallback(preserve=None, rank=4, output_dir=tmp_path / "out")
+    thought = ThoughtCallback(preserve=None, ridge=1e-2, rank=4, output_dir=tmp_path / "out")
     model = make_model()
-    patch = fit(ThoughtModule(model, TOKENIZER), PairDataModule(PAIRS, INSTRUCTION), thought, progress=False)
+    patch = fit(ThoughtModule(model, TOKENIZER), make_data(), thought, progress=False)
     loaded = ThoughtPatch.load(tmp_path / "out", model)
     assert identical(patch, loaded)
     assert loaded.provenance == patch.provenance

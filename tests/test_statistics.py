@@ -159,6 +159,10 @@ def test_bfloat16_inputs_are_summed_in_the_dtype_of_the_sums(n: int, dtype: torc
     stats = gather(parts, dtype)
     assert stats.gram.dtype == stats.cross.dtype == dtype
     assert_sums(stats, loop(a.bfloat16(), delta.bfloat16(), weights), tol)  # what bfloat16 rounds off stays off
+    unweighted = Statistics(D_IN, D_OUT, dtype)
+    for part in parts:
+        unweighted.update(*part[:2])
+    assert_sums(unweighted, loop(a.bfloat16(), delta.bfloat16(), torch.ones(n)), tol)
 
 
 def test_float32_sums_are_float32() -> None:
