@@ -129,6 +129,8 @@ class ThoughtCallback(Callback):
                 f"max_epochs={allowed} is too few: {len(blocks)} blocks × {len(self.sites)} sites need {stages}. "
                 "Use Trainer(max_epochs=-1); the callback stops the run after the last one."
             )
+        if (trainer.min_epochs or 0) > stages:
+            raise ThoughtError(f"min_epochs={trainer.min_epochs} is too many: the fit ends after {stages} epochs.")
         if trainer.world_size > 1:
             raise ThoughtError(
                 f"not supported yet: a fit on {trainer.world_size} processes. Use Trainer(devices=1, num_nodes=1)."
@@ -154,12 +156,13 @@ class ThoughtCallback(Callback):
         self.stopwatch = Stopwatch()
         show = trainer.progress_bar_callback is not None
         blocks = find_blocks(model)
-        data.check(model, tokenizer)
+        with self.stopwatch("prepare"):
+            prompts = data.check(model, tokenizer)
         with self.stopwatch("preserve"):
             identity = fingerprint(model)
             self._load_preservation(model, tokenizer, blocks, identity, show)
         with self.stopwatch("prepare"):
-            data.prepare(model, tokenizer, progress=show)
+            data.prepare(model, tokenizer, prompts, progress=show)
         pl_module.runner = StreamRunner(model, blocks, self.sites, self.order, self.offload)
         self._provenance = self._describe(model, blocks, identity, data)
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought.batches import PairBatch, make_batches
 from lit_thought.data_files import load_pairs
 from lit_thought.errors import ThoughtError
-from lit_thought.generate import generate
+from lit_thought.generate import Generation, generate
 from lit_thought.prompts import PromptTemplate, TokenisedPair, check_context
 
-__all__ = ["PairDataModule", "check_counts", "context_window", "generate_outputs", "pair_instructions"]
+__all__ = ["PairDataModule", "check_counts", "context_window", "pair_instructions"]
 
 DEFAULT_TEMPLATE = "Q: {input}\nA: {output}\n"
 
@@ -82,37 +82,45 @@ class PairDataModule(LightningDataModule):
         self.tokenised: list[TokenisedPair] = []
         self.batches: list[PairBatch] = []
 
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenise every prompt and refuse one that overflows the context window, before any long work."""
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedPair]:
+        """Tokenise every prompt, with its output where it has one, before any long work.
+
+        Raises:
+            ThoughtError: when one overflows the context window, counting what may yet be generated.
+        """
         limit = context_window(model)
+        prompts = []
         for index, (pair, instruction) in enumerate(zip(self.pairs, self.instructions, strict=True)):
             tokens = self.template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
-            room = 0 if "output" in pair else self.max_new_tokens
-            check_context(tokens, limit, index, room)
+            check_context(tokens, limit, index, 0 if "output" in pair else self.max_new_tokens)
+            prompts.append(tokens)
+        return prompts
 
-    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> None:
-        """Write the missing outputs with the instructed model, tokenise, align and batch all pairs."""
-        self.check(model, tokenizer)
-        written = generate_outputs(
-            model,
-            tokenizer,
-            self.template,
-            self.pairs,
-            self.instructions,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-            options=self.generate_options,
-            progress=progress,
-        )
-        self.outputs = [text for text, _ in written]
-        self.tokenised = [
-            self.template.tokenise(tokenizer, instruction, pair["input"], text, finished)
-            for pair, instruction, (text, finished) in zip(self.pairs, self.instructions, written, strict=True)
-        ]
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenisedPair] | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Write the missing outputs with the instructed model, align and batch all pairs.
+
+        Args:
+            model: the instructed model.
+            tokenizer: its tokenizer.
+            prompts: what :meth:`check` returned for them, where it was called already.
+            progress: show a progress bar.
+        """
+        checked = self.check(model, tokenizer) if prompts is None else prompts
+        written = self._write_missing(model, tokenizer, checked, progress)
+        self.outputs = [written[i].text if i in written else self.pairs[i]["output"] for i in range(len(self.pairs))]
+        self.tokenised = list(checked)
         limit = context_window(model)
-        for index, tokens in enumerate(self.tokenised):
+        for index, generation in written.items():
+            instruction, text = self.instructions[index], self.pairs[index]["input"]
+            tokens = self.template.tokenise(tokenizer, instruction, text, generation.text, generation.finished)
             check_context(tokens, limit, index)
+            self.tokenised[index] = tokens
         self.batches = make_batches(
             self.tokenised,
             self.batch_size,
@@ -121,6 +129,37 @@ class PairDataModule(LightningDataModule):
             self.instructions,
             self.answer_weight,
         )
+
+    def _write_missing(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenisedPair],
+        progress: bool,
+    ) -> dict[int, Generation]:
+        """What the instructed model writes where an output is missing; pairs with one instruction share its run."""
+        missing: dict[str, list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            if "output" not in pair:
+                missing.setdefault(self.instructions[i], []).append(i)
+        total = sum(map(len, missing.values()))
+        written: dict[int, Generation] = {}
+        with tqdm(total=total, desc="Generating outputs", unit="pair", disable=not progress or total == 0) as bar:
+            for members in missing.values():
+                before = bar.n
+                outputs = generate(
+                    model,
+                    tokenizer,
+                    [prompts[i].instructed_ids for i in members],
+                    stop=self.template.stop,
+                    max_new_tokens=self.max_new_tokens,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                    progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
+                    options=self.generate_options,
+                )
+                written |= zip(members, outputs, strict=True)
+        return written
 
     def train_dataloader(self) -> DataLoader:
         """The aligned batches, each lead before the batches that follow it, in the same order every epoch."""
@@ -159,47 +198,3 @@ def check_counts(**counts: int) -> None:
 def context_window(model: PreTrainedModel) -> int:
     """The longest sequence the model was made for, in tokens."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-
-
-def generate_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
-    pairs: Sequence[Mapping[str, str]],
-    instructions: Sequence[str],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    progress: bool = False,
-) -> list[tuple[str, bool]]:
-    """The output of each pair and whether it is complete: the given one, or what the instructed model writes.
-
-    Pairs with the same instruction share one run of it.
-    """
-    results: dict[int, tuple[str, bool]] = {
-        i: (pair["output"], True) for i, pair in enumerate(pairs) if "output" in pair
-    }
-    missing: dict[str, list[int]] = {}
-    for i in range(len(pairs)):
-        if i not in results:
-            missing.setdefault(instructions[i], []).append(i)
-    total = sum(map(len, missing.values()))
-    with tqdm(total=total, desc="Generating outputs", unit="pair", disable=not progress or total == 0) as bar:
-        for instruction, members in missing.items():
-            prompts = [template.tokenise(tokenizer, instruction, pairs[i]["input"]).instructed_ids for i in members]
-            before = bar.n
-            texts = generate(
-                model,
-                tokenizer,
-                prompts,
-                stop=template.stop,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                options=options,
-                progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
-            )
-            results.update({i: (g.text, g.finished) for i, g in zip(members, texts, strict=True)})
-    return [results[i] for i in range(len(pairs))]

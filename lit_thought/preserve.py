@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.batches import pad
 from lit_thought.blocks import SITES, Block
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import SingularSystemError
 from lit_thought.files import atomic_folder
 from lit_thought.models import fingerprint, model_name
 from lit_thought.solve import Prior
@@ -135,7 +135,7 @@ def _compute(
         tensors = {}
         for name, gram in grams.items():
             if not bool(torch.isfinite(gram).all()):
-                raise ThoughtError(
+                raise SingularSystemError(
                     f"preserve: block {block.index} gives NaN or infinite activations on the unrelated text. "
                     "Check the model's weights and dtype."
                 )

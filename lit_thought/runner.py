@@ -59,7 +59,7 @@ class StreamRunner:
         blocks: its blocks.
         sites: sites to patch, in forward order.
         order: ``"sequential"``: each block's plain run has been through the blocks patched so far;
-            ``"teacher-forced"``: each block's compared tokens enter as in the target run.
+            ``"teacher-forced"``: each block's compared tokens enter as they left the block before in the target run.
         offload: keep streams on the CPU between uses, where the model is on another device.
     """
 

@@ -66,7 +66,8 @@ class Solution:
             ``error_after``: the same predicted with the patch of rank r;
             ``rank``: r; ``tokens``; ``ridge_scale``: s;
             ``effective_rank``: tr Z / s, the participation ratio of Z's eigenvalues;
-            ``condition``: of M, from Z's largest eigenvalue (Rayleigh–Ritz) over the ridge λ s;
+            ``condition``: of M: Z's largest eigenvalue (Rayleigh–Ritz) over the ridge λ s, an upper bound that is
+            sharp where Z is singular; without a ridge a lower bound, from the Cholesky pivots;
             ``truncation_loss``: share of the full-rank patch's gain that rank r gives up;
             ``norm``: ‖ΔW‖_F.
     """

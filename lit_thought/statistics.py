@@ -31,7 +31,7 @@ class Statistics:
         d_out: size of δ, the residual stream.
         dtype: dtype of the sums, float64 (default) or float32; never lower, whatever the model's dtype.
         weight: Σ wᵢ.
-        tokens: how many tokens were added.
+        tokens: rows added; a token that several pairs share is one row with their joint weight.
         energy: Σ wᵢ ‖δᵢ‖², what a patch has to explain (a 0-dim tensor once tokens were added).
 
     Example:

@@ -32,12 +32,12 @@ def sweep(
     out: str = "recipes/results/sweep",
     model: str = "smollm2",
     tasks: Sequence[str] = SIX_TASKS,
-    seeds: Sequence[int] = (0, 1, 2),
-    sites: Sequence[str] = ("both", "attn_out", "mlp_out"),
-    preserve_weights: Sequence[float] = (0.1, 0.3, 1.0, 3.0),
+    seeds: Sequence[int] = (0,),
+    sites: Sequence[str] = ("both",),
+    preserve_weights: Sequence[float] = (1.0, 3.0, 10.0),
     preserve_tokens: Sequence[int] = (9000,),
-    ridges: Sequence[float] = (0.003, 0.01, 0.03),
-    answer_weights: Sequence[float] = (1.0, 5.0),
+    ridges: Sequence[float] = (0.01, 0.03, 0.1),
+    answer_weights: Sequence[float] = (1.0, 10.0),
     ranks: Sequence[int] = (16,),
 ) -> None:
     """Fit and score every combination of settings on every task and seed.
