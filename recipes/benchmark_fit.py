@@ -26,12 +26,11 @@ from typing import Any
 import jsonargparse
 import psutil
 import torch
-from tasks import TEMPLATE, load_split
+from tasks import TEMPLATE, load_split, write_results
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
 from lit_thought.api import fit
 from lit_thought.blocks import find_decoder
-from lit_thought.files import atomic_file
 from lit_thought.streams import forward_inputs, lead_cache
 
 
@@ -197,9 +196,7 @@ def _report(rows: list[dict[str, Any]], preserve: float | None, lm: Any, out: Pa
     table = "\n".join(lines)
     print(table)
     record = {"rows": rows, "preserve_seconds_once": preserve, "environment": environment, "settings": settings}
-    for suffix, content in ((".md", table), (".json", json.dumps(record, indent=1) + "\n")):
-        with atomic_file(out.with_suffix(suffix)) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    write_results(out, table, record)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ are measured on them. The preservation text's first three quarters are preserved
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import product
@@ -19,13 +18,10 @@ from statistics import mean
 from typing import Any
 
 import jsonargparse
-from tasks import SIX_TASKS, TEMPLATE, load_split
+from tasks import SITES, SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import load_model, transmute
 from lit_thought.evaluation import Evaluation
-from lit_thought.files import atomic_file
-
-SITES = {"both": ("attn_out", "mlp_out"), "attn_out": ("attn_out",), "mlp_out": ("mlp_out",)}
 
 
 def sweep(
@@ -128,9 +124,7 @@ def _write(out: Path, scores: dict[tuple, list[dict[str, Any]]]) -> None:
         lines.append("| " + " | ".join(cells) + " |")
     table = "\n".join(lines) + "\n"
     print(table)
-    for suffix, content in ((".md", table), (".json", json.dumps(rows, indent=1) + "\n")):
-        with atomic_file(out.with_suffix(suffix)) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    write_results(out, table, rows)
 
 
 if __name__ == "__main__":

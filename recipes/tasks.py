@@ -1,12 +1,15 @@
-"""Word-level tasks: ten demonstrations as the instruction, other inputs to fit and to test on."""
+"""What the recipes share: word-level tasks, choices of sites, result files."""
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lit_thought.data_files import load_pairs
+from lit_thought.files import atomic_file
 
 DATA = Path(__file__).parent / "data"
 SIX_TASKS = (
@@ -18,6 +21,7 @@ SIX_TASKS = (
     "function_vectors/capitalize",
 )
 TEMPLATE = "Q: {input}\nA: {output}\n"
+SITES = {"both": ("attn_out", "mlp_out"), "attn_out": ("attn_out",), "mlp_out": ("mlp_out",)}
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,10 @@ def load_split(task: str, seed: int, shots: int = 10, fit: int = 30, test: int =
     return Split(
         Path(task).stem, instruction, [{"input": pair["input"]} for pair in rest[:fit]], rest[fit : fit + test]
     )
+
+
+def write_results(out: str | Path, table: str, record: Any) -> None:
+    """Write a Markdown table and a JSON record to ``out`` with the suffixes .md and .json."""
+    for suffix, content in ((".md", table), (".json", json.dumps(record, indent=1) + "\n")):
+        with atomic_file(Path(out).with_suffix(suffix)) as temporary:
+            temporary.write_text(content, encoding="utf-8")

@@ -20,13 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonargparse
-from tasks import SIX_TASKS, TEMPLATE, load_split
+from tasks import SITES, SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import load_model, transmute
 from lit_thought.evaluation import Evaluation
-from lit_thought.files import atomic_file
-
-SITES = {"both": ("attn_out", "mlp_out"), "attn_out": ("attn_out",), "mlp_out": ("mlp_out",)}
 
 
 def word_tasks(
@@ -97,9 +94,7 @@ def word_tasks(
     header = (
         f"`python recipes/word_tasks.py` on {model}, commit {record['commit']}; settings: `{json.dumps(settings)}`\n\n"
     )
-    for suffix, content in ((".md", header + table), (".json", json.dumps(record, indent=1) + "\n")):
-        with atomic_file(Path(out).with_suffix(suffix)) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    write_results(out, header + table, record)
 
 
 def _size(patch: Any) -> int:
