@@ -58,9 +58,11 @@ def word_tasks(
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
     settings, versions = None, None
+    commits: list[str] = []
     for record in (json.loads(Path(file).read_text(encoding="utf-8")) for file in done):
         runs += record["runs"]
         settings, versions = record["settings"], record["versions"]
+        commits.append(record["commit"])
     finished = {(run["task"], run["seed"]) for run in runs}
     for task, seed in product(tasks, seeds):
         if (Path(task).stem, seed) in finished:
@@ -80,12 +82,14 @@ def word_tasks(
                 f"fidelity {result['fidelity']:.2f}, perplexity × {result['perplexity_ratio']:.3f}",
                 flush=True,
             )
+            commits.append(_commit())
             settings, versions = patch.provenance["settings"], patch.provenance["versions"]
+    settings = {key: value for key, value in (settings or {}).items() if key != "sites"}
     table = _table(runs, sites)
     print("\n" + table)
     record = {
         "model": model,
-        "commit": _commit(),
+        "commit": ", ".join(dict.fromkeys(commits)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "settings": settings,
         "versions": versions,
