@@ -16,8 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from lit_thought.alignment import TokenisedPair
 from lit_thought.errors import ThoughtError
-from lit_thought.prompts import TokenisedPair
 from lit_thought.streams import TokenBatch
 
 __all__ = ["PairBatch", "make_batches", "pad"]

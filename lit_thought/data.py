@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.alignment import TokenisedPair, check_context
 from lit_thought.batches import PairBatch, make_batches
 from lit_thought.data_files import load_pairs
 from lit_thought.errors import ThoughtError
 from lit_thought.generate import Generation, generate
-from lit_thought.prompts import PromptTemplate, TokenisedPair, check_context
+from lit_thought.prompts import PromptTemplate
 
 __all__ = ["PairDataModule", "check_counts", "context_window", "pair_instructions"]
 

@@ -15,6 +15,7 @@ from torchmetrics.text import Perplexity
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.alignment import check_context
 from lit_thought.batches import PairBatch, make_batches, pad
 from lit_thought.data import DEFAULT_TEMPLATE, check_counts, context_window, pair_instructions
 from lit_thought.data_files import load_pairs
@@ -22,7 +23,7 @@ from lit_thought.files import atomic_file
 from lit_thought.generate import Generation, generate
 from lit_thought.metrics import TextMatch, TokenDivergence
 from lit_thought.patch import ThoughtPatch
-from lit_thought.prompts import PromptTemplate, check_context
+from lit_thought.prompts import PromptTemplate
 from lit_thought.streams import forward_inputs, lead_cache
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from lit_thought.alignment import TokenisedPair
 from lit_thought.batches import PairBatch, common_prefix, make_batches, pad
 from lit_thought.errors import ThoughtError
-from lit_thought.prompts import PromptTemplate, TokenisedPair
+from lit_thought.prompts import PromptTemplate
 from lit_thought.streams import TokenBatch
 
 PAD = 499  # no token of the tokenizer

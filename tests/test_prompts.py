@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_thought import prompts
+from lit_thought import alignment
+from lit_thought.alignment import TokenisedPair, check_context
 from lit_thought.errors import ThoughtError
-from lit_thought.prompts import PromptTemplate, TokenisedPair, check_context
+from lit_thought.prompts import PromptTemplate
 
 QA = PromptTemplate()
 DEMOS = "Q: big\nA: small\nQ: up\nA: down\n"
@@ -177,7 +178,7 @@ def test_merge_over_the_chunks_place_aligns_prefix_and_suffix(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plain text has ``" pirate"`` where the instructed one has ``" pi" … "rate"``."""
-    monkeypatch.setattr(prompts, "_warned", set())
+    monkeypatch.setattr(alignment, "_warned", set())
     template = PromptTemplate("a pi{instruction}rate\nQ: {input}\nA: {output}\n")
     for _ in range(2):
         pair = template.tokenise(WITHOUT_BOS, " a pirate\nQ: hot, ", "hot", "cold")
@@ -260,7 +261,7 @@ def render(tokenizer: PreTrainedTokenizerFast, *messages: tuple[str, str], promp
 
 def test_chat_with_a_default_system_message(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a system message the template writes one of its own: it stays, and is not compared."""
-    monkeypatch.setattr(prompts, "_warned", set())
+    monkeypatch.setattr(alignment, "_warned", set())
     caplog.set_level(logging.INFO, logger="lit_thought")
     for _ in range(2):
         pair = PromptTemplate.chat().tokenise(WITHOUT_BOS, "Talk like a pirate.", "up", "down")

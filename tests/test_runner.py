@@ -15,9 +15,10 @@ from conftest import make_model, make_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_thought.alignment import TokenisedPair
 from lit_thought.batches import make_batches
 from lit_thought.blocks import SITES, Block, find_blocks
-from lit_thought.prompts import PromptTemplate, TokenisedPair
+from lit_thought.prompts import PromptTemplate
 from lit_thought.runner import StreamRunner
 from lit_thought.streams import LowRank
 
