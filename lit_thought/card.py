@@ -70,14 +70,27 @@ def _part(known: Mapping[str, Any]) -> list[str]:
         template = known["template"]
         text = template if isinstance(template, str) else json.dumps(template, indent=2, ensure_ascii=False)
         lines += ["Prompt template:", "", *_fenced(text), ""]
-    settings = known.get("settings")
-    for title, table in (("Settings", settings), ("Figures of the fit", known.get("diagnostics"))):
+    settings, diagnostics = known.get("settings"), known.get("diagnostics")
+    if isinstance(diagnostics, Mapping) and diagnostics and all(isinstance(v, Mapping) for v in diagnostics.values()):
+        lines += ["Figures of the fit, by layer:", "", *_by_layer(diagnostics), ""]
+        diagnostics = None
+    for title, table in (("Settings", settings), ("Figures of the fit", diagnostics)):
         rows = list(_rows(table)) if isinstance(table, Mapping) else []
         if rows:
             lines += [f"{title}:", "", "| | |", "|---|---|", *rows, ""]
     record = {key: known[key] for key in ("date", "versions", "fingerprint") if known.get(key)}
     if record:
         lines += ["| | |", "|---|---|", *_rows(record), ""]
+    return lines
+
+
+def _by_layer(diagnostics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One row a layer and one column a figure that tells how good its patch is; the rest stays in thought.json."""
+    columns = ("error_before", "error_after", "effective_rank", "condition", "truncation_loss")
+    lines = [f"| layer | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for layer, figures in diagnostics.items():
+        cells = (f"{figures[c]:.3g}" if isinstance(figures.get(c), (int, float)) else "" for c in columns)
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
     return lines
 
 

@@ -348,3 +348,17 @@ def test_atomic_file(tmp_path: Path) -> None:
         pass
     with pytest.raises(ThoughtError, match="is a folder"), atomic_file(tmp_path):
         pass
+
+
+def test_the_card_shows_the_figures_of_a_fit_layer_by_layer(tmp_path: Path) -> None:
+    model = make_model("llama").float()
+    layers = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
+    factors = {
+        layer: Factors(torch.randn(2, model.get_submodule(layer).in_features), torch.randn(32, 2)) for layer in layers
+    }
+    figures = {"error_before": 2.5, "error_after": 0.25, "effective_rank": 3.0, "condition": 40.0}
+    patch = ThoughtPatch(factors, {"diagnostics": {layer: {**figures, "tokens": 7} for layer in layers}})
+    patch.save_adapter(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    for layer in layers:
+        assert f"| {layer} | 2.5 | 0.25 | 3 | 40 |  |" in card
