@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics.text import Perplexity
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.alignment import check_context
 from lit_thought.batches import PairBatch, make_batches, pad
@@ -22,9 +22,10 @@ from lit_thought.data_files import load_pairs
 from lit_thought.files import atomic_file
 from lit_thought.generate import Generation, generate
 from lit_thought.metrics import TextMatch, TokenDivergence
+from lit_thought.models import evaluating
 from lit_thought.patch import ThoughtPatch
 from lit_thought.prompts import PromptTemplate
-from lit_thought.streams import forward_inputs, lead_cache
+from lit_thought.streams import forward_inputs
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 
 __all__ = ["RUNS", "Evaluation", "evaluate", "format_result", "unrelated_perplexity"]
@@ -137,7 +138,7 @@ class Evaluation:
         self.windows = (
             text_windows(tokenizer, texts, min(_WINDOW, context_window(model))) if texts is not None else None
         )
-        with _evaluating(model):
+        with evaluating(model):
             self.plain = self._write("plain", [prompt.plain_ids for prompt in self.prompts])
             self.instructed = self._write_instructed()
             self.perplexity = unrelated_perplexity(model, self.windows) if self.windows else None
@@ -149,7 +150,7 @@ class Evaluation:
     @torch.no_grad()
     def score(self, patch: ThoughtPatch) -> dict[str, Any]:
         """The comparison that :func:`evaluate` returns, for one patch."""
-        with _evaluating(self.model):
+        with evaluating(self.model):
             with patch.applied(self.model):
                 patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
                 perplexity = unrelated_perplexity(self.model, self.windows) if self.windows else None
@@ -271,18 +272,6 @@ def unrelated_perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]
     return float(metric.compute())
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off; every submodule's mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _match(texts: Sequence[str], references: Sequence[str]) -> float:
     metric = TextMatch()
     metric.update(texts, references)
@@ -303,14 +292,14 @@ def _logits(
     rows = batch.plain_rows if side == "plain" else batch.target_rows
     if tokens is None:
         return torch.zeros(0, model.config.get_text_config().vocab_size, device=model.device)
-    if batch.lead is None:
-        leads[batch.index] = lead_cache(model, tokens.ids[0].tolist())
-    cache = copy.deepcopy(leads.get(batch.lead)) if batch.lead is not None else None
-    if cache is not None:
+    lead = leads.get(batch.lead) if batch.lead is not None else None
+    cache = DynamicCache() if lead is None else copy.deepcopy(lead)
+    if lead is not None:
         cache.batch_repeat_interleave(len(tokens.ids))
-    length = cache.get_seq_length() if cache is not None else 0
-    tokens = tokens.to(model.device)
-    logits = model(**forward_inputs(tokens, length), past_key_values=cache, use_cache=cache is not None).logits
+    inputs = forward_inputs(tokens.to(model.device), cache.get_seq_length())
+    logits = model(**inputs, past_key_values=cache, use_cache=True).logits
+    if batch.lead is None:
+        leads[batch.index] = cache
     return logits.flatten(0, 1)[rows.to(model.device)]
 
 

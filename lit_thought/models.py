@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["SMOLLM2_NAME", "fingerprint", "load_model", "model_name"]
+__all__ = ["SMOLLM2_NAME", "evaluating", "fingerprint", "load_model", "model_name"]
 
 SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded default is called in adapters: unlike a folder, anyone can look it up."""
@@ -98,6 +99,18 @@ def model_name(model: nn.Module) -> str:
         if isinstance(name, str) and name:
             return name
     return ""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule is put back into the mode it came in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.batches import PairBatch
 from lit_thought.errors import ThoughtError
+from lit_thought.models import evaluating
 from lit_thought.runner import Observation, StreamRunner
 
 __all__ = ["ThoughtModule"]
@@ -43,7 +44,7 @@ class ThoughtModule(LightningModule):
         self.model = model
         self.tokenizer = tokenizer
         self.runner: StreamRunner | None = None
-        self._modes: list[tuple[torch.nn.Module, bool]] = []
+        self._mode = ExitStack()
 
     def configure_optimizers(self) -> None:
         """No optimizer: the patch is solved, not trained."""
@@ -54,8 +55,7 @@ class ThoughtModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it."""
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        self._mode.enter_context(evaluating(self.model))
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Observation]:
         """Observe the current site of the current block on one batch."""
@@ -66,6 +66,4 @@ class ThoughtModule(LightningModule):
     def teardown(self, stage: str) -> None:
         """Drop the streams and put the model back into the mode it came in."""
         self.runner = None
-        for module, training in self._modes:
-            module.training = training
-        self._modes = []
+        self._mode.close()
