@@ -1,76 +1,133 @@
 """Find a model's transformer blocks and the linear layers of each that a thought patch may change.
 
-This is the only place that knows about architectures. A *site* is a linear layer that writes to the
-residual stream; a patch adds a low-rank matrix to its weight:
+This is the only place that knows about architectures. A *site* is where the input a and the error δ of the
+least squares are read, and which weights its solution changes:
 
-=========== ======================================= ==========================================
-site        the layer                               what its input is
-=========== ======================================= ==========================================
-attn_out    attention's output projection           z, the concatenated heads
-mlp_out     the MLP's output (down) projection      f, the MLP's hidden activations (d_ff)
-=========== ======================================= ==========================================
+=========== ===================================== ====================================== =======================
+site        a                                     δ                                      what changes
+=========== ===================================== ====================================== =======================
+attn_out    z, the concatenated heads: input of   error of the residual stream m after   that projection
+            attention's output projection         attention
+mlp_in      norm(m), input of the MLP's first     error of norm(m)                       every first linear:
+            linear layers (gate and up)                                                  W ← W + W Δ
+mlp_out     f (d_ff), input of the MLP's output   error of the block's output            that projection
+            (down) projection
+=========== ===================================== ====================================== =======================
+
+A thought *vector* is added to the bias of the site's output projection: attention's at attn_out, the MLP's at
+mlp_in and mlp_out; at mlp_in it is the error of m, as in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import ThoughtError, UnsupportedModelError
 
-__all__ = ["SITES", "Block", "Site", "check_sites", "find_blocks", "find_decoder"]
+__all__ = ["SITES", "Block", "Site", "check_sites", "find_blocks", "find_decoder", "weight_of"]
 
-SITES = ("attn_out", "mlp_out")
+SITES = ("attn_out", "mlp_in", "mlp_out")
 """The sites in the order in which a block's forward pass reaches them."""
 
-_LLAMA_LIKE = {"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj"}
-_ROLES: dict[str, dict[str, str]] = {
+
+@dataclass(frozen=True)
+class _Roles:
+    """Paths inside a block. ``output_norm`` normalises the MLP's output (post-norm blocks)."""
+
+    attn_out: str
+    mlp_norm: str
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+    output_norm: str | None = None
+
+
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+_LLAMA_LIKE = _Roles("self_attn.o_proj", "post_attention_layernorm", _GATED, "mlp.down_proj")
+_ROLES: dict[str, _Roles] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
-    "gpt2": {"attn_out": "attn.c_proj", "mlp_out": "mlp.c_proj"},
+    "gpt2": _Roles("attn.c_proj", "ln_2", ("mlp.c_fc",), "mlp.c_proj"),
+    "gemma3_text": _Roles(
+        "self_attn.o_proj", "pre_feedforward_layernorm", _GATED, "mlp.down_proj", "post_feedforward_layernorm"
+    ),
 }
-"""``config.model_type`` -> site -> the layer's path inside a block. Every family here is pre-norm and
-sequential: a block computes ``m = h + attention(norm(h))`` and returns ``m + mlp(norm(m))``."""
+"""``config.model_type`` -> roles. Every family here is sequential: a block computes ``m = h + attention(norm(h))``
+and returns ``m + mlp(norm(m))``, post-norm ones with another norm around attention's and the MLP's output."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer that writes to the residual stream.
+    """One site of one block.
 
     Attributes:
-        name: ``"attn_out"`` or ``"mlp_out"``.
-        path: the layer's full module path in the model, as PEFT names it.
-        layer: the ``nn.Linear`` or ``Conv1D`` itself.
-        d_in: size of its input.
-        d_out: size of the residual stream.
+        name: ``"attn_out"``, ``"mlp_in"`` or ``"mlp_out"``.
+        path: full module path, as PEFT names it, of the projection that writes to the residual stream; its bias takes
+            a thought vector.
+        layer: that ``nn.Linear`` or ``Conv1D`` itself.
+        targets: the layers whose weight the site's matrix changes, by path: the projection, or at mlp_in the MLP's
+            first linear layers.
+        d_in: size of a.
+        d_out: size of δ: that of the residual stream.
     """
 
     name: str
     path: str
     layer: nn.Module
+    targets: dict[str, nn.Module]
     d_in: int
     d_out: int
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """True where the weight is stored transposed, (d_in, d_out): GPT-2's ``Conv1D``."""
+        """True where weights are stored transposed, (d_in, d_out): GPT-2's ``Conv1D``."""
         return isinstance(self.layer, Conv1D)
+
+    def factors(self, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The change of each target's weight for the site's matrix Δ = B A, as (A, B), in B's dtype.
+
+        At the output projections ΔW = Δ; at mlp_in ΔW = W Δ = (W B) A, with one A for all first linears.
+
+        Args:
+            A: (r, d_in).
+            B: (d_out, r).
+        """
+        if self.name != "mlp_in":
+            return {self.path: (A, B)}
+        return {path: (A, weight_of(layer).detach().to(B) @ B) for path, layer in self.targets.items()}
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: its index, its module and its sites by name."""
+    """One transformer block.
+
+    Attributes:
+        index: its place in the model.
+        module: the block itself.
+        sites: by name.
+        mlp_norm: the norm between the residual stream m and the MLP.
+        output_norm: the norm of the MLP's output in post-norm blocks, otherwise None.
+    """
 
     index: int
     module: nn.Module
     sites: dict[str, Site]
+    mlp_norm: nn.Module
+    output_norm: nn.Module | None = None
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """A linear layer's weight as (d_out, d_in), however it is stored."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
@@ -79,12 +136,12 @@ def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ThoughtError: when ``sites`` is empty, repeats a site or names one that does not exist.
     """
-    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
     unknown = [name for name in names if name not in SITES]
     if unknown or not names or len(set(names)) != len(names):
         raise ThoughtError(
             f"sites must name one or more of {list(SITES)}, each once; got {list(names)!r}. "
-            "Leave it out for both sites."
+            "Leave it out for the default, attn_out and mlp_out."
         )
     return tuple(name for name in SITES if name in names)
 
@@ -94,8 +151,12 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
-def find_blocks(model: PreTrainedModel) -> list[Block]:
+def find_blocks(model: PreTrainedModel, post_norm: bool = False) -> list[Block]:
     """Find the blocks of a causal LM, in order, and the sites of each.
+
+    Args:
+        model: the causal LM.
+        post_norm: accept blocks that normalise the MLP's output (Gemma 3), to which a fit does not apply yet.
 
     Raises:
         UnsupportedModelError: for an architecture that is not in the table, a block whose layers are not
@@ -108,10 +169,10 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
             "model is wrapped by PEFT; expected a plain transformers causal LM. "
             "Call model.merge_and_unload() or model.unload() first."
         )
-    if family not in _ROLES or getattr(config, "add_cross_attention", False):
+    supported = sorted(name for name, roles in _ROLES.items() if post_norm or roles.output_norm is None)
+    if family not in supported or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(
-            f"not supported yet: architecture {family!r} ({type(model).__name__}). "
-            f"Supported: {', '.join(sorted(_ROLES))}."
+            f"not supported yet: architecture {family!r} ({type(model).__name__}). Supported: {', '.join(supported)}."
         )
     decoder = find_decoder(model)
     lists = [
@@ -128,19 +189,24 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     return [_block(index, module, _ROLES[family], paths) for index, module in enumerate(lists[0][1])]
 
 
-def _block(index: int, module: nn.Module, roles: dict[str, str], paths: dict[int, str]) -> Block:
-    sites = {}
-    for name, relative in roles.items():
+def _block(index: int, module: nn.Module, roles: _Roles, paths: dict[int, str]) -> Block:
+    def linear(relative: str) -> tuple[str, nn.Module]:
         layer = module.get_submodule(relative)
         path = paths[id(layer)]
-        if type(layer) is nn.Linear:
-            d_in, d_out = layer.in_features, layer.out_features
-        elif isinstance(layer, Conv1D):
-            d_in, d_out = layer.weight.shape
-        else:
+        if type(layer) is not nn.Linear and not isinstance(layer, Conv1D):
             raise UnsupportedModelError(
                 f"not supported yet: {path} is a {type(layer).__name__}; expected nn.Linear or Conv1D. "
                 "Load the model without quantisation, or unload its adapters, first."
             )
-        sites[name] = Site(name, path, layer, d_in, d_out)
-    return Block(index, module, sites)
+        return path, layer
+
+    attn_out, mlp_out = linear(roles.attn_out), linear(roles.mlp_out)
+    firsts = dict(linear(relative) for relative in roles.mlp_in)
+    width = len(weight_of(mlp_out[1]))
+    sites = {
+        "attn_out": Site("attn_out", *attn_out, dict([attn_out]), weight_of(attn_out[1]).shape[1], width),
+        "mlp_in": Site("mlp_in", *mlp_out, firsts, width, width),
+        "mlp_out": Site("mlp_out", *mlp_out, dict([mlp_out]), weight_of(mlp_out[1]).shape[1], width),
+    }
+    output_norm = module.get_submodule(roles.output_norm) if roles.output_norm else None
+    return Block(index, module, sites, module.get_submodule(roles.mlp_norm), output_norm)

@@ -31,7 +31,7 @@ __all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation"]
 WINDOW = 256
 """Tokens of each window of unrelated text."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def default_cache_dir() -> Path:

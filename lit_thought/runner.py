@@ -8,7 +8,7 @@ block's last site both streams move on to the next block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import Block
-from lit_thought.streams import LowRank, Stream, TokenBatch
+from lit_thought.streams import SitePatch, Stream, TokenBatch
 
 __all__ = ["ORDERS", "Observation", "StreamRunner"]
 
@@ -30,24 +30,29 @@ class Observation:
     """What one stage saw in one batch, for the n compared tokens.
 
     Attributes:
-        a: input of the site's layer in the plain run, (n, d_in).
-        delta: target's residual stream less the plain run's, right after the site, (n, d), float32 or better.
+        a: the site's input in the plain run, (n, d_in).
+        delta: the error that the site's matrix should explain, target less plain, (n, d), float32 or better: of
+            norm(m) at mlp_in, of the residual stream right after the site elsewhere. What a patch that is there
+            already explains of it is taken off.
+        shift: the error that its vector should explain, likewise, (n, d): of the residual stream, at mlp_in that of m.
         weights: (n,).
     """
 
     a: Tensor
     delta: Tensor
+    shift: Tensor
     weights: Tensor
 
 
 @dataclass
 class _Pair:
-    """Both streams of one batch, and what is kept of the current block."""
+    """Both streams of one batch, and what is kept of the current block: the target's readings of the compared
+    tokens, (n, d_in or nothing) and (n, d) by site; and the block's output and last input, before its patch."""
 
     batch: PairBatch
     plain: Stream | None
     target: Stream
-    goals: dict[str, Tensor]
+    goals: dict[str, tuple[Tensor | None, Tensor]]
     after: tuple[Tensor, Tensor] | None = None
 
 
@@ -61,6 +66,8 @@ class StreamRunner:
         order: ``"sequential"``: each block's plain run has been through the blocks patched so far;
             ``"teacher-forced"``: each block's compared tokens enter as they left the block before in the target run.
         offload: keep streams on the CPU between uses, where the model is on another device.
+        chosen: indices of the blocks to patch, ascending; all of them when left out.
+        start: patches that are there already, by (block index, site).
     """
 
     def __init__(
@@ -70,28 +77,32 @@ class StreamRunner:
         sites: Sequence[str],
         order: Literal["sequential", "teacher-forced"] = "sequential",
         offload: bool = False,
+        chosen: Sequence[int] | None = None,
+        start: Mapping[tuple[int, str], SitePatch] | None = None,
     ) -> None:
         self.model, self.blocks, self.sites, self.order = model, list(blocks), tuple(sites), order
         self.device = next(model.parameters()).device
         self.storage = torch.device("cpu") if offload else self.device
+        self.stages = [(index, site) for index in (chosen or range(len(self.blocks))) for site in self.sites]
         self.stage = 0
+        self._start = dict(start or {})
         self._pairs: dict[int, _Pair] = {}
-        self._patches: dict[str, LowRank] = {}
+        self._patches = self._existing(self.block.index)
 
     @property
     def num_stages(self) -> int:
-        """Blocks × sites."""
-        return len(self.blocks) * len(self.sites)
+        """Chosen blocks × sites."""
+        return len(self.stages)
 
     @property
     def block(self) -> Block:
         """The block of the current stage."""
-        return self.blocks[self.stage // len(self.sites)]
+        return self.blocks[self.stages[self.stage][0]]
 
     @property
     def site(self) -> str:
         """The site of the current stage."""
-        return self.sites[self.stage % len(self.sites)]
+        return self.stages[self.stage][1]
 
     @torch.inference_mode()
     def observe(self, batch: PairBatch) -> Observation:
@@ -99,37 +110,49 @@ class StreamRunner:
         pair = self._pairs.get(batch.index) or self._open(batch)
         if self.site == self.sites[0]:
             self._run_target(pair)
+        goal_input, goal = pair.goals[self.site]
         if pair.plain is None:
-            site, width = self.block.sites[self.site], pair.goals[self.site].shape[1]
-            return Observation(self._nothing(site.d_in), self._nothing(width), pair.batch.weights)
-        last = self.site == self.sites[-1]
+            nothing = self._nothing(goal.shape[1])
+            return Observation(self._nothing(self.block.sites[self.site].d_in), nothing, nothing, pair.batch.weights)
         self._fetch(pair.plain)
         output, readings = pair.plain.run(
             self.block, (self.site,), self._patches, stop_after=None if self.site == "mlp_out" else self.site
         )
         self._store(pair.plain)
-        reading = readings[self.site]
-        rows = pair.batch.plain_rows
-        residual = reading.residual.flatten(0, 1)[rows]
-        wide = torch.promote_types(residual.dtype, torch.float32)
-        delta = pair.goals[self.site].to(self.device).to(wide) - residual.to(wide)
-        if last and output is not None:
+        reading, rows = readings[self.site], pair.batch.plain_rows
+        a = reading.input.flatten(0, 1)[rows]
+        shift = self._error(goal, reading.residual.flatten(0, 1)[rows])
+        delta = shift
+        if goal_input is not None:  # a patch at mlp_in acts after norm(m) and m were read
+            here = self._patches.get("mlp_in", SitePatch())
+            delta = self._error(goal_input, a) - _change(SitePatch(here.matrix), a)
+            shift = shift - _change(SitePatch(None, here.vector), a)
+        if self.site == self.sites[-1] and output is not None:
             pair.after = (output.to(self.storage), reading.input.to(self.storage))
-        return Observation(reading.input.flatten(0, 1)[rows], delta, pair.batch.weights)
+        return Observation(a, delta, shift, pair.batch.weights)
 
     @torch.inference_mode()
-    def finish(self, patch: LowRank) -> None:
+    def finish(self, patch: SitePatch) -> None:
         """Install the current stage's patch and move on; after a block's last site, all streams advance."""
+        before = self._patches.get("mlp_out")
         self._patches[self.site] = patch
         if self.site == self.sites[-1]:
+            here = self.block.index
+            ahead = self.stages[self.stage + 1][0] if self.stage + 1 < self.num_stages else here + 1
             for pair in self._pairs.values():
-                self._advance(pair)
+                self._advance(pair, before)
+            for index in range(here + 1, ahead):
+                for pair in self._pairs.values():
+                    self._pass(pair, self.blocks[index])
             for pair in self._pairs.values():  # a lead's keys and values only once those that follow it are done
                 for stream in (pair.target, pair.plain):
-                    if stream is not None:
-                        stream.forget_kv(self.block)
-            self._patches = {}
+                    for block in self.blocks[:ahead] if stream is not None else ():
+                        stream.forget_kv(block)  # type: ignore[union-attr]
+            self._patches = self._existing(ahead)
         self.stage += 1
+
+    def _existing(self, index: int) -> dict[str, SitePatch]:
+        return {site: patch for (block, site), patch in self._start.items() if block == index}
 
     def _open(self, batch: PairBatch) -> _Pair:
         follows = self._pairs[batch.lead] if batch.lead is not None else None
@@ -141,35 +164,67 @@ class StreamRunner:
         target = stream(batch.target, follows.target if follows else None)
         plain = stream(batch.plain, follows.plain if follows else None) if batch.plain is not None else None
         pair = _Pair(batch.to(self.device), plain, target, {})
+        for block in self.blocks[: self.stages[0][0]]:
+            self._pass(pair, block)
         self._pairs[batch.index] = pair
         return pair
+
+    def _pass(self, pair: _Pair, block: Block) -> None:
+        """Both streams through a block that is not patched."""
+        self._fetch(pair.target)
+        output, _ = pair.target.run(block, ())
+        assert output is not None
+        pair.target.hidden = output.to(self.storage)
+        if pair.plain is not None:
+            self._fetch(pair.plain)
+            output, _ = pair.plain.run(block, ())
+            assert output is not None
+            self._enter(pair, output)
 
     def _run_target(self, pair: _Pair) -> None:
         self._fetch(pair.target)
         output, readings = pair.target.run(self.block, self.sites)
         rows = pair.batch.target_rows
-        pair.goals = {name: reading.residual.flatten(0, 1)[rows].to(self.storage) for name, reading in readings.items()}
+
+        def keep(value: Tensor) -> Tensor:
+            return value.flatten(0, 1)[rows].to(self.storage)
+
+        pair.goals = {
+            name: (keep(reading.input) if name == "mlp_in" else None, keep(reading.residual))
+            for name, reading in readings.items()
+        }
         assert output is not None
         pair.target.hidden = output.to(self.storage)
 
-    def _advance(self, pair: _Pair) -> None:
+    def _advance(self, pair: _Pair, before: SitePatch | None) -> None:
+        """The plain stream through the block as it is now patched; ``before`` was at mlp_out when it was observed."""
         if pair.plain is None:
             return
         output: Tensor | None
         if pair.after is not None:
             output, inputs = (x.to(self.device) for x in pair.after)
-            output = output + self._patches["mlp_out"](inputs).to(output.dtype)
+            change = _change(self._patches["mlp_out"], inputs) - _change(before, inputs)
+            output = output + torch.as_tensor(change).to(output)
             pair.after = None
         else:
             self._fetch(pair.plain)
             output, _ = pair.plain.run(self.block, (), self._patches)
         assert output is not None
+        self._enter(pair, output)
+
+    def _enter(self, pair: _Pair, output: Tensor) -> None:
+        """Let the plain stream enter the next block with ``output``."""
+        assert pair.plain is not None
         if self.order == "teacher-forced":
             rows = output.flatten(0, 1).clone()
             target = pair.target.hidden.to(self.device).flatten(0, 1)
             rows[pair.batch.plain_rows] = target[pair.batch.target_rows]
             output = rows.view_as(output)
         pair.plain.hidden = output.to(self.storage)
+
+    def _error(self, goal: Tensor, found: Tensor) -> Tensor:
+        wide = torch.promote_types(found.dtype, torch.float32)
+        return goal.to(self.device).to(wide) - found.to(wide)
 
     def _fetch(self, stream: Stream) -> None:
         stream.hidden = stream.hidden.to(self.device)
@@ -179,3 +234,11 @@ class StreamRunner:
 
     def _nothing(self, width: int) -> Tensor:
         return torch.zeros(0, width, device=self.device)
+
+
+def _change(patch: SitePatch | None, inputs: Tensor) -> Tensor | float:
+    """What a patch with the matrix Δ and the vector v adds, Δ a + v, (…, d_out)."""
+    change: Tensor | float = 0.0
+    if patch is not None and patch.matrix is not None:
+        change = patch.matrix(inputs)
+    return change if patch is None or patch.vector is None else change + patch.vector

@@ -10,7 +10,7 @@ Nothing is left on the user's model: hooks and replaced methods live inside cont
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lit_thought.blocks import Block, Site, find_decoder
 
-__all__ = ["LowRank", "Reading", "Stream", "TokenBatch", "forward_inputs"]
+__all__ = ["LowRank", "Reading", "SitePatch", "Stream", "TokenBatch", "forward_inputs"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,23 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class SitePatch:
+    """What a thought patch changes at one site: a matrix Δ = B A, applied as :meth:`Site.factors` says, and a
+    vector, (d_out,), added to the output of the site's projection. Float32 or better."""
+
+    matrix: LowRank | None = None
+    vector: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Reading:
-    """What one site saw in one run of its block: the layer's input, (batch, length, d_in), and the residual
-    stream right after the layer's output was added to it, (batch, length, d)."""
+    """What one site saw in one run of its block.
+
+    Attributes:
+        input: a, (batch, length, d_in).
+        residual: the residual stream, (batch, length, d): after attention at attn_out and mlp_in, and at mlp_out the
+            block's output.
+    """
 
     input: Tensor
     residual: Tensor
@@ -182,7 +196,7 @@ class Stream:
         self,
         block: Block,
         read: Sequence[str],
-        patches: Mapping[str, LowRank] | None = None,
+        patches: Mapping[str, SitePatch] | None = None,
         stop_after: str | None = None,
     ) -> tuple[Tensor | None, dict[str, Reading]]:
         """Run one block on this stream, without advancing it.
@@ -190,38 +204,42 @@ class Stream:
         Args:
             block: the block whose entrance :attr:`hidden` is.
             read: sites to read.
-            patches: low-rank additions to the outputs of sites.
+            patches: changes of the block, by site.
             stop_after: leave the block as soon as this site was read.
 
         Returns:
-            The block's output, or None when it was left early, and the readings by site. The residual read
-            at ``mlp_out`` is the block's output; at ``attn_out`` it is the entrance plus the projection.
+            The block's output, or None when it was left early, and the readings by site.
         """
         args, kwargs = self._calls[block.index]
         hidden = self.hidden
         inputs: dict[str, Tensor] = {}
         residuals: dict[str, Tensor] = {}
 
-        def hook(site: Site, patch: LowRank | None) -> Any:
-            def read_and_patch(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                if patch is not None:
-                    output = output + patch(given[0]).to(output.dtype)
-                if site.name in read:
-                    inputs[site.name] = given[0]
-                    if site.name == "attn_out":
-                        residuals[site.name] = hidden + output
-                if site.name == stop_after:
-                    raise _StopForwardError
-                return output
+        def read_attention(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs["attn_out"], residuals["attn_out"] = given[0], hidden + output
+            if stop_after == "attn_out":
+                raise _StopForwardError
 
-            return read_and_patch
+        def read_norm(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs["mlp_in"], residuals["mlp_in"] = output, given[0]
+            if stop_after == "mlp_in":
+                raise _StopForwardError
 
+        def read_down(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs["mlp_out"] = given[0]
+
+        readers = {
+            "attn_out": (block.sites["attn_out"].layer, read_attention),
+            "mlp_in": (block.mlp_norm, read_norm),
+            "mlp_out": (block.sites["mlp_out"].layer, read_down),
+        }
         with ExitStack() as stack:
-            for site in block.sites.values():
-                patch = (patches or {}).get(site.name)
-                if patch is not None or site.name in read:
-                    handle = site.layer.register_forward_hook(hook(site, patch))
-                    stack.callback(handle.remove)
+            for name, patch in (patches or {}).items():
+                for layer, hook in _patch_hooks(block.sites[name], patch):
+                    stack.callback(layer.register_forward_hook(hook).remove)
+            for name in read:  # after the patches, so that the residual stream is read as they leave it
+                layer, reader = readers[name]
+                stack.callback(layer.register_forward_hook(reader).remove)
             try:
                 output = block.module(hidden, *args, **kwargs)
             except _StopForwardError:
@@ -235,6 +253,20 @@ class Stream:
     def forget_kv(self, block: Block) -> None:
         """Drop the keys and values kept for a block that is finished."""
         self._layers[block.index].latest = None
+
+
+def _patch_hooks(site: Site, patch: SitePatch) -> Iterator[tuple[nn.Module, Any]]:
+    """Forward hooks that make the site's layers put out what their patched weights and bias would."""
+
+    def hook(change: Callable[[Tensor], Tensor]) -> Any:
+        return lambda module, given, output: output + change(given[0]).to(output.dtype)
+
+    if patch.matrix is not None:
+        for path, factors in site.factors(patch.matrix.A, patch.matrix.B).items():
+            yield site.targets[path], hook(LowRank(*factors))
+    if patch.vector is not None:
+        vector = patch.vector
+        yield site.layer, hook(lambda x: vector)
 
 
 def lead_cache(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache:

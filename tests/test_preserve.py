@@ -37,7 +37,7 @@ def brute_force(model: PreTrainedModel) -> dict[tuple[int, str], np.ndarray]:
                 for a in args[0][0].double().numpy():
                     grams[key] = grams.get(key, 0) + np.outer(a, a)
 
-            handles.append(site.layer.register_forward_pre_hook(see))
+            handles.append(next(iter(site.targets.values())).register_forward_pre_hook(see))
     with torch.no_grad():
         for window in WINDOWS:
             model(torch.tensor([window]), use_cache=False)
@@ -77,7 +77,7 @@ def test_priors_can_be_asked_for_in_any_order(tmp_path: Path) -> None:
     model = make_model()
     entry, _ = make(model, tmp_path)
     expected, blocks = brute_force(model), find_blocks(model)
-    for index, name in [(2, "mlp_out"), (0, "attn_out"), (2, "attn_out"), (0, "mlp_out")]:
+    for index, name in [(2, "mlp_out"), (0, "attn_out"), (1, "mlp_in"), (2, "attn_out"), (0, "mlp_in"), (0, "mlp_out")]:
         found = entry.prior(blocks[index], name).gram().numpy()
         assert np.linalg.norm(found - expected[index, name]) < 1e-6 * np.linalg.norm(expected[index, name])
 
@@ -169,7 +169,7 @@ def test_a_damaged_entry_is_made_anew(damage: str, tmp_path: Path) -> None:
         file.unlink()
     elif damage == "other keys":
         tensors = load_file(file)
-        save_file({"mlp_out.values": tensors["mlp_out.values"]}, file)
+        save_file({key: value for key, value in tensors.items() if not key.startswith("mlp_in")}, file)
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:-30])
     elif damage == "no manifest":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.batches import pad
 from lit_thought.blocks import SITES, Block, find_blocks
-from lit_thought.streams import LowRank, Stream, TokenBatch, forward_inputs, lead_cache
+from lit_thought.streams import LowRank, SitePatch, Stream, TokenBatch, forward_inputs, lead_cache
 
 LEAD = [5, 17, 300, 8, 9, 44]
 ROWS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [40], [200, 7, 200, 7], [31, 32, 33, 34, 35, 36]]
@@ -26,30 +26,57 @@ CASES = [
 ]
 
 
-def make_patches(blocks: Sequence[Block], seed: int = 0, size: float = 0.3) -> list[dict[str, LowRank]]:
+def make_patches(blocks: Sequence[Block], seed: int = 0, size: float = 0.3) -> list[dict[str, SitePatch]]:
+    """A matrix and a vector at every site."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64) * size
 
     return [
-        {name: LowRank(random(2, site.d_in), random(site.d_out, 2)) for name, site in block.sites.items()}
+        {
+            name: SitePatch(LowRank(random(2, site.d_in), random(site.d_out, 2)), random(site.d_out))
+            for name, site in block.sites.items()
+        }
         for block in blocks
     ]
 
 
-def install(model: PreTrainedModel, blocks: Sequence[Block], patches: Sequence[dict[str, LowRank]]) -> None:
-    """Change the weights themselves."""
-    for block, patch in zip(blocks, patches, strict=True):
-        for name, factors in patch.items():
-            site = block.sites[name]
-            delta = factors.B @ factors.A
-            with torch.no_grad():
-                model.get_parameter(f"{site.path}.weight").add_(delta.T if site.fan_in_fan_out else delta)
+def layer_at(model: PreTrainedModel, block: int, name: str) -> nn.Module:
+    """One of the layers at the sites, without asking the library where they are."""
+    if model.config.model_type != "gpt2":
+        return model.get_submodule(f"model.layers.{block}.{name}")
+    names = {"self_attn.o_proj": "attn.c_proj", "mlp.down_proj": "mlp.c_proj"}
+    return model.get_submodule(f"transformer.h.{block}.{names.get(name, 'mlp.c_fc')}")
+
+
+def first_linears(model: PreTrainedModel) -> tuple[str, ...]:
+    return ("mlp.gate_proj",) if model.config.model_type == "gpt2" else ("mlp.gate_proj", "mlp.up_proj")
+
+
+@torch.no_grad()
+def install(changed: PreTrainedModel, original: PreTrainedModel, block: int, patches: Mapping[str, SitePatch]) -> None:
+    """Give one block of ``changed`` the weights and biases of ``original`` with these patches."""
+    transposed = original.config.model_type == "gpt2"
+    out, down = "self_attn.o_proj", "mlp.down_proj"
+    for name, site in ((out, "attn_out"), (down, "mlp_out"), *((name, "mlp_in") for name in first_linears(original))):
+        weight = layer_at(original, block, name).weight.clone()
+        if site in patches and (matrix := patches[site].matrix) is not None:
+            delta = matrix.B @ matrix.A
+            if site == "mlp_in":
+                delta = (weight.T if transposed else weight) @ delta
+            weight += delta.T if transposed else delta
+        layer_at(changed, block, name).weight.copy_(weight)
+    for name, sites in ((out, ["attn_out"]), (down, ["mlp_in", "mlp_out"])):
+        vectors = [patches[site].vector for site in sites if site in patches and patches[site].vector is not None]
+        bias = layer_at(original, block, name).bias
+        if vectors:
+            bias = nn.Parameter(sum(vectors) + (0 if bias is None else bias))
+        layer_at(changed, block, name).bias = bias
 
 
 class Reference:
-    """One full forward of one sequence: entrance and exit of each block, input and output of each site."""
+    """One full forward of one sequence: entrance and exit of each block, input and output of each site's layer."""
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
         self.entrances: list[Tensor] = []
@@ -64,12 +91,16 @@ class Reference:
                 self.exits.append((output[0] if isinstance(output, tuple) else output)[0])
 
             handles.append(block.module.register_forward_hook(see_block))
-            for name, site in block.sites.items():
+            for name, layer in (
+                ("attn_out", "self_attn.o_proj"),
+                ("mlp_in", "mlp.gate_proj"),
+                ("mlp_out", "mlp.down_proj"),
+            ):
 
                 def see_site(module: nn.Module, args: tuple, output: Tensor, key=(block.index, name)) -> None:
                     self.inputs[key], self.outputs[key] = args[0][0], output[0]
 
-                handles.append(site.layer.register_forward_hook(see_site))
+                handles.append(layer_at(model, block.index, layer).register_forward_hook(see_site))
         with torch.no_grad():
             result = model(torch.tensor([list(ids)]), use_cache=False, output_hidden_states=True)
         for handle in handles:
@@ -78,7 +109,7 @@ class Reference:
         self.logits = result.logits[0]
 
     def residual(self, block: int, site: str) -> Tensor:
-        return self.entrances[block] + self.outputs[block, site] if site == "attn_out" else self.exits[block]
+        return self.exits[block] if site == "mlp_out" else self.entrances[block] + self.outputs[block, "attn_out"]
 
 
 def assert_same(found: Tensor, expected: Tensor, tol: float = 1e-10) -> None:
@@ -87,7 +118,7 @@ def assert_same(found: Tensor, expected: Tensor, tol: float = 1e-10) -> None:
 
 
 def run_all(
-    model: PreTrainedModel, lead: list[int], side: str, patches: Sequence[dict[str, LowRank]] | None = None
+    model: PreTrainedModel, lead: list[int], side: str, patches: Sequence[dict[str, SitePatch]] | None = None
 ) -> list[list[dict[str, Tensor]]]:
     """For each block and each row what the streams saw: entrance, output, and the sites' inputs and residuals."""
     blocks = find_blocks(model)
@@ -118,8 +149,8 @@ def test_streams_equal_the_full_forward(family: str, lead: list[int], side: str,
     model, changed = make_model(family), make_model(family)
     blocks = find_blocks(model)
     patches = make_patches(blocks) if patched else None
-    if patches:
-        install(changed, find_blocks(changed), patches)
+    for index, patch in enumerate(patches or ()):
+        install(changed, model, index, patch)
     seen = run_all(model, lead, side, patches)
     for i, row in enumerate(ROWS):
         reference = Reference(changed, lead + row)
@@ -158,42 +189,72 @@ def test_tokens_in_the_padding_do_not_matter(side: str) -> None:
     assert torch.equal(*outputs)
 
 
-def test_one_patch_of_two_sites() -> None:
-    """A patch at one site only, and only what was asked for is read."""
-    model, changed = make_model("llama"), make_model("llama")
+@pytest.mark.parametrize("parts", ["matrix", "vector"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_part_at_one_site(family: str, site: str, parts: str) -> None:
+    """Nothing else is patched, and only what was asked for is read."""
+    model, changed = make_model(family), make_model(family)
     blocks = find_blocks(model)
-    patches = [{"attn_out": patch["attn_out"]} for patch in make_patches(blocks)]
-    install(changed, find_blocks(changed), patches)
+    whole = [patch[site] for patch in make_patches(blocks)]
+    patches = [{site: SitePatch(p.matrix, None) if parts == "matrix" else SitePatch(None, p.vector)} for p in whole]
+    for index, patch in enumerate(patches):
+        install(changed, model, index, patch)
     reference = Reference(changed, ROWS[0])
     with torch.no_grad():
         stream = Stream(model, blocks, pad([ROWS[0]], 0, "right"))
         for block in blocks:
-            output, readings = stream.run(block, ["mlp_out"], patches[block.index])
-            assert set(readings) == {"mlp_out"}
-            assert_same(readings["mlp_out"].input[0], reference.inputs[block.index, "mlp_out"])
+            for name in SITES:
+                output, readings = stream.run(block, [name], patches[block.index])
+                assert set(readings) == {name}
+                assert_same(readings[name].input[0], reference.inputs[block.index, name])
+                assert_same(readings[name].residual[0], reference.residual(block.index, name))
             stream.hidden = output
             assert_same(output[0], reference.exits[block.index])
 
 
+@pytest.mark.parametrize("site", ["attn_out", "mlp_in"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_stop_after_attention_runs_no_mlp(family: str) -> None:
-    model = make_model(family)
+def test_stopping_early_runs_no_mlp(family: str, site: str) -> None:
+    model, changed = make_model(family), make_model(family)
     blocks = find_blocks(model)
-    reference = Reference(model, ROWS[0])
+    patch = make_patches(blocks)[0]
+    install(changed, model, 0, patch)
+    reference = Reference(changed, ROWS[0])
     ran: list[str] = []
     handle = blocks[0].module.mlp.register_forward_hook(lambda *args: ran.append("mlp"))
     with torch.no_grad():
         stream = Stream(model, blocks, pad([ROWS[0]], 0, "right"))
-        output, readings = stream.run(blocks[0], ["attn_out"], stop_after="attn_out")
+        output, readings = stream.run(blocks[0], [site], patch, stop_after=site)
         assert output is None
         assert ran == []
-        assert set(readings) == {"attn_out"}
-        assert_same(readings["attn_out"].input[0], reference.inputs[0, "attn_out"])
-        assert_same(readings["attn_out"].residual[0], reference.residual(0, "attn_out"))
-        output, _ = stream.run(blocks[0], ["attn_out"])  # and again, in full
+        assert set(readings) == {site}
+        assert_same(readings[site].input[0], reference.inputs[0, site])
+        assert_same(readings[site].residual[0], reference.residual(0, site))
+        output, _ = stream.run(blocks[0], [site], patch)  # and again, in full
     handle.remove()
     assert ran == ["mlp"]
     assert_same(output[0], reference.exits[0])
+
+
+@torch.no_grad()
+def test_patches_keep_the_dtype_of_the_stream() -> None:
+    """Float32 patches of a bfloat16 model: what they add is rounded once, and the stream stays bfloat16."""
+    model = make_model("llama", torch.bfloat16)
+    blocks = find_blocks(model)
+    wide = make_patches(blocks)[0]
+    patch = {
+        name: SitePatch(LowRank(p.matrix.A.float(), p.matrix.B.float()), p.vector.float()) for name, p in wide.items()
+    }
+    stream = Stream(model, blocks, pad([ROWS[0]], 0, "right"))
+    output, readings = stream.run(blocks[0], SITES, patch)
+    assert output.dtype == torch.bfloat16
+    assert all(x.dtype == torch.bfloat16 for r in readings.values() for x in (r.input, r.residual))
+    double, changed = make_model("llama", torch.bfloat16).double(), make_model("llama", torch.bfloat16).double()
+    install(changed, double, 0, wide)
+    expected = Reference(changed, ROWS[0])
+    for name in SITES:
+        assert_same(readings[name].residual[0].double(), expected.residual(0, name), tol=2e-2)
 
 
 def test_a_block_can_be_run_again_with_the_same_result() -> None:
@@ -216,9 +277,9 @@ def test_a_block_can_be_run_again_with_the_same_result() -> None:
 def test_followers_read_the_keys_of_a_patched_lead() -> None:
     """The lead runs through patched blocks too, so what it hands on at the next block has changed."""
     model, changed = make_model("llama"), make_model("llama")
-    blocks = find_blocks(model)
-    patches = make_patches(blocks)
-    install(changed, find_blocks(changed), patches)
+    patches = make_patches(find_blocks(model))
+    for index, patch in enumerate(patches):
+        install(changed, model, index, patch)
     wrong = run_all(model, LEAD, "right")  # follower and lead unpatched
     right = run_all(model, LEAD, "right", patches)
     reference = Reference(changed, LEAD + ROWS[2])
@@ -267,7 +328,8 @@ def test_nothing_is_left_on_the_model(family: str) -> None:
     run_all(model, LEAD, "right", patches)
     with torch.no_grad():
         stream = Stream(model, blocks, pad(ROWS, 0, "right"))
-        stream.run(blocks[0], ["attn_out"], patches[0], stop_after="attn_out")
+        for site in ("attn_out", "mlp_in"):
+            stream.run(blocks[0], [site], patches[0], stop_after=site)
     assert traces(model) == before
 
     class Broken(nn.Module):
