@@ -12,7 +12,9 @@ The best patch of rank r in the same metric is ΔW projected on the top eigenvec
 ``ΔW M ΔWᵀ = C M⁻¹ Cᵀ`` (reduced-rank regression): ``B = U``, ``A = Uᵀ ΔW``.
 
 "Transmuting prompts into weights" (Mazzawi et al. 2025, arXiv 2510.08734), Theorem 3.1, is the case
-ρ = λ = 0 at full rank; the preservation term is MEMIT's covariance term (Meng et al. 2023).
+ρ = λ = 0 at full rank; the preservation term is MEMIT's covariance term (Meng et al. 2023). With equality
+constraints ΔW kⱼ = vⱼ besides (:func:`solve_constrained`), ROME's rank-1 edit (Meng et al. 2022) is the case
+of one key and no tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from torch import Tensor
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.statistics import Statistics
 
-__all__ = ["Prior", "Solution", "check_rank", "solve"]
+__all__ = ["Prior", "Solution", "check_finite", "check_rank", "solve", "solve_constrained", "top_eigenvectors"]
 
 
 @dataclass(frozen=True)
@@ -128,42 +131,144 @@ def solve(
         SingularSystemError: when M is singular or a sum is not finite.
         ThoughtError: when a setting is out of range or no token was added.
     """
-    if not (ridge >= 0 and prior_weight >= 0 and math.isfinite(ridge) and math.isfinite(prior_weight)):
-        raise ThoughtError(f"ridge and prior_weight must be finite and ≥ 0; got {ridge!r} and {prior_weight!r}.")
-    if stats.weight <= 0:
-        raise ThoughtError(f"{name}: there is no token to solve from; the statistics are empty.")
+    prior = _check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
     check_rank(rank, min(stats.d_in, stats.d_out))
-    prior = prior if prior_weight > 0 else None
-    if prior is not None and len(prior.values) != stats.d_in:
-        raise ThoughtError(f"{name}: prior has size {len(prior.values)}; expected {stats.d_in}.")
     rows = stats.rows()
     if rows is not None and ridge > 0:
         return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
     return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
 
 
-def _solve_primal(
-    stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
-) -> Solution:
-    own = stats.gram.double() / stats.weight
-    cross = stats.cross.double() / stats.weight
+def solve_constrained(
+    keys: Tensor,
+    values: Tensor,
+    *,
+    prior: Prior | None,
+    stats: Statistics | None = None,
+    ridge: float = 0.0,
+    prior_weight: float = 1.0,
+    name: str = "layer",
+) -> Tensor:
+    """The patch that minimises the objective of :func:`solve` among those with ΔW kⱼ = vⱼ for every key.
+
+        ΔW = ΔW₀ + (V − ΔW₀ K) (Kᵀ M⁻¹ K)⁻¹ Kᵀ M⁻¹,   ΔW₀ = C M⁻¹ (zero without ``stats``)
+
+    with the keys as columns of K and the values as columns of V. M is that of :func:`solve`, or ρ Z₀ + λ s I
+    without ``stats``; one key, no ``stats`` and λ = 0 is ROME: ΔW = v (Z₀⁻¹ k)ᵀ / (kᵀ Z₀⁻¹ k), whatever ρ.
+    MEMIT's softer R Kᵀ (μ Z₀ + K Kᵀ)⁻¹, with n keys as the tokens, is :func:`solve` with ``ridge=0`` and
+    ``prior_weight=μ / n``.
+
+    Args:
+        keys: inputs of the layer, (k, d_in), linearly independent, any floating dtype.
+        values: the wanted change of the layer's output at each key, v − W k, (k, d_out).
+        prior: inputs to preserve, with weight ρ = ``prior_weight`` ≥ 0; may be None if ``stats`` is given.
+        stats: sums over tokens whose errors the patch should correct as well, as far as the constraints let it.
+        ridge: λ ≥ 0, relative to s.
+        name: the layer's name, for error messages.
+
+    Returns:
+        ΔW, (d_out, d_in), float64.
+
+    Raises:
+        SingularSystemError: when M is singular, the keys are dependent or a sum is not finite.
+        ThoughtError: when shapes or settings are wrong, or there is neither ``stats`` nor a prior.
+
+    Source:
+        Meng et al. 2022 (ROME, arXiv 2202.05262), equation 2; Meng et al. 2023 (MEMIT, arXiv 2210.07229).
+    """
+    if keys.ndim != 2 or values.ndim != 2 or len(keys) != len(values) or len(keys) == 0:
+        raise ThoughtError(
+            f"{name}: keys and values must be (k, d_in) and (k, d_out) with k ≥ 1; got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)}."
+        )
+    d_in = keys.shape[1]
+    prior = _check_terms(stats, ridge, prior, prior_weight, d_in, name)
+    if stats is not None and (stats.d_in, stats.d_out) != (d_in, values.shape[1]):
+        raise ThoughtError(
+            f"{name}: keys and values must be (k, {stats.d_in}) and (k, {stats.d_out}), the sizes of stats; got "
+            f"{tuple(keys.shape)} and {tuple(values.shape)}."
+        )
+    if stats is None:
+        if prior is None:
+            raise ThoughtError(f"{name}: there is nothing to minimise; give stats, or a prior with prior_weight > 0.")
+        stats = Statistics(d_in, values.shape[1], energy=prior.values.new_zeros(()))
+    system = _system(stats, ridge, prior, prior_weight, name)
+    keys, values = keys.to(system.lower), values.to(system.lower)
+    for argument, rows in (("keys", keys), ("values", values)):
+        if not bool(rows.isfinite().all()):
+            raise ThoughtError(f"{name}: {argument} contains NaN or infinite values; check where it was computed.")
+    norms = keys.norm(dim=1, keepdim=True)
+    if not bool(norms.all()):
+        raise SingularSystemError(f"{name}: key {int(norms.argmin())} is zero, which no patch can act on; drop it.")
+    keys, values = keys / norms, values / norms
+    rank = int(torch.linalg.matrix_rank(keys))
+    if rank < len(keys):
+        raise SingularSystemError(
+            f"{name}: the keys are linearly dependent ({len(keys)} keys span {rank} dimensions), so their values "
+            "cannot be chosen freely. Drop keys that repeat or combine others, or give them to solve as tokens."
+        )
+    # the left inverse of K, (Kᵀ M⁻¹ K)⁻¹ Kᵀ M⁻¹ = R⁻¹ Qᵀ L⁻¹ with M = L Lᵀ and L⁻¹ K = Q R
+    orthogonal, upper = torch.linalg.qr(torch.linalg.solve_triangular(system.lower, keys.T, upper=False))
+    inverse = torch.linalg.solve_triangular(system.lower.T, orthogonal, upper=True)
+    inverse = torch.linalg.solve_triangular(upper, inverse.T, upper=True)
+    patch = torch.cholesky_solve(system.cross.T, system.lower).T
+    for _ in range(2):  # the second time takes off the rounding of the first
+        patch = patch + (values.T - patch @ keys.T) @ inverse
+    return patch
+
+
+def _check_terms(
+    stats: Statistics | None, ridge: float, prior: Prior | None, rho: float, d_in: int, name: str
+) -> Prior | None:
+    """Check the terms of an objective; the prior, or None where its weight is zero."""
+    if not (ridge >= 0 and rho >= 0 and math.isfinite(ridge) and math.isfinite(rho)):
+        raise ThoughtError(f"ridge and prior_weight must be finite and ≥ 0; got {ridge!r} and {rho!r}.")
+    if stats is not None and stats.weight <= 0:
+        raise ThoughtError(f"{name}: there is no token to solve from; the statistics are empty.")
+    prior = prior if rho > 0 else None
+    if prior is not None and len(prior.values) != d_in:
+        raise ThoughtError(f"{name}: prior has size {len(prior.values)}; expected {d_in}.")
+    return prior
+
+
+class _System(NamedTuple):
+    """M of one layer and what it is made of."""
+
+    own: Tensor  # (1/w) Σ w a aᵀ, (d_in, d_in)
+    cross: Tensor  # C, (d_out, d_in)
+    total: Tensor  # Z, with the prior's share, (d_in, d_in)
+    lower: Tensor  # Cholesky factor of M, (d_in, d_in)
+    scale: float  # s
+    trace: float  # tr Z
+    worst: float  # smallest over largest squared pivot, at least 1 / condition of M
+
+
+def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
+    weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
+    own, cross = stats.gram.double() / weight, stats.cross.double() / weight
     total = own if prior is None else own.add(prior.gram(), alpha=rho)
     trace = float(total.diagonal().sum())
-    square = float(total.square().sum())
-    _check_finite(name, trace, square, float(stats.energy))
-    scale = square / trace
+    scale = _ridge_scale(name, trace, float(total.square().sum()), float(stats.energy))
     system = total.clone()
     system.diagonal().add_(ridge * scale)
     lower, info = torch.linalg.cholesky_ex(system)
     pivots = lower.diagonal()
     worst = float((pivots.min() / pivots.max()) ** 2)
     if int(info) != 0 or not worst > stats.d_in * torch.finfo(torch.float64).eps:
+        also, where = ("", "") if prior is None else (" and a prior", ", in the statistics or the prior")
         raise SingularSystemError(
-            f"{name}: the system is singular ({stats.tokens} tokens for {stats.d_in} input dimensions, "
-            f"ridge {ridge}). Use ridge > 0, or more tokens than dimensions."
+            f"{name}: the system is singular ({stats.tokens} tokens{also} for {stats.d_in} input dimensions, "
+            f"ridge {ridge}). Use ridge > 0, or more tokens than dimensions{where}."
         )
+    return _System(own, cross, total, lower, scale, trace, worst)
+
+
+def _solve_primal(
+    stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
+) -> Solution:
+    own, cross, total, lower, scale, trace, worst = _system(stats, ridge, prior, rho, name)
     half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
-    gains, basis = _top(half.T @ half, rank)
+    gains, basis = top_eigenvectors(half.T @ half, rank)
     A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
     before = float(stats.energy) / stats.weight
     after = before - 2 * float((basis.T @ cross * A).sum()) + float((A @ own * A).sum())
@@ -198,22 +303,21 @@ def _solve_dual(
         rotated = a @ vectors
         trace = own_trace + float(values.sum())
         square = own_square + 2 * float((rotated.square() @ values).sum()) + float(values.square().sum())
-    _check_finite(name, trace, square, float(stats.energy))
-    scale = square / trace
+    scale = _ridge_scale(name, trace, square, float(stats.energy))
     weighted = rotated / (values + ridge * scale)
     dual_values, dual_vectors = torch.linalg.eigh(rotated @ weighted.T)
     shrink = dual_values.clamp_min(0)
     turned = dual_vectors.T @ delta
     half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * turned
     if len(half) < stats.d_out:
-        gains, left = _top(half @ half.T, rank)
+        gains, left = top_eigenvectors(half @ half.T, rank)
         # a left singular vector of half with gain g belongs to the basis vector halfᵀ left / √g; what is
         # numerically zero has no direction and is dropped
         keep = gains[: left.shape[1]] > gains[0] * len(half) * torch.finfo(torch.float64).eps
         left = left[:, keep]
         basis = (half.T @ left) / gains[: len(keep)][keep].sqrt()
     else:
-        gains, basis = _top(half.T @ half, rank)
+        gains, basis = top_eigenvectors(half.T @ half, rank)
     A = ((turned @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
     if prior is not None:
         A = A @ vectors.T
@@ -228,8 +332,16 @@ def _solve_dual(
     return _solution(A, basis, gains, stats, scale, trace, condition, before, after)
 
 
-def _top(gain: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of a positive semi-definite matrix, largest first, and the top eigenvectors."""
+def top_eigenvectors(gain: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a positive semi-definite matrix, largest first, and the top eigenvectors.
+
+    Args:
+        gain: the matrix, (n, n).
+        rank: how many: int, the smallest number that holds a fraction in (0, 1) of the trace, or None for all.
+
+    Returns:
+        Eigenvalues, (n,), none below zero, and eigenvectors, (n, r), one a column.
+    """
     values, vectors = torch.linalg.eigh(gain)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if isinstance(rank, float):
@@ -248,14 +360,25 @@ def _largest_eigenvalue(matmul: Callable[[Tensor], Tensor], size: int, like: Ten
     return float(torch.linalg.eigvalsh(basis.T @ matmul(basis))[-1])
 
 
-def _check_finite(name: str, trace: float, square: float, energy: float) -> None:
-    if not all(map(math.isfinite, (trace, square, energy))):
+def check_finite(name: str, *sums: float) -> None:
+    """Check numbers that are finite exactly when what they sum is.
+
+    Raises:
+        SingularSystemError: when one is NaN or infinite.
+    """
+    if not all(map(math.isfinite, sums)):
         raise SingularSystemError(
             f"{name}: the activations contain NaN or infinite values, so there is nothing to solve. Check the "
             "model's weights and dtype (float16 overflows easily; bfloat16 or float32 do not)."
         )
+
+
+def _ridge_scale(name: str, trace: float, square: float, energy: float) -> float:
+    """s = ‖Z‖_F² / tr Z, once the sums are known to be finite and not all zero."""
+    check_finite(name, trace, square, energy)
     if trace <= 0:
         raise SingularSystemError(f"{name}: all inputs of the layer are zero; there is no direction to patch.")
+    return square / trace
 
 
 def _solution(

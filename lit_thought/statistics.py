@@ -1,4 +1,4 @@
-"""The two sums that a thought patch is solved from, for one site of one block.
+"""The sums that thoughts are condensed from: two for a patch (one site of one block), one for a vector.
 
 With aᵢ the input of the site's linear layer, δᵢ the error of the residual stream and wᵢ a token's weight:
 
@@ -8,6 +8,8 @@ With aᵢ the input of the site's linear layer, δᵢ the error of the residual 
 Sums add: over batches, processes and data sets. As long as there are fewer tokens than ``d_in / 2`` the
 tokens themselves are the smaller and the cheaper form of the same sums (they feed the n × n dual of the
 solve), so they are kept as rows; beyond that they are folded into Z and C and forgotten.
+
+A thought vector needs Σ wᵢ δᵢ only: :class:`VectorStatistics`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["Statistics"]
+__all__ = ["Statistics", "VectorStatistics"]
 
 
 @dataclass
@@ -33,6 +35,10 @@ class Statistics:
         weight: Σ wᵢ.
         tokens: rows added; a token that several pairs share is one row with their joint weight.
         energy: Σ wᵢ ‖δᵢ‖², what a patch has to explain (a 0-dim tensor once tokens were added).
+        rank_one: also keep :attr:`operators`, one more d_out × d_in sum; off by default.
+
+    Raises:
+        ThoughtError: for another dtype.
 
     Example:
         >>> stats = Statistics(d_in=3, d_out=2)
@@ -47,13 +53,14 @@ class Statistics:
     weight: float = 0.0
     tokens: int = 0
     energy: Tensor = field(default_factory=lambda: torch.zeros(()))
+    rank_one: bool = field(default=False, kw_only=True)
     _gram: Tensor | None = field(default=None, repr=False)
     _cross: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _operators: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.float32, torch.float64):
-            raise ThoughtError(f"dtype of the statistics must be float32 or float64; got {self.dtype}.")
+        _check_dtype(self.dtype)
 
     def update(self, a: Tensor, delta: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.
@@ -72,6 +79,7 @@ class Statistics:
                 f"a, delta and weights must be (n, {self.d_in}), (n, {self.d_out}) and (n,); got {shapes}."
             )
         a, delta = a.to(self.dtype), delta.to(self.dtype)
+        squares = a.square().sum(1, keepdim=True) if self.rank_one else None
         if weights is None:
             self.weight += len(a)
         else:
@@ -80,6 +88,9 @@ class Statistics:
             a, delta = a * root, delta * root
         self.tokens += len(a)
         self.energy = self.energy.to(delta) + delta.square().sum()
+        if squares is not None:  # a row with a = 0 is divided by 1, so that it adds nothing
+            operators = (delta / squares.masked_fill(squares == 0, 1)).T @ a
+            self._operators = operators if self._operators is None else self._operators + operators
         self._rows.append((a, delta))
         if self._gram is not None or 2 * self.num_rows >= self.d_in:
             self._fold()
@@ -106,6 +117,22 @@ class Statistics:
     def cross(self) -> Tensor:
         """C = Σ w δ aᵀ, (d_out, d_in)."""
         return self._sums()[1]
+
+    @property
+    def operators(self) -> Tensor:
+        """Σ w δ aᵀ / ‖a‖², (d_out, d_in): the tokens' own rank-1 operators, summed; a token with a = 0 has none.
+
+        Raises:
+            ThoughtError: without ``rank_one=True``, as Z and C do not determine this sum.
+        """
+        if not self.rank_one:
+            raise ThoughtError(
+                "these statistics hold no sum of rank-1 operators, and it does not follow from Z and C. Gather them "
+                f"with Statistics({self.d_in}, {self.d_out}, rank_one=True)."
+            )
+        if self._operators is None:
+            return torch.zeros(self.d_out, self.d_in, dtype=self.dtype, device=self.energy.device)
+        return self._operators
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         if self._gram is not None and self._cross is not None:
@@ -157,6 +184,8 @@ class Statistics:
             self.weight + sign * other.weight,
             self.tokens + sign * other.tokens,
             self.energy + sign * other.energy,
+            rank_one=self.rank_one,
+            _operators=self.operators + sign * other.operators if self.rank_one else None,
         )
 
     def _check_same_layer(self, other: Statistics) -> None:
@@ -165,3 +194,98 @@ class Statistics:
             raise ThoughtError(
                 f"statistics of different layers cannot be combined: (d_in, d_out, dtype) is {mine} and {theirs}."
             )
+        if self.rank_one != other.rank_one:
+            raise ThoughtError(
+                "statistics with and without the sum of rank-1 operators cannot be combined: rank_one is "
+                f"{self.rank_one} and {other.rank_one}. Gather both with the same rank_one."
+            )
+
+
+@dataclass
+class VectorStatistics:
+    """Running sum for one thought vector: Σ wᵢ δᵢ, with δᵢ the error of the residual stream and wᵢ a token's weight.
+
+    Attributes:
+        d: size of δ, the residual stream.
+        dtype: dtype of the sums, float64 (default) or float32; never lower, whatever the model's dtype.
+        weight: Σ wᵢ.
+        tokens: rows added.
+        energy: Σ wᵢ ‖δᵢ‖², what the vector has to explain (a 0-dim tensor).
+        total: Σ wᵢ δᵢ, (d,).
+
+    Raises:
+        ThoughtError: for another dtype.
+
+    Example:
+        >>> stats = VectorStatistics(d=2)
+        >>> stats.update(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+        >>> stats.mean().tolist(), stats.tokens
+        ([2.0, 2.0], 2)
+    """
+
+    d: int
+    dtype: torch.dtype = torch.float64
+    weight: float = field(default=0.0, init=False)
+    tokens: int = field(default=0, init=False)
+    energy: Tensor = field(init=False)
+    total: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        self.energy, self.total = torch.zeros((), dtype=self.dtype), torch.zeros(self.d, dtype=self.dtype)
+
+    def update(self, deltas: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            deltas: errors of the residual stream, (n, d), any floating dtype.
+            weights: non-negative weight of each token, (n,); 1 when left out.
+
+        Raises:
+            ThoughtError: when the shapes do not fit.
+        """
+        shapes = [tuple(x.shape) for x in (deltas, weights) if x is not None]
+        if shapes != [(len(deltas), self.d), (len(deltas),)][: len(shapes)]:
+            raise ThoughtError(f"deltas and weights must be (n, {self.d}) and (n,); got {shapes}.")
+        deltas = deltas.to(self.dtype)
+        weights = deltas.new_ones(len(deltas)) if weights is None else weights.to(deltas)
+        self.weight += float(weights.sum())
+        self.tokens += len(deltas)
+        self.energy = self.energy.to(deltas) + weights @ deltas.square().sum(1)
+        self.total = self.total.to(deltas) + weights @ deltas
+
+    def mean(self) -> Tensor:
+        """Σ w δ / Σ w, (d,), in ``dtype``: the constant nearest to the errors in (weighted) least squares.
+
+        Raises:
+            ThoughtError: when no token was added, or none with a weight.
+        """
+        if self.weight <= 0:
+            raise ThoughtError("there is no token to average; the statistics are empty, or every weight is zero.")
+        return self.total / self.weight
+
+    def __add__(self, other: VectorStatistics) -> VectorStatistics:
+        """The statistics of both sets of tokens together."""
+        return self._combined(other, 1)
+
+    def __sub__(self, other: VectorStatistics) -> VectorStatistics:
+        """The statistics of the tokens of ``self`` without those of ``other``, to rounding."""
+        return self._combined(other, -1)
+
+    def _combined(self, other: VectorStatistics, sign: int) -> VectorStatistics:
+        if (self.d, self.dtype) != (other.d, other.dtype):
+            raise ThoughtError(
+                f"statistics of different vectors cannot be combined: (d, dtype) is {(self.d, self.dtype)} and "
+                f"{(other.d, other.dtype)}."
+            )
+        both = VectorStatistics(self.d, self.dtype)
+        both.weight = self.weight + sign * other.weight
+        both.tokens = self.tokens + sign * other.tokens
+        both.energy = self.energy + sign * other.energy
+        both.total = self.total + sign * other.total
+        return both
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ThoughtError(f"dtype of the statistics must be float32 or float64; got {dtype}.")

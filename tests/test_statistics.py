@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_thought.errors import ThoughtError
-from lit_thought.statistics import Statistics
+from lit_thought.statistics import Statistics, VectorStatistics
 
 D_IN, D_OUT = 12, 5
 
@@ -209,3 +209,140 @@ def test_statistics_of_different_layers_do_not_combine(other: Statistics) -> Non
         stats + other
     with pytest.raises(ThoughtError, match="cannot be combined"):
         stats - other
+
+
+# --- the sum of rank-1 operators
+
+
+def loop_operators(a: Tensor, delta: Tensor, weights: Tensor) -> np.ndarray:
+    """Σ w δ aᵀ / ‖a‖², one token at a time."""
+    total = np.zeros((D_OUT, D_IN))
+    for x, e, w in zip(a.double().numpy(), delta.double().numpy(), weights.double().numpy(), strict=True):
+        if x.any():
+            total += w * np.outer(e, x) / (x @ x)
+    return total
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=counts, m=counts, cuts=cuts)
+def test_operators_equal_a_loop_over_tokens_and_add_and_subtract(n: int, m: int, cuts: list[int]) -> None:
+    left, right = Statistics(D_IN, D_OUT, rank_one=True), Statistics(D_IN, D_OUT, rank_one=True)
+    for a, delta, weights in split(n, cuts, seed=1):
+        if len(a):
+            a[0] = 0  # without an input there is no operator
+        left.update(a, delta, weights)
+    right.update(*tokens(m, 2))
+    operators = [np.zeros((D_OUT, D_IN)), loop_operators(*tokens(m, 2))]
+    for a, delta, weights in split(n, cuts, seed=1):
+        operators[0] += loop_operators(a[1:], delta[1:], weights[1:])
+    both = left + right
+    for stats, wanted in [
+        (left, operators[0]),
+        (right, operators[1]),
+        (both, sum(operators)),
+        (both - right, operators[0]),
+    ]:
+        np.testing.assert_allclose(stats.operators.numpy(), wanted, rtol=0, atol=1e-12)
+    both.update(*tokens(2, 3))  # the parts stay as they were
+    np.testing.assert_allclose(left.operators.numpy(), operators[0], rtol=0, atol=1e-12)
+
+
+def test_operators_are_kept_only_when_asked_for() -> None:
+    with_them, without = Statistics(D_IN, D_OUT, torch.float32, rank_one=True), Statistics(D_IN, D_OUT, torch.float32)
+    assert not with_them.operators.any()
+    assert with_them.operators.shape == (D_OUT, D_IN)
+    for stats in (with_them, without):
+        stats.update(*tokens(30))
+    assert with_them.operators.dtype == torch.float32
+    assert torch.equal(with_them.gram, without.gram)
+    assert torch.equal(with_them.cross, without.cross)
+    with pytest.raises(ThoughtError, match=rf"Statistics\({D_IN}, {D_OUT}, rank_one=True\)"):
+        _ = without.operators
+    for left, right in [(with_them, without), (without, with_them)]:
+        with pytest.raises(ThoughtError, match="cannot be combined: rank_one is"):
+            left + right
+        with pytest.raises(ThoughtError, match="cannot be combined: rank_one is"):
+            left - right
+    with_them.update(torch.full((1, D_IN), float("nan")), torch.ones(1, D_OUT))
+    assert with_them.operators.isnan().all()  # not taken for zero
+
+
+# --- vectors
+
+
+def vectors(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype = torch.float64) -> VectorStatistics:
+    stats = VectorStatistics(D_OUT, dtype)
+    for _, delta, weights in parts:
+        stats.update(delta, weights)
+    return stats
+
+
+def assert_vector(stats: VectorStatistics, parts: list[tuple[Tensor, Tensor, Tensor]], tol: float = 1e-12) -> None:
+    delta, weights = (np.concatenate([part[i].double().numpy() for part in parts]) for i in (1, 2))
+    np.testing.assert_allclose(stats.total.double().numpy(), weights @ delta, rtol=0, atol=tol * 10)
+    assert float(stats.energy) == pytest.approx(float(weights @ (delta**2).sum(1)), rel=tol, abs=tol)
+    assert stats.weight == pytest.approx(weights.sum(), rel=tol, abs=tol)
+    assert stats.energy.shape == ()
+    assert stats.tokens == len(delta)
+    if len(delta):
+        np.testing.assert_allclose(stats.mean().double(), np.average(delta, axis=0, weights=weights), atol=tol * 10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=counts, m=counts, cuts=cuts, order=st.randoms(use_true_random=False))
+def test_vector_sums_depend_on_neither_split_nor_order_and_add_and_subtract(n: int, m: int, cuts, order) -> None:
+    parts, other = split(n, cuts, seed=1), split(m, cuts, seed=2)
+    left, right = vectors(order.sample(parts, len(parts))), vectors(other)
+    assert_vector(left, parts)
+    total = left + right
+    assert_vector(total, parts + other)
+    assert_vector(total - right, parts, tol=1e-11)
+    total.update(torch.ones(2, D_OUT))
+    assert_vector(left, parts)  # the parts stay as they were
+    assert_vector(right, other)
+
+
+def test_vector_weights_default_to_one_each_and_two_is_the_token_twice() -> None:
+    _, delta, _ = tokens(3)
+    plain, weighted, repeated = (VectorStatistics(D_OUT) for _ in range(3))
+    plain.update(delta)
+    assert_vector(plain, [(delta, delta, torch.ones(3))])
+    weighted.update(delta, torch.tensor([2, 1, 0]))
+    repeated.update(delta[[0, 0, 1]])
+    torch.testing.assert_close(weighted.mean(), repeated.mean(), rtol=1e-14, atol=1e-14)
+    assert (weighted.weight, weighted.tokens) == (3, 3)  # seen, though one weighs nothing
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=["float64", "float32"])
+def test_vector_sums_of_bfloat16_have_their_own_dtype(dtype: torch.dtype, tol: float) -> None:
+    parts = [(a, delta.bfloat16(), weights) for a, delta, weights in split(40, [7, 20])]
+    stats = vectors(parts, dtype)
+    assert stats.total.dtype == stats.energy.dtype == stats.mean().dtype == dtype
+    assert_vector(stats, parts, tol)
+    for wrong in (torch.float16, torch.bfloat16, torch.int64):
+        with pytest.raises(ThoughtError, match="float32 or float64"):
+            VectorStatistics(D_OUT, wrong)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "weights"),
+    [((4, D_OUT + 1), (4,)), ((D_OUT,), (4,)), ((4, 2, D_OUT), (4,)), ((4, D_OUT), (3,)), ((4, D_OUT), (4, 1))],
+)
+def test_wrong_shapes_of_vectors_are_refused_and_nothing_is_added(deltas: tuple, weights: tuple) -> None:
+    stats = VectorStatistics(D_OUT)
+    with pytest.raises(ThoughtError, match=rf"\(n, {D_OUT}\)"):
+        stats.update(torch.ones(deltas), torch.ones(weights))
+    assert (stats.tokens, stats.weight, float(stats.energy)) == (0, 0, 0)
+
+
+def test_empty_and_different_vectors() -> None:
+    stats = VectorStatistics(D_OUT)
+    assert stats.total.tolist() == [0.0] * D_OUT
+    stats.update(torch.zeros(0, D_OUT))
+    with pytest.raises(ThoughtError, match="no token to average"):
+        stats.mean()
+    for other in (VectorStatistics(D_OUT + 1), VectorStatistics(D_OUT, torch.float32)):
+        with pytest.raises(ThoughtError, match="different vectors cannot be combined"):
+            stats + other
+        with pytest.raises(ThoughtError, match="different vectors cannot be combined"):
+            stats - other

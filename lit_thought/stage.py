@@ -1,0 +1,183 @@
+"""What a fit sums and solves at one stage: one site of one block, its thought matrix, its thought vector or both.
+
+Every site shares these lines; only where a and δ are read differs (:mod:`lit_thought.streams`). With T the matrix
+and v the vector that are there already, δ the error that they leave, and η the step size,
+
+    T ← T + η · argmin_Δ Σ wᵢ ‖Δ aᵢ − δᵢ‖² + …        (the terms of :mod:`lit_thought.solve`)
+    v ← v + η · argmin_u (1/w) Σ wᵢ ‖u − δᵢ‖² + ρ ‖u‖²  =  v + η Σ wᵢ δᵢ / (w (1 + ρ))
+
+the second being the least-squares constant, with a token of unrelated text wishing for zero. Mazzawi et al. 2025,
+arXiv 2510.08734: the thought matrix (Theorem 3.1), the thought vector, and their steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lit_thought.blocks import Site
+from lit_thought.errors import ThoughtError
+from lit_thought.rank import reduce_rank
+from lit_thought.runner import Observation
+from lit_thought.solve import Prior, check_finite, solve
+from lit_thought.statistics import Statistics, VectorStatistics
+from lit_thought.streams import LowRank, SitePatch
+
+__all__ = ["PARTS", "StageSettings", "StageSums", "Weights", "check_parts", "default_weights", "target_changes"]
+
+PARTS = ("matrix", "vector")
+
+
+class Weights(NamedTuple):
+    """How much unrelated text (ρ) and the tokens of the output count against the others."""
+
+    preserve: float
+    answer: float
+
+
+def default_weights(sites: Sequence[str]) -> Weights:
+    """The weights that did best on held-back inputs of the word tasks (recipes/sweep.py).
+
+    A vector cannot tell inputs apart: at mlp_in alone it has to come from the tokens that matter, and preservation
+    can only shrink it.
+    """
+    return Weights(1.0, 100.0) if tuple(sites) == ("mlp_in",) else Weights(3.0, 10.0)
+
+
+def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What to solve for at each site.
+
+    Args:
+        parts: ``"matrix"``, ``"vector"`` or both; None for each site's own form: a matrix, and at mlp_in, where the
+            matrix corrects norm(m) but not m itself, a vector too.
+        sites: the sites of the fit.
+
+    Raises:
+        ThoughtError: for an unknown part, or for both at an output projection, where both explain the same error.
+    """
+    if parts is None:
+        return {site: PARTS if site == "mlp_in" else ("matrix",) for site in sites}
+    names = (parts,) if isinstance(parts, str) or not isinstance(parts, Iterable) else tuple(parts)
+    if not names or any(name not in PARTS for name in names) or len(set(names)) != len(names):
+        raise ThoughtError(
+            f"parts must name one or both of {list(PARTS)}, each once; got {list(names)!r}. "
+            "Leave it out for each site's own form."
+        )
+    outputs = [site for site in sites if site != "mlp_in"]
+    if len(names) == 2 and outputs:
+        raise ThoughtError(
+            f"parts={list(names)!r} with sites={list(sites)!r}: at {outputs[0]} a matrix and a vector explain the same "
+            "error. Choose one of them, or leave parts out."
+        )
+    return {site: tuple(name for name in PARTS if name in names) for site in sites}
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How stages are solved: see :class:`~lit_thought.callback.ThoughtCallback`."""
+
+    rank: int | float | None
+    ridge: float
+    prior_weight: float
+    step_size: float
+    dtype: torch.dtype
+
+
+class StageSums:
+    """The sums of one stage.
+
+    Args:
+        site: the site.
+        parts: what to solve for.
+        settings: how.
+        name: the stage's name, for error messages.
+    """
+
+    def __init__(self, site: Site, parts: Sequence[str], settings: StageSettings, name: str) -> None:
+        self.site, self.settings, self.name = site, settings, name
+        self.matrix = Statistics(site.d_in, site.d_out, settings.dtype) if "matrix" in parts else None
+        self.vector = VectorStatistics(site.d_out, settings.dtype) if "vector" in parts else None
+
+    def update(self, seen: Observation) -> None:
+        """Add one batch's compared tokens."""
+        if self.matrix is not None:
+            self.matrix.update(seen.a, seen.delta, seen.weights)
+        if self.vector is not None:
+            self.vector.update(seen.shift, seen.weights)
+
+    def solve(self, start: SitePatch, prior: Prior | None) -> tuple[SitePatch, dict[str, float]]:
+        """The site's patch after this stage, in float32 as it will be exported, and figures of its quality.
+
+        Args:
+            start: what was there when the sums were taken.
+            prior: inputs to preserve.
+        """
+        matrix, vector = start.matrix, start.vector
+        figures: dict[str, float] = {}
+        if self.matrix is not None:
+            matrix, figures = self._solve_matrix(self.matrix, matrix, prior)
+        if self.vector is not None:
+            check_finite(self.name, float(self.vector.energy))
+            weight = self.settings.prior_weight if prior is not None else 0.0
+            step = self.vector.mean() * (self.settings.step_size / (1 + weight))
+            vector = (step if vector is None else vector.to(step) + step).float()
+            figures |= self._vector_figures(self.vector, step)
+        return SitePatch(matrix, vector), figures
+
+    def _solve_matrix(
+        self, sums: Statistics, start: LowRank | None, prior: Prior | None
+    ) -> tuple[LowRank, dict[str, float]]:
+        settings = self.settings
+        weight = settings.prior_weight
+        solution = solve(sums, settings.ridge, prior, weight, settings.rank, self.name)
+        A, B, figures = solution.A, settings.step_size * solution.B, solution.diagnostics
+        if start is not None:
+            A, B = torch.cat([start.A.to(A), A]), torch.cat([start.B.to(B), B], dim=1)
+            ridge = settings.ridge * solution.diagnostics["ridge_scale"]
+            A, B = reduce_rank(A, B, sums, ridge, prior, weight, settings.rank)
+        if start is not None or settings.step_size != 1:  # the figures of what is installed, not of the full step
+            after = _error_after(LowRank(A, B), start, sums)
+            figures |= {"error_after": after, "rank": len(A), "norm": _norm(A, B)}
+        if A.shape[0] == 0:  # a patch of nothing has rank 1 and is zero
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        return LowRank(A.float().contiguous(), B.float().contiguous()), figures
+
+    def _vector_figures(self, sums: VectorStatistics, step: torch.Tensor) -> dict[str, float]:
+        before = float(sums.energy) / sums.weight
+        after = before - 2 * float(step @ sums.mean()) + float(step @ step)
+        if self.matrix is None:
+            return {"error_before": before, "error_after": after, "tokens": sums.tokens, "norm": float(step.norm())}
+        return {"vector_error_before": before, "vector_error_after": after, "vector_norm": float(step.norm())}
+
+
+def _error_after(matrix: LowRank, start: LowRank | None, sums: Statistics) -> float:
+    """(1/w) Σ w ‖δ − (T − T₀) a‖², with δ measured while T₀ was there."""
+    A, B = matrix.A, matrix.B
+    if start is not None:
+        A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
+    explained = float((B.T @ sums.cross.to(B) * A).sum())
+    change = float(((B.T @ B) * (A @ sums.gram.to(A) @ A.T)).sum())
+    return (float(sums.energy) - 2 * explained + change) / sums.weight
+
+
+def _norm(A: torch.Tensor, B: torch.Tensor) -> float:
+    """‖B A‖_F."""
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def target_changes(
+    sites: Mapping[tuple[int, str], Site], patches: Mapping[tuple[int, str], SitePatch]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The weights' factors (A, B) and the biases' vectors that patches of sites come to, by module path."""
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    vectors: dict[str, torch.Tensor] = {}
+    for key, patch in patches.items():
+        site = sites[key]
+        if patch.matrix is not None:
+            factors |= site.factors(patch.matrix.A, patch.matrix.B)
+        if patch.vector is not None:
+            vectors[site.path] = vectors[site.path] + patch.vector if site.path in vectors else patch.vector
+    return factors, vectors
