@@ -2,6 +2,11 @@
 
 Written with one uniform rank (zero rows and columns fill the smaller ones) and alpha = rank, so that the
 scale is 1 everywhere; vLLM and llama.cpp know nothing else. Reading accepts other plain LoRA adapters too.
+
+Thought vectors become PEFT's ``lora_bias``: every target then has a ``lora_B.bias``, zero where it has no vector.
+PEFT alone reads it; vLLM and llama.cpp refuse the adapter. PEFT can merge it only where the base layer has a bias
+(GPT-2): on others (Llama, Qwen) ``merge_and_unload`` raises a RuntimeError, without ``safe_merge=True`` only after it
+has changed the weight. There keep the adapter apart, as ``PeftModel`` does, and do not merge.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from lit_thought.card import model_card
 from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder
 from lit_thought.patch import ThoughtPatch
-from lit_thought.weights import Factors
+from lit_thought.weights import Factors, checked_vector
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,11 +42,13 @@ CONFIG, WEIGHTS, THOUGHT, CARD = (
     "thought.json",
     "README.md",
 )
+_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+"""Of each target's tensors; the last with ``lora_bias`` only."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<side>lora_[AB])\.weight")
+_KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 # LoRA options that change what the adapter computes: each must be off, or B A is not the change
 _UNSUPPORTED = """
-    use_dora use_qalora use_bdlora lora_bias modules_to_save rank_pattern alpha_pattern layer_replication
+    use_dora use_qalora use_bdlora modules_to_save rank_pattern alpha_pattern layer_replication
     target_parameters trainable_token_indices alora_invocation_tokens megatron_config velora_config
     monteclora_config arrow_config kasa_config
 """.split()  # noqa: SIM905
@@ -50,16 +57,24 @@ _PLAIN_INIT = ("gaussian", "eva", "orthogonal")
 
 
 def to_peft(patch: ThoughtPatch) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The adapter's config and weights (float32): ``A`` (rank, d_in), ``B`` (d_out, rank)."""
+    """The adapter's config and weights (float32): ``A`` (rank, d_in), ``B`` (d_out, rank).
+
+    With vectors, ``lora_bias`` is on and every target also has a bias (d_out,); one with only a vector has zero
+    factors.
+
+    Raises:
+        PatchError: if a target has only a vector, and the provenance's ``d_in`` does not give its number of inputs.
+    """
     from peft import LoraConfig, TaskType
 
-    rank = patch.rank
+    rank = max(patch.rank, 1)
     known = patch.provenance
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
         bias="none",
+        lora_bias=bool(patch.vectors),
         target_modules=list(patch.targets),
         fan_in_fan_out=bool(known.get("fan_in_fan_out", False)),
         task_type=TaskType.CAUSAL_LM,
@@ -67,13 +82,27 @@ def to_peft(patch: ThoughtPatch) -> tuple[LoraConfig, dict[str, Tensor]]:
         inference_mode=True,
     )
     state: dict[str, Tensor] = {}
-    for path, factors in patch.factors.items():
-        missing = rank - factors.rank
+    for path in patch.targets:
+        factors = patch.factors[path] if path in patch.factors else _no_factors(patch, path)
+        d_out, missing = len(factors.B), rank - factors.rank
         a = torch.cat([factors.A, factors.A.new_zeros(missing, factors.A.shape[1])])
-        b = torch.cat([factors.B, factors.B.new_zeros(factors.B.shape[0], missing)], dim=1)
+        b = torch.cat([factors.B, factors.B.new_zeros(d_out, missing)], dim=1)
         state[f"base_model.model.{path}.lora_A.weight"] = a
         state[f"base_model.model.{path}.lora_B.weight"] = b.contiguous()
+        if patch.vectors:
+            state[f"base_model.model.{path}.lora_B.bias"] = patch.vectors.get(path, torch.zeros(d_out)).clone()
     return config, state
+
+
+def _no_factors(patch: ThoughtPatch, path: str) -> Factors:
+    """Zero factors of rank 1 for a target that has only a vector."""
+    d_in = patch.provenance.get("d_in", {}).get(path)
+    if d_in is None:
+        raise PatchError(
+            f"{path!r} has only a vector, and PEFT wants a matrix too, whose number of inputs is not known. Say it in "
+            f"the provenance: ThoughtPatch(..., provenance={{'d_in': {{{path!r}: inputs of the layer}}}})."
+        )
+    return Factors(torch.zeros(1, d_in), torch.zeros(len(patch.vectors[path]), 1))
 
 
 def write_adapter(
@@ -88,10 +117,10 @@ def write_adapter(
         patch: what to write.
         folder: where; with ``overwrite`` a folder there is replaced as a whole.
         overwrite: allow ``folder`` to exist and hold files.
-        dtype: of the stored factors: float32, bfloat16 or float16.
+        dtype: of the stored factors and vectors: float32, bfloat16 or float16.
 
     Raises:
-        PatchError: if ``dtype`` cannot hold the factors.
+        PatchError: if ``dtype`` cannot hold them, or if the inputs of a target are not known (see ``to_peft``).
         ThoughtError: if ``folder`` cannot be written.
     """
     if dtype not in _DTYPES:
@@ -113,23 +142,33 @@ def write_adapter(
 def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
     """Read an adapter folder, ours or any plain LoRA adapter, and check all of it.
 
-    A scale alpha / rank (or alpha / √rank: rank-stabilised LoRA) other than 1 goes into ``B``; padding of the
-    rank with zeros is dropped. Without a ``thought.json`` the provenance holds only what the config knows.
+    A scale alpha / rank (or alpha / √rank: rank-stabilised LoRA) other than 1 goes into ``B`` and, as in PEFT, into
+    the vector; padding of the rank with zeros is dropped, and so are zero vectors, and zero factors beside a vector.
+    Without a ``thought.json`` the provenance holds only what the config knows.
 
     Raises:
-        PatchError: if a file is missing or damaged, if the config asks for more than plain LoRA, or if the
-            tensors do not match the config.
+        PatchError: if a file is missing or damaged, if the config asks for more than plain LoRA (with or without
+            ``lora_bias``), or if the tensors do not match the config.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise PatchError(f"path={str(folder)!r} is not a folder; expected an adapter that save_adapter wrote.")
     config = _read_json(path / CONFIG)
     rank, scale = _check_config(config)
-    tensors = _read_tensors(path / WEIGHTS)
-    factors = {
-        target: _factors(target, sides["lora_A"], sides["lora_B"], rank, scale)
-        for target, sides in _pair_up(tensors, config.get("target_modules")).items()
-    }
+    parts = _PARTS if config.get("lora_bias") else _PARTS[:2]
+    factors: dict[str, Factors] = {}
+    vectors: dict[str, Tensor] = {}
+    d_in: dict[str, int] = {}
+    for target, found in _group(_read_tensors(path / WEIGHTS), config.get("target_modules"), parts).items():
+        a, b = found["lora_A.weight"], found["lora_B.weight"]
+        change = _factors(target, a, b, rank, scale)
+        vector = _vector(target, found["lora_B.bias"], len(b), scale) if "lora_B.bias" in found else None
+        if vector is not None:
+            vectors[target] = vector
+        if vector is None or change.A.any() or change.B.any():
+            factors[target] = change
+        else:
+            d_in[target] = a.shape[1]
     provenance = _read_provenance(path / THOUGHT)
     if provenance is None:
         known = {
@@ -137,7 +176,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
             "fan_in_fan_out": config.get("fan_in_fan_out"),
         }
         provenance = {key: value for key, value in known.items() if value}
-    return ThoughtPatch(factors, provenance)
+    if d_in:
+        provenance = {"d_in": d_in, **provenance}
+    return ThoughtPatch(factors, provenance, vectors)
 
 
 def _check_config(config: dict[str, Any]) -> tuple[int, float]:
@@ -154,8 +195,8 @@ def _check_config(config: dict[str, Any]) -> tuple[int, float]:
     if bad:
         asked = ", ".join(f"{name}={config[name]!r}" for name in bad)
         raise PatchError(
-            f"{CONFIG} asks for {asked}; only plain LoRA (one rank and alpha, no bias, no further trained "
-            "modules) can be read. Load this adapter with peft.PeftModel.from_pretrained."
+            f"{CONFIG} asks for {asked}; only plain LoRA (one rank and alpha, no trained base biases "
+            "or further modules) can be read. Load this adapter with peft.PeftModel.from_pretrained."
         )
     targets = config.get("target_modules")
     if not _are_targets(targets):
@@ -168,27 +209,22 @@ def _check_config(config: dict[str, Any]) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pair_up(tensors: dict[str, Tensor], targets: Any) -> dict[str, dict[str, Tensor]]:
-    """Each module's ``lora_A`` and ``lora_B``; every target has both, and nothing is left over."""
+def _group(tensors: dict[str, Tensor], targets: Any, parts: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Each target's tensors by part; every target has all ``parts``, and nothing is left over."""
     found: dict[str, dict[str, Tensor]] = {}
     surplus = []
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or not _is_target(match["path"], targets):
+        if match is None or match["part"] not in parts or not _is_target(match["path"], targets):
             surplus.append(key)
         else:
-            found.setdefault(match["path"], {})[match["side"]] = value
+            found.setdefault(match["path"], {})[match["part"]] = value
     if surplus:
         raise PatchError(
             f"{WEIGHTS} holds {len(surplus)} tensors that {CONFIG} does not account for, such as "
             f"{surplus[0]!r}. The folder mixes two adapters, or it is not plain LoRA."
         )
-    missing = [
-        f"base_model.model.{path}.{side}.weight"
-        for path, sides in found.items()
-        for side in ("lora_A", "lora_B")
-        if side not in sides
-    ]
+    missing = [f"base_model.model.{path}.{part}" for path, own in found.items() for part in parts if part not in own]
     if isinstance(targets, list):
         missing += [name for name in targets if not any(_is_target(path, [name]) for path in found)]
     if missing or not found:
@@ -229,6 +265,22 @@ def _factors(path: str, a: Tensor, b: Tensor, rank: int, scale: float) -> Factor
         return Factors(a[:kept], b[:, :kept])
     except PatchError as error:
         raise PatchError(f"{WEIGHTS}: {path!r}: {error} Save or copy the adapter again.") from error
+
+
+def _vector(path: str, bias: Tensor, d_out: int, scale: float) -> Tensor | None:
+    """The thought vector (d_out,) of a ``lora_B.bias``, scaled as PEFT does; None where it is zero."""
+    if bias.shape != (d_out,):
+        raise PatchError(
+            f"{WEIGHTS}: {path!r} has a lora_B.bias {tuple(bias.shape)}; expected ({d_out},), its number of outputs. "
+            "The folder mixes two adapters."
+        )
+    vector = bias.float() * scale
+    if not vector.any():
+        return None
+    try:
+        return checked_vector(path, vector)
+    except PatchError as error:
+        raise PatchError(f"{WEIGHTS}: {error} Save or copy the adapter again.") from error
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

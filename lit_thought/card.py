@@ -30,9 +30,16 @@ def model_card(patch: ThoughtPatch) -> str:
         "instruction in the prompt: give the model with the adapter the prompt *without* the instruction. "
         "It was solved for in closed form by lit_thought, with no gradient training.",
         "",
-        f"Rank {patch.rank}, {len(patch.targets)} weights changed, {patch.num_parameters:,} parameters.",
+        f"Rank {patch.rank}, {len(patch.factors)} weights changed, {patch.num_parameters:,} parameters.",
         "",
     ]
+    if patch.vectors:
+        lines += [
+            f"It also adds {len(patch.vectors)} thought vectors to the outputs of layers, as PEFT's `lora_bias`. PEFT "
+            "reads this; vLLM and llama.cpp refuse the adapter. PEFT can merge it only where the base layers have "
+            "biases (GPT-2); otherwise (Llama, Qwen) `merge_and_unload` raises an error: keep the adapter unmerged.",
+            "",
+        ]
     parts = known.get("parts", [known])
     if len(parts) > 1:
         lines += [f"It is the sum of {len(parts)} patches.", ""]

@@ -12,7 +12,7 @@ from typing import Any
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["load_pairs"]
+__all__ = ["load_pairs", "pair_instructions"]
 
 _KEYS = ("instruction", "input", "output")
 
@@ -146,3 +146,19 @@ def _check(where: str, row: object) -> dict[str, str]:
     if "input" not in pair:
         raise ThoughtError(f"{where}: the required key 'input' is missing; every pair needs an input")
     return pair
+
+
+def pair_instructions(pairs: Sequence[Mapping[str, str]], instruction: str | None) -> list[str]:
+    """Each pair's own instruction, or the common one.
+
+    Raises:
+        ThoughtError: when a pair has neither, or an instruction is empty.
+    """
+    chosen = [pair.get("instruction", instruction) for pair in pairs]
+    for index, text in enumerate(chosen):
+        if not isinstance(text, str) or not text.strip():
+            raise ThoughtError(
+                f"instruction must be a text that is not empty; pair {index} has {text!r}. "
+                "Pass instruction=..., or give each pair its own."
+            )
+    return chosen  # type: ignore[return-value]

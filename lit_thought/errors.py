@@ -5,7 +5,7 @@ A message names the argument, what was expected, what came, and what to do.
 
 from __future__ import annotations
 
-__all__ = ["PatchError", "SingularSystemError", "ThoughtError", "UnsupportedModelError"]
+__all__ = ["PatchError", "SingularSystemError", "ThoughtError", "UnsupportedModelError", "check_counts"]
 
 
 class ThoughtError(ValueError):
@@ -22,3 +22,14 @@ class SingularSystemError(ThoughtError):
 
 class PatchError(ThoughtError):
     """A patch or adapter that does not fit the model, or a damaged adapter folder."""
+
+
+def check_counts(**counts: int) -> None:
+    """Check settings that count something.
+
+    Raises:
+        ThoughtError: for one that is not a whole number of 1 or more.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ThoughtError(f"{name} must be a whole number of 1 or more; got {value!r}.")

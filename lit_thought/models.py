@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["SMOLLM2_NAME", "evaluating", "fingerprint", "load_model", "model_name"]
+__all__ = ["SMOLLM2_NAME", "context_window", "evaluating", "fingerprint", "load_model", "model_name"]
 
 SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded default is called in adapters: unlike a folder, anyone can look it up."""
@@ -125,8 +125,8 @@ def fingerprint(model: nn.Module) -> str:
     return fingerprint_with(model, {})
 
 
-def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor]) -> str:
-    """The fingerprint ``model`` would have with the named parameters at the values in ``replaced``."""
+def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor | None]) -> str:
+    """The fingerprint ``model`` would have with the parameters in ``replaced`` at these values; None: without it."""
     digest = hashlib.sha256()
     digest.update(str(getattr(getattr(model, "config", None), "model_type", "")).encode())
     with torch.no_grad():
@@ -138,7 +138,10 @@ def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor]) -> str:
                     "model cannot be identified. Load the model in full."
                 )
             if name in replaced:
-                value = replaced[name].to(device=value.device, dtype=value.dtype)
+                other = replaced[name]
+                if other is None:
+                    continue
+                value = other.to(device=value.device, dtype=value.dtype)
             digest.update(f"\n{name} {tuple(value.shape)} {value.dtype} ".encode())
             words = _as_words(value)
             stride = max(1, -(-words.numel() // _SAMPLE))
@@ -269,3 +272,8 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ThoughtError(f"device={device!r}, but torch sees no CUDA device. Pass device='cpu'.")
     return target
+
+
+def context_window(model: PreTrainedModel) -> int:
+    """The longest sequence the model was made for, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9

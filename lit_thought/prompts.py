@@ -17,7 +17,9 @@ from lit_thought.errors import ThoughtError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PromptTemplate"]
+__all__ = ["DEFAULT_TEMPLATE", "PromptTemplate"]
+
+DEFAULT_TEMPLATE = "Q: {input}\nA: {output}\n"
 
 _FIELD = re.compile(r"\{(instruction|input|output)\}")
 _MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it

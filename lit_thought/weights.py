@@ -1,8 +1,8 @@
-"""Low-rank changes put on a model's weights, and taken off exactly.
+"""Changes put on a model's weights and biases, and taken off exactly.
 
-Per model, the touched weights are kept as they were, beside the list of changes in the order they came.
+Per model, the touched parameters are kept as they were, beside the list of changes in the order they came.
 Taking one off puts those copies back and adds the rest again, so removal is exact to the last bit in every
-dtype and order.
+dtype and order. A bias that a layer does not have is made for as long as a change needs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from lit_thought.errors import PatchError
 from lit_thought.models import model_name
 
-__all__ = ["Factors", "add_change", "find_weights", "has_change", "original_weights", "take_off_change"]
+__all__ = [
+    "Change",
+    "Factors",
+    "add_change",
+    "checked_vector",
+    "find_weights",
+    "has_change",
+    "original_weights",
+    "take_off_change",
+]
 
 
 @dataclass(eq=False)
@@ -28,6 +37,9 @@ class Factors:
     Attributes:
         A: shape (rank, d_in).
         B: shape (d_out, rank).
+
+    Raises:
+        PatchError: if A and B are not floating-point matrices of one rank, or not finite as float32.
     """
 
     A: Tensor
@@ -36,9 +48,7 @@ class Factors:
     def __post_init__(self) -> None:
         for name, value in (("A", self.A), ("B", self.B)):
             if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-                tensor = isinstance(value, Tensor)
-                came = f"{value.dtype} {tuple(value.shape)}" if tensor else type(value).__name__
-                raise PatchError(f"Factors: {name} must be a floating-point matrix, got {came}.")
+                raise PatchError(f"Factors: {name} must be a floating-point matrix, got {_what(value)}.")
         if self.A.shape[0] != self.B.shape[1] or self.A.shape[0] == 0:
             raise PatchError(
                 f"Factors: A must be (rank, d_in) and B (d_out, rank) with one rank of at least 1, got A "
@@ -58,12 +68,31 @@ class Factors:
         return self.B.to(dtype) @ self.A.to(dtype)
 
 
+Change = Mapping[str, Factors | Tensor]
+"""What to add, by parameter name: Factors to ``"<path>.weight"``, a vector (d_out,) to ``"<path>.bias"``."""
+
+
+def checked_vector(path: str, value: object) -> Tensor:
+    """A float32 copy on the CPU of a thought vector, shape (d_out,).
+
+    Raises:
+        PatchError: if it is not a floating-point vector of at least one entry, or not finite as float32.
+    """
+    if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point() or value.numel() == 0:
+        raise PatchError(f"vectors[{path!r}] must be a floating-point tensor of shape (d_out,), got {_what(value)}.")
+    kept = _keep(value)
+    if not bool(torch.isfinite(kept).all()):
+        raise PatchError(f"vectors[{path!r}] holds NaN or infinite values (as float32).")
+    return kept
+
+
 @dataclass
 class _State:
-    """What is on a model: the touched weights as they were, and (owner, change) in the order they came."""
+    """What is on a model: the touched parameters as they were, None for a bias that was not there, and
+    (owner, change) in the order they came."""
 
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    changes: list[tuple[object, Mapping[str, Factors]]] = field(default_factory=list)
+    originals: dict[str, Tensor | None] = field(default_factory=dict)
+    changes: list[tuple[object, Change]] = field(default_factory=list)
 
 
 _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
@@ -75,25 +104,30 @@ def has_change(model: nn.Module, owner: object) -> bool:
     return state is not None and any(other is owner for other, _ in state.changes)
 
 
-def original_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The touched parameters of ``model``, by name, as they were before any change."""
+def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
+    """The touched parameters of ``model``, by name, as they were before any change; None: there was none."""
     state = _STATES.get(model)
-    return {f"{path}.weight": value for path, value in state.originals.items()} if state else {}
+    return dict(state.originals) if state else {}
 
 
-def add_change(model: nn.Module, owner: object, change: Mapping[str, Factors]) -> None:
-    """Add ``change`` to the weights, in ``owner``'s name. A failure midway puts all weights back."""
+def add_change(model: nn.Module, owner: object, change: Change) -> None:
+    """Add ``change`` to the parameters, in ``owner``'s name. A failure midway puts all of them back.
+
+    Raises:
+        PatchError: see ``find_weights``.
+    """
     state = _STATES.get(model) or _State()
-    modules = find_weights(model, change)
+    layers = find_weights(model, change)
     originals = dict(state.originals)
-    for path, module in modules.items():
-        if path not in originals:
-            originals[path] = _weight(module).detach().clone()
+    for name, layer in layers.items():
+        if name not in originals:
+            value = _parameter(name, layer)
+            originals[name] = None if value is None else value.detach().clone()
     try:
-        for path, module in modules.items():
-            _add(module, change[path])
+        for name, layer in layers.items():
+            _add(name, layer, change[name])
     except BaseException:
-        _rebuild(modules, originals, [other for _, other in state.changes])
+        _rebuild(layers, originals, [other for _, other in state.changes])
         raise
     _STATES[model] = _State(originals, [*state.changes, (owner, change)])
 
@@ -104,101 +138,143 @@ def take_off_change(model: nn.Module, owner: object) -> None:
     mine = next(change for other, change in state.changes if other is owner)
     rest = [(other, change) for other, change in state.changes if other is not owner]
     _rebuild(find_weights(model, mine), state.originals, [change for _, change in rest])
-    used = {path for _, change in rest for path in change}
+    used = {name for _, change in rest for name in change}
     if rest:
-        _STATES[model] = _State({path: state.originals[path] for path in used}, rest)
+        _STATES[model] = _State({name: state.originals[name] for name in used}, rest)
     else:
         del _STATES[model]
 
 
-def find_weights(model: nn.Module, change: Mapping[str, Factors]) -> dict[str, nn.Module]:
-    """The module of every target, after checking that each can take its change.
+def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
+    """The layer of every parameter in ``change``, after checking that each can take its change.
 
     Raises:
-        PatchError: on a missing module, a wrong shape, or a weight that is quantised, shared, sharded or not
-            loaded.
+        PatchError: on a missing module, a wrong shape, or a parameter that is quantised, shared, sharded or
+            not loaded.
     """
     if not isinstance(model, nn.Module):
         raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     modules = dict(model.named_modules())
-    missing = [path for path in change if path not in modules]
+    paths = {name: name.rpartition(".")[0] for name in change}
+    targets = set(paths.values())
+    missing = [path for path in paths.values() if path not in modules]
     if missing:
         raise PatchError(
             f"the model ({model_name(model) or type(model).__name__}) has no module {missing[0]!r} "
-            f"({len(missing)} of the patch's {len(change)} targets are missing). The patch belongs to "
+            f"({len(set(missing))} of the patch's {len(targets)} targets are missing). The patch belongs to "
             "another architecture, or the model is wrapped: pass the bare model."
         )
+    layers = {name: modules[path] for name, path in paths.items()}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    for path, factors in change.items():
-        _check_module(path, modules[path], factors)
-        shared = [name for name in names.get(id(modules[path].weight), []) if name != f"{path}.weight"]
+    for name, layer in layers.items():
+        _check_layer(paths[name], layer, change[name])
+        # a bias that is not there yet is shared where its layer is, which the layer's weight tells
+        kind = "weight" if _parameter(name, layer) is None else name.rpartition(".")[2]
+        own = f"{paths[name]}.{kind}"
+        shared = [other for other in names.get(id(_parameter(own, layer)), []) if other != own]
         if shared:
             raise PatchError(
-                f"{path!r} shares its weight with {shared}, so changing it in place would change both. "
+                f"{paths[name]!r} shares its {kind} with {shared}, so changing it in place would change both. "
                 "Load the saved adapter with peft.PeftModel.from_pretrained instead."
             )
-    return {path: modules[path] for path in change}
+    return layers
 
 
-def _check_module(path: str, module: nn.Module, factors: Factors) -> None:
-    if not isinstance(module, (nn.Linear, Conv1D)):
+def _check_layer(path: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+    if not isinstance(layer, (nn.Linear, Conv1D)):
         raise PatchError(
-            f"{path!r} is a {type(module).__name__}; expected torch.nn.Linear or transformers' Conv1D. If "
+            f"{path!r} is a {type(layer).__name__}; expected torch.nn.Linear or transformers' Conv1D. If "
             "the model is quantised or holds PEFT layers, use peft.PeftModel on the saved adapter."
         )
-    weight = _weight(module)
-    if not weight.is_floating_point() or weight.element_size() < 2:
+    weight = layer.weight
+    for value in (weight, layer.bias):
+        if value is None:
+            continue
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise PatchError(
+                f"{path!r} is quantised ({value.dtype}), and its weight cannot be changed in place. Save the "
+                "patch with save_adapter and load it with peft.PeftModel.from_pretrained(model, folder)."
+            )
+        if value.is_meta or hasattr(value, "full_tensor"):  # full_tensor: a sharded DTensor
+            raise PatchError(
+                f"{path!r} is sharded, offloaded or not loaded; expected the whole weight in memory. Apply the "
+                "patch before sharding, or use the saved adapter with PEFT."
+            )
+    d_out, d_in = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
+    if isinstance(addition, Tensor):
+        if len(addition) != d_out:
+            raise PatchError(
+                f"{path!r} has {d_out} outputs in this model, but the patch's vector has {len(addition)} entries. "
+                "Load the model that the patch was made for."
+            )
+    elif (d_out, d_in) != (addition.B.shape[0], addition.A.shape[1]):
         raise PatchError(
-            f"{path!r} is quantised ({weight.dtype}), and its weight cannot be changed in place. Save the "
-            "patch with save_adapter and load it with peft.PeftModel.from_pretrained(model, folder)."
-        )
-    if weight.is_meta or hasattr(weight, "full_tensor"):  # full_tensor: a sharded DTensor
-        raise PatchError(
-            f"{path!r} is sharded, offloaded or not loaded; expected the whole weight in memory. Apply the "
-            "patch before sharding, or use the saved adapter with PEFT."
-        )
-    here = (weight.shape[0], weight.shape[1]) if isinstance(module, nn.Linear) else tuple(weight.shape)[::-1]
-    wanted = (factors.B.shape[0], factors.A.shape[1])
-    if here != wanted:
-        raise PatchError(
-            f"{path!r} maps {here[1]} inputs to {here[0]} outputs in this model, but the patch is for "
-            f"{wanted[1]} to {wanted[0]}. Load the model that the patch was made for."
+            f"{path!r} maps {d_in} inputs to {d_out} outputs in this model, but the patch is for "
+            f"{addition.A.shape[1]} to {addition.B.shape[0]}. Load the model that the patch was made for."
         )
 
 
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _parameter(name: str, layer: nn.Module) -> Tensor | None:
+    """The layer's weight or bias, whichever ``name`` ends with; None for a bias that is not there."""
+    value = getattr(layer, name.rpartition(".")[2])
+    assert value is None or isinstance(value, Tensor)
+    return value
 
 
-def _add(module: nn.Module, factors: Factors) -> None:
-    """``W += B A`` (transposed for Conv1D), in float32 or better, rounded to the weight's dtype once."""
-    weight = _weight(module)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+def _add(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+    """``W += B A`` (transposed for Conv1D) or ``b += v``, in float32 or better, rounded to the dtype once."""
+    value = _parameter(name, layer)
+    if value is None:
+        value = layer.bias = _zero_bias(layer)
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     # autocast would compute the product in half precision
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        delta = factors.B.to(weight.device, dtype) @ factors.A.to(weight.device, dtype)
-        weight.copy_(weight.to(dtype) + (delta.T if isinstance(module, Conv1D) else delta))
+    with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+        if isinstance(addition, Tensor):
+            delta = addition.to(value.device, dtype)
+        else:
+            delta = addition.B.to(value.device, dtype) @ addition.A.to(value.device, dtype)
+            delta = delta.T if isinstance(layer, Conv1D) else delta
+        value.copy_(value.to(dtype) + delta)
+
+
+def _zero_bias(layer: nn.Module) -> nn.Parameter:
+    """A bias for a layer without one, in the dtype and on the device of its weight, frozen if that is."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    d_out = weight.shape[1] if isinstance(layer, Conv1D) else weight.shape[0]
+    # a tensor made in inference mode could not be changed outside it
+    with torch.inference_mode(False):
+        zeros = torch.zeros(d_out, dtype=weight.dtype, device=weight.device)
+        return nn.Parameter(zeros, requires_grad=weight.requires_grad)
 
 
 def _rebuild(
-    modules: Mapping[str, nn.Module],
-    originals: Mapping[str, Tensor],
-    changes: Iterable[Mapping[str, Factors]],
+    layers: Mapping[str, nn.Module],
+    originals: Mapping[str, Tensor | None],
+    changes: Iterable[Change],
 ) -> None:
-    """Put the original weights back, then add the given changes in order."""
+    """Put the original parameters back, then add the given changes in order."""
     with torch.no_grad():
-        for path, module in modules.items():
-            _weight(module).copy_(originals[path])
+        for name, layer in layers.items():
+            original, value = originals[name], _parameter(name, layer)
+            if original is None:
+                layer.register_parameter("bias", None)
+            else:
+                assert value is not None
+                value.copy_(original)
     for change in changes:
-        for path, module in modules.items():
-            if path in change:
-                _add(module, change[path])
+        for name, layer in layers.items():
+            if name in change:
+                _add(name, layer, change[name])
 
 
 def _keep(value: Tensor) -> Tensor:
     """A float32 copy on the CPU that nothing else can change."""
     return value.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+
+
+def _what(value: object) -> str:
+    """A value's dtype and shape, or its type, for error messages."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

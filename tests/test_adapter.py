@@ -13,7 +13,7 @@ import torch
 from conftest import FAMILIES, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_patch import IDS, make_patch
+from test_patch import IDS, make_patch, make_vectors, output_projections
 from torch import Tensor
 
 from lit_thought import adapter
@@ -203,7 +203,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.o_proj.lora_"
         (write("adapter_config.json", "{}"), "peft_type is None"),
         (edit_config(peft_type="IA3"), "peft_type is 'IA3'"),
         (edit_config(use_dora=True), "use_dora=True"),
-        (edit_config(lora_bias=True), "lora_bias=True"),
+        (edit_config(lora_bias=True), "lacks 6 of the tensors.*lora_B.bias"),
         (edit_config(bias="all"), "bias='all'"),
         (edit_config(rank_pattern={"x": 2}), "rank_pattern="),
         (edit_config(alpha_pattern={"x": 2}), "alpha_pattern="),
@@ -221,6 +221,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.o_proj.lora_"
         (edit_config(target_modules=["o_proj"]), "does not account for.*down_proj"),
         (edit_config(target_modules=["o_proj", "down_proj", "q_proj"]), "lacks 1 of the tensors.*q_proj"),
         (edit_tensors(lambda t: t.pop(FIRST + "B.weight")), "lacks 1 of.*0.self_attn.o_proj.lora_B"),
+        (edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(32)})), "does not account for.*lora_B.bias"),
         (edit_tensors(lambda t: t.clear()), "lacks 6 of the tensors"),
         (edit_tensors(lambda t: t.update({"extra": torch.ones(1)})), "does not account for, such as 'extra'"),
         (edit_tensors(lambda t: t.update({FIRST + "A.weight": torch.ones(5, 32)})), "lora_A \\(5, 32\\)"),
@@ -362,3 +363,185 @@ def test_the_card_shows_the_figures_of_a_fit_layer_by_layer(tmp_path: Path) -> N
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     for layer in layers:
         assert f"| {layer} | 2.5 | 0.25 | 3 | 40 |  |" in card
+
+
+# Thought vectors
+
+
+def mixed_patch(family: str, seed: int = 0) -> ThoughtPatch:
+    """Ranks 3 and 5, and every kind of target: with a matrix and a vector, with one alone."""
+    model = make_model(family)
+    plain = make_patch(model, seed, rank=3, every=2) + make_patch(model, seed + 1, every=4)
+    vectors = make_vectors(model, seed, every=2)
+    assert set(plain.factors) - set(vectors)
+    assert set(vectors) - set(plain.factors)
+    shared = next(iter(plain.factors))
+    vectors[shared] = torch.linspace(-1, 1, 32)
+    d_in = {path: output_projections(model)[path][1] for path in vectors if path not in plain.factors}
+    record = {**plain.provenance, "fan_in_fan_out": family == "gpt2", "d_in": d_in}
+    return ThoughtPatch(plain.factors, record, vectors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("alone", [False, True])
+def test_peft_computes_what_the_vectors_compute(alone: bool, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    patch = mixed_patch(family)
+    if alone:
+        d_in = {path: output_projections(make_model(family))[path][1] for path in patch.vectors}
+        patch = ThoughtPatch({}, {**patch.provenance, "d_in": d_in}, patch.vectors)
+    patch.save_adapter(tmp_path / "out")
+    model = make_model(family, dtype)
+    plain = without = logits_of(model)
+    if not alone:
+        with patch.without_vectors().applied(model, check=False):
+            without = logits_of(model)
+    with patch.applied(model, check=False):
+        patched = logits_of(model)
+    assert (patched - without).abs().max() > 0.1  # a negative control: the vectors do something
+
+    def load() -> Any:
+        return PeftModel.from_pretrained(make_model(family, dtype), tmp_path / "out")
+
+    tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-10}
+    peft_model = load()
+    torch.testing.assert_close(logits_of(peft_model), patched, **tolerance)
+    with peft_model.disable_adapter():
+        torch.testing.assert_close(logits_of(peft_model), plain, **tolerance)
+    if family == "gpt2":
+        for safe in (True, False):
+            torch.testing.assert_close(logits_of(load().merge_and_unload(safe_merge=safe)), patched, **tolerance)
+        return
+    # what the documentation says of base layers without a bias: PEFT raises, and keeps the weights only if safe
+    before = {name: value.clone() for name, value in peft_model.state_dict().items()}
+    for safe in (True, False):
+        with pytest.raises(RuntimeError, match="base layer has no bias"):
+            peft_model.merge_and_unload(safe_merge=safe)
+        kept = all(torch.equal(value, before[name]) for name, value in peft_model.state_dict().items())
+        assert kept is (safe or alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_round_trip_with_vectors(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    patch = mixed_patch(family)
+    config, state = to_peft(patch)
+    assert (config.r, config.lora_alpha, config.lora_bias) == (5, 5, True)
+    assert set(config.target_modules) == set(patch.targets)
+    for path in patch.targets:
+        prefix = f"base_model.model.{path}.lora_"
+        d_out, d_in = output_projections(make_model(family))[path]
+        assert state[prefix + "A.weight"].shape == (5, d_in)
+        assert state[prefix + "B.weight"].shape == (d_out, 5)
+        assert torch.equal(state[prefix + "B.bias"], patch.vectors.get(path, torch.zeros(d_out)))
+        if path not in patch.factors:
+            assert not state[prefix + "A.weight"].any()
+            assert not state[prefix + "B.weight"].any()
+    for name in ("a", "b"):
+        patch.save_adapter(tmp_path / name, dtype=dtype)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    loaded = ThoughtPatch.load(tmp_path / "a", make_model(family))
+    assert loaded.provenance == patch.provenance
+    assert set(loaded.factors) == set(patch.factors)
+    assert set(loaded.vectors) == set(patch.vectors)
+    for path, factors in patch.factors.items():
+        assert torch.equal(loaded.factors[path].A, factors.A.to(dtype).float())
+        assert torch.equal(loaded.factors[path].B, factors.B.to(dtype).float())
+    for path, vector in patch.vectors.items():
+        assert torch.equal(loaded.vectors[path], vector.to(dtype).float())
+
+    (tmp_path / "a" / "thought.json").unlink()  # the inputs of targets with only a vector are then read off
+    bare = ThoughtPatch.load(tmp_path / "a")
+    assert bare.provenance["d_in"] == patch.provenance["d_in"]
+    bare.save_adapter(tmp_path / "again")
+    assert set(ThoughtPatch.load(tmp_path / "again").vectors) == set(patch.vectors)
+
+
+def test_vectors_alone_have_rank_one_in_peft(tmp_path: Path) -> None:
+    alone = mixed_patch("llama").only_vectors()
+    known = {path: output_projections(make_model("llama"))[path][1] for path in alone.vectors}
+    with pytest.raises(PatchError, match=r"only a vector.*provenance=\{'d_in'"):
+        alone.save_adapter(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    alone = ThoughtPatch({}, {"d_in": known}, alone.vectors)
+    config, state = to_peft(alone)
+    assert (config.r, config.lora_alpha, config.lora_bias) == (1, 1, True)
+    assert {value.shape[0] for key, value in state.items() if "lora_A" in key} == {1}
+    alone.save_adapter(tmp_path / "out")
+    loaded = ThoughtPatch.load(tmp_path / "out")
+    assert (loaded.rank, loaded.factors, loaded.provenance) == (0, {}, alone.provenance)
+    with pytest.raises(PatchError, match="overflows"):
+        (1e6 * alone).save_adapter(tmp_path / "half", dtype=torch.float16)
+
+
+def test_without_vectors_nothing_asks_for_a_bias() -> None:
+    config, state = to_peft(mixed_patch("llama").without_vectors())
+    assert config.lora_bias is False
+    assert not any("bias" in key for key in state)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_foreign_biases_load_with_their_scale(rslora: bool, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["o_proj", "down_proj"], use_rslora=rslora, lora_bias=True)
+    torch.manual_seed(5)
+    peft_model = get_peft_model(make_model("llama", torch.float64), config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    layers = peft_model.base_model.model.model.layers
+    torch.nn.init.zeros_(layers[0].mlp.down_proj.lora_B["default"].bias)
+    for part in (layers[1].mlp.down_proj.lora_A, layers[1].mlp.down_proj.lora_B):
+        torch.nn.init.zeros_(part["default"].weight)
+    peft_model.eval().save_pretrained(tmp_path)
+    loaded = ThoughtPatch.load(tmp_path)
+    assert "model.layers.0.mlp.down_proj" not in loaded.vectors  # zero
+    assert "model.layers.1.mlp.down_proj" not in loaded.factors  # zero
+    assert loaded.provenance == {"d_in": {"model.layers.1.mlp.down_proj": 48}}
+    assert (len(loaded.factors), len(loaded.vectors)) == (5, 5)
+    model = make_model("llama", torch.float64)
+    with loaded.without_vectors().applied(model):
+        without = logits_of(model)
+    with loaded.applied(model):
+        wanted = logits_of(peft_model)
+        assert (wanted - without).abs().max() > 0.1
+        torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit_config(lora_bias=False), "holds 6 tensors that .* does not account for.*lora_B.bias"),
+        (edit_tensors(lambda t: t.pop(FIRST + "B.bias")), "lacks 1 of the tensors.*0.self_attn.o_proj.lora_B.bias"),
+        (
+            edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(31)})),
+            r"lora_B.bias \(31,\); expected \(32,\)",
+        ),
+        (edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(32, 1)})), r"lora_B.bias \(32, 1\)"),
+        (edit_tensors(lambda t: t[FIRST + "B.bias"].fill_(float("inf"))), "adapter_model.*NaN or infinite.*again"),
+        (edit_tensors(lambda t: t.update({FIRST + "A.bias": torch.ones(5)})), "does not account for.*lora_A.bias"),
+        (edit_config(bias="lora_only"), "bias='lora_only'"),
+        (write("thought.json", '{"format_version": 1, "provenance": {"d_in": []}}'), "provenance\\['d_in'\\]"),
+    ],
+)
+def test_damaged_vectors_are_reported(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    patch = mixed_patch("llama")
+    vectors = {path: torch.ones(32) for path in output_projections(make_model("llama"))}
+    ThoughtPatch(patch.factors, {"d_in": dict.fromkeys(vectors, 32)}, vectors).save_adapter(folder)
+    read_adapter(folder)
+    damage(folder)
+    with pytest.raises(PatchError, match=message):
+        read_adapter(folder)
+
+
+def test_card_of_vectors(tmp_path: Path) -> None:
+    patch = mixed_patch("llama")
+    patch.save_adapter(tmp_path / "both")
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert f"Rank 5, {len(patch.factors)} weights changed" in card
+    assert f"adds {len(patch.vectors)} thought vectors" in card
+    assert "vLLM and llama.cpp refuse the adapter" in card
+    assert "`merge_and_unload` raises" in card
+    patch.without_vectors().save_adapter(tmp_path / "one")
+    assert "vLLM" not in (tmp_path / "one" / "README.md").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,17 @@ def make_patch(
     }
     provenance = {"model": "tiny", "fingerprint": fingerprint(model), "instruction": "Talk like a pirate."}
     return ThoughtPatch(factors, provenance if marked else None)
+
+
+def make_vectors(model: nn.Module, seed: int = 0, every: int = 1, size: float = 0.5) -> dict[str, Tensor]:
+    """A random thought vector for every ``every``-th output projection, the last one first."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    shapes = list(output_projections(model).items())[::-every]
+    return {path: torch.randn(d_out, generator=generator) * size for path, (d_out, _) in shapes}
+
+
+def with_vectors(patch: ThoughtPatch, seed: int = 0, every: int = 1, family: str = "llama") -> ThoughtPatch:
+    return ThoughtPatch(patch.factors, patch.provenance, make_vectors(make_model(family), seed, every))
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -120,24 +133,27 @@ def test_context_removes_after_an_exception_and_nests() -> None:
     assert same(model, before)
 
 
-def test_failure_midway_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [4, 9])
+def test_failure_midway_puts_everything_back(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama", torch.float32)
-    first, second = make_patch(model, 1), make_patch(model, 2)
+    first = make_patch(model, 1)
+    second = with_vectors(make_patch(model, 2))  # 6 matrices, 6 vectors
     first.apply_(model)
     before = snapshot(model)
     genuine, calls = weights._add, []
 
-    def failing(module: nn.Module, factors: Factors) -> None:
-        calls.append(module)
-        if len(calls) == 4:
+    def failing(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+        calls.append(name)
+        if len(calls) == count:
             raise MemoryError("no room")
-        genuine(module, factors)
+        genuine(name, layer, addition)
 
     monkeypatch.setattr(weights, "_add", failing)
     with pytest.raises(MemoryError):
         second.apply_(model)
-    assert len(calls) > 4  # the first patch was added again
+    assert len(calls) > count  # the first patch was added again
     assert same(model, before)
+    assert all(model.get_submodule(path).bias is None for path in second.vectors)
     with pytest.raises(PatchError, match="not applied"):
         second.remove_(model)
 
@@ -364,8 +380,9 @@ def test_bad_factors() -> None:
 
 def test_bad_patches_and_provenance() -> None:
     factors = {"x": Factors(torch.ones(1, 2), torch.ones(3, 1))}
-    with pytest.raises(PatchError, match="factors is empty"):
-        ThoughtPatch({})
+    for vectors in (None, {}):
+        with pytest.raises(PatchError, match="factors is empty, and so is vectors"):
+            ThoughtPatch({}, None, vectors)
     with pytest.raises(PatchError, match="must map"):
         ThoughtPatch({"x": torch.ones(1)})  # type: ignore[dict-item]
     with pytest.raises(PatchError, match="JSON"):
@@ -383,3 +400,237 @@ def test_a_patch_owns_its_numbers() -> None:
     assert patch.provenance["settings"]["rank"] == 1
     assert (patch.rank, patch.num_parameters, patch.nbytes, patch.targets) == (1, 5, 20, ("x",))
     assert repr(patch) == "ThoughtPatch(targets=1, rank=1, parameters=5, 0.00 MiB)"
+
+
+# Thought vectors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_are_added_to_the_outputs_of_layers(family: str, dtype: torch.dtype) -> None:
+    """Against hooks that add the vectors to the layers' outputs: an independent way to the same logits."""
+    model = make_model(family, dtype)
+    before = snapshot(model)
+    vectors = make_vectors(model, every=2)
+    patch = ThoughtPatch({}, {"fingerprint": fingerprint(model)}, vectors)
+
+    def adding(vector: Tensor) -> Any:
+        return lambda layer, args, output: (output.double() + vector.double()).to(output.dtype)
+
+    handles = [model.get_submodule(path).register_forward_hook(adding(vector)) for path, vector in vectors.items()]
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad(), patch.applied(model):
+        found = model(IDS).logits
+        for path, vector in vectors.items():
+            old = before.get(f"{path}.bias", torch.zeros(len(vector))).double()
+            bias = model.get_submodule(path).bias
+            # one rounding to the bias's dtype, and no more
+            exact = old + vector.double()
+            noise = 1e-14 if dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(bias.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=noise)
+            assert bias.dtype == dtype
+            assert isinstance(bias, nn.Parameter)
+        plain = set(before) | {f"{path}.bias" for path in vectors}
+        assert set(model.state_dict()) == plain
+        untouched = plain - {f"{path}.bias" for path in vectors}
+        assert all(torch.equal(model.state_dict()[name], before[name]) for name in untouched)
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        assert (model(IDS).logits - wanted).abs().max() > 0.1  # a negative control: the vectors do something
+    assert set(model.state_dict()) == set(before)
+    assert same(model, before)
+    assert model not in weights._STATES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
+def test_vectors_and_matrices_come_off_in_any_order(order: tuple[int, ...], family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype)
+    before = snapshot(model)
+    patches = [
+        ThoughtPatch({}, None, make_vectors(model, 1)),
+        make_patch(model, 2, marked=False),
+        with_vectors(make_patch(model, 3, every=2, marked=False), 3, every=3, family=family),
+        ThoughtPatch({}, None, make_vectors(model, 4, every=2)),
+    ]
+    for patch in patches:
+        patch.apply_(model)
+    on = list(patches)
+    for number in order:
+        patches[number].remove_(model)
+        on.remove(patches[number])
+        fresh = make_model(family, dtype)
+        for patch in on:
+            patch.apply_(fresh)
+        assert same(model, snapshot(fresh))
+        held = {path for patch in on for path in patch.vectors}
+        for path in patches[0].vectors:  # a bias is there for as long as a vector is, and no longer
+            assert (model.get_submodule(path).bias is None) == (family == "llama" and path not in held)
+        originals = weights.original_weights(model)
+        factored = {f"{path}.weight" for patch in on for path in patch.factors}
+        assert set(originals) == factored | {f"{path}.bias" for path in held}
+    assert set(model.state_dict()) == set(before)
+    assert same(model, before)
+    assert model not in weights._STATES
+
+
+def test_a_made_bias_follows_its_weight_and_leaves_no_trace() -> None:
+    model = make_model("llama", torch.bfloat16)
+    names = [name for name, _ in model.named_parameters()]
+    patch = ThoughtPatch({}, None, make_vectors(model))
+    path = patch.targets[0]
+    layer = model.get_submodule(path)
+    for frozen in (True, False):
+        layer.weight.requires_grad_(not frozen)
+        with patch.applied(model):
+            assert layer.bias.requires_grad is not frozen
+            assert layer.bias.device == layer.weight.device
+        assert layer.bias is None
+        assert list(layer._parameters) == ["weight", "bias"]
+        assert [name for name, _ in model.named_parameters()] == names
+        assert "bias=False" in repr(layer)
+
+
+def test_a_bias_made_in_inference_mode_can_be_changed_outside() -> None:
+    model = make_model("llama", torch.float32)
+    before = snapshot(model)
+    first, second = ThoughtPatch({}, None, make_vectors(model, 1)), ThoughtPatch({}, None, make_vectors(model, 2))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first.apply_(model)
+    second.apply_(model)
+    for path, vector in first.vectors.items():
+        assert torch.equal(model.get_submodule(path).bias.detach(), vector + second.vectors[path])
+    first.remove_(model)
+    for path, vector in second.vectors.items():
+        assert torch.equal(model.get_submodule(path).bias.detach(), vector)
+    second.remove_(model)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fingerprint_check_sees_through_applied_vectors(family: str) -> None:
+    model = make_model(family, torch.float32)
+    patch = with_vectors(make_patch(model, 1), 1, family=family)
+    other = with_vectors(make_patch(model, 2), 2, family=family)
+    original = fingerprint(model)
+    with patch.applied(model), other.applied(model):  # `other` was made for the model without `patch`
+        assert fingerprint(model) != original
+    assert fingerprint(model) == original
+
+
+def test_every_check_holds_for_vectors() -> None:
+    vectors = make_vectors(make_model("llama"))
+    path = next(iter(vectors))
+
+    def refused(model: Any, message: str, vectors: dict[str, Tensor] = vectors) -> None:
+        before = set(model.state_dict()) if isinstance(model, nn.Module) else None
+        with pytest.raises(PatchError, match=message):
+            ThoughtPatch({}, None, vectors).apply_(model)
+        if before is not None:
+            assert set(model.state_dict()) == before
+
+    refused("a model", "must be a torch")
+    refused(make_model("gpt2"), "6 of the patch's 6 targets are missing")
+    both = ThoughtPatch(make_patch(make_model("llama"), marked=False).factors, None, vectors)
+    with pytest.raises(PatchError, match="6 of the patch's 6 targets are missing"):
+        both.apply_(make_model("gpt2"))
+    refused(
+        make_model("llama"), "has 32 outputs in this model.* vector has 7 entries", {**vectors, path: torch.ones(7)}
+    )
+    refused(make_model("llama"), "is a LlamaRMSNorm", {**vectors, "model.norm": torch.ones(32)})
+    refused(make_model("llama").to("meta"), "not loaded")
+    model = make_model("llama")
+    layer = model.get_submodule(path)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    refused(model, "is quantised")
+    model = make_model("gpt2")
+    first, second = (block.mlp.c_proj for block in model.transformer.h[:2])
+    first.bias = second.bias
+    refused(model, "shares its bias with", {"transformer.h.1.mlp.c_proj": torch.ones(32)})
+    model = make_model("llama")
+    model.model.layers[0].mlp.down_proj = model.model.layers[1].mlp.down_proj  # one layer without a bias, used twice
+    refused(model, "shares its weight with", {"model.layers.0.mlp.down_proj": torch.ones(32)})
+
+
+def test_algebra_of_vectors() -> None:
+    model = make_model("llama")
+    a = ThoughtPatch(make_patch(model, 1, every=2).factors, None, make_vectors(model, 1))
+    b = ThoughtPatch(make_patch(model, 2).factors, None, make_vectors(model, 2, every=2))
+    for path, vector in a.vectors.items():
+        other = b.vectors.get(path, torch.zeros(32))
+        assert torch.equal((0.5 * a).vectors[path], 0.5 * vector)
+        assert torch.equal((-a).vectors[path], -vector)
+        assert torch.equal((a + b).vectors[path], vector + other)
+        assert torch.equal((b + a).vectors[path], vector + other)
+        assert torch.equal((a - b).vectors[path], vector - other)
+        assert torch.equal(a.truncate(1).vectors[path], vector)
+    assert a.truncate(1).rank == 1
+    combined = 2 * a - 0.5 * b
+    with combined.applied(model), torch.no_grad():
+        logits = model(IDS).logits
+    with (2 * a).applied(model), (-0.5 * b).applied(model), torch.no_grad():
+        # the sum of two vectors is rounded to float32 once
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=5e-6)
+
+    alone = a.only_vectors()
+    assert not alone.factors
+    assert alone.truncate(3).provenance["truncated"] == {"rank": 3, "relative_error": 0.0}
+    assert (alone + a.without_vectors()).targets == (*a.factors, *(p for p in a.vectors if p not in a.factors))
+    with pytest.raises(PatchError, match=r"vectors of 'model.* have 32 and 7 entries"):
+        alone + ThoughtPatch({}, None, {alone.targets[0]: torch.ones(7)})
+    with pytest.raises(PatchError, match="32 outputs by its factors, but its vector has 7"):
+        b + ThoughtPatch({}, None, {b.targets[0]: torch.ones(7)})
+    for number in (float("nan"), 1e300):
+        with pytest.raises(PatchError, match=r"infinite|finite"):
+            number * alone
+    joined = ThoughtPatch({}, {"d_in": {"x": 3}}, {"x": torch.ones(2)}) + ThoughtPatch(
+        {}, {"d_in": {"y": 4}}, {"y": torch.ones(2)}
+    )
+    assert joined.provenance["d_in"] == {"x": 3, "y": 4}
+    with pytest.raises(PatchError, match="factors is empty"):
+        alone.without_vectors()
+    with pytest.raises(PatchError, match="factors is empty"):
+        a.without_vectors().only_vectors()
+
+
+def test_what_a_patch_with_vectors_says_of_itself() -> None:
+    value = torch.ones(3, dtype=torch.float64)
+    factors = {"x": Factors(torch.ones(2, 2), torch.ones(3, 2))}
+    both = ThoughtPatch(factors, None, {"y": value, "x": value.bfloat16()})
+    value.fill_(7)
+    assert both.vectors["y"].tolist() == [1.0, 1.0, 1.0]
+    assert {vector.dtype for vector in both.vectors.values()} == {torch.float32}
+    assert (both.rank, both.num_parameters, both.nbytes, both.targets) == (2, 16, 64, ("x", "y"))
+    assert repr(both) == "ThoughtPatch(targets=2, rank=2, vectors=2, parameters=16, 0.00 MiB)"
+    alone = both.only_vectors()
+    assert (alone.rank, alone.num_parameters, alone.nbytes, alone.targets) == (0, 6, 24, ("y", "x"))
+    assert repr(alone) == "ThoughtPatch(targets=2, rank=0, vectors=2, parameters=6, 0.00 MiB)"
+    assert repr(both.without_vectors()) == "ThoughtPatch(targets=1, rank=2, parameters=10, 0.00 MiB)"
+
+
+def test_bad_vectors() -> None:
+    ones = torch.ones
+    for bad, message in (
+        ([1.0], r"vectors\['x'\] must be .* got list"),
+        (ones(1, 3), r"got torch.float32 \(1, 3\)"),
+        (ones(()), r"got torch.float32 \(\)"),
+        (ones(0), r"got torch.float32 \(0,\)"),
+        (ones(3).long(), "got torch.int64"),
+        (torch.tensor([float("nan")]), "NaN or infinite"),
+        (torch.tensor([1e300], dtype=torch.float64), "NaN or infinite"),
+    ):
+        with pytest.raises(PatchError, match=message):
+            ThoughtPatch({}, None, {"x": bad})  # type: ignore[dict-item]
+    for key in ("", 3):
+        with pytest.raises(PatchError, match="got the key"):
+            ThoughtPatch({}, None, {key: ones(3)})  # type: ignore[dict-item]
+    with pytest.raises(PatchError, match="3 outputs by its factors, but its vector has 4 entries"):
+        ThoughtPatch({"x": Factors(ones(1, 2), ones(3, 1))}, None, {"x": ones(4)})
+    for bad_d_in in (3, {"x": "3"}, {"x": 0}, {"x": True}):
+        with pytest.raises(PatchError, match=r"provenance\['d_in'\]"):
+            ThoughtPatch({}, {"d_in": bad_d_in}, {"x": ones(3)})
