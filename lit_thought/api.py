@@ -15,12 +15,12 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.callback import ThoughtCallback
-from lit_thought.data import DEFAULT_TEMPLATE, PairDataModule
+from lit_thought.data import PairDataModule
 from lit_thought.errors import ThoughtError
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import ThoughtPatch
 from lit_thought.progress import StageProgressBar
-from lit_thought.prompts import PromptTemplate
+from lit_thought.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.unrelated import TextSource
 
 __all__ = ["fit", "transmute"]
@@ -36,16 +36,22 @@ def transmute(
     template: str | PromptTemplate = DEFAULT_TEMPLATE,
     *,
     sites: Sequence[str] = ("attn_out", "mlp_out"),
+    parts: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
     order: Literal["sequential", "teacher-forced"] = "sequential",
+    steps: int = 1,
+    step_size: float = 1.0,
+    pairs_per_step: int | None = None,
     rank: int | float | None = 16,
     ridge: float = 3e-2,
     preserve: TextSource | None = "default",
-    preserve_weight: float = 3.0,
+    preserve_weight: float | None = None,
     preserve_tokens: int = 12_000,
-    answer_weight: float = 10.0,
+    answer_weight: float | None = None,
     generate: Mapping[str, Any] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
     statistics_dtype: Literal["float32", "float64"] = "float64",
     offload: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -65,17 +71,24 @@ def transmute(
         instruction: the removable chunk of the prompt.
         pairs: inputs, with outputs where you have them; see :class:`~lit_thought.data.PairDataModule`.
         template: how instruction, input and output make a prompt.
-        sites: where to patch each block: attn_out, mlp_out or both.
+        sites: where to patch each block: attn_out, mlp_in, mlp_out or several of them.
+        parts: what to solve for, matrix, vector or both; left out, a matrix, and at mlp_in a vector too.
+        blocks: indices of the blocks to patch; all when left out.
         order: sequential (each block sees the blocks patched so far) or teacher-forced (the instructed run).
+        steps: how often to go through the blocks, each time with the patch so far in place.
+        step_size: how much of each step's solution is added to the patch, above 0 and at most 1.
+        pairs_per_step: pairs that a step is solved from, the next ones in turn; all pairs when left out.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
         preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None.
-        preserve_weight: ρ ≥ 0, weight of the unrelated text against the pairs.
+        preserve_weight: ρ ≥ 0, weight of the unrelated text against the pairs; left out, 3, and 1 for mlp_in alone.
         preserve_tokens: most tokens of unrelated text to use.
-        answer_weight: weight of the output's tokens and the token before them; others weigh 1.
+        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
+            for mlp_in alone.
         generate: options of model.generate for outputs that are missing; greedy when left out.
         max_new_tokens: longest output that the instructed model may write.
         batch_size: pairs a batch; the patch does not depend on it.
+        val_pairs: pairs to follow the fit with, step by step (in the patch's provenance, as history).
         statistics_dtype: dtype of the sums, float64 or float32; the solve is always float64.
         offload: keep the streams on the CPU between uses, for a model on a GPU.
         cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
@@ -94,7 +107,12 @@ def transmute(
     """
     callback = ThoughtCallback(
         sites=sites,
+        parts=parts,
+        blocks=blocks,
         order=order,
+        steps=steps,
+        step_size=step_size,
+        pairs_per_step=pairs_per_step,
         rank=rank,
         ridge=ridge,
         preserve=preserve,
@@ -113,6 +131,7 @@ def transmute(
         generate=generate,
         seed=seed,
         answer_weight=answer_weight,
+        val_pairs=val_pairs,
     )
     if not isinstance(model, PreTrainedModel) and callable(model):
         model, tokenizer = model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -16,18 +16,19 @@ from transformers import PreTrainedModel
 
 import lit_thought
 from lit_thought.batches import PairBatch
-from lit_thought.blocks import Block, check_sites, find_blocks
+from lit_thought.blocks import Block, check_sites, find_blocks, weight_of
 from lit_thought.data import PairDataModule
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.evaluation import Evaluation
 from lit_thought.files import check_output_folder
 from lit_thought.models import fingerprint, model_name
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import Factors, ThoughtPatch
 from lit_thought.preserve import WINDOW, Preservation, preservation
 from lit_thought.runner import ORDERS, Observation, StreamRunner
-from lit_thought.solve import Solution, check_rank, solve
-from lit_thought.statistics import Statistics
-from lit_thought.streams import LowRank
+from lit_thought.solve import check_rank
+from lit_thought.stage import StageSettings, StageSums, check_parts, default_weights, target_changes
+from lit_thought.streams import SitePatch
 from lit_thought.timing import Stopwatch
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 
@@ -37,18 +38,24 @@ __all__ = ["ThoughtCallback"]
 class ThoughtCallback(Callback):
     """Accumulate the statistics of one site of one block an epoch, solve, install, and go on to the next.
 
-    An epoch is one stage, so a fit takes blocks × sites epochs: use ``Trainer(max_epochs=-1)``; the callback
+    An epoch is one stage, so a fit takes steps × blocks × sites epochs: use ``Trainer(max_epochs=-1)``; the callback
     stops the run after the last one. The patch is then in :attr:`patch`.
 
     Args:
-        sites: where to patch each block, ``"attn_out"``, ``"mlp_out"`` or both.
+        sites: where to patch each block: ``"attn_out"``, ``"mlp_in"`` (the paper's), ``"mlp_out"``, or several.
+        parts: what to solve for: ``"matrix"``, ``"vector"`` or both; left out, a matrix, and at mlp_in a vector too.
+        blocks: indices of the blocks to patch; all when left out.
+        steps: how often to go through the blocks, each time with the patch so far in place.
+        step_size: η in (0, 1], how much of each step's solution is added to the patch.
+        pairs_per_step: pairs that a step is solved from, the next ones in turn; all pairs when left out.
         order: ``"sequential"``: each block's plain run has been through the blocks patched so far;
             ``"teacher-forced"``: it enters each block as the instructed run does.
         rank: rank of the patch: an int, a fraction of explained energy in (0, 1), or None for full rank.
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
         preserve: unrelated text that the patch should leave alone: a text file, a list of texts, ``"default"``
             (text that the package ships) or None.
-        preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs.
+        preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 3,
+            and 1 where mlp_in is the only site.
         preserve_tokens: most tokens of unrelated text to use.
         statistics_dtype: dtype of the sums, ``"float64"`` or ``"float32"``; the solve is always float64.
         offload: keep the streams on the CPU between uses, for a model on a GPU.
@@ -58,8 +65,10 @@ class ThoughtCallback(Callback):
 
     Attributes:
         patch: the :class:`~lit_thought.patch.ThoughtPatch`, once the fit has ended.
+        history: how the data module's ``val_pairs`` do before the first step and after each one: step, accuracy,
+            fidelity and KL to the instructed model; also sent to the trainer's loggers as ``val/…``, by step.
         stopwatch: seconds by stage: preserve (load or compute), prepare (write missing outputs, tokenise, batch),
-            forward, statistics, solve, patch.
+            forward, statistics, solve, validate (score ``val_pairs``), patch.
         preserve_cached: whether the preservation statistics came from the cache; None without preservation.
 
     Raises:
@@ -69,11 +78,16 @@ class ThoughtCallback(Callback):
     def __init__(
         self,
         sites: Sequence[str] = ("attn_out", "mlp_out"),
+        parts: Sequence[str] | None = None,
+        blocks: Sequence[int] | None = None,
         order: Literal["sequential", "teacher-forced"] = "sequential",
+        steps: int = 1,
+        step_size: float = 1.0,
+        pairs_per_step: int | None = None,
         rank: int | float | None = 16,
         ridge: float = 3e-2,
         preserve: TextSource | None = "default",
-        preserve_weight: float = 3.0,
+        preserve_weight: float | None = None,
         preserve_tokens: int = 12_000,
         statistics_dtype: Literal["float32", "float64"] = "float64",
         offload: bool = False,
@@ -82,9 +96,18 @@ class ThoughtCallback(Callback):
         overwrite: bool = False,
     ) -> None:
         self.sites = check_sites(sites)
+        self.parts = check_parts(parts, self.sites)
+        self.chosen = _check_blocks(blocks)
+        check_counts(steps=steps)
+        if pairs_per_step is not None:
+            check_counts(pairs_per_step=pairs_per_step)
+        if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
+            raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")
         if order not in ORDERS:
             raise ThoughtError(f"order must be one of {list(ORDERS)}; got {order!r}.")
         check_rank(rank, 10**9)
+        self.defaults = default_weights(self.sites)
+        preserve_weight = self.defaults.preserve if preserve_weight is None else preserve_weight
         for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
@@ -98,6 +121,7 @@ class ThoughtCallback(Callback):
         self.order, self.rank, self.ridge = order, rank, float(ridge)
         self.preserve_weight, self.preserve_tokens = float(preserve_weight), preserve_tokens
         self.statistics_dtype = statistics_dtype
+        self.steps, self.step_size, self.pairs_per_step = steps, float(step_size), pairs_per_step
         self.offload, self.cache_dir = offload, cache_dir
         self.output_dir, self.overwrite = output_dir, overwrite
         self.patch: ThoughtPatch | None = None
@@ -107,10 +131,13 @@ class ThoughtCallback(Callback):
 
     def _forget(self) -> None:
         self._preservation: Preservation | None = None
-        self._statistics: Statistics | None = None
-        self._factors: dict[str, Factors] = {}
+        self._sums: StageSums | None = None
+        self._patches: dict[tuple[int, str], SitePatch] = {}
         self._diagnostics: dict[str, dict[str, float]] = {}
         self._provenance: dict[str, Any] = {}
+        self._evaluation: Evaluation | None = None
+        self.step = 0
+        self.history: list[dict[str, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer, module or data that this callback cannot work with, before anything runs."""
@@ -122,11 +149,15 @@ class ThoughtCallback(Callback):
                 "ThoughtCallback works with a PairDataModule; call trainer.fit(module, datamodule=PairDataModule(…))."
             )
         blocks = find_blocks(pl_module.model)
-        stages = len(blocks) * len(self.sites)
+        if self.chosen and self.chosen[-1] >= len(blocks):
+            raise ThoughtError(f"blocks: the model has blocks 0 to {len(blocks) - 1}; got {self.chosen[-1]}.")
+        chosen = blocks if self.chosen is None else [blocks[index] for index in self.chosen]
+        stages = self.steps * len(chosen) * len(self.sites)
         allowed = trainer.max_epochs
         if allowed is not None and allowed != -1 and allowed < stages:
             raise ThoughtError(
-                f"max_epochs={allowed} is too few: {len(blocks)} blocks × {len(self.sites)} sites need {stages}. "
+                f"max_epochs={allowed} is too few: {self.steps} steps × {len(chosen)} blocks × {len(self.sites)} "
+                f"sites need {stages}. "
                 "Use Trainer(max_epochs=-1); the callback stops the run after the last one."
             )
         if (trainer.min_epochs or 0) > stages:
@@ -143,8 +174,15 @@ class ThoughtCallback(Callback):
                 f"precision={trainer.precision!r} must be left out; load the model in the dtype you want instead "
                 '(load_model(name, dtype="bfloat16")).'
             )
-        sites = [block.sites[name] for block in blocks for name in self.sites]
+        if self.pairs_per_step is not None and self.pairs_per_step > len(datamodule.pairs):
+            raise ThoughtError(
+                f"pairs_per_step={self.pairs_per_step} is more than the {len(datamodule.pairs)} pairs there are. "
+                "Leave it out to use all of them in every step."
+            )
+        sites = [block.sites[name] for block in chosen for name in self.sites]
         check_rank(self.rank, min(min(site.d_in, site.d_out) for site in sites))
+        if self.steps > 1 and self.pairs_per_step is not None:
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # each step has its own batches
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,9 +200,23 @@ class ThoughtCallback(Callback):
             identity = fingerprint(model)
             self._load_preservation(model, tokenizer, blocks, identity, show)
         with self.stopwatch("prepare"):
-            data.prepare(model, tokenizer, prompts, progress=show)
-        pl_module.runner = StreamRunner(model, blocks, self.sites, self.order, self.offload)
+            data.prepare(model, tokenizer, prompts, show, self.defaults.answer)
         self._provenance = self._describe(model, blocks, identity, data)
+        if data.val_pairs:
+            with self.stopwatch("validate"):
+                self._evaluation = data.evaluation(model, tokenizer, progress=show)
+        self._start_step(trainer, pl_module, blocks)
+
+    def _start_step(self, trainer: Trainer, pl_module: ThoughtModule, blocks: Sequence[Block]) -> None:
+        """Streams for the next pass through the blocks, over this step's pairs."""
+        data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if self.pairs_per_step is not None:
+            first = self.step * self.pairs_per_step
+            turn = [i % len(data.pairs) for i in range(first, first + self.pairs_per_step)]
+            data.select(pl_module.tokenizer, turn, self.defaults.answer)
+        pl_module.runner = StreamRunner(
+            pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches
+        )
 
     def _load_preservation(
         self, model: Any, tokenizer: Any, blocks: Sequence[Block], identity: str, show: bool
@@ -192,8 +244,11 @@ class ThoughtCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty sums for this epoch's site."""
         runner = _runner(pl_module)
-        site = runner.block.sites[runner.site]
-        self._statistics = Statistics(site.d_in, site.d_out, getattr(torch, self.statistics_dtype))
+        block, name = runner.block, runner.site
+        settings = StageSettings(
+            self.rank, self.ridge, self.preserve_weight, self.step_size, getattr(torch, self.statistics_dtype)
+        )
+        self._sums = StageSums(block.sites[name], self.parts[name], settings, f"block {block.index}, {name}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Time the forward pass."""
@@ -206,42 +261,67 @@ class ThoughtCallback(Callback):
         """Add the batch's compared tokens to the sums."""
         self.stopwatch.seconds["forward"] += self.stopwatch.now() - self._started
         seen: Observation = outputs["observation"]
-        assert self._statistics is not None
+        assert self._sums is not None
         with self.stopwatch("statistics"):
-            self._statistics.update(seen.a, seen.delta, seen.weights)
+            self._sums.update(seen)
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Solve this site's patch, install it as it will be exported, and stop after the last stage."""
         runner = _runner(pl_module)
-        block, site = runner.block, runner.block.sites[runner.site]
-        name = f"block {block.index}, {site.name}"
-        assert self._statistics is not None
+        key = (runner.block.index, runner.site)
+        assert self._sums is not None
         with self.stopwatch("solve"):
-            prior = self._preservation.prior(block, site.name) if self._preservation is not None else None
-            solution = solve(self._statistics, self.ridge, prior, self.preserve_weight, self.rank, name)
-            low_rank = _exported(solution)
-        self._factors[site.path] = Factors(low_rank.A.cpu(), low_rank.B.cpu())
-        self._diagnostics[site.path] = {key: round(value, 8) for key, value in solution.diagnostics.items()}
-        self._log(pl_module, site.name, solution)
+            prior = self._preservation.prior(runner.block, runner.site) if self._preservation is not None else None
+            patch, figures = self._sums.solve(self._patches.get(key, SitePatch()), prior)
+        self._patches[key] = patch
+        self._diagnostics[_layer_name(runner.block, runner.site)] = {k: round(v, 8) for k, v in figures.items()}
+        left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
+        pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True)
         with self.stopwatch("forward"):
-            runner.finish(low_rank)
+            runner.finish(patch)
         if runner.stage == runner.num_stages:
-            self._finish()
-            trainer.should_stop = True
+            self._finish_step(trainer, pl_module, runner.blocks)
 
-    def _log(self, pl_module: LightningModule, site: str, solution: Solution) -> None:
-        before, after = (solution.diagnostics[f"error_{when}"] for when in ("before", "after"))
-        left = after / before if before > 0 else 0.0
-        pl_module.log(f"{site}/error_left", left, prog_bar=True, on_epoch=True)
-
-    def _finish(self) -> None:
+    def _finish_step(self, trainer: Trainer, pl_module: LightningModule, blocks: Sequence[Block]) -> None:
+        """After the last stage of a step: the patch so far, how it does, and the next step or the end."""
+        assert isinstance(pl_module, ThoughtModule)
+        self.step += 1
+        sites = {(block.index, name): block.sites[name] for block in blocks for name in self.sites}
+        changes, vectors = target_changes(sites, self._patches)
+        factors = {path: Factors(A, B) for path, (A, B) in changes.items()}
+        if self._evaluation is not None:
+            with self.stopwatch("validate"):
+                self._validate(trainer, self._evaluation.score(ThoughtPatch(factors, {}, vectors)))
+        if self.step < self.steps:
+            self._start_step(trainer, pl_module, blocks)
+            return
         with self.stopwatch("patch"):
+            if vectors:  # an adapter has a matrix for each of them, too
+                layers = {site.path: site.layer for site in sites.values() if site.path in vectors}
+                self._provenance["d_in"] = {path: weight_of(layer).shape[1] for path, layer in layers.items()}
             self._provenance["diagnostics"] = self._diagnostics
+            self._provenance["history"] = self.history
             self._provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            self.patch = ThoughtPatch(self._factors, self._provenance)
+            self.patch = ThoughtPatch(factors, self._provenance, vectors)
             if self.output_dir is not None:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)
+        trainer.should_stop = True
+
+    def _validate(self, trainer: Trainer, result: Mapping[str, Any]) -> None:
+        """Keep and log, by step, how the validation pairs do; the plain model is step 0."""
+        for step, run in ((0, "plain"), (self.step, "patched"))[self.step > 1 :]:
+            figures = {
+                "fidelity": result["fidelity" if run == "patched" else "fidelity_plain"],
+                "output_kl": result["output_kl"][run],
+                "output_agreement": result["output_agreement"][run],
+            }
+            if result["accuracy"] is not None:
+                figures["accuracy"] = result["accuracy"][run]
+                figures["instructed_accuracy"] = result["accuracy"]["instructed"]
+            self.history.append({"step": step, **figures})
+            for logger in trainer.loggers:
+                logger.log_metrics({f"val/{name}": value for name, value in figures.items()}, step)
 
     def _describe(
         self, model: PreTrainedModel, blocks: Sequence[Block], identity: str, data: PairDataModule
@@ -258,7 +338,12 @@ class ThoughtCallback(Callback):
             "template": data.template.to_dict(),
             "settings": {
                 "sites": list(self.sites),
+                "parts": {site: list(parts) for site, parts in self.parts.items()},
+                "blocks": self.chosen,
                 "order": self.order,
+                "steps": self.steps,
+                "step_size": self.step_size,
+                "pairs_per_step": self.pairs_per_step,
                 "rank": self.rank,
                 "ridge": self.ridge,
                 "preserve_weight": self.preserve_weight if self.texts is not None else 0.0,
@@ -268,7 +353,7 @@ class ThoughtCallback(Callback):
                 "generated_outputs": sum("output" not in pair for pair in data.pairs),
                 "generate": data.generate_options,
                 "max_new_tokens": data.max_new_tokens,
-                "answer_weight": data.answer_weight,
+                "answer_weight": self.defaults.answer if data.answer_weight is None else data.answer_weight,
                 "seed": data.seed,
             },
             "versions": {"lit_thought": lit_thought.__version__, **{p: version(p) for p in packages}},
@@ -282,18 +367,30 @@ class ThoughtCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the sums and the cached matrices."""
         self._preservation = None
-        self._statistics = None
+        self._sums = None
+        self._evaluation = None
+
+
+def _check_blocks(blocks: Sequence[int] | None) -> list[int] | None:
+    if blocks is None:
+        return None
+    chosen = list(blocks) if isinstance(blocks, Iterable) else []
+    if not chosen or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in chosen):
+        raise ThoughtError(
+            f"blocks must be indices of blocks, from 0 on; got {blocks!r}. Leave it out for all of them."
+        )
+    if len(set(chosen)) != len(chosen):
+        raise ThoughtError(f"blocks must name each block once; got {chosen!r}.")
+    return sorted(chosen)
+
+
+def _layer_name(block: Block, site: str) -> str:
+    """A stage's name in the diagnostics: the layer that is solved for, the MLP as a whole at mlp_in."""
+    path = block.sites[site].path
+    return f"{path.rpartition('.')[0]}.mlp_in" if site == "mlp_in" else path
 
 
 def _runner(pl_module: LightningModule) -> StreamRunner:
     assert isinstance(pl_module, ThoughtModule)
     assert pl_module.runner is not None
     return pl_module.runner
-
-
-def _exported(solution: Solution) -> LowRank:
-    """The factors in float32, as the adapter will hold them; a patch of nothing has rank 1 and is zero."""
-    A, B = solution.A.float(), solution.B.float()
-    if A.shape[0] == 0:
-        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-    return LowRank(A.contiguous(), B.contiguous())

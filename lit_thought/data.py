@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -15,14 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.alignment import TokenisedPair, check_context
 from lit_thought.batches import PairBatch, make_batches
-from lit_thought.data_files import load_pairs
-from lit_thought.errors import ThoughtError
+from lit_thought.data_files import load_pairs, pair_instructions
+from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.evaluation import Evaluation
 from lit_thought.generate import Generation, generate
-from lit_thought.prompts import PromptTemplate
+from lit_thought.models import context_window
+from lit_thought.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
-__all__ = ["PairDataModule", "check_counts", "context_window", "pair_instructions"]
-
-DEFAULT_TEMPLATE = "Q: {input}\nA: {output}\n"
+__all__ = ["PairDataModule"]
 
 
 class PairDataModule(LightningDataModule):
@@ -41,7 +42,9 @@ class PairDataModule(LightningDataModule):
         max_new_tokens: longest output that the instructed model may write.
         generate: further options of ``model.generate`` for those outputs; greedy when left out.
         seed: seed of that generation, where it samples.
-        answer_weight: weight of the output's tokens and the token before them in the sums; others weigh 1.
+        answer_weight: weight of the output's tokens and the token before them in the sums; others weigh 1. Left out,
+            10, and 100 where the fit patches mlp_in alone.
+        val_pairs: pairs to follow the fit with, step by step; nothing is fitted on them.
 
     Attributes:
         outputs: the output of each pair, given or generated, once :meth:`prepare` has run.
@@ -62,14 +65,19 @@ class PairDataModule(LightningDataModule):
         max_new_tokens: int = 64,
         generate: Mapping[str, Any] | None = None,
         seed: int = 0,
-        answer_weight: float = 10.0,
+        answer_weight: float | None = None,
+        val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.pairs = load_pairs(pairs)
         self.instructions = pair_instructions(self.pairs, instruction)
+        with _about_val_pairs():
+            self.val_pairs = load_pairs(val_pairs) if val_pairs is not None else []
+            self.val_instructions = pair_instructions(self.val_pairs, instruction)
         self.template = PromptTemplate.parse(template)
         check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
-        if not isinstance(answer_weight, (int, float)) or not 0 < answer_weight < math.inf:
+        real = isinstance(answer_weight, (int, float)) and not isinstance(answer_weight, bool)
+        if answer_weight is not None and not (real and 0 < answer_weight < math.inf):
             raise ThoughtError(f"answer_weight must be a finite number above 0; got {answer_weight!r}.")
         try:
             json.dumps(generate, allow_nan=False)
@@ -78,7 +86,7 @@ class PairDataModule(LightningDataModule):
         self.instruction = instruction
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.generate_options = dict(generate or {})
-        self.answer_weight = float(answer_weight)
+        self.answer_weight = answer_weight
         self.outputs: list[str] = []
         self.tokenised: list[TokenisedPair] = []
         self.batches: list[PairBatch] = []
@@ -95,6 +103,10 @@ class PairDataModule(LightningDataModule):
             tokens = self.template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
             check_context(tokens, limit, index, 0 if "output" in pair else self.max_new_tokens)
             prompts.append(tokens)
+        with _about_val_pairs():
+            for index, (pair, instruction) in enumerate(zip(self.val_pairs, self.val_instructions, strict=True)):
+                tokens = self.template.tokenise(tokenizer, instruction, pair["input"])
+                check_context(tokens, limit, index, self.max_new_tokens)
         return prompts
 
     def prepare(
@@ -103,6 +115,7 @@ class PairDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[TokenisedPair] | None = None,
         progress: bool = False,
+        default_answer_weight: float = 10.0,
     ) -> None:
         """Write the missing outputs with the instructed model, align and batch all pairs.
 
@@ -111,6 +124,7 @@ class PairDataModule(LightningDataModule):
             tokenizer: its tokenizer.
             prompts: what :meth:`check` returned for them, where it was called already.
             progress: show a progress bar.
+            default_answer_weight: where the data module has no ``answer_weight`` of its own.
         """
         checked = self.check(model, tokenizer) if prompts is None else prompts
         written = self._write_missing(model, tokenizer, checked, progress)
@@ -122,13 +136,33 @@ class PairDataModule(LightningDataModule):
             tokens = self.template.tokenise(tokenizer, instruction, text, generation.text, generation.finished)
             check_context(tokens, limit, index)
             self.tokenised[index] = tokens
+        self.select(tokenizer, range(len(self.pairs)), default_answer_weight)
+
+    def select(
+        self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], default_answer_weight: float = 10.0
+    ) -> None:
+        """Make :attr:`batches` of some of the pairs, once they are tokenised; ``indices`` may repeat."""
         self.batches = make_batches(
-            self.tokenised,
+            [self.tokenised[i] for i in indices],
             self.batch_size,
             tokenizer.pad_token_id or 0,
             "right",
-            self.instructions,
-            self.answer_weight,
+            [self.instructions[i] for i in indices],
+            default_answer_weight if self.answer_weight is None else self.answer_weight,
+        )
+
+    def evaluation(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Evaluation:
+        """What the validation pairs are scored with; writes their plain and instructed outputs."""
+        return Evaluation(
+            model,
+            tokenizer,
+            instruction=self.instruction,
+            pairs=self.val_pairs,
+            template=self.template,
+            unrelated=None,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=progress,
         )
 
     def _write_missing(
@@ -169,33 +203,10 @@ class PairDataModule(LightningDataModule):
         return DataLoader(self.batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
 
 
-def pair_instructions(pairs: Sequence[Mapping[str, str]], instruction: str | None) -> list[str]:
-    """Each pair's own instruction, or the common one.
-
-    Raises:
-        ThoughtError: when a pair has neither, or an instruction is empty.
-    """
-    chosen = [pair.get("instruction", instruction) for pair in pairs]
-    for index, text in enumerate(chosen):
-        if not isinstance(text, str) or not text.strip():
-            raise ThoughtError(
-                f"instruction must be a text that is not empty; pair {index} has {text!r}. "
-                "Pass instruction=..., or give each pair its own."
-            )
-    return chosen  # type: ignore[return-value]
-
-
-def check_counts(**counts: int) -> None:
-    """Check settings that count something.
-
-    Raises:
-        ThoughtError: for one that is not a whole number of 1 or more.
-    """
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ThoughtError(f"{name} must be a whole number of 1 or more; got {value!r}.")
-
-
-def context_window(model: PreTrainedModel) -> int:
-    """The longest sequence the model was made for, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+@contextmanager
+def _about_val_pairs() -> Iterator[None]:
+    """Errors raised inside name ``val_pairs``, not ``pairs``."""
+    try:
+        yield
+    except ThoughtError as error:
+        raise ThoughtError(f"val_pairs: {error}") from error

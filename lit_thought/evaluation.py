@@ -17,18 +17,18 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.alignment import check_context
 from lit_thought.batches import PairBatch, make_batches, pad
-from lit_thought.data import DEFAULT_TEMPLATE, check_counts, context_window, pair_instructions
-from lit_thought.data_files import load_pairs
+from lit_thought.data_files import load_pairs, pair_instructions
+from lit_thought.errors import check_counts
 from lit_thought.files import atomic_file
 from lit_thought.generate import Generation, generate
 from lit_thought.metrics import TextMatch, TokenDivergence
-from lit_thought.models import evaluating
+from lit_thought.models import context_window, evaluating
 from lit_thought.patch import ThoughtPatch
-from lit_thought.prompts import PromptTemplate
+from lit_thought.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.streams import forward_inputs
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 
-__all__ = ["RUNS", "Evaluation", "evaluate", "format_result", "unrelated_perplexity"]
+__all__ = ["RUNS", "Evaluation", "batch_logits", "evaluate", "format_result", "unrelated_perplexity"]
 
 RUNS = ("plain", "instructed", "patched")
 _WINDOW = 512
@@ -247,10 +247,10 @@ class Evaluation:
         for batch, heavy in zip(batches, heavier, strict=True):
             if batch.plain is batch.target:
                 continue  # attention sinks, which the instructed run does not have
-            wanted = _logits(self.model, batch, "target", leads["instructed"])
+            wanted = batch_logits(self.model, batch, "target", leads["instructed"])
             for run in runs:
                 with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
-                    got = _logits(self.model, batch, "plain", leads[run])
+                    got = batch_logits(self.model, batch, "plain", leads[run])
                 for part, weights in (("all", batch.weights), ("output", heavy.weights - batch.weights)):
                     metrics[run, part].to(wanted.device).update(wanted, got, weights.to(wanted.device))
         computed = {key: metric.compute() for key, metric in metrics.items()}
@@ -284,7 +284,7 @@ def _recovery(accuracy: dict[str, float] | None) -> float | None:
     return (accuracy["patched"] - accuracy["plain"]) / (accuracy["instructed"] - accuracy["plain"])
 
 
-def _logits(
+def batch_logits(
     model: PreTrainedModel, batch: PairBatch, side: Literal["plain", "target"], leads: dict[int, Any]
 ) -> Tensor:
     """Logits of the compared tokens of one run of a batch, (n, vocabulary); keeps a lead's KV cache in ``leads``."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
+from lit_thought.callback import ThoughtCallback
 from lit_thought.module import ThoughtModule
 from lit_thought.runner import StreamRunner
 
@@ -34,7 +35,9 @@ class StageProgressBar(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         runner = _runner(pl_module)
-        total = runner.num_stages if runner is not None else None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        steps = sum(callback.steps for callback in callbacks if isinstance(callback, ThoughtCallback))
+        total = steps * runner.num_stages if runner is not None else None
         self._bar = tqdm(total=total, desc="Solving", unit="site", disable=not self._enabled)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -44,6 +44,8 @@ def _no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DECODER, "forward", forward)
 
 
+OWN = [{**pair, "instruction": INSTRUCTION} for pair in PAIRS]
+
 # What is wrong, as arguments of transmute, and the beginning of the message
 FIT = [
     ({"pairs": ()}, "pairs is empty"),
@@ -88,9 +90,40 @@ FIT = [
     ({"preserve": []}, "preserve must hold one or more texts"),
     ({"preserve": 5}, "preserve must be a text file"),
     ({"preserve": ["a"]}, "the unrelated text gives no window"),
-    ({"sites": ("mlp_in",)}, r"sites must name one or more of .*got \['mlp_in'\]"),
+    ({"sites": ("mlp",)}, r"sites must name one or more of .*got \['mlp'\]"),
     ({"sites": ()}, "sites must name one or more"),
+    ({"sites": 2}, r"sites must name one or more of .*got \[2\]"),
     ({"sites": ("mlp_out", "mlp_out")}, "sites must name one or more"),
+    ({"parts": ()}, r"parts must name one or both of .*got \[\]"),
+    ({"parts": "bias"}, r"parts must name one or both of .*got \['bias'\]"),
+    ({"parts": ["vector", "vector"]}, "parts must name one or both of .*each once"),
+    ({"parts": 2}, r"parts must name one or both of .*got \[2\]"),
+    ({"parts": ("matrix", "vector")}, r"parts=.* with sites=\['attn_out', 'mlp_out'\]: at attn_out a matrix and"),
+    ({"parts": ("vector", "matrix"), "sites": ("mlp_in", "mlp_out")}, "parts=.*: at mlp_out a matrix and a vector"),
+    ({"blocks": []}, r"blocks must be indices of blocks, from 0 on; got \[\]"),
+    ({"blocks": [0, -1]}, r"blocks must be indices of blocks, from 0 on; got \[0, -1\]"),
+    ({"blocks": 1}, "blocks must be indices of blocks, from 0 on; got 1"),
+    ({"blocks": "12"}, "blocks must be indices of blocks, from 0 on; got '12'"),
+    ({"blocks": [1.0]}, "blocks must be indices of blocks"),
+    ({"blocks": [True]}, "blocks must be indices of blocks"),
+    ({"blocks": [1, 0, 1]}, r"blocks must name each block once; got \[1, 0, 1\]"),
+    ({"blocks": [3, 0]}, "blocks: the model has blocks 0 to 2; got 3"),
+    ({"steps": 0}, "steps must be a whole number of 1 or more; got 0"),
+    ({"steps": 1.5}, "steps must be a whole number of 1 or more; got 1.5"),
+    ({"step_size": 0}, "step_size must be above 0 and at most 1; got 0"),
+    ({"step_size": 1.1}, "step_size must be above 0 and at most 1; got 1.1"),
+    ({"step_size": -0.5}, "step_size must be above 0 and at most 1; got -0.5"),
+    ({"step_size": math.nan}, "step_size must be above 0 and at most 1; got nan"),
+    ({"step_size": True}, "step_size must be above 0 and at most 1; got True"),
+    ({"step_size": "1"}, "step_size must be above 0 and at most 1; got '1'"),
+    ({"pairs_per_step": 0}, "pairs_per_step must be a whole number of 1 or more; got 0"),
+    ({"pairs_per_step": 6}, "pairs_per_step=6 is more than the 5 pairs there are"),
+    ({"pairs_per_step": 0.5}, "pairs_per_step must be a whole number of 1 or more; got 0.5"),
+    ({"val_pairs": []}, "val_pairs: pairs is empty"),
+    ({"val_pairs": "nothing.jsonl"}, r"val_pairs: .*nothing\.jsonl"),
+    ({"val_pairs": [{"input": "hot", "answer": "cold"}]}, r"val_pairs: pairs\[0\]: unknown key 'answer'"),
+    ({"val_pairs": PAIRS, "instruction": None, "pairs": OWN}, "val_pairs: instruction must be a text that is not"),
+    ({"val_pairs": [*PAIRS, {"input": "hot " * 300}]}, r"val_pairs: pairs\[5\]: expected at most 256 tokens"),
     ({"order": "parallel"}, "order must be one of .*got 'parallel'"),
     ({"statistics_dtype": "bfloat16"}, "statistics_dtype must be .*got 'bfloat16'"),
     ({"batch_size": 0}, "batch_size must be a whole number"),
@@ -112,12 +145,18 @@ def test_transmute(settings: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.usefixtures("_no_forward")
-def test_the_largest_rank_is_that_of_the_chosen_sites() -> None:
+def test_the_largest_rank_is_that_of_the_chosen_sites_and_blocks() -> None:
     model = make_model()
     model.model.layers[1].self_attn.o_proj = torch.nn.Linear(20, 32)
-    for sites, limit in ((("attn_out", "mlp_out"), 20), (("attn_out",), 20), (("mlp_out",), 32)):
+    for settings, limit in (
+        ({"sites": ("attn_out", "mlp_out")}, 20),
+        ({"sites": ("attn_out",)}, 20),
+        ({"sites": ("mlp_out",)}, 32),
+        ({"sites": ("mlp_in",)}, 32),
+        ({"sites": ("attn_out",), "blocks": [2, 0]}, 32),
+    ):
         with pytest.raises(ThoughtError, match=f"rank must be between 1 and {limit},"):
-            make_patch(model, sites=sites, rank=33)
+            make_patch(model, **settings, rank=33)
 
 
 @pytest.mark.usefixtures("_no_forward")
@@ -135,9 +174,9 @@ def opt() -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16))
 
 
-def quantised() -> PreTrainedModel:
+def quantised(layer: str = "down_proj") -> PreTrainedModel:
     model = make_model()
-    model.model.layers[1].mlp.down_proj = torch.nn.Bilinear(2, 2, 2)  # stands for any layer that is not plain
+    setattr(model.model.layers[1].mlp, layer, torch.nn.Bilinear(2, 2, 2))  # stands for any layer that is not plain
     return model
 
 
@@ -147,6 +186,7 @@ def quantised() -> PreTrainedModel:
     [
         (opt, "not supported yet: architecture 'opt'"),
         (quantised, r"not supported yet: model\.layers\.1\.mlp\.down_proj"),
+        (lambda: quantised("up_proj"), r"not supported yet: model\.layers\.1\.mlp\.up_proj"),
     ],
 )
 def test_unsupported_models(make: Callable[[], PreTrainedModel], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,18 +231,24 @@ def poison(model: PreTrainedModel, path: str, value: float = math.nan) -> None:
         ("model.layers.1.self_attn.o_proj", "block 1, attn_out"),
         ("model.layers.1.mlp.up_proj", "block 1, mlp_out"),
         ("model.layers.2.mlp.down_proj", "block 2, mlp_out"),
+        ("model.layers.1.post_attention_layernorm", "block 1, mlp_in"),
     ],
 )
 def test_nan_in_the_weights(path: str, place: str, dtype: torch.dtype) -> None:
     model = make_model("llama", dtype)
+    sites = ("attn_out", "mlp_in") if place.endswith("mlp_in") else ("attn_out", "mlp_out")
     if path == "model.embed_tokens":
         with torch.no_grad():
             model.get_submodule(path).weight[:, 2] = math.nan
+    elif path.endswith("layernorm"):
+        with torch.no_grad():
+            model.get_submodule(path).weight[2] = math.nan
     else:
         poison(model, path)
     untouched = Untouched(model)
-    with pytest.raises(SingularSystemError, match=f"^{place}: the activations contain NaN"):
-        make_patch(model)
+    for parts in (None, "vector") if place != "block 1, mlp_in" else (None,):  # whose vector is of what comes before
+        with pytest.raises(SingularSystemError, match=f"^{place}: the activations contain NaN"):
+            make_patch(model, sites=sites, parts=parts)
     untouched.check()
 
 

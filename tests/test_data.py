@@ -9,8 +9,10 @@ import torch
 from conftest import make_model, make_tokenizer
 from test_fit import INSTRUCTION, PAIRS, readable
 
-from lit_thought.data import PairDataModule, context_window, pair_instructions
+from lit_thought.data import PairDataModule
+from lit_thought.data_files import pair_instructions
 from lit_thought.errors import ThoughtError
+from lit_thought.models import context_window
 from lit_thought.prompts import PromptTemplate
 
 TOKENIZER = make_tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import json
 import signal
@@ -15,20 +16,29 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model, make_tokenizer
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from peft import PeftModel
 from scipy.special import log_softmax
+from test_rank import dense as truncated
+from test_runner import BruteForce, trace
+from test_solve import Problem
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_thought import adapter, callback, statistics
+from lit_thought import adapter, callback, evaluation, stage, statistics
 from lit_thought.api import fit, transmute
+from lit_thought.blocks import SITES
 from lit_thought.callback import ThoughtCallback
 from lit_thought.data import PairDataModule
 from lit_thought.errors import ThoughtError
+from lit_thought.evaluation import evaluate
 from lit_thought.models import fingerprint
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import ThoughtPatch
 from lit_thought.prompts import PromptTemplate
+from lit_thought.stage import check_parts
+from lit_thought.streams import LowRank, SitePatch
+from lit_thought.unrelated import text_windows
 
 TOKENIZER = make_tokenizer()
 INSTRUCTION = "Q: good\nA: bad\nQ: up\nA: down\n"
@@ -97,22 +107,26 @@ def divergence(
 
 
 def dense(patch: ThoughtPatch) -> dict[str, Tensor]:
-    return {path: factors.delta(torch.float64) for path, factors in patch.factors.items()}
+    """Each target's ΔW, and its vector under the name of its bias."""
+    weights = {path: factors.delta(torch.float64) for path, factors in patch.factors.items()}
+    return {**weights, **{f"{path}.bias": vector.double() for path, vector in patch.vectors.items()}}
 
 
 def distance(one: ThoughtPatch, other: ThoughtPatch) -> float:
-    """Largest relative difference of any target's ΔW, in the Frobenius norm."""
-    assert set(one.targets) == set(other.targets)
+    """Largest relative difference of any target's ΔW, in the Frobenius norm, or vector."""
     mine, theirs = dense(one), dense(other)
+    assert mine.keys() == theirs.keys()
     return max(float((mine[path] - theirs[path]).norm() / mine[path].norm()) for path in mine)
 
 
+def tensors(patch: ThoughtPatch) -> dict[str, Tensor]:
+    matrices = {(path, name): getattr(factors, name) for path, factors in patch.factors.items() for name in "AB"}
+    return {**{" ".join(key): value for key, value in matrices.items()}, **patch.vectors}
+
+
 def identical(one: ThoughtPatch, other: ThoughtPatch) -> bool:
-    return set(one.targets) == set(other.targets) and all(
-        torch.equal(one.factors[path].A, other.factors[path].A)
-        and torch.equal(one.factors[path].B, other.factors[path].B)
-        for path in one.targets
-    )
+    mine, theirs = tensors(one), tensors(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
 class Untouched:
@@ -195,16 +209,172 @@ def test_other_templates_and_bos(template: str, bos: bool) -> None:
     assert after < 0.1 * before
 
 
-@pytest.mark.parametrize("sites", [("attn_out",), ("mlp_out",), ("mlp_out", "attn_out")])
+@pytest.mark.parametrize(
+    "sites", [("attn_out",), ("mlp_in",), ("mlp_out",), ("mlp_out", "attn_out"), ("mlp_in", "attn_out")]
+)
 @pytest.mark.parametrize("order", ["sequential", "teacher-forced"])
 def test_sites_and_orders(sites: tuple[str, ...], order: str) -> None:
     model = make_model()
     patch = make_patch(model, sites=sites, order=order, ridge=1e-8)
-    layers = {"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj"}
-    wanted = {f"model.layers.{block}.{layers[site]}" for block in range(3) for site in sites}
-    assert set(patch.targets) == wanted
+    layers = {
+        "attn_out": ["self_attn.o_proj"],
+        "mlp_in": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp_out": ["mlp.down_proj"],
+    }
+    assert set(patch.factors) == {
+        f"model.layers.{i}.{name}" for i in range(3) for site in sites for name in layers[site]
+    }
+    assert set(patch.vectors) == {f"model.layers.{i}.mlp.down_proj" for i in range(3) if "mlp_in" in sites}
     before, after = divergence(model, patch)
-    assert after < 0.5 * before
+    assert after < (0.9 if (sites, order) == (("mlp_in",), "teacher-forced") else 0.5) * before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_parts_of_the_first_block_do_not_depend_on_each_other(family: str) -> None:
+    """At mlp_in; from the second block on each sees what the other has changed."""
+    model = make_model(family)
+    both = make_patch(model, sites="mlp_in")
+    matrix, vector = (make_patch(model, sites="mlp_in", parts=(part,)) for part in ("matrix", "vector"))
+    assert identical(both, make_patch(model, sites="mlp_in", parts=("vector", "matrix")))
+    assert (matrix.vectors, vector.factors) == ({}, {})
+    assert tensors(both).keys() == {**tensors(matrix), **tensors(vector)}.keys()
+    for name, value in tensors(both).items():
+        same = torch.equal(value, {**tensors(matrix), **tensors(vector)}[name])
+        assert same == (".0." in name), name
+    assert divergence(model, matrix)[1] < 0.5 * divergence(model, matrix)[0]
+    assert divergence(model, vector)[1] < divergence(model, vector)[0]
+
+
+def test_some_of_the_blocks() -> None:
+    model = make_model()
+    whole = make_patch(model)
+    for blocks in ([1], [0], (2, 0)):
+        patch = make_patch(model, blocks=blocks)
+        assert {int(path.split(".")[2]) for path in patch.targets} == set(blocks)
+        assert patch.provenance["settings"]["blocks"] == sorted(blocks)
+        assert set(patch.provenance["diagnostics"]) == set(patch.targets)
+        assert all(("." + path.split(".")[2] + ".") in path for path in patch.targets)
+        first = [name for name in tensors(patch) if ".0." in name]  # nothing before it is patched in either fit
+        assert all(torch.equal(tensors(patch)[name], tensors(whole)[name]) for name in first)
+        before, after = divergence(model, patch)
+        assert after < before
+
+
+# Settings of a fit, for which the whole loop is done once more without the library
+LOOPS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"sites": ("mlp_in",), "steps": 2, "step_size": 0.5, "pairs_per_step": 3}),
+    ("gpt2", {"sites": ("attn_out", "mlp_in"), "order": "teacher-forced", "blocks": [2, 0], "rank": 4, "steps": 2}),
+    ("qwen2", {"sites": SITES, "preserve": TEXTS, "preserve_weight": 0.5, "answer_weight": 3.0, "rank": 5}),
+    ("llama", {"parts": "vector", "steps": 2, "step_size": 0.5, "preserve": TEXTS, "preserve_weight": 0.5}),
+    ("mistral", {"sites": ("mlp_out",), "blocks": [1], "rank": 3, "steps": 3, "step_size": 0.7, "pairs_per_step": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), LOOPS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
+@torch.no_grad()
+def test_the_patched_model_is_that_of_the_whole_loop_by_hand(family: str, settings: dict[str, Any]) -> None:
+    model = make_model(family)
+    patch = make_patch(model, **settings)
+    changed, errors = loop(model, **settings)
+    for tokens in tokenised():
+        ids = torch.tensor([tokens.plain_ids])
+        original, wanted = model(ids).logits, changed(ids).logits
+        with patch.applied(model):
+            found = model(ids).logits
+        assert (found - wanted).norm() < 1e-5 * (wanted - original).norm()
+    diagnostics = patch.provenance["diagnostics"]
+    assert len(diagnostics) == len(errors)
+    assert [entry["error_before"] for entry in diagnostics.values()] == pytest.approx(errors, rel=1e-5)
+
+
+def loop(
+    model: PreTrainedModel,
+    sites: Sequence[str] = ("attn_out", "mlp_out"),
+    parts: str | None = None,
+    blocks: Sequence[int] = (0, 1, 2),
+    order: str = "sequential",
+    steps: int = 1,
+    step_size: float = 1.0,
+    pairs_per_step: int = len(PAIRS),
+    rank: int | None = None,
+    preserve: Sequence[str] | None = None,
+    preserve_weight: float = 0.0,
+    answer_weight: float = 1.0,
+) -> tuple[PreTrainedModel, list[float]]:
+    """Transmute by full forwards of single sequences and dense matrices: the changed model, and what each stage of
+    the last step had to explain."""
+    grams: dict[tuple[int, str], np.ndarray] = {}
+    if preserve is not None:
+        seen = [trace(model, window)[1] for window in text_windows(TOKENIZER, preserve, 256, 12_000)]
+        for key in seen[0]:
+            inputs = np.concatenate([entry[key][0].numpy() for entry in seen])
+            grams[key] = inputs.T @ inputs / len(inputs)
+    patches: dict[tuple[int, str], SitePatch] = {}
+    for step in range(steps):
+        errors = []
+        here = [tokenised()[i % len(PAIRS)] for i in range(step * pairs_per_step, (step + 1) * pairs_per_step)]
+        brute = BruteForce(model, here, order, answer_weight)
+        brute.install(patches)
+        for key in [(block, site) for block in sorted(blocks) for site in sites]:
+            a, delta, shift, weights = (x.numpy() for x in brute.observe(*key))
+            problem = Problem(a, delta, weights, 1e-2, grams.get(key), preserve_weight)
+            there, solved = patches.get(key, SitePatch()), check_parts(parts, sites)[key[1]]
+            matrix, vector = there.matrix, there.vector
+            if "matrix" in solved:
+                total = step_size * (problem.least_squares() if rank is None else problem.reduced_rank(rank))
+                if matrix is not None:
+                    total = total + matrix.A.numpy()
+                    total = total if rank is None else truncated(problem, total, rank)
+                matrix = LowRank(torch.tensor(total), torch.eye(32, dtype=torch.float64))
+            if "vector" in solved:
+                mean = torch.tensor(step_size * (problem.share * shift).sum(0) / (1 + preserve_weight))
+                vector = mean if vector is None else vector + mean
+            goal = delta if "matrix" in solved else shift
+            errors.append(float((problem.share * goal**2).sum()))
+            patches[key] = SitePatch(matrix, vector)
+            brute.install({key: patches[key]})
+    return brute.changed, errors
+
+
+@pytest.mark.parametrize(
+    ("sites", "order", "step_size", "steps"),
+    [
+        (("mlp_in",), "sequential", 1.0, (1, 2)),
+        (("mlp_in",), "teacher-forced", 0.5, (2, 3)),
+        (("attn_out", "mlp_in"), "teacher-forced", 1.0, (1, 2)),
+        (("attn_out", "mlp_out"), "sequential", 1.0, (1, 2)),
+    ],
+)
+def test_a_further_step_leaves_less(
+    sites: tuple[str, ...], order: str, step_size: float, steps: tuple[int, ...]
+) -> None:
+    """It has to explain what those before it have left, which is not much after a whole step."""
+    model = make_model()
+    patches = [make_patch(model, sites=sites, order=order, steps=n, step_size=step_size) for n in steps]
+    errors = [
+        np.mean([entry["error_before"] for entry in patch.provenance["diagnostics"].values()]) for patch in patches
+    ]
+    assert errors[1] < 0.8 * errors[0]
+    assert divergence(model, patches[1])[1] < divergence(model, patches[0])[1]
+
+
+def test_the_progress_bar_counts_the_stages_of_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    make_patch(make_model(), sites="mlp_out", blocks=[0, 2], steps=3, progress=True)
+    assert "| 6/6 [" in capsys.readouterr().err
+
+
+def test_each_step_takes_the_next_pairs() -> None:
+    model = make_model()
+    few = make_patch(model, pairs_per_step=2)
+    assert identical(few, make_patch(model, pairs=PAIRS[:2]))
+    assert distance(few, make_patch(model)) > 1e-2
+    paper: dict[str, Any] = {"sites": "mlp_in", "pairs_per_step": 3, "steps": 2}
+    twice = make_patch(model, **paper)  # the pairs 0, 1, 2 and 3, 4, 0
+    assert identical(twice, make_patch(model, pairs=[*PAIRS, PAIRS[0]], **paper))
+    other = [*PAIRS[:4], {"input": "lazy", "output": "jumps"}]
+    assert distance(twice, make_patch(model, pairs=other, **paper)) > 1e-3
 
 
 def test_orders_differ_only_after_the_first_block() -> None:
@@ -225,11 +395,14 @@ def test_bfloat16_model() -> None:
     assert after < 0.5 * before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    [*((family, ("attn_out", "mlp_out")) for family in FAMILIES), ("llama", ("mlp_in",)), ("gpt2", SITES)],
+)
 @torch.no_grad()
-def test_peft_computes_what_the_patched_model_computes(family: str, tmp_path: Path) -> None:
+def test_peft_computes_what_the_patched_model_computes(family: str, sites: tuple[str, ...], tmp_path: Path) -> None:
     model = make_model(family, torch.float32)
-    patch = make_patch(model, rank=4)
+    patch = make_patch(model, rank=4, sites=sites)
     patch.save_adapter(tmp_path / "adapter")
     ids = torch.tensor([TOKENIZER("Q: hot\nA: cold\n")["input_ids"]])
     original = model(ids).logits
@@ -238,6 +411,8 @@ def test_peft_computes_what_the_patched_model_computes(family: str, tmp_path: Pa
     assert (wanted - original).abs().max() > 1e-2
     loaded = PeftModel.from_pretrained(make_model(family, torch.float32), tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+    if patch.vectors and family != "gpt2":
+        return  # PEFT cannot merge a bias into a layer without one
     torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -343,6 +518,11 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         preserve=TEXTS,
         preserve_weight=0.5,
         preserve_tokens=40,
+        sites=("mlp_in", "mlp_out"),
+        blocks=[2, 0],
+        steps=2,
+        step_size=0.5,
+        pairs_per_step=4,
     )
     known = patch.provenance
     assert json.loads(json.dumps(known, allow_nan=False)) == known
@@ -352,8 +532,13 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
     assert PromptTemplate.from_dict(known["template"]) == PromptTemplate()
     assert known["fan_in_fan_out"] is False
     assert known["settings"] == {
-        "sites": ["attn_out", "mlp_out"],
+        "sites": ["mlp_in", "mlp_out"],
+        "parts": {"mlp_in": ["matrix", "vector"], "mlp_out": ["matrix"]},
+        "blocks": [0, 2],
         "order": "sequential",
+        "steps": 2,
+        "step_size": 0.5,
+        "pairs_per_step": 4,
         "rank": 3,
         "ridge": 0.1,
         "preserve_weight": 0.5,
@@ -366,25 +551,38 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         "answer_weight": 1.0,
         "seed": 0,
     }
+    assert known["d_in"] == {f"model.layers.{i}.mlp.down_proj": 48 for i in (0, 2)}
+    assert list(known["diagnostics"]) == [
+        f"model.layers.{i}.mlp.{name}" for i in (0, 2) for name in ("mlp_in", "down_proj")
+    ]
+    assert known["history"] == []
     assert {"lit_thought", "torch", "transformers", "peft", "lightning"} <= set(known["versions"])
     made = datetime.datetime.fromisoformat(known["date"])
     assert abs(datetime.datetime.now(datetime.UTC) - made) < datetime.timedelta(minutes=5)
-    assert make_patch(make_model("gpt2"), rank=2).provenance["fan_in_fan_out"] is True
+    plain = make_patch(make_model("gpt2"), rank=2).provenance
+    assert plain["fan_in_fan_out"] is True
+    assert (plain["settings"]["blocks"], plain["settings"]["pairs_per_step"]) == (None, None)
+    assert "d_in" not in plain
 
 
 # --- what it does not depend on ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_batches_and_order_do_not_matter(family: str, rank: int | None) -> None:
+@pytest.mark.parametrize(
+    ("family", "fixed"),
+    [
+        *((family, {"rank": rank}) for family in ("llama", "mistral", "gpt2") for rank in (None, 4)),
+        ("llama", {"rank": 4, "sites": ("mlp_in",), "steps": 2, "blocks": [0, 2]}),
+    ],
+)
+def test_batches_and_order_do_not_matter(family: str, fixed: dict[str, Any]) -> None:
     model = make_model(family)
 
     def first(patch: ThoughtPatch) -> ThoughtPatch:
         path = patch.targets[0]
         return ThoughtPatch({path: patch.factors[path]})
 
-    patch = make_patch(model, rank=rank)
+    patch = make_patch(model, **fixed)
     left = make_tokenizer()
     left.padding_side = "left"
     for settings in (
@@ -395,11 +593,11 @@ def test_batches_and_order_do_not_matter(family: str, rank: int | None) -> None:
         {"tokenizer": left, "batch_size": 2},
         {"offload": True},
     ):
-        other = make_patch(model, rank=rank, **settings)
-        assert distance(first(patch), first(other)) < 1e-7
+        other = make_patch(model, **fixed, **settings)
+        assert distance(first(patch), first(other)) < (1e-7 if "steps" not in fixed else 1e-6)
         assert distance(patch, other) < 1e-6  # each block sees the float32 rounding of those before it
     assert left.padding_side == "left"
-    assert distance(first(patch), first(make_patch(model, pairs=PAIRS[:-1], rank=rank))) > 1e-2
+    assert distance(first(patch), first(make_patch(model, pairs=PAIRS[:-1], **fixed))) > 1e-2
 
 
 def test_float32_sums_are_close() -> None:
@@ -436,13 +634,15 @@ def make_trainer(thought: ThoughtCallback, **settings: Any) -> Trainer:
     )
 
 
-def make_data() -> PairDataModule:
-    return PairDataModule(PAIRS, INSTRUCTION, answer_weight=1.0)
+def make_data(**settings: Any) -> PairDataModule:
+    return PairDataModule(PAIRS, INSTRUCTION, **{"answer_weight": 1.0, **settings})
 
 
-def train(model: PreTrainedModel, thought: ThoughtCallback, **settings: Any) -> Trainer:
+def train(
+    model: PreTrainedModel, thought: ThoughtCallback, data: PairDataModule | None = None, **settings: Any
+) -> Trainer:
     trainer = make_trainer(thought, **settings)
-    trainer.fit(ThoughtModule(model, TOKENIZER), datamodule=make_data())
+    trainer.fit(ThoughtModule(model, TOKENIZER), datamodule=data or make_data())
     return trainer
 
 
@@ -475,16 +675,87 @@ def test_a_callback_can_be_used_again() -> None:
     assert identical(thought.patch, make_patch(make_model("llama", seed=2), rank=4))
 
 
-@pytest.mark.parametrize(("sites", "stages"), [(("attn_out", "mlp_out"), 6), (("mlp_out",), 3)])
-def test_max_epochs(sites: tuple[str, ...], stages: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ({"sites": ("attn_out", "mlp_out")}, 6),
+        ({"sites": ("mlp_out",)}, 3),
+        ({"sites": SITES, "steps": 2, "blocks": [2], "pairs_per_step": 2}, 6),
+    ],
+)
+def test_max_epochs(settings: dict[str, Any], stages: int) -> None:
     for allowed in (stages, stages + 3, None):
-        thought = ThoughtCallback(sites, preserve=None)
+        thought = ThoughtCallback(**settings, preserve=None)
         assert train(make_model(), thought, max_epochs=allowed).current_epoch == stages
         assert thought.patch is not None
-    thought = ThoughtCallback(sites, preserve=None)
+    thought = ThoughtCallback(**settings, preserve=None)
     with pytest.raises(ThoughtError, match=rf"max_epochs={stages - 1} .*need {stages}"):
         train(make_model(), thought, max_epochs=stages - 1)
     assert thought.patch is None
+
+
+VAL_PAIRS = [{"input": text} for text in ("up", "hot", "good", "big", "quick")]
+
+
+def test_validation_pairs_are_followed_step_by_step(tmp_path: Path) -> None:
+    """Step 0 is the plain model, step n what ``evaluate`` says of the patch of n steps."""
+    model = readable(make_model(dtype=torch.float32, seed=1))
+    common: dict[str, Any] = {"sites": ("attn_out", "mlp_in"), "rank": None, "ridge": 1e-2, "pairs_per_step": 3}
+    known = {"instruction": INSTRUCTION, "max_new_tokens": 3, "unrelated": None, "progress": False}
+    patches = [make_patch(model, **common, steps=n) for n in (1, 2)]
+    written = evaluate(model, TOKENIZER, patches[0], pairs=VAL_PAIRS, **known)["items"]
+    runs = ["instructed"] * 4 + ["plain"]
+    answered = [{"input": item["input"], "output": item[run]} for item, run in zip(written, runs, strict=True)]
+    results = [evaluate(model, TOKENIZER, patch, pairs=answered, **known) for patch in patches]
+    wanted = [
+        {
+            "step": step,
+            "accuracy": results[max(step, 1) - 1]["accuracy"][run],
+            "instructed_accuracy": results[0]["accuracy"]["instructed"],
+            "fidelity": results[max(step, 1) - 1]["fidelity" if step else "fidelity_plain"],
+            "output_kl": results[max(step, 1) - 1]["output_kl"][run],
+            "output_agreement": results[max(step, 1) - 1]["output_agreement"][run],
+        }
+        for step, run in enumerate(("plain", "patched", "patched"))
+    ]
+    assert len({entry["output_kl"] for entry in wanted}) == 3
+    assert wanted[1]["fidelity"] > wanted[0]["fidelity"] != wanted[0]["accuracy"]
+    untouched = Untouched(model)
+    thought = ThoughtCallback(**common, steps=2, preserve=None)
+    data = make_data(val_pairs=answered, max_new_tokens=3)
+    train(model, thought, data, logger=CSVLogger(tmp_path, "log", ""), log_every_n_steps=1)
+    untouched.check()
+    for found, entry in zip(thought.history, wanted, strict=True):
+        assert found == pytest.approx(entry)
+    assert thought.patch is not None
+    assert thought.patch.provenance["history"] == thought.history
+    assert identical(thought.patch, patches[1])  # nothing is fitted on them
+    assert thought.stopwatch.seconds["validate"] > 0
+    with (tmp_path / "log" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/accuracy")]
+    assert [int(row["step"]) for row in rows] == [0, 1, 2]
+    for row, entry in zip(rows, wanted, strict=True):
+        assert {name: float(row[f"val/{name}"]) for name in entry if name != "step"} == pytest.approx(
+            {name: value for name, value in entry.items() if name != "step"}
+        )
+    patch = make_patch(model, **common, val_pairs=VAL_PAIRS, max_new_tokens=3)  # without outputs
+    assert identical(patch, patches[0])
+    names = {"step", "fidelity", "output_kl", "output_agreement"}
+    for found, entry in zip(patch.provenance["history"], wanted[:2], strict=True):
+        assert found == pytest.approx({name: entry[name] for name in names})
+
+
+@pytest.mark.parametrize(("name", "number"), [("generate", 2), ("generate", 3), ("batch_logits", 5)])
+def test_failing_while_validating_leaves_nothing_behind(
+    name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patch is on the model while its outputs are written."""
+    model = mixed_model("llama")
+    untouched = Untouched(model)
+    monkeypatch.setattr(evaluation, name, fail_at(number, RuntimeError("no room"), getattr(evaluation, name)))
+    with pytest.raises(RuntimeError, match="no room"):
+        make_patch(model, sites="mlp_in", rank=2, val_pairs=VAL_PAIRS, max_new_tokens=3)
+    untouched.check()
 
 
 @pytest.mark.parametrize(
@@ -569,7 +840,16 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     model = mixed_model(family)
     untouched = Untouched(model)
     patch = make_patch(
-        model, pairs=[*PAIRS, {"input": "dog"}], max_new_tokens=4, preserve=TEXTS, preserve_tokens=60, rank=2
+        model,
+        pairs=[*PAIRS, {"input": "dog"}],
+        max_new_tokens=4,
+        preserve=TEXTS,
+        preserve_tokens=60,
+        rank=2,
+        sites=SITES,
+        steps=2,
+        pairs_per_step=4,
+        val_pairs=VAL_PAIRS,
     )
     untouched.check()
     with patch.applied(model), pytest.raises(AssertionError):
@@ -579,8 +859,8 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
-        (callback, "solve", 1),
-        (callback, "solve", 4),
+        (stage, "solve", 1),
+        (stage, "solve", 4),
         (statistics.Statistics, "update", 7),
         (callback.StreamRunner, "finish", 2),
         (callback.StreamRunner, "observe", 5),
