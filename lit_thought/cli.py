@@ -6,15 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["evaluate", "fit", "main"]
+__all__ = ["evaluate", "fit", "main", "verify"]
 
 
 def fit(
@@ -102,8 +103,7 @@ def evaluate(
         samples: how many pairs to print with their three outputs.
         progress: show progress bars.
     """
-    from lit_thought.data import pair_instructions
-    from lit_thought.data_files import load_pairs
+    from lit_thought.data_files import load_pairs, pair_instructions
     from lit_thought.evaluation import evaluate as compare
     from lit_thought.evaluation import format_result
     from lit_thought.files import atomic_folder, check_output_folder
@@ -153,12 +153,62 @@ def evaluate(
         _say(f"Wrote result.json and items.jsonl to {out}")
 
 
+def verify(
+    instruction: str | None = None,
+    instruction_file: str | None = None,
+    text_file: str = "default",
+    tokens: int = 256,
+    output: Literal["vector", "norm_scale"] | None = None,
+    out: str | None = None,
+    model: str = "smollm2",
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Check the theorems: with each token's own weights, the model without the instruction is the one with it.
+
+    Example: lit-thought verify --instruction "Always answer in French. "
+
+    Args:
+        instruction: the removable chunk, put before the text as it is; a line on talking like a pirate when left out.
+        instruction_file: a UTF-8 text file to read it from instead.
+        text_file: a UTF-8 text file to compare the two runs on; "default" for text that the package ships.
+        tokens: how many tokens of it to use, at most.
+        output: where the residual error goes: vector (the MLP's output bias, or after its norm) or norm_scale (the
+            scale of the norm after the MLP, where there is one); what suits the model when left out.
+        out: JSON file for the report; not written when left out.
+        model: smollm2 (the embedded default), a hub id or a local directory.
+        dtype: dtype to load the model in.
+        device: where to put it, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        trust_remote_code: run code that a hub model brings along.
+    """
+    from lit_thought.files import atomic_file
+    from lit_thought.theory.exact import check_texts
+    from lit_thought.theory.verify import format_report, verify_exact
+    from lit_thought.unrelated import load_texts
+
+    chunk = _instruction(instruction, instruction_file)
+    chunk = "You are a pirate. Talk like a pirate.\n" if chunk is None else chunk
+    text = load_texts(text_file, "evaluate", "text_file")[0]
+    check_texts(chunk, text, tokens)
+    with atomic_file(out) if out is not None else nullcontext() as file:  # checks its path first
+        lm, tokenizer = _load(model, dtype, device, revision, trust_remote_code)
+        report = verify_exact(lm, tokenizer, chunk, text, output=output, tokens=tokens)
+        print(format_report(report))
+        if file is not None:
+            file.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        _say(f"Wrote the report to {out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: bad input ends in one line on standard error and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         jsonargparse.auto_cli(
-            {"fit": fit, "evaluate": evaluate},
+            {"fit": fit, "evaluate": evaluate, "verify": verify},
             args=list(arguments) if arguments is not None else None,
             as_positional=False,
             prog="lit-thought",
