@@ -39,8 +39,8 @@ def transmute(
     parts: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     order: Literal["sequential", "teacher-forced"] = "sequential",
-    steps: int = 1,
-    step_size: float = 1.0,
+    steps: int | None = None,
+    step_size: float | None = None,
     pairs_per_step: int | None = None,
     rank: int | float | None = 16,
     ridge: float = 3e-2,
@@ -75,8 +75,8 @@ def transmute(
         parts: what to solve for, matrix, vector or both; left out, a matrix, and at mlp_in a vector too.
         blocks: indices of the blocks to patch; all when left out.
         order: sequential (each block sees the blocks patched so far) or teacher-forced (the instructed run).
-        steps: how often to go through the blocks, each time with the patch so far in place.
-        step_size: how much of each step's solution is added to the patch, above 0 and at most 1.
+        steps: how often to go through the blocks, the patch so far in place; left out, 1, and 2 for mlp_in alone.
+        step_size: how much of each step's solution is added, in (0, 1]; left out, 1, and 0.5 for mlp_in alone.
         pairs_per_step: pairs that a step is solved from, the next ones in turn; all pairs when left out.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.

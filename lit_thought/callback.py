@@ -27,7 +27,7 @@ from lit_thought.patch import Factors, ThoughtPatch
 from lit_thought.preserve import WINDOW, Preservation, preservation
 from lit_thought.runner import ORDERS, Observation, StreamRunner
 from lit_thought.solve import check_rank
-from lit_thought.stage import StageSettings, StageSums, check_parts, default_weights, target_changes
+from lit_thought.stage import StageSettings, StageSums, check_parts, site_defaults, target_changes
 from lit_thought.streams import SitePatch
 from lit_thought.timing import Stopwatch
 from lit_thought.unrelated import TextSource, load_texts, text_windows
@@ -45,8 +45,10 @@ class ThoughtCallback(Callback):
         sites: where to patch each block: ``"attn_out"``, ``"mlp_in"`` (the paper's), ``"mlp_out"``, or several.
         parts: what to solve for: ``"matrix"``, ``"vector"`` or both; left out, a matrix, and at mlp_in a vector too.
         blocks: indices of the blocks to patch; all when left out.
-        steps: how often to go through the blocks, each time with the patch so far in place.
-        step_size: η in (0, 1], how much of each step's solution is added to the patch.
+        steps: how often to go through the blocks, each time with the patch so far in place; left out, 1, and 2 where
+            mlp_in is the only site.
+        step_size: η in (0, 1], how much of each step's solution is added to the patch; left out, 1, and 0.5 where
+            mlp_in is the only site.
         pairs_per_step: pairs that a step is solved from, the next ones in turn; all pairs when left out.
         order: ``"sequential"``: each block's plain run has been through the blocks patched so far;
             ``"teacher-forced"``: it enters each block as the instructed run does.
@@ -81,8 +83,8 @@ class ThoughtCallback(Callback):
         parts: Sequence[str] | None = None,
         blocks: Sequence[int] | None = None,
         order: Literal["sequential", "teacher-forced"] = "sequential",
-        steps: int = 1,
-        step_size: float = 1.0,
+        steps: int | None = None,
+        step_size: float | None = None,
         pairs_per_step: int | None = None,
         rank: int | float | None = 16,
         ridge: float = 3e-2,
@@ -98,6 +100,9 @@ class ThoughtCallback(Callback):
         self.sites = check_sites(sites)
         self.parts = check_parts(parts, self.sites)
         self.chosen = _check_blocks(blocks)
+        self.defaults = site_defaults(self.sites)
+        steps = self.defaults.steps if steps is None else steps
+        step_size = self.defaults.step_size if step_size is None else step_size
         check_counts(steps=steps)
         if pairs_per_step is not None:
             check_counts(pairs_per_step=pairs_per_step)
@@ -106,8 +111,7 @@ class ThoughtCallback(Callback):
         if order not in ORDERS:
             raise ThoughtError(f"order must be one of {list(ORDERS)}; got {order!r}.")
         check_rank(rank, 10**9)
-        self.defaults = default_weights(self.sites)
-        preserve_weight = self.defaults.preserve if preserve_weight is None else preserve_weight
+        preserve_weight = self.defaults.preserve_weight if preserve_weight is None else preserve_weight
         for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
@@ -200,7 +204,7 @@ class ThoughtCallback(Callback):
             identity = fingerprint(model)
             self._load_preservation(model, tokenizer, blocks, identity, show)
         with self.stopwatch("prepare"):
-            data.prepare(model, tokenizer, prompts, show, self.defaults.answer)
+            data.prepare(model, tokenizer, prompts, show, self.defaults.answer_weight)
         self._provenance = self._describe(model, blocks, identity, data)
         if data.val_pairs:
             with self.stopwatch("validate"):
@@ -213,7 +217,7 @@ class ThoughtCallback(Callback):
         if self.pairs_per_step is not None:
             first = self.step * self.pairs_per_step
             turn = [i % len(data.pairs) for i in range(first, first + self.pairs_per_step)]
-            data.select(pl_module.tokenizer, turn, self.defaults.answer)
+            data.select(pl_module.tokenizer, turn, self.defaults.answer_weight)
         pl_module.runner = StreamRunner(
             pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches
         )
@@ -353,7 +357,7 @@ class ThoughtCallback(Callback):
                 "generated_outputs": sum("output" not in pair for pair in data.pairs),
                 "generate": data.generate_options,
                 "max_new_tokens": data.max_new_tokens,
-                "answer_weight": self.defaults.answer if data.answer_weight is None else data.answer_weight,
+                "answer_weight": self.defaults.answer_weight if data.answer_weight is None else data.answer_weight,
                 "seed": data.seed,
             },
             "versions": {"lit_thought": lit_thought.__version__, **{p: version(p) for p in packages}},

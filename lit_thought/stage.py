@@ -26,25 +26,27 @@ from lit_thought.solve import Prior, check_finite, solve
 from lit_thought.statistics import Statistics, VectorStatistics
 from lit_thought.streams import LowRank, SitePatch
 
-__all__ = ["PARTS", "StageSettings", "StageSums", "Weights", "check_parts", "default_weights", "target_changes"]
+__all__ = ["PARTS", "Defaults", "StageSettings", "StageSums", "check_parts", "site_defaults", "target_changes"]
 
 PARTS = ("matrix", "vector")
 
 
-class Weights(NamedTuple):
-    """How much unrelated text (ρ) and the tokens of the output count against the others."""
+class Defaults(NamedTuple):
+    """Settings that depend on the sites: ρ, the weight of the output's tokens, the number of steps and their size η."""
 
-    preserve: float
-    answer: float
+    preserve_weight: float
+    answer_weight: float
+    steps: int
+    step_size: float
 
 
-def default_weights(sites: Sequence[str]) -> Weights:
-    """The weights that did best on held-back inputs of the word tasks (recipes/sweep.py).
+def site_defaults(sites: Sequence[str]) -> Defaults:
+    """What did best on held-back inputs of the word tasks (recipes/results/sweep*.md).
 
-    A vector cannot tell inputs apart: at mlp_in alone it has to come from the tokens that matter, and preservation
-    can only shrink it.
+    A vector cannot tell inputs apart: at mlp_in alone it has to come from the tokens that matter, preservation can only
+    shrink it, and it takes more than one step, since no block can undo what the others have added.
     """
-    return Weights(1.0, 100.0) if tuple(sites) == ("mlp_in",) else Weights(3.0, 10.0)
+    return Defaults(1.0, 100.0, 2, 0.5) if tuple(sites) == ("mlp_in",) else Defaults(3.0, 10.0, 1, 1.0)
 
 
 def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 import jsonargparse
-from tasks import SITES, SIX_TASKS, TEMPLATE, load_split, write_results
+from tasks import METHODS, SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import load_model, transmute
 from lit_thought.evaluation import Evaluation
@@ -43,7 +43,7 @@ def sweep(
         model: "smollm2", a hub id or a local directory.
         tasks: word tasks.
         seeds: seeds of the splits.
-        sites: "both", "attn_out", "mlp_out".
+        sites: names of tasks.METHODS.
         preserve_weights: values of ρ.
         preserve_tokens: tokens of unrelated text behind the preservation term.
         ridges: values of λ.
@@ -76,7 +76,7 @@ def sweep(
                 split.instruction,
                 pairs,
                 TEMPLATE,
-                sites=SITES[where],
+                **METHODS[where],
                 rank=rank,
                 ridge=ridge,
                 preserve=[text[:cut]],

@@ -21,7 +21,22 @@ SIX_TASKS = (
     "function_vectors/capitalize",
 )
 TEMPLATE = "Q: {input}\nA: {output}\n"
-SITES = {"both": ("attn_out", "mlp_out"), "attn_out": ("attn_out",), "mlp_out": ("mlp_out",)}
+METHODS: dict[str, dict[str, Any]] = {
+    "both": {"sites": ("attn_out", "mlp_out")},
+    "attn_out": {"sites": ("attn_out",)},
+    "mlp_out": {"sites": ("mlp_out",)},
+    "mlp_in": {"sites": ("mlp_in",)},
+    "matrix": {"sites": ("mlp_in",), "parts": ("matrix",)},
+    "vector": {"sites": ("mlp_in",), "parts": ("vector",)},
+    "mlp_in, 2 steps": {"sites": ("mlp_in",), "steps": 2, "step_size": 0.5},
+    "mlp_in, 3 batches": {"sites": ("mlp_in",), "steps": 3, "step_size": 0.5, "pairs_per_step": 10},
+    "mlp_in, teacher-forced": {"sites": ("mlp_in",), "order": "teacher-forced"},
+    "mlp_in, blocks 15 to 29": {"sites": ("mlp_in",), "blocks": tuple(range(15, 30))},
+    "attn_out + mlp_in": {"sites": ("attn_out", "mlp_in"), "parts": ("matrix",)},
+    "all three": {"sites": ("attn_out", "mlp_in", "mlp_out"), "parts": ("matrix",)},
+}
+"""What the recipes compare, as arguments of ``transmute``: our default, its sites alone, the paper's site with thought
+matrix and thought vector together and apart, and variants of it."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonargparse
-from tasks import SITES, SIX_TASKS, TEMPLATE, load_split, write_results
+from tasks import METHODS, SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import load_model, transmute
 from lit_thought.evaluation import Evaluation
@@ -71,7 +71,7 @@ def word_tasks(
         common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
         evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
         for where in sites:
-            patch = transmute(lm, tokenizer, pairs=split.fit, sites=SITES[where], rank=rank, progress=False, **common)
+            patch = transmute(lm, tokenizer, pairs=split.fit, **METHODS[where], rank=rank, progress=False, **common)
             result = evaluation.score(patch)
             del result["items"]
             runs.append({"task": split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch), **result})

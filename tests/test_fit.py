@@ -75,6 +75,7 @@ def make_patch(
     **settings: Any,
 ) -> ThoughtPatch:
     usual = {"preserve": None, "rank": None, "ridge": 1e-2, "answer_weight": 1.0, "progress": False}
+    usual |= {"steps": 1, "step_size": 1.0}
     return transmute(model, tokenizer, instruction, pairs, **{**usual, **settings})
 
 
@@ -363,6 +364,21 @@ def test_a_further_step_leaves_less(
 def test_the_progress_bar_counts_the_stages_of_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
     make_patch(make_model(), sites="mlp_out", blocks=[0, 2], steps=3, progress=True)
     assert "| 6/6 [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    [(("mlp_in",), (1.0, 100.0, 2, 0.5)), (("attn_out", "mlp_in"), (3.0, 10.0, 1, 1.0)), (None, (3.0, 10.0, 1, 1.0))],
+)
+def test_settings_that_depend_on_the_sites(sites: tuple[str, ...] | None, expected: tuple, tmp_path: Path) -> None:
+    """Recorded, and used: the same patch as with the settings written out."""
+    names = ("preserve_weight", "answer_weight", "steps", "step_size")
+    common = {"instruction": INSTRUCTION, "pairs": PAIRS, "preserve": TEXTS, "cache_dir": tmp_path, "progress": False}
+    common |= {"sites": sites} if sites else {}
+    model = make_model()
+    own = transmute(model, TOKENIZER, rank=4, **common)
+    assert tuple(own.provenance["settings"][name] for name in names) == expected
+    assert identical(own, transmute(model, TOKENIZER, rank=4, **common, **dict(zip(names, expected, strict=True))))
 
 
 def test_each_step_takes_the_next_pairs() -> None:

@@ -18,6 +18,15 @@ REDUCED = {
     "word_tasks": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3"],
     "sweep": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--preserve_weights=[1.0]", "--ridges=[0.01,0.1]"],
     "benchmark_fit": ["--pairs=[4]", "--repeats=1"],
+    "theory": ["--tasks=[common_words/antonym]", "--tokens=20", "--fit=4", "--test=2", "--max_new_tokens=3"],
+    "accuracy_by_step": ["--steps=2", "--pairs_per_step=2", "--fit=4", "--test=2", "--max_new_tokens=3"],
+    "edit_fact": [
+        "--landmarks=3",
+        "--blocks=[1,2]",
+        "--edit_blocks=[0,2]",
+        "--unrelated_windows=1",
+        "--samples=1",
+    ],
 }
 
 
@@ -71,6 +80,54 @@ def test_benchmark_fit(tiny: Path) -> None:
     (row,) = json.loads((tiny / "benchmark.json").read_text())["rows"]
     assert row["ratio"] > 0
     assert {"preserve", "prepare", "forward", "statistics", "solve", "save"} <= set(row["stages"])
+
+
+def test_theory(tiny: Path) -> None:
+    out = tiny / "theory"
+    printed = run("theory", tiny, f"--out={out}")
+    page = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert page.count("\n## ") == 4
+    assert "| both |" in printed
+    for line in ("| contrastive mean difference", "| ROME", "| MEMIT"):
+        (row,) = [row for row in page.splitlines() if row.startswith(line)]
+        assert float(row.split("|")[2]) < 1e-4, row
+    for name in ("kept", "spectra"):
+        assert out.with_name(f"theory_{name}.svg").read_text(encoding="utf-8").startswith("<?xml")
+        assert f"(theory_{name}.svg)" in page
+
+
+def test_accuracy_by_step(tiny: Path) -> None:
+    run("accuracy_by_step", tiny, f"--out={tiny / 'steps'}", f"--logs={tiny / 'logs'}")
+    history = json.loads((tiny / "steps.json").read_text())["history"]
+    assert set(history) == {"mlp_in", "matrix", "vector"}
+    assert [entry["step"] for entry in history["mlp_in"]] == [0, 1, 2]
+    assert history["matrix"][2]["output_kl"] != history["vector"][2]["output_kl"]
+    assert (tiny / "steps.svg").is_file()
+    logged = (tiny / "logs" / "antonym_mlp_in" / "version_0" / "metrics.csv").read_text()
+    assert "val/accuracy" in logged
+
+
+def test_edit_fact(tiny: Path) -> None:
+    printed = run("edit_fact", tiny, "--rank=4", f"--out={tiny / 'edit'}")
+    assert "| paraphrase: the same, held-out wordings |" in printed
+    record = json.loads((tiny / "edit.json").read_text())
+    assert set(record["blocks_chosen"].values()) <= {0, 2}
+    runs = record["runs"]
+    assert runs["plain"]["paraphrase_kl_plain"] == runs["instructed"]["paraphrase_kl_instructed"] == 0
+    before, after = (runs[name]["efficacy_kl_instructed"] for name in ("plain", "nothing kept"))
+    assert after < before
+
+
+def test_edited_fact_is_tested_on_other_wordings_and_landmarks() -> None:
+    fact = json.loads((ROOT / "recipes/data/landmarks.json").read_text(encoding="utf-8"))
+    fitted, held_out = set(fact["fit"]), set(fact["paraphrase"])
+    preserved, tested = ({name for name, _ in fact["landmarks"][part]} for part in ("preserve", "neighbourhood"))
+    assert len(fitted) >= 8
+    assert len(held_out) >= 10
+    assert len(tested) >= 20
+    assert not fitted & held_out
+    assert not preserved & tested
+    assert fact["subject"] not in preserved | tested
 
 
 def test_splits_share_nothing() -> None:
