@@ -162,7 +162,7 @@ def condensation(
         "",
         "| site, solver | mean | lowest | highest |",
         "|---|---:|---:|---:|",
-        *(f"| {name} | {mean(v):.2f} | {min(v):.2f} | {max(v):.2f} |" for name, v in kept.items()),
+        *(f"| {name} | {' | '.join(_share(f(v)) for f in (mean, min, max))} |" for name, v in kept.items()),
         "",
         f"![Explained share by block]({Path(out).name}_kept.svg)",
         f"![Singular values of Δ by block]({Path(out).name}_spectra.svg)",
@@ -186,6 +186,10 @@ def _observe(
         seen[stage] = tuple(torch.cat([getattr(row, name) for row in rows]).double() for name in names)
         runner.finish(SitePatch())
     return seen  # type: ignore[return-value]
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}" if value > -10 else f"{value:.0e}"
 
 
 def comparison(
