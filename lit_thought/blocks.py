@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import ThoughtError, UnsupportedModelError
 
-__all__ = ["SITES", "Block", "Site", "check_sites", "find_blocks", "find_decoder", "weight_of"]
+__all__ = ["SITES", "Block", "Site", "check_indices", "check_sites", "find_blocks", "find_decoder", "weight_of"]
 
 SITES = ("attn_out", "mlp_in", "mlp_out")
 """The sites in the order in which a block's forward pass reaches them."""
@@ -144,6 +144,30 @@ def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
             "Leave it out for the default, attn_out and mlp_out."
         )
     return tuple(name for name in SITES if name in names)
+
+
+def check_indices(blocks: Sequence[int] | None, count: int | None = None) -> list[int] | None:
+    """Return indices of blocks in ascending order, or None for all of them.
+
+    Args:
+        blocks: indices from 0 on, each once, or None.
+        count: how many blocks the model has, where that is known.
+
+    Raises:
+        ThoughtError: for anything else, or an index the model does not have.
+    """
+    if blocks is None:
+        return None
+    chosen = list(blocks) if isinstance(blocks, Iterable) else []
+    if not chosen or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in chosen):
+        raise ThoughtError(
+            f"blocks must be indices of blocks, from 0 on; got {blocks!r}. Leave it out for all of them."
+        )
+    if len(set(chosen)) != len(chosen):
+        raise ThoughtError(f"blocks must name each block once; got {chosen!r}.")
+    if count is not None and max(chosen) >= count:
+        raise ThoughtError(f"blocks: the model has blocks 0 to {count - 1}; got {max(chosen)}.")
+    return sorted(chosen)
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:

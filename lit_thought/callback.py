@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import lit_thought
 from lit_thought.batches import PairBatch
-from lit_thought.blocks import Block, check_sites, find_blocks, weight_of
+from lit_thought.blocks import Block, check_indices, check_sites, find_blocks, weight_of
 from lit_thought.data import PairDataModule
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation import Evaluation
@@ -99,7 +99,7 @@ class ThoughtCallback(Callback):
     ) -> None:
         self.sites = check_sites(sites)
         self.parts = check_parts(parts, self.sites)
-        self.chosen = _check_blocks(blocks)
+        self.chosen = check_indices(blocks)
         self.defaults = site_defaults(self.sites)
         steps = self.defaults.steps if steps is None else steps
         step_size = self.defaults.step_size if step_size is None else step_size
@@ -153,8 +153,7 @@ class ThoughtCallback(Callback):
                 "ThoughtCallback works with a PairDataModule; call trainer.fit(module, datamodule=PairDataModule(…))."
             )
         blocks = find_blocks(pl_module.model)
-        if self.chosen and self.chosen[-1] >= len(blocks):
-            raise ThoughtError(f"blocks: the model has blocks 0 to {len(blocks) - 1}; got {self.chosen[-1]}.")
+        check_indices(self.chosen, len(blocks))
         chosen = blocks if self.chosen is None else [blocks[index] for index in self.chosen]
         stages = self.steps * len(chosen) * len(self.sites)
         allowed = trainer.max_epochs
@@ -373,19 +372,6 @@ class ThoughtCallback(Callback):
         self._preservation = None
         self._sums = None
         self._evaluation = None
-
-
-def _check_blocks(blocks: Sequence[int] | None) -> list[int] | None:
-    if blocks is None:
-        return None
-    chosen = list(blocks) if isinstance(blocks, Iterable) else []
-    if not chosen or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in chosen):
-        raise ThoughtError(
-            f"blocks must be indices of blocks, from 0 on; got {blocks!r}. Leave it out for all of them."
-        )
-    if len(set(chosen)) != len(chosen):
-        raise ThoughtError(f"blocks must name each block once; got {chosen!r}.")
-    return sorted(chosen)
 
 
 def _layer_name(block: Block, site: str) -> str:

@@ -104,5 +104,9 @@ def test_the_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(blocks[2], names)
     assert names["callback"].patch.rank == 16
     assert (tmp_path / "antonym_too" / "adapter_config.json").is_file()
+    exec(blocks[3], names)
+    assert names["steering"].targets == ("model.layers.10.mlp.down_proj",)
+    assert (tmp_path / "cats" / "adapter_config.json").is_file()
+    assert (tmp_path / "cats.gguf").is_file()
     exec(blocks[1], names)  # last, since PEFT changes the model in place
     assert isinstance(names["model"], PeftModel)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.blocks import Block, find_blocks, find_decoder, weight_of
+from lit_thought.blocks import Block, check_indices, find_blocks, find_decoder, weight_of
 from lit_thought.errors import ThoughtError
 from lit_thought.models import context_window, evaluating
 from lit_thought.prompts import PromptTemplate
@@ -224,7 +224,7 @@ class TokenRuns:
     ) -> None:
         self.model = model
         self.blocks = find_blocks(model, post_norm=True)
-        self.chosen = _check_blocks(blocks, len(self.blocks))
+        self.chosen = check_indices(blocks, len(self.blocks)) or list(range(len(self.blocks)))
         self.output = _check_output(output, self.blocks)
         check_texts(instruction, text, tokens)
         pair = _TEMPLATE.tokenise(tokenizer, instruction, text)
@@ -379,17 +379,6 @@ def check_texts(instruction: str, text: str, tokens: int | None) -> None:
             raise ThoughtError(f"{name}: expected a string that is not blank, got {value!r}.")
     if tokens is not None and (type(tokens) is not int or tokens < 2):
         raise ThoughtError(f"tokens={tokens!r}; expected a whole number of 2 or more, or None for the whole text.")
-
-
-def _check_blocks(blocks: Sequence[int] | None, count: int) -> list[int]:
-    if blocks is None:
-        return list(range(count))
-    chosen = list(blocks) if isinstance(blocks, (list, tuple, range)) else []
-    if not chosen or any(type(i) is not int or not 0 <= i < count for i in chosen) or len(set(chosen)) < len(chosen):
-        raise ThoughtError(
-            f"blocks={blocks!r}; expected different whole numbers from 0 to {count - 1}, or None for all."
-        )
-    return chosen
 
 
 def _check_output(output: Output | None, blocks: Sequence[Block]) -> Output:
