@@ -63,7 +63,7 @@ def theory(
     seed: int = 0,
     shots: int = 10,
     fit: int = 30,
-    test: int = 50,
+    test: int = 30,
     ridge: float = 0.03,
     max_new_tokens: int = 12,
     out: str = "recipes/results/theory",
@@ -200,7 +200,7 @@ def comparison(
     max_new_tokens: int,
 ) -> tuple[str, dict[str, Any]]:
     """Accuracy, fidelity and unrelated perplexity of every method on every task."""
-    unrelated = [text[:8000] for text in load_texts("default", "evaluate", "unrelated")][:1]
+    unrelated = [text[:5000] for text in load_texts("default", "evaluate", "unrelated")][:1]
     results: dict[str, dict[str, Any]] = {}
     for split in splits:
         common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
