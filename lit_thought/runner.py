@@ -144,10 +144,10 @@ class StreamRunner:
             for index in range(here + 1, ahead):
                 for pair in self._pairs.values():
                     self._pass(pair, self.blocks[index])
-            for pair in self._pairs.values():  # a lead's keys and values only once those that follow it are done
-                for stream in (pair.target, pair.plain):
-                    for block in self.blocks[:ahead] if stream is not None else ():
-                        stream.forget_kv(block)  # type: ignore[union-attr]
+            streams = [stream for pair in self._pairs.values() for stream in (pair.target, pair.plain) if stream]
+            for stream in streams:  # a lead's keys and values only once those that follow it are done
+                for block in self.blocks[:ahead]:
+                    stream.forget_kv(block)
             self._patches = self._existing(ahead)
         self.stage += 1
 
