@@ -14,6 +14,7 @@ recipes/accuracy_by_step.py draws the paper's figures for any task, recipes/edit
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,6 @@ from lit_thought import PairDataModule, load_model, transmute
 from lit_thought.blocks import SITES, find_blocks
 from lit_thought.errors import SingularSystemError
 from lit_thought.evaluation import Evaluation
-from lit_thought.models import evaluating
 from lit_thought.runner import StreamRunner
 from lit_thought.solve import Prior, solve, solve_constrained
 from lit_thought.statistics import Statistics
@@ -108,9 +108,7 @@ def exactness(
     """The exact patches of every token, put on the model, in float32 and in bfloat16."""
     (text,) = load_texts("default", "preserve", "text")[:1]
     report = verify_exact(lm, tokenizer, instruction, text, tokens=tokens)
-    with evaluating(lm):
-        rounded = verify_exact(lm.bfloat16(), tokenizer, instruction, text, tokens=tokens)
-    lm.float()
+    rounded = verify_exact(copy.deepcopy(lm).bfloat16(), tokenizer, instruction, text, tokens=tokens)
     said = (
         f"In bfloat16, rounding alone leaves a largest logit error of {rounded.patched.absolute:.2g} and a greedy "
         f"agreement of {rounded.patched.agreement:.4f} (plain: {rounded.plain.agreement:.4f})."
