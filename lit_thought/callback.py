@@ -216,7 +216,7 @@ class ThoughtCallback(Callback):
         if self.pairs_per_step is not None:
             first = self.step * self.pairs_per_step
             turn = [i % len(data.pairs) for i in range(first, first + self.pairs_per_step)]
-            data.select(pl_module.tokenizer, turn, self.defaults.answer_weight)
+            data.select(pl_module.tokenizer, turn)
         pl_module.runner = StreamRunner(
             pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches
         )
@@ -356,7 +356,7 @@ class ThoughtCallback(Callback):
                 "generated_outputs": sum("output" not in pair for pair in data.pairs),
                 "generate": data.generate_options,
                 "max_new_tokens": data.max_new_tokens,
-                "answer_weight": self.defaults.answer_weight if data.answer_weight is None else data.answer_weight,
+                "answer_weight": data.applied_answer_weight,
                 "seed": data.seed,
             },
             "versions": {"lit_thought": lit_thought.__version__, **{p: version(p) for p in packages}},

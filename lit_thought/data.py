@@ -50,6 +50,7 @@ class PairDataModule(LightningDataModule):
         outputs: the output of each pair, given or generated, once :meth:`prepare` has run.
         tokenised: the pairs as tokens, likewise.
         batches: the padded batches, likewise.
+        applied_answer_weight: the answer weight in use, likewise.
 
     Raises:
         ThoughtError: for pairs, an instruction or settings that cannot be used.
@@ -87,6 +88,7 @@ class PairDataModule(LightningDataModule):
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.generate_options = dict(generate or {})
         self.answer_weight = answer_weight
+        self.applied_answer_weight = answer_weight
         self.outputs: list[str] = []
         self.tokenised: list[TokenisedPair] = []
         self.batches: list[PairBatch] = []
@@ -136,19 +138,19 @@ class PairDataModule(LightningDataModule):
             tokens = self.template.tokenise(tokenizer, instruction, text, generation.text, generation.finished)
             check_context(tokens, limit, index)
             self.tokenised[index] = tokens
-        self.select(tokenizer, range(len(self.pairs)), default_answer_weight)
+        self.applied_answer_weight = default_answer_weight if self.answer_weight is None else self.answer_weight
+        self.select(tokenizer, range(len(self.pairs)))
 
-    def select(
-        self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], default_answer_weight: float = 10.0
-    ) -> None:
+    def select(self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int]) -> None:
         """Make :attr:`batches` of some of the pairs, once they are tokenised; ``indices`` may repeat."""
+        assert self.applied_answer_weight is not None
         self.batches = make_batches(
             [self.tokenised[i] for i in indices],
             self.batch_size,
             tokenizer.pad_token_id or 0,
             "right",
             [self.instructions[i] for i in indices],
-            default_answer_weight if self.answer_weight is None else self.answer_weight,
+            self.applied_answer_weight,
         )
 
     def evaluation(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Evaluation:

@@ -39,9 +39,7 @@ def reduce_rank(
     """
     basis, core = torch.linalg.qr(B)
     A = core @ A  # T = basis A, and T M Tᵀ = basis (A M Aᵀ) basisᵀ
-    rows = stats.rows()
-    seen = A @ rows[0].to(A).T if rows is not None else None
-    metric = (seen @ seen.T if seen is not None else A @ stats.gram.to(A) @ A.T) / stats.weight + ridge * (A @ A.T)
+    metric = stats.projected(A) / stats.weight + ridge * (A @ A.T)
     if prior is not None and prior_weight > 0:
         rotated = A @ prior.vectors.to(A)
         metric += prior_weight * (rotated * prior.values.to(A)) @ rotated.T

@@ -161,7 +161,7 @@ def _error_after(matrix: LowRank, start: LowRank | None, sums: Statistics) -> fl
     if start is not None:
         A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
     explained = float((B.T @ sums.cross.to(B) * A).sum())
-    change = float(((B.T @ B) * (A @ sums.gram.to(A) @ A.T)).sum())
+    change = float(((B.T @ B) * sums.projected(A)).sum())
     return (float(sums.energy) - 2 * explained + change) / sums.weight
 
 

@@ -113,6 +113,14 @@ class Statistics:
         """Z = Σ w a aᵀ, (d_in, d_in)."""
         return self._sums()[0]
 
+    def projected(self, A: Tensor) -> Tensor:
+        """A Z Aᵀ, (r, r), for A, (r, d_in), in A's dtype; from the rows, without forming Z, while there are few."""
+        rows = self.rows()
+        if rows is None:
+            return A @ self.gram.to(A) @ A.T
+        seen = A @ rows[0].to(A).T
+        return seen @ seen.T
+
     @property
     def cross(self) -> Tensor:
         """C = Σ w δ aᵀ, (d_out, d_in)."""

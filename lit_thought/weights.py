@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_thought.blocks import weight_of
 from lit_thought.errors import PatchError
 from lit_thought.models import model_name
 
@@ -188,8 +189,7 @@ def _check_layer(path: str, layer: nn.Module, addition: Factors | Tensor) -> Non
             f"{path!r} is a {type(layer).__name__}; expected torch.nn.Linear or transformers' Conv1D. If "
             "the model is quantised or holds PEFT layers, use peft.PeftModel on the saved adapter."
         )
-    weight = layer.weight
-    for value in (weight, layer.bias):
+    for value in (layer.weight, layer.bias):
         if value is None:
             continue
         if not value.is_floating_point() or value.element_size() < 2:
@@ -202,7 +202,7 @@ def _check_layer(path: str, layer: nn.Module, addition: Factors | Tensor) -> Non
                 f"{path!r} is sharded, offloaded or not loaded; expected the whole weight in memory. Apply the "
                 "patch before sharding, or use the saved adapter with PEFT."
             )
-    d_out, d_in = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
+    d_out, d_in = weight_of(layer).shape
     if isinstance(addition, Tensor):
         if len(addition) != d_out:
             raise PatchError(
@@ -243,10 +243,9 @@ def _zero_bias(layer: nn.Module) -> nn.Parameter:
     """A bias for a layer without one, in the dtype and on the device of its weight, frozen if that is."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    d_out = weight.shape[1] if isinstance(layer, Conv1D) else weight.shape[0]
     # a tensor made in inference mode could not be changed outside it
     with torch.inference_mode(False):
-        zeros = torch.zeros(d_out, dtype=weight.dtype, device=weight.device)
+        zeros = torch.zeros(len(weight_of(layer)), dtype=weight.dtype, device=weight.device)
         return nn.Parameter(zeros, requires_grad=weight.requires_grad)
 
 
