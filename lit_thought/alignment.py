@@ -7,7 +7,7 @@ whose input or output tokens have no counterpart.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,21 +120,39 @@ def _overlap(spans: _Spans, start: int, stop: int) -> tuple[int, int]:
     return (touching[0], touching[-1] + 1) if touching and start < stop else (first, first)
 
 
+def _places(texts: PromptTexts, spans: _Spans, is_chat: bool) -> Iterator[tuple[int, int]]:
+    """Where the block can go in, the best first: its place in the plain text, and the cut that it belongs to.
+
+    The place is the cut, where that falls between two plain tokens. In a chat it can also be before the whitespace
+    that the cut parts from the rest of a token (``[INST]| up``): the whitespace is then on both sides of the block.
+    """
+    inside = []
+    for cut in texts.cuts():
+        start = next((start for start, stop in spans if stop > cut), cut)
+        if start >= cut:
+            yield cut, cut
+        elif is_chat and texts.plain[start:cut].isspace():
+            inside.append((start, cut))
+    yield from inside
+
+
 def align(tokenizer: PreTrainedTokenizerBase, texts: PromptTexts, is_chat: bool) -> TokenisedPair:
     plain, spans = _encode(tokenizer, texts.plain, special=not is_chat)
     instructed_text = texts.before + texts.chunk + texts.after
     instructed, instructed_spans = _encode(tokenizer, instructed_text, special=not is_chat)
     head = tail = -1
-    for cut in texts.cuts():
-        place = next((i for i, (_, stop) in enumerate(spans) if stop > cut), len(plain))
-        if place == len(plain) or spans[place][0] >= cut:  # the chunk falls between two plain tokens
-            head, tail = place, len(plain) - place
-            block = instructed_text[cut : len(instructed_text) - (len(texts.plain) - cut)]
-            kept = instructed[:head] + instructed[len(instructed) - tail :]
-            if kept != plain:  # it merges with the text around it
-                block_ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
-                instructed = (*plain[:head], *block_ids, *plain[head:])
-            break
+    for start, cut in _places(texts, spans, is_chat):
+        block = instructed_text[start : len(instructed_text) - (len(texts.plain) - cut)]
+        if start < cut:
+            text = texts.plain[:start] + block + texts.plain[start:]
+            instructed, _ = _encode(tokenizer, text, special=not is_chat)
+        head = next((i for i, (_, stop) in enumerate(spans) if stop > start), len(plain))
+        tail = len(plain) - head
+        kept = instructed[:head] + instructed[len(instructed) - tail :]
+        if kept != plain:  # it merges with the text around it
+            block_ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+            instructed = (*plain[:head], *block_ids, *plain[head:])
+        break
     exact = head >= 0
     if not exact:
         _report_inexact("chat" if is_chat and not texts.cuts() else "merge")

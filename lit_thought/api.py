@@ -35,13 +35,14 @@ def transmute(
     pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
     template: str | PromptTemplate = DEFAULT_TEMPLATE,
     *,
-    sites: Sequence[str] = ("attn_out", "mlp_out"),
+    sites: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     order: Literal["sequential", "teacher-forced"] = "sequential",
     steps: int | None = None,
     step_size: float | None = None,
     pairs_per_step: int | None = None,
+    passes: int = 1,
     rank: int | float | None = 16,
     ridge: float = 3e-2,
     preserve: TextSource | None = "default",
@@ -65,19 +66,22 @@ def transmute(
     are theirs. The model is left bit for bit as it was.
 
     Args:
-        model: a frozen causal LM (Llama-like or GPT-2), in any floating dtype; or a function without arguments
-            that loads and returns (model, tokenizer), called once all other arguments have been checked.
+        model: a frozen causal LM of transformers (``lit-thought inspect`` says what it finds in one), in any floating
+            dtype or quantised; or a function without arguments that loads and returns (model, tokenizer), called once
+            all other arguments have been checked.
         tokenizer: its tokenizer; left out when ``model`` is such a function.
         instruction: the removable chunk of the prompt.
         pairs: inputs, with outputs where you have them; see :class:`~lit_thought.data.PairDataModule`.
         template: how instruction, input and output make a prompt.
-        sites: where to patch each block: attn_out, mlp_in, mlp_out or several of them.
+        sites: where to patch each block: attn_out, mlp_in, mlp_out or several of them; left out, attn_out and mlp_out
+            wherever a block has them.
         parts: what to solve for, matrix, vector or both; left out, a matrix, and at mlp_in a vector too.
         blocks: indices of the blocks to patch; all when left out.
         order: sequential (each block sees the blocks patched so far) or teacher-forced (the instructed run).
         steps: how often to go through the blocks, the patch so far in place; left out, 1, and 2 for mlp_in alone.
         step_size: how much of each step's solution is added, in (0, 1]; left out, 1, and 0.5 for mlp_in alone.
         pairs_per_step: pairs that a step is solved from, the next ones in turn; all pairs when left out.
+        passes: how often to solve a site whose output goes through a norm (Gemma, OLMo 2); others are solved once.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
         preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None.
@@ -113,6 +117,7 @@ def transmute(
         steps=steps,
         step_size=step_size,
         pairs_per_step=pairs_per_step,
+        passes=passes,
         rank=rank,
         ridge=ridge,
         preserve=preserve,

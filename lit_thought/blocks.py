@@ -1,66 +1,97 @@
 """Find a model's transformer blocks and the linear layers of each that a thought patch may change.
 
-This is the only place that knows about architectures. A *site* is where the input a and the error δ of the
-least squares are read, and which weights its solution changes:
+A *site* is where the input a and the error δ of the least squares are read, and which weights its solution changes:
 
-=========== ===================================== ====================================== =======================
-site        a                                     δ                                      what changes
-=========== ===================================== ====================================== =======================
-attn_out    z, the concatenated heads: input of   error of the residual stream m after   that projection
-            attention's output projection         attention
-mlp_in      norm(m), input of the MLP's first     error of norm(m)                       every first linear:
-            linear layers (gate and up)                                                  W ← W + W Δ
-mlp_out     f (d_ff), input of the MLP's output   error of the block's output            that projection
-            (down) projection
-=========== ===================================== ====================================== =======================
+================== ===================================== ================================== =======================
+site               a                                     δ                                  what changes
+================== ===================================== ================================== =======================
+attn_out           z, the concatenated heads: input of   error of the residual stream m     that projection
+                   attention's output projection         after attention
+mlp_in             norm(m), input of the MLP's first     error of norm(m)                   every first linear:
+                   linear layers (gate and up)                                              W ← W + W Δ
+mlp_out            f (d_ff), input of the MLP's output   error of the residual stream       that projection
+                   (down) projection                     after the MLP
+attn_out+mlp_out   [z; f], in blocks whose attention     error of the block's output        both projections
+                   and MLP are parallel
+================== ===================================== ================================== =======================
 
 A thought *vector* is added to the bias of the site's output projection: attention's at attn_out, the MLP's at
 mlp_in and mlp_out; at mlp_in it is the error of m, as in the paper.
+
+What an output projection puts out, y, reaches the residual stream as ``g ⊙ γ y``: γ is a number for each token (a
+residual multiplier, a gate, or 1 / rms(y) of a norm that follows), g one for each channel (that norm's scale). The γ
+is read with a and multiplied into it; g is the site's ``gain``. Which layers are which is found out by running each
+kind of block once (:mod:`lit_thought.discovery`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_thought.discovery import Roles, Writer, channel_gain, trace_block
 from lit_thought.errors import ThoughtError, UnsupportedModelError
+from lit_thought.layers import sits_beside, weight_of
+from lit_thought.models import evaluating
+from lit_thought.replay import Call, find_decoder, find_layers, recorded_calls
 
-__all__ = ["SITES", "Block", "Site", "check_indices", "check_sites", "find_blocks", "find_decoder", "weight_of"]
+__all__ = [
+    "DEFAULT_SITES",
+    "JOINT",
+    "SITES",
+    "Block",
+    "Projection",
+    "Site",
+    "check_indices",
+    "check_sites",
+    "find_blocks",
+    "plain_outputs",
+    "require_site",
+]
 
 SITES = ("attn_out", "mlp_in", "mlp_out")
 """The sites in the order in which a block's forward pass reaches them."""
 
+DEFAULT_SITES = ("attn_out", "mlp_out")
+"""What is patched, where a block has it, when sites are left out."""
+
+JOINT = "attn_out+mlp_out"
+"""The site that attn_out and mlp_out are together where attention and MLP are parallel."""
+
+_TOKENS = 4
+
 
 @dataclass(frozen=True)
-class _Roles:
-    """Paths inside a block. ``output_norm`` normalises the MLP's output (post-norm blocks)."""
+class Projection:
+    """A linear layer that writes ``multiplier · gate · norm(y)`` to the residual stream, y being its output.
 
-    attn_out: str
-    mlp_norm: str
-    mlp_in: tuple[str, ...]
-    mlp_out: str
-    output_norm: str | None = None
+    Attributes:
+        path: full module path, as PEFT names it.
+        layer: the ``nn.Linear``, ``Conv1D`` or quantised linear itself.
+        d_in: size of its input.
+        multiplier: a constant factor.
+        norm: the norm that its output goes through, or None.
+        gate: the layer whose output's sigmoid is the factor of each token, or None.
+    """
 
+    path: str
+    layer: nn.Module
+    d_in: int
+    multiplier: float = 1.0
+    norm: nn.Module | None = None
+    gate: nn.Module | None = None
 
-_GATED = ("mlp.gate_proj", "mlp.up_proj")
-_LLAMA_LIKE = _Roles("self_attn.o_proj", "post_attention_layernorm", _GATED, "mlp.down_proj")
-_ROLES: dict[str, _Roles] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "gpt2": _Roles("attn.c_proj", "ln_2", ("mlp.c_fc",), "mlp.c_proj"),
-    "gemma3_text": _Roles(
-        "self_attn.o_proj", "pre_feedforward_layernorm", _GATED, "mlp.down_proj", "post_feedforward_layernorm"
-    ),
-}
-"""``config.model_type`` -> roles. Every family here is sequential: a block computes ``m = h + attention(norm(h))``
-and returns ``m + mlp(norm(m))``, post-norm ones with another norm around attention's and the MLP's output."""
+    @property
+    def linear(self) -> bool:
+        """Whether a change of y shows in the residual stream times a constant, and y's size does not matter."""
+        return self.norm is None and self.gate is None
 
 
 @dataclass(frozen=True)
@@ -68,22 +99,51 @@ class Site:
     """One site of one block.
 
     Attributes:
-        name: ``"attn_out"``, ``"mlp_in"`` or ``"mlp_out"``.
-        path: full module path, as PEFT names it, of the projection that writes to the residual stream; its bias takes
-            a thought vector.
-        layer: that ``nn.Linear`` or ``Conv1D`` itself.
-        targets: the layers whose weight the site's matrix changes, by path: the projection, or at mlp_in the MLP's
+        name: ``"attn_out"``, ``"mlp_in"``, ``"mlp_out"`` or ``"attn_out+mlp_out"``.
+        projections: what writes to the residual stream here: one layer, at the joint site attention's and the MLP's.
+        targets: the layers whose weight the site's matrix changes, by path: the projections, or at mlp_in the MLP's
             first linear layers.
-        d_in: size of a.
+        d_in: size of a, at the joint site of both inputs together.
         d_out: size of δ: that of the residual stream.
+        gain: g of the norm after the projection, (d_out,), float32 or better; None for ones.
+        point: the module whose input is the residual stream after this site, at mlp_in the norm before the MLP; None
+            for the block's output.
     """
 
     name: str
-    path: str
-    layer: nn.Module
+    projections: tuple[Projection, ...]
     targets: dict[str, nn.Module]
     d_in: int
     d_out: int
+    gain: Tensor | None = None
+    point: nn.Module | None = None
+
+    @property
+    def path(self) -> str:
+        """Full path of the (last) projection, whose bias takes a thought vector."""
+        return self.projections[-1].path
+
+    @property
+    def layer(self) -> nn.Module:
+        """The projection at :attr:`path`."""
+        return self.projections[-1].layer
+
+    @property
+    def label(self) -> str:
+        """The site's name in figures: the layer that is solved for, the MLP as a whole at mlp_in."""
+        if self.name == "mlp_in":
+            return f"{self.path.rpartition('.')[0]}.mlp_in"
+        return "+".join(projection.path for projection in self.projections)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the residual stream is linear in what the projections put out."""
+        return all(projection.linear for projection in self.projections)
+
+    @property
+    def plain(self) -> bool:
+        """Whether what the projections put out is added to the residual stream as it is."""
+        return self.linear and all(projection.multiplier == 1 for projection in self.projections)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -93,15 +153,17 @@ class Site:
     def factors(self, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """The change of each target's weight for the site's matrix Δ = B A, as (A, B), in B's dtype.
 
-        At the output projections ΔW = Δ; at mlp_in ΔW = W Δ = (W B) A, with one A for all first linears.
+        At the output projections ΔW = Δ, or each projection's columns of Δ; at mlp_in ΔW = W Δ = (W B) A, with one A
+        for all first linears.
 
         Args:
             A: (r, d_in).
             B: (d_out, r).
         """
-        if self.name != "mlp_in":
-            return {self.path: (A, B)}
-        return {path: (A, weight_of(layer).detach().to(B) @ B) for path, layer in self.targets.items()}
+        if self.name == "mlp_in":
+            return {path: (A, weight_of(layer).detach().to(B) @ B) for path, layer in self.targets.items()}
+        columns = A.split([projection.d_in for projection in self.projections], dim=1)
+        return {projection.path: (own, B) for projection, own in zip(self.projections, columns, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -112,22 +174,31 @@ class Block:
         index: its place in the model.
         module: the block itself.
         sites: by name.
-        mlp_norm: the norm between the residual stream m and the MLP.
+        mlp_norm: the norm between the residual stream m and the MLP, where the block has one and is not parallel.
         output_norm: the norm of the MLP's output in post-norm blocks, otherwise None.
+        firsts: the MLP's first linear layers, by path, where nothing else reads that norm.
+        parallel: attention and MLP read the same residual stream.
+        experts: path of a mixture of experts, or None.
+        missing: why the block lacks a site, by site.
+        like: an output of the block, for families that return tuples; else None.
     """
 
     index: int
     module: nn.Module
     sites: dict[str, Site]
-    mlp_norm: nn.Module
+    mlp_norm: nn.Module | None = None
     output_norm: nn.Module | None = None
+    firsts: dict[str, nn.Module] = field(default_factory=dict)
+    parallel: bool = False
+    experts: str | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    like: Any = None
 
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """A linear layer's weight as (d_out, d_in), however it is stored."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(layer, Conv1D) else weight
+    def stages(self, sites: Sequence[str]) -> tuple[str, ...]:
+        """Which of ``sites`` this block has, in forward order; both output projections as one where they are joint."""
+        if JOINT in self.sites and {"attn_out", "mlp_out"} <= set(sites):
+            return (JOINT,)
+        return tuple(name for name in SITES if name in sites and name in self.sites)
 
 
 def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
@@ -141,7 +212,7 @@ def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
     if unknown or not names or len(set(names)) != len(names):
         raise ThoughtError(
             f"sites must name one or more of {list(SITES)}, each once; got {list(names)!r}. "
-            "Leave it out for the default, attn_out and mlp_out."
+            "Leave it out for the default, attn_out and mlp_out wherever a block has them."
         )
     return tuple(name for name in SITES if name in names)
 
@@ -170,67 +241,198 @@ def check_indices(blocks: Sequence[int] | None, count: int | None = None) -> lis
     return sorted(chosen)
 
 
-def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that embeds tokens and runs the blocks: the causal LM without its head."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-
-
-def find_blocks(model: PreTrainedModel, post_norm: bool = False) -> list[Block]:
-    """Find the blocks of a causal LM, in order, and the sites of each.
-
-    Args:
-        model: the causal LM.
-        post_norm: accept blocks that normalise the MLP's output (Gemma 3), to which a fit does not apply yet.
+def require_site(blocks: Sequence[Block], name: str) -> None:
+    """Check that at least one block has a site.
 
     Raises:
-        UnsupportedModelError: for an architecture that is not in the table, a block whose layers are not
-            plain linear layers (wrapped by PEFT, quantised), or cross-attention.
+        UnsupportedModelError: with the reason why the first block has none, and what there is instead.
     """
+    if not any(name in block.sites for block in blocks):
+        there = [site for site in SITES if any(site in block.sites for block in blocks)]
+        raise UnsupportedModelError(
+            f"sites: no block has the site {name!r}: {blocks[0].missing.get(name, 'it was not found')}. "
+            f"This model's sites: {there}."
+        )
+
+
+def plain_outputs(blocks: Sequence[Block]) -> list[Site]:
+    """The mlp_out of every block, where what the MLP puts out is added to the residual stream as it is.
+
+    That is where a vector in the projection's bias is a vector added to the block's output (steering).
+
+    Raises:
+        UnsupportedModelError: when a block has no such site, with the reason.
+    """
+    for block in blocks:
+        site = block.sites.get("mlp_out")
+        if site is None or not site.plain or site.point is not None:
+            why = block.missing.get("mlp_out", "a norm, a gate or a factor stands between its MLP and its output")
+            raise UnsupportedModelError(
+                f"not supported: a vector on the output of block {block.index}: {why}, so the bias of a layer cannot "
+                "hold it. transmute works on this model."
+            )
+    return [block.sites["mlp_out"] for block in blocks]
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """Find the blocks of a causal LM, in order, and the sites of each.
+
+    One block of each kind is run on a few rows of noise (:func:`~lit_thought.discovery.trace_block`).
+
+    Raises:
+        UnsupportedModelError: for a model wrapped by PEFT, one that keeps other state than keys and values (state-space
+            and linear attention layers), an encoder-decoder, or blocks without a single site.
+    """
+    name = _check_model(model)
+    layers = find_layers(model)
+    kinds = [_kind(module) for module in layers]
+    trace = _TRACES.get(model)
+    if trace is None or trace.kinds != kinds:
+        with evaluating(model), torch.no_grad():
+            trace = _TRACES[model] = _trace(model, layers, kinds, name)
+    paths = {id(module): path for path, module in model.named_modules()}
+    blocks = [
+        _block(index, module, roles, paths, trace)
+        for index, (module, roles) in enumerate(zip(layers, trace.roles, strict=True))
+    ]
+    if not any(block.sites for block in blocks):
+        raise UnsupportedModelError(f"not supported: {name}: {blocks[0].missing['attn_out']}.")
+    return blocks
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What is known of a model's blocks: their kinds and roles, the residual stream of the run that found them out,
+    (1, tokens, d), and a block's output where it is a tuple."""
+
+    kinds: list[Any]
+    roles: list[Roles]
+    entrance: Tensor
+    like: Any
+
+
+_TRACES: WeakKeyDictionary[nn.Module, _Trace] = WeakKeyDictionary()
+
+
+def _trace(model: PreTrainedModel, layers: Sequence[nn.Module], kinds: list[Any], name: str) -> _Trace:
+    calls, entrance, like = _calls(model, layers)
+    if entrance.ndim != 3:
+        raise UnsupportedModelError(
+            f"not supported: {name} keeps several residual streams at once ({tuple(entrance.shape)})."
+        )
+    found: dict[Any, Roles] = {}
+    for index, (module, call, kind) in enumerate(zip(layers, calls, kinds, strict=True)):
+        if kind not in found:
+            found[kind] = trace_block(module, call, entrance, f"block {index}")
+    return _Trace(kinds, [found[kind] for kind in kinds], entrance, like)
+
+
+def _check_model(model: PreTrainedModel) -> str:
+    """Refuse what cannot work, before anything runs; the model's name in errors."""
     config: Any = getattr(model, "config", None)
-    family = getattr(config, "model_type", type(model).__name__)
-    if hasattr(model, "peft_config"):
+    name = f"architecture {getattr(config, 'model_type', None)!r} ({type(model).__name__})"
+    adapters = [path for path, module in model.named_modules() if type(module).__module__.split(".")[0] == "peft"]
+    if adapters or hasattr(model, "peft_config"):
         raise UnsupportedModelError(
             "model is wrapped by PEFT; expected a plain transformers causal LM. "
             "Call model.merge_and_unload() or model.unload() first."
         )
-    supported = sorted(name for name, roles in _ROLES.items() if post_norm or roles.output_norm is None)
-    if family not in supported or getattr(config, "add_cross_attention", False):
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(f"not supported: {name} has cross-attention; expected a decoder-only model.")
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    other = sorted(kind for kind in kinds if "attention" not in kind or "linear" in kind)
+    if other or getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
-            f"not supported yet: architecture {family!r} ({type(model).__name__}). Supported: {', '.join(supported)}."
+            f"not supported: {name} keeps other state between tokens than keys and values "
+            f"({', '.join(other) or 'a recurrent state'}), which cannot be shared by the prompts that follow a chunk."
         )
-    decoder = find_decoder(model)
-    lists = [
-        (name, child)
-        for name, child in decoder.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
-    ]
-    if len(lists) != 1:
+    return name
+
+
+def _calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[list[Call], Tensor, Any]:
+    """How the decoder calls its blocks on a few tokens, the residual stream at their entrance, and a block's output
+    where it is a tuple."""
+    device = next(model.parameters()).device
+    ids = torch.arange(2, 2 + _TOKENS, device=device)[None]
+    like: Any = None
+
+    def first(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal like
+        like = output if isinstance(output, tuple) else None
+        raise _StopForwardError
+
+    handle = layers[0].register_forward_hook(first, with_kwargs=True)
+    try:
+        find_decoder(model)(input_ids=ids, use_cache=False)
+    except _StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    with recorded_calls(layers, like) as recording:
+        find_decoder(model)(input_ids=ids, use_cache=False)
+    assert recording.entrance is not None
+    if len(recording.calls) != len(layers):
         raise UnsupportedModelError(
-            f"not supported yet: {type(model).__name__} has {len(lists)} lists of "
-            f"{config.num_hidden_layers} blocks under its decoder; expected one."
+            f"not supported: {type(model).__name__} called its blocks {len(recording.calls)} times in one pass; "
+            f"expected each of {len(layers)} once."
         )
-    paths = {id(module): path for path, module in model.named_modules()}
-    return [_block(index, module, _ROLES[family], paths) for index, module in enumerate(lists[0][1])]
+    return recording.calls, recording.entrance, (None, *like[1:]) if like is not None else None
 
 
-def _block(index: int, module: nn.Module, roles: _Roles, paths: dict[int, str]) -> Block:
-    def linear(relative: str) -> tuple[str, nn.Module]:
-        layer = module.get_submodule(relative)
-        path = paths[id(layer)]
-        if type(layer) is not nn.Linear and not isinstance(layer, Conv1D):
-            raise UnsupportedModelError(
-                f"not supported yet: {path} is a {type(layer).__name__}; expected nn.Linear or Conv1D. "
-                "Load the model without quantisation, or unload its adapters, first."
-            )
-        return path, layer
+class _StopForwardError(Exception):
+    """Raised inside the first block once its output is known."""
 
-    attn_out, mlp_out = linear(roles.attn_out), linear(roles.mlp_out)
-    firsts = dict(linear(relative) for relative in roles.mlp_in)
-    width = len(weight_of(mlp_out[1]))
-    sites = {
-        "attn_out": Site("attn_out", *attn_out, dict([attn_out]), weight_of(attn_out[1]).shape[1], width),
-        "mlp_in": Site("mlp_in", *mlp_out, firsts, width, width),
-        "mlp_out": Site("mlp_out", *mlp_out, dict([mlp_out]), weight_of(mlp_out[1]).shape[1], width),
-    }
-    output_norm = module.get_submodule(roles.output_norm) if roles.output_norm else None
-    return Block(index, module, sites, module.get_submodule(roles.mlp_norm), output_norm)
+
+def _kind(module: nn.Module) -> Any:
+    """What two blocks must share to have the same roles: the modules, the shapes, and factors of a single number."""
+    modules = tuple((path, type(child)) for path, child in module.named_modules())
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return modules, tuple((path, tuple(x.shape), float(x) if x.numel() == 1 else None) for path, x in tensors)
+
+
+def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str], trace: _Trace) -> Block:
+    width = trace.entrance.shape[-1]
+    rows = torch.eye(2, width).to(trace.entrance)
+
+    def child(path: str | None) -> nn.Module | None:
+        return module.get_submodule(path) if path is not None else None
+
+    def projection(writer: Writer) -> Projection:
+        layer = module.get_submodule(writer.path)
+        norm, gate = child(writer.norm), child(writer.gate)
+        return Projection(paths[id(layer)], layer, writer.d_in, writer.multiplier, norm, gate)
+
+    def site(name: str, writers: Sequence[Writer]) -> Site:
+        parts = tuple(map(projection, writers))
+        norm = parts[-1].norm
+        with torch.no_grad():
+            gain = channel_gain(norm, rows) if norm is not None else None
+        targets = {part.path: part.layer for part in parts}
+        d_in = sum(part.d_in for part in parts)
+        return Site(name, parts, targets, d_in, width, gain, child(writers[-1].point))
+
+    missing = roles.missing
+    found = {"attn_out": roles.attn_out, "mlp_out": roles.mlp_out}
+    sites = {name: site(name, [writer]) for name, writer in found.items() if writer is not None}
+    firsts = {paths[id(module.get_submodule(path))]: module.get_submodule(path) for path in roles.mlp_in}
+    if "mlp_in" not in roles.missing and roles.mlp_out is not None:
+        if any(map(sits_beside, firsts.values())):
+            missing = {**missing, "mlp_in": "the MLP's first linear layers are quantised"}
+        else:
+            parts = sites["mlp_out"].projections
+            sites["mlp_in"] = Site("mlp_in", parts, firsts, width, width, None, child(roles.mlp_norm))
+    both = [writer for writer in found.values() if writer is not None and writer.norm is None]
+    if roles.parallel and len(both) == 2:
+        sites[JOINT] = site(JOINT, both)
+    return Block(
+        index,
+        module,
+        sites,
+        child(roles.mlp_norm),
+        sites["mlp_out"].projections[-1].norm if "mlp_out" in sites else None,
+        firsts,
+        roles.parallel,
+        f"{paths[id(module)]}.{roles.experts}" if roles.experts else None,
+        missing,
+        trace.like,
+    )

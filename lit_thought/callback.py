@@ -16,16 +16,16 @@ from transformers import PreTrainedModel
 
 import lit_thought
 from lit_thought.batches import PairBatch
-from lit_thought.blocks import Block, check_indices, check_sites, find_blocks, weight_of
+from lit_thought.blocks import DEFAULT_SITES, JOINT, Block, check_indices, check_sites, find_blocks, require_site
 from lit_thought.data import PairDataModule
-from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.errors import ThoughtError, UnsupportedModelError, check_counts
 from lit_thought.evaluation import Evaluation
 from lit_thought.files import check_output_folder
 from lit_thought.models import fingerprint, model_name
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import Factors, ThoughtPatch
 from lit_thought.preserve import WINDOW, Preservation, preservation
-from lit_thought.runner import ORDERS, Observation, StreamRunner
+from lit_thought.runner import ORDERS, Observation, Stage, StreamRunner, stages_of
 from lit_thought.solve import check_rank
 from lit_thought.stage import StageSettings, StageSums, check_parts, site_defaults, target_changes
 from lit_thought.streams import SitePatch
@@ -38,11 +38,12 @@ __all__ = ["ThoughtCallback"]
 class ThoughtCallback(Callback):
     """Accumulate the statistics of one site of one block an epoch, solve, install, and go on to the next.
 
-    An epoch is one stage, so a fit takes steps × blocks × sites epochs: use ``Trainer(max_epochs=-1)``; the callback
-    stops the run after the last one. The patch is then in :attr:`patch`.
+    An epoch is one stage, so a fit takes steps × blocks × sites (× passes) epochs: use ``Trainer(max_epochs=-1)``; the
+    callback stops the run after the last one. The patch is then in :attr:`patch`.
 
     Args:
-        sites: where to patch each block: ``"attn_out"``, ``"mlp_in"`` (the paper's), ``"mlp_out"``, or several.
+        sites: where to patch each block: ``"attn_out"``, ``"mlp_in"`` (the paper's), ``"mlp_out"``, or several. A block
+            that lacks one of them goes without (``mlp_out`` in a mixture of experts); left out, attn_out and mlp_out.
         parts: what to solve for: ``"matrix"``, ``"vector"`` or both; left out, a matrix, and at mlp_in a vector too.
         blocks: indices of the blocks to patch; all when left out.
         steps: how often to go through the blocks, each time with the patch so far in place; left out, 1, and 2 where
@@ -50,6 +51,8 @@ class ThoughtCallback(Callback):
         step_size: η in (0, 1], how much of each step's solution is added to the patch; left out, 1, and 0.5 where
             mlp_in is the only site.
         pairs_per_step: pairs that a step is solved from, the next ones in turn; all pairs when left out.
+        passes: how often to solve a site whose output goes through a norm (Gemma, OLMo 2), each time with that norm's
+            factors as the patch so far leaves them (Gauss-Newton); other sites are solved once, in closed form.
         order: ``"sequential"``: each block's plain run has been through the blocks patched so far;
             ``"teacher-forced"``: it enters each block as the instructed run does.
         rank: rank of the patch: an int, a fraction of explained energy in (0, 1), or None for full rank.
@@ -79,13 +82,14 @@ class ThoughtCallback(Callback):
 
     def __init__(
         self,
-        sites: Sequence[str] = ("attn_out", "mlp_out"),
+        sites: Sequence[str] | None = None,
         parts: Sequence[str] | None = None,
         blocks: Sequence[int] | None = None,
         order: Literal["sequential", "teacher-forced"] = "sequential",
         steps: int | None = None,
         step_size: float | None = None,
         pairs_per_step: int | None = None,
+        passes: int = 1,
         rank: int | float | None = 16,
         ridge: float = 3e-2,
         preserve: TextSource | None = "default",
@@ -97,13 +101,14 @@ class ThoughtCallback(Callback):
         output_dir: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.sites = check_sites(sites)
+        self._asked_sites = None if sites is None else check_sites(sites)
+        self.sites = self._asked_sites or DEFAULT_SITES
         self.parts = check_parts(parts, self.sites)
         self.chosen = check_indices(blocks)
         self.defaults = site_defaults(self.sites)
         steps = self.defaults.steps if steps is None else steps
         step_size = self.defaults.step_size if step_size is None else step_size
-        check_counts(steps=steps)
+        check_counts(steps=steps, passes=passes)
         if pairs_per_step is not None:
             check_counts(pairs_per_step=pairs_per_step)
         if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
@@ -126,11 +131,13 @@ class ThoughtCallback(Callback):
         self.preserve_weight, self.preserve_tokens = float(preserve_weight), preserve_tokens
         self.statistics_dtype = statistics_dtype
         self.steps, self.step_size, self.pairs_per_step = steps, float(step_size), pairs_per_step
+        self.passes = passes
         self.offload, self.cache_dir = offload, cache_dir
         self.output_dir, self.overwrite = output_dir, overwrite
         self.patch: ThoughtPatch | None = None
         self.stopwatch = Stopwatch()
         self.preserve_cached: bool | None = None
+        self._blocks: list[Block] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -152,15 +159,14 @@ class ThoughtCallback(Callback):
             raise ThoughtError(
                 "ThoughtCallback works with a PairDataModule; call trainer.fit(module, datamodule=PairDataModule(…))."
             )
-        blocks = find_blocks(pl_module.model)
+        blocks = self._blocks = find_blocks(pl_module.model)
         check_indices(self.chosen, len(blocks))
-        chosen = blocks if self.chosen is None else [blocks[index] for index in self.chosen]
-        stages = self.steps * len(chosen) * len(self.sites)
+        turns = self._stages(blocks)
+        stages = self.steps * len(turns)
         allowed = trainer.max_epochs
         if allowed is not None and allowed != -1 and allowed < stages:
             raise ThoughtError(
-                f"max_epochs={allowed} is too few: {self.steps} steps × {len(chosen)} blocks × {len(self.sites)} "
-                f"sites need {stages}. "
+                f"max_epochs={allowed} is too few: {self.steps} steps × {len(turns)} sites of blocks need {stages}. "
                 "Use Trainer(max_epochs=-1); the callback stops the run after the last one."
             )
         if (trainer.min_epochs or 0) > stages:
@@ -182,10 +188,27 @@ class ThoughtCallback(Callback):
                 f"pairs_per_step={self.pairs_per_step} is more than the {len(datamodule.pairs)} pairs there are. "
                 "Leave it out to use all of them in every step."
             )
-        sites = [block.sites[name] for block in chosen for name in self.sites]
+        sites = [blocks[stage.block].sites[stage.site] for stage in turns]
         check_rank(self.rank, min(min(site.d_in, site.d_out) for site in sites))
         if self.steps > 1 and self.pairs_per_step is not None:
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # each step has its own batches
+
+    def _stages(self, blocks: Sequence[Block]) -> list[Stage]:
+        """What this fit goes through; settles which sites there are.
+
+        Raises:
+            UnsupportedModelError: when a site that was asked for is in no block, or none of the default ones is.
+        """
+        for name in self._asked_sites or ():
+            require_site(blocks, name)
+        if self._asked_sites is None:
+            self.sites = tuple(name for name in DEFAULT_SITES if any(name in block.sites for block in blocks))
+        stages = stages_of(blocks, self.sites, self.chosen, self.passes)
+        if not stages:
+            raise UnsupportedModelError(
+                f"blocks={self.chosen}: none of them has one of the sites {list(self.sites)}. Choose other blocks."
+            )
+        return stages
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,7 +219,7 @@ class ThoughtCallback(Callback):
         self.patch = None
         self.stopwatch = Stopwatch()
         show = trainer.progress_bar_callback is not None
-        blocks = find_blocks(model)
+        blocks = self._blocks
         with self.stopwatch("prepare"):
             prompts = data.check(model, tokenizer)
         with self.stopwatch("preserve"):
@@ -218,7 +241,7 @@ class ThoughtCallback(Callback):
             turn = [i % len(data.pairs) for i in range(first, first + self.pairs_per_step)]
             data.select(pl_module.tokenizer, turn)
         pl_module.runner = StreamRunner(
-            pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches
+            pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches, self.passes
         )
 
     def _load_preservation(
@@ -251,7 +274,8 @@ class ThoughtCallback(Callback):
         settings = StageSettings(
             self.rank, self.ridge, self.preserve_weight, self.step_size, getattr(torch, self.statistics_dtype)
         )
-        self._sums = StageSums(block.sites[name], self.parts[name], settings, f"block {block.index}, {name}")
+        parts = self.parts["attn_out" if name == JOINT else name]
+        self._sums = StageSums(block.sites[name], parts, settings, f"block {block.index}, {name}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Time the forward pass."""
@@ -276,9 +300,9 @@ class ThoughtCallback(Callback):
         assert self._sums is not None
         with self.stopwatch("solve"):
             prior = self._preservation.prior(runner.block, runner.site) if self._preservation is not None else None
-            patch, figures = self._sums.solve(self._patches.get(key, SitePatch()), prior)
+            patch, figures = self._sums.solve(runner.start, prior)
         self._patches[key] = patch
-        self._diagnostics[_layer_name(runner.block, runner.site)] = {k: round(v, 8) for k, v in figures.items()}
+        self._diagnostics[runner.block.sites[runner.site].label] = {k: round(v, 8) for k, v in figures.items()}
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
         pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True)
         with self.stopwatch("forward"):
@@ -290,7 +314,7 @@ class ThoughtCallback(Callback):
         """After the last stage of a step: the patch so far, how it does, and the next step or the end."""
         assert isinstance(pl_module, ThoughtModule)
         self.step += 1
-        sites = {(block.index, name): block.sites[name] for block in blocks for name in self.sites}
+        sites = {(index, name): blocks[index].sites[name] for index, name in self._patches}
         changes, vectors = target_changes(sites, self._patches)
         factors = {path: Factors(A, B) for path, (A, B) in changes.items()}
         if self._evaluation is not None:
@@ -301,8 +325,8 @@ class ThoughtCallback(Callback):
             return
         with self.stopwatch("patch"):
             if vectors:  # an adapter has a matrix for each of them, too
-                layers = {site.path: site.layer for site in sites.values() if site.path in vectors}
-                self._provenance["d_in"] = {path: weight_of(layer).shape[1] for path, layer in layers.items()}
+                written = [projection for site in sites.values() for projection in site.projections]
+                self._provenance["d_in"] = {p.path: p.d_in for p in written if p.path in vectors}
             self._provenance["diagnostics"] = self._diagnostics
             self._provenance["history"] = self.history
             self._provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -336,7 +360,7 @@ class ThoughtCallback(Callback):
             "base_model": model_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "fingerprint": identity,
-            "fan_in_fan_out": blocks[0].sites[self.sites[0]].fan_in_fan_out,
+            "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
             "instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions)),
             "template": data.template.to_dict(),
             "settings": {
@@ -347,6 +371,7 @@ class ThoughtCallback(Callback):
                 "steps": self.steps,
                 "step_size": self.step_size,
                 "pairs_per_step": self.pairs_per_step,
+                "passes": self.passes,
                 "rank": self.rank,
                 "ridge": self.ridge,
                 "preserve_weight": self.preserve_weight if self.texts is not None else 0.0,
@@ -372,12 +397,6 @@ class ThoughtCallback(Callback):
         self._preservation = None
         self._sums = None
         self._evaluation = None
-
-
-def _layer_name(block: Block, site: str) -> str:
-    """A stage's name in the diagnostics: the layer that is solved for, the MLP as a whole at mlp_in."""
-    path = block.sites[site].path
-    return f"{path.rpartition('.')[0]}.mlp_in" if site == "mlp_in" else path
 
 
 def _runner(pl_module: LightningModule) -> StreamRunner:

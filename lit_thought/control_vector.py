@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_thought.blocks import Site, find_blocks
+from lit_thought.blocks import Site, find_blocks, plain_outputs
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import atomic_file
 from lit_thought.models import model_name
@@ -163,7 +163,7 @@ def _directions(patch: ThoughtPatch, model: PreTrainedModel) -> dict[int, Tensor
 
 def _sites(model: PreTrainedModel) -> dict[int, Site]:
     """The MLP's output projection of each block."""
-    return {block.index: block.sites["mlp_out"] for block in find_blocks(model)}
+    return dict(enumerate(plain_outputs(find_blocks(model))))
 
 
 def _gguf_name(model: PreTrainedModel) -> str:

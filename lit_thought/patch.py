@@ -146,8 +146,8 @@ class ThoughtPatch:
                 Patches that are on ``model`` now do not count as a change of it.
 
         Raises:
-            PatchError: on a missing module, a wrong shape, a weight or bias that is quantised, shared, sharded or
-                not loaded, or another model.
+            PatchError: on a missing module, one that is no linear layer, a wrong shape, a weight or bias that is
+                shared, sharded or not loaded, or another model.
         """
         find_weights(model, self._change())
         made_for = self.provenance.get("fingerprint")
@@ -173,6 +173,10 @@ class ThoughtPatch:
         A layer without a bias that gets a vector has one while such a patch is on, in the dtype of its weight, and
         ``bias=None`` again after. Do not ``save_pretrained`` the model meanwhile: its config knows of no such bias,
         so loading would drop it. Save the patch instead.
+
+        A quantised layer (bitsandbytes, GPTQ, AWQ, HQQ, FP8, torchao and so on) keeps its weight, and the patch sits
+        *beside* it: a forward hook computes ``B (A x)`` and adds it, and the vector, to the layer's output in float32,
+        rounded to the output's dtype once for all patches there. Removing the last of them removes the hook.
 
         Args:
             model: the model to change.

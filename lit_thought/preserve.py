@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lit_thought.batches import pad
-from lit_thought.blocks import SITES, Block
+from lit_thought.blocks import Block
 from lit_thought.errors import SingularSystemError
 from lit_thought.files import atomic_folder
 from lit_thought.models import fingerprint, model_name
@@ -31,7 +31,7 @@ __all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation"]
 WINDOW = 256
 """Tokens of each window of unrelated text."""
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def default_cache_dir() -> Path:
@@ -123,10 +123,10 @@ def _compute(
     streams = [Stream(model, blocks, batch) for batch in tokens]
     count = sum(map(len, windows))
     for block in blocks:
-        sizes = {name: block.sites[name].d_in for name in SITES}
+        sizes = {name: site.d_in for name, site in block.sites.items()}
         grams = {n: torch.zeros(d, d, dtype=torch.float64, device=device) for n, d in sizes.items()}
         for stream in streams:
-            output, readings = stream.run(block, SITES)
+            output, readings = stream.run(block, tuple(block.sites))
             for name, reading in readings.items():
                 a = reading.input[stream.tokens.mask].double()
                 grams[name].addmm_(a.T, a)
@@ -155,11 +155,11 @@ def _valid(folder: Path, manifest: dict[str, Any], blocks: Sequence[Block]) -> b
     """Whether an entry is complete and is what its name says; a damaged one is made anew."""
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return found == manifest and all(_complete(_file(folder, block)) for block in blocks)
+        return found == manifest and all(_complete(folder, block) for block in blocks)
     except (OSError, ValueError, SafetensorError):
         return False
 
 
-def _complete(file: Path) -> bool:
-    with safe_open(file, framework="pt") as content:  # refuses a truncated file
-        return set(content.keys()) == {f"{name}.{part}" for name in SITES for part in ("values", "vectors")}
+def _complete(folder: Path, block: Block) -> bool:
+    with safe_open(_file(folder, block), framework="pt") as content:  # refuses a truncated file
+        return set(content.keys()) == {f"{name}.{part}" for name in block.sites for part in ("values", "vectors")}

@@ -1,7 +1,8 @@
 """A prompt with a removable chunk, as text with and without it.
 
 The instructed run reads ``prefix · I · suffix``, the plain run ``prefix · suffix`` ("Transmuting prompts into
-weights", arXiv 2510.08734). :mod:`lit_thought.alignment` tokenises and aligns the two.
+weights", arXiv 2510.08734). :mod:`lit_thought.chat` writes the two with a chat template;
+:mod:`lit_thought.alignment` tokenises and aligns them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lit_thought.alignment import PromptTexts, TokenisedPair, align
+from lit_thought.chat import check_options, render_chat
 from lit_thought.errors import ThoughtError
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ __all__ = ["DEFAULT_TEMPLATE", "PromptTemplate"]
 DEFAULT_TEMPLATE = "Q: {input}\nA: {output}\n"
 
 _FIELD = re.compile(r"\{(instruction|input|output)\}")
-_MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,25 @@ class PromptTemplate:
             part of the chunk, and removed with it.
         user: Chat only; see :meth:`chat`.
         system: Chat only; see :meth:`chat`.
+        options: Chat only; see :meth:`chat`.
 
     Raises:
-        ThoughtError: A field is missing, repeated or out of order.
+        ThoughtError: A field is missing, repeated or out of order, or an option is not a JSON value.
     """
 
     text: str = "Q: {input}\nA: {output}\n"
     separator: str = "\n"
     user: str | None = field(default=None, kw_only=True)
     system: str | None = field(default=None, kw_only=True)
+    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("text", "separator", "user", "system"):
             value = getattr(self, name)
             if value is not None or name in ("text", "separator"):
                 _require_str(f"template {name}", value)
-        if self.user is None and self.system is None:
+        object.__setattr__(self, "options", check_options(self.options))
+        if self.user is None and self.system is None and not self.options:
             self._check_text()
         else:
             self._check_chat()
@@ -84,7 +88,7 @@ class PromptTemplate:
         if self.text or self.user is None:
             raise ThoughtError(
                 "template: expected either a text or chat messages, with a user message; got "
-                f"text={self.text!r}, user={self.user!r}, system={self.system!r}; "
+                f"text={self.text!r}, user={self.user!r}, system={self.system!r}, options={self.options!r}; "
                 "build chat templates with PromptTemplate.chat(user=..., system=...)"
             )
         user, system = _FIELD.findall(self.user), _FIELD.findall(self.system or "")
@@ -101,25 +105,40 @@ class PromptTemplate:
             )
 
     @classmethod
-    def chat(cls, user: str = "{input}", system: str | None = "{instruction}") -> PromptTemplate:
+    def chat(
+        cls,
+        user: str = "{input}",
+        system: str | None = "{instruction}",
+        options: Mapping[str, Any] | None = None,
+    ) -> PromptTemplate:
         """A template that goes through the tokenizer's chat template.
 
         In the plain run the chunk is empty: whitespace of the template left over at an end of its message
-        goes with it, and a system message left empty is dropped.
+        goes with it, and a system message left empty is dropped, so that the family's default system text stands
+        there, if it has one. Where a chat template refuses or leaves out system messages (Gemma 2), the system
+        message goes to the start of the user's, followed by a blank line.
+
+        An output stands where the model writes its answer: what the family puts between generation prompt and answer
+        (a space, an empty thought, the name of a channel) comes first, unless the output brings it along.
 
         Args:
             user: The user's message, with ``{input}`` once.
             system: The system message or ``None``. ``{instruction}`` stands once, in either of the two.
+            options: Further arguments of the chat template, as JSON values, such as ``{"date_string": "1 May 2025"}``
+                or ``{"reasoning_effort": "low"}``. ``enable_thinking`` is false unless given here: an output is then
+                the answer alone; when it is true, the model's thoughts are part of the output.
 
         Raises:
-            ThoughtError: A field is missing, repeated or in the wrong message.
+            ThoughtError: A field is missing, repeated or in the wrong message, or an option cannot be used.
         """
-        return cls("", "", user=user, system=system)
+        return cls("", "", user=user, system=system, options={} if options is None else options)
 
     @classmethod
     def parse(cls, value: str | PromptTemplate) -> PromptTemplate:
-        """A template from ``"chat"`` (chunk = system message), ``"chat-user"`` (chunk before the input in the
-        user's message), a text with fields, or a template, which is returned as it is.
+        """A template from a name, a text with fields, or a template, which is returned as it is.
+
+        The names are ``"chat"`` (chunk = system message; where the chat template takes none, as ``"chat-user"``)
+        and ``"chat-user"`` (chunk before the input in the user's message).
 
         Raises:
             ThoughtError: Anything else.
@@ -147,10 +166,10 @@ class PromptTemplate:
         """The literal text after ``{output}``, at which generation stops; ``None`` if empty, and for chat."""
         return None if self.is_chat else self.text.partition("{output}")[2] or None
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> dict[str, Any]:
         """What :meth:`from_dict` needs to build this template again; fit for JSON."""
         if self.is_chat:
-            return {"user": self.user, "system": self.system}
+            return {"user": self.user, "system": self.system, "options": check_options(self.options)}
         return {"text": self.text, "separator": self.separator}
 
     @classmethod
@@ -161,12 +180,12 @@ class PromptTemplate:
             ThoughtError: The keys are not those of a text template or of a chat template.
         """
         keys = set(values) if isinstance(values, Mapping) else set()
-        if keys == {"user", "system"}:
+        if keys | {"options"} == {"user", "system", "options"}:
             return cls.chat(**values)
         if keys == {"text", "separator"}:
             return cls(**values)
         raise ThoughtError(
-            f"template: expected the keys text and separator, or user and system; got {values!r}; "
+            f"template: expected the keys text and separator, or user, system and options; got {values!r}; "
             "pass what PromptTemplate.to_dict() returned"
         )
 
@@ -209,7 +228,8 @@ class PromptTemplate:
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         if self.is_chat:
-            texts = self._render_chat(tokenizer, instruction, input, output, finished)
+            assert self.user is not None
+            texts = render_chat(tokenizer, self.user, self.system, self.options, instruction, input, output, finished)
         else:
             texts = self._render_text(instruction, input, output, finished)
         return align(tokenizer, texts, self.is_chat)
@@ -240,96 +260,7 @@ class PromptTemplate:
         input_span, output_span = (start, start + len(input)), (output_start, output_stop)
         return PromptTexts(before, chunk, after, before + after, input_span, output_span)
 
-    def _render_chat(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        instruction: str,
-        input: str,
-        output: str | None,
-        finished: bool,
-    ) -> PromptTexts:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ThoughtError(
-                f"template: a chat template needs a tokenizer with one, but this {type(tokenizer).__name__} "
-                "has none; set tokenizer.chat_template, or use a text template such as "
-                "'Q: {input}\\nA: {output}\\n'"
-            )
-        instructed = _apply(tokenizer, self._messages(instruction, input))
-        before, after = _split(_apply(tokenizer, self._messages(_MARK, input)), "instruction")
-        plain = _apply(tokenizer, self._messages(None, input))
-        input_before, input_after = _split(_apply(tokenizer, self._messages(None, _MARK)), "input")
-        stop = len(instructed) - len(after)
-        if stop < len(before) or not (instructed.startswith(before) and instructed.endswith(after)):
-            raise ThoughtError(
-                "template: the tokenizer's chat template changes the text around the instruction depending "
-                "on what it says, so the chunk cannot be removed; use 'chat-user' or a text template"
-            )
-        completion = output or ""
-        if output is not None and finished:
-            completion += _end_of_turn(tokenizer, self._messages(None, input))
-        output_stop = len(plain) + len(output or "")
-        return PromptTexts(
-            before,
-            instructed[len(before) : stop],
-            after + completion,
-            plain + completion,
-            (len(input_before), len(plain) - len(input_after)),
-            (len(plain), output_stop),
-        )
-
-    def _messages(self, instruction: str | None, input: str) -> list[dict[str, str]]:
-        """The messages with the chunk, or, with ``instruction=None``, those of the plain run."""
-        messages = []
-        for role, content in (("system", self.system), ("user", self.user)):
-            if content is None:
-                continue
-            head, chunk, rest = content.partition("{instruction}")
-            if chunk and instruction is None:  # whitespace left over at an end goes with the chunk
-                left, right = head.strip(), rest.strip()
-                head, rest = (head if right else head.rstrip()), (rest if left else rest.lstrip())
-            head, rest = head.replace("{input}", input), rest.replace("{input}", input)
-            content = head + (instruction or "" if chunk else "") + rest
-            if content.strip():
-                messages.append({"role": role, "content": content})
-        return messages
-
 
 def _require_str(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise ThoughtError(f"{name}: expected a string, got {type(value).__name__} ({value!r})")
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = True) -> str:
-    """The tokenizer's chat template as text."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # Jinja's errors, and whatever the template raises on roles it does not know
-        roles = ", ".join(message["role"] for message in messages)
-        raise ThoughtError(
-            f"template: the tokenizer's chat template failed on messages of the roles {roles}: {error}; if "
-            "it takes no system message, use 'chat-user' or a text template"
-        ) from error
-
-
-def _split(rendered: str, name: str) -> tuple[str, str]:
-    """The text before and after the mark that stands for the field ``name``."""
-    if rendered.count(_MARK) != 1:
-        raise ThoughtError(
-            f"template: expected the tokenizer's chat template to write the {name} once, but it wrote it "
-            f"{rendered.count(_MARK)} times; use 'chat-user' or a text template"
-        )
-    before, _, after = rendered.partition(_MARK)
-    return before, after
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """What the chat template puts after an assistant's message, up to its first special token."""
-    rendered = _apply(tokenizer, [*messages, {"role": "assistant", "content": _MARK}], prompt=False)
-    rest = rendered.rpartition(_MARK)[2] if _MARK in rendered else ""
-    special = {*tokenizer.all_special_tokens}
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = [(rest.index(token), -len(token)) for token in special if token and token in rest]
-    if ends:
-        start, negative_length = min(ends)
-        return rest[: start - negative_length]
-    return rest.rstrip() or str(tokenizer.eos_token or "")

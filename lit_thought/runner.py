@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import Block
-from lit_thought.streams import SitePatch, Stream, TokenBatch
+from lit_thought.streams import LowRank, SitePatch, Stream, TokenBatch
 
-__all__ = ["ORDERS", "Observation", "StreamRunner"]
+__all__ = ["ORDERS", "Observation", "Stage", "StreamRunner", "stages_of"]
 
 ORDERS = ("sequential", "teacher-forced")
 
@@ -30,18 +30,44 @@ class Observation:
     """What one stage saw in one batch, for the n compared tokens.
 
     Attributes:
-        a: the site's input in the plain run, (n, d_in).
+        a: the site's input in the plain run, with each token's factor γ in it, (n, d_in).
         delta: the error that the site's matrix should explain, target less plain, (n, d), float32 or better: of
             norm(m) at mlp_in, of the residual stream right after the site elsewhere. What a patch that is there
-            already explains of it is taken off.
+            already explains of it is taken off; from the second pass on, what the passes before this one explain is
+            put back, since their patch will be replaced.
         shift: the error that its vector should explain, likewise, (n, d): of the residual stream, at mlp_in that of m.
         weights: (n,).
+        scale: γ, by which a vector reaches the residual stream, (n, 1); None for ones.
     """
 
     a: Tensor
     delta: Tensor
     shift: Tensor
     weights: Tensor
+    scale: Tensor | None = None
+
+
+class Stage(NamedTuple):
+    """One site of one block, for the ``turn``-th time."""
+
+    block: int
+    site: str
+    turn: int
+
+
+def stages_of(
+    blocks: Sequence[Block], sites: Sequence[str], chosen: Sequence[int] | None = None, passes: int = 1
+) -> list[Stage]:
+    """What a fit goes through, in order: the sites that each chosen block has; ``passes`` times where a norm follows.
+
+    Elsewhere the residual stream is linear in the patch, and a second pass would find the same solution.
+    """
+    return [
+        Stage(index, site, turn)
+        for index in (range(len(blocks)) if chosen is None else chosen)
+        for site in blocks[index].stages(sites)
+        for turn in range(1 if blocks[index].sites[site].gain is None else passes)
+    ]
 
 
 @dataclass
@@ -62,12 +88,14 @@ class StreamRunner:
     Args:
         model: the frozen causal LM.
         blocks: its blocks.
-        sites: sites to patch, in forward order.
+        sites: sites to patch, in forward order, in the blocks that have them.
         order: ``"sequential"``: each block's plain run has been through the blocks patched so far;
             ``"teacher-forced"``: each block's compared tokens enter as they left the block before in the target run.
         offload: keep streams on the CPU between uses, where the model is on another device.
         chosen: indices of the blocks to patch, ascending; all of them when left out.
         start: patches that are there already, by (block index, site).
+        passes: how often to observe and solve each site before going on (Gauss-Newton passes, which matter where a
+            norm follows the projection: its γ is read anew with the patch in place).
     """
 
     def __init__(
@@ -79,11 +107,12 @@ class StreamRunner:
         offload: bool = False,
         chosen: Sequence[int] | None = None,
         start: Mapping[tuple[int, str], SitePatch] | None = None,
+        passes: int = 1,
     ) -> None:
-        self.model, self.blocks, self.sites, self.order = model, list(blocks), tuple(sites), order
+        self.model, self.blocks, self.order = model, list(blocks), order
         self.device = next(model.parameters()).device
         self.storage = torch.device("cpu") if offload else self.device
-        self.stages = [(index, site) for index in (chosen or range(len(self.blocks))) for site in self.sites]
+        self.stages = stages_of(self.blocks, sites, chosen, passes)
         self.stage = 0
         self._start = dict(start or {})
         self._pairs: dict[int, _Pair] = {}
@@ -91,54 +120,82 @@ class StreamRunner:
 
     @property
     def num_stages(self) -> int:
-        """Chosen blocks × sites."""
+        """Sites of the chosen blocks × passes."""
         return len(self.stages)
 
     @property
     def block(self) -> Block:
         """The block of the current stage."""
-        return self.blocks[self.stages[self.stage][0]]
+        return self.blocks[self.stages[self.stage].block]
 
     @property
     def site(self) -> str:
         """The site of the current stage."""
-        return self.stages[self.stage][1]
+        return self.stages[self.stage].site
+
+    @property
+    def start(self) -> SitePatch:
+        """The patch that was at the current site before its first pass."""
+        return self._start.get((self.block.index, self.site), SitePatch())
+
+    @property
+    def _shortcut(self) -> bool:
+        """Whether a block's output follows from the one seen while its last site was observed, without another run."""
+        site = self.block.sites[self.site]
+        return site.name != "mlp_in" and site.linear and site.point is None
+
+    @property
+    def _first(self) -> bool:
+        """Whether the current stage is the first one of its block."""
+        return self.stage == 0 or self.stages[self.stage - 1].block != self.stages[self.stage].block
+
+    @property
+    def _last(self) -> bool:
+        """Whether the current stage is the last one of its block."""
+        return self.stage + 1 == self.num_stages or self.stages[self.stage + 1].block != self.stages[self.stage].block
 
     @torch.inference_mode()
     def observe(self, batch: PairBatch) -> Observation:
         """Run the current stage on one batch; a lead before the batches that follow it."""
         pair = self._pairs.get(batch.index) or self._open(batch)
-        if self.site == self.sites[0]:
+        if self._first:
             self._run_target(pair)
         goal_input, goal = pair.goals[self.site]
         if pair.plain is None:
             nothing = self._nothing(goal.shape[1])
             return Observation(self._nothing(self.block.sites[self.site].d_in), nothing, nothing, pair.batch.weights)
+        site = self.block.sites[self.site]
         self._fetch(pair.plain)
-        output, readings = pair.plain.run(
-            self.block, (self.site,), self._patches, stop_after=None if self.site == "mlp_out" else self.site
-        )
+        stop = None if site.point is None else self.site
+        output, readings = pair.plain.run(self.block, (self.site,), self._patches, stop_after=stop)
         self._store(pair.plain)
         reading, rows = readings[self.site], pair.batch.plain_rows
         a = reading.input.flatten(0, 1)[rows]
+        scale = reading.scale
+        if scale is not None:
+            scale = scale.expand(*reading.input.shape[:2], 1).flatten(0, 1)[rows]
         shift = self._error(goal, reading.residual.flatten(0, 1)[rows])
         delta = shift
+        here = self._patches.get(self.site, SitePatch())
         if goal_input is not None:  # a patch at mlp_in acts after norm(m) and m were read
-            here = self._patches.get("mlp_in", SitePatch())
-            delta = self._error(goal_input, a) - _change(SitePatch(here.matrix), a)
-            shift = shift - _change(SitePatch(None, here.vector), a)
-        if self.site == self.sites[-1] and output is not None:
+            delta = self._error(goal_input, a) - _change(here.matrix, a)
+            shift = shift - _constant(here.vector)
+        elif self.stages[self.stage].turn > 0:
+            gain, factor = 1.0 if site.gain is None else site.gain, 1.0 if scale is None else scale
+            delta = delta + gain * (_change(here.matrix, a) - _change(self.start.matrix, a))
+            shift = shift + gain * (_constant(here.vector) - _constant(self.start.vector)) * factor
+        if self._last and self._shortcut and output is not None:
             pair.after = (output.to(self.storage), reading.input.to(self.storage))
-        return Observation(a, delta, shift, pair.batch.weights)
+        return Observation(a, delta, shift, pair.batch.weights, scale)
 
     @torch.inference_mode()
     def finish(self, patch: SitePatch) -> None:
         """Install the current stage's patch and move on; after a block's last site, all streams advance."""
-        before = self._patches.get("mlp_out")
+        before = self._patches.get(self.site, SitePatch())
         self._patches[self.site] = patch
-        if self.site == self.sites[-1]:
+        if self._last:
             here = self.block.index
-            ahead = self.stages[self.stage + 1][0] if self.stage + 1 < self.num_stages else here + 1
+            ahead = self.stages[self.stage + 1].block if self.stage + 1 < self.num_stages else here + 1
             for pair in self._pairs.values():
                 self._advance(pair, before)
             for index in range(here + 1, ahead):
@@ -164,7 +221,7 @@ class StreamRunner:
         target = stream(batch.target, follows.target if follows else None)
         plain = stream(batch.plain, follows.plain if follows else None) if batch.plain is not None else None
         pair = _Pair(batch.to(self.device), plain, target, {})
-        for block in self.blocks[: self.stages[0][0]]:
+        for block in self.blocks[: self.stages[0].block]:
             self._pass(pair, block)
         self._pairs[batch.index] = pair
         return pair
@@ -183,7 +240,8 @@ class StreamRunner:
 
     def _run_target(self, pair: _Pair) -> None:
         self._fetch(pair.target)
-        output, readings = pair.target.run(self.block, self.sites)
+        sites = tuple(dict.fromkeys(stage.site for stage in self.stages if stage.block == self.block.index))
+        output, readings = pair.target.run(self.block, sites)
         rows = pair.batch.target_rows
 
         def keep(value: Tensor) -> Tensor:
@@ -196,14 +254,16 @@ class StreamRunner:
         assert output is not None
         pair.target.hidden = output.to(self.storage)
 
-    def _advance(self, pair: _Pair, before: SitePatch | None) -> None:
-        """The plain stream through the block as it is now patched; ``before`` was at mlp_out when it was observed."""
+    def _advance(self, pair: _Pair, before: SitePatch) -> None:
+        """The plain stream through the block as it is now patched; ``before`` was at the last site when observed."""
         if pair.plain is None:
             return
         output: Tensor | None
         if pair.after is not None:
             output, inputs = (x.to(self.device) for x in pair.after)
-            change = _change(self._patches["mlp_out"], inputs) - _change(before, inputs)
+            now, scale = self._patches[self.site], self.block.sites[self.site].projections[-1].multiplier
+            change = _change(now.matrix, inputs) - _change(before.matrix, inputs)
+            change = change + scale * (_constant(now.vector) - _constant(before.vector))
             output = output + torch.as_tensor(change).to(output)
             pair.after = None
         else:
@@ -236,9 +296,11 @@ class StreamRunner:
         return torch.zeros(0, width, device=self.device)
 
 
-def _change(patch: SitePatch | None, inputs: Tensor) -> Tensor | float:
-    """What a patch with the matrix Δ and the vector v adds, Δ a + v, (…, d_out)."""
-    change: Tensor | float = 0.0
-    if patch is not None and patch.matrix is not None:
-        change = patch.matrix(inputs)
-    return change if patch is None or patch.vector is None else change + patch.vector
+def _change(matrix: LowRank | None, inputs: Tensor) -> Tensor | float:
+    """Δ a, (…, d_out)."""
+    return 0.0 if matrix is None else matrix(inputs)
+
+
+def _constant(vector: Tensor | None) -> Tensor | float:
+    """v, (d_out,)."""
+    return 0.0 if vector is None else vector

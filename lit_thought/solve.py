@@ -30,7 +30,19 @@ from torch import Tensor
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.statistics import Statistics
 
-__all__ = ["Prior", "Solution", "check_finite", "check_rank", "solve", "solve_constrained", "top_eigenvectors"]
+__all__ = [
+    "Prior",
+    "Solution",
+    "check_finite",
+    "check_rank",
+    "check_terms",
+    "describe",
+    "ridge_scale",
+    "singular_system",
+    "solve",
+    "solve_constrained",
+    "top_eigenvectors",
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ def solve(
         SingularSystemError: when M is singular or a sum is not finite.
         ThoughtError: when a setting is out of range or no token was added.
     """
-    prior = _check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
+    prior = check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
     check_rank(rank, min(stats.d_in, stats.d_out))
     rows = stats.rows()
     if rows is not None and ridge > 0:
@@ -182,7 +194,7 @@ def solve_constrained(
             f"{tuple(values.shape)}."
         )
     d_in = keys.shape[1]
-    prior = _check_terms(stats, ridge, prior, prior_weight, d_in, name)
+    prior = check_terms(stats, ridge, prior, prior_weight, d_in, name)
     if stats is not None and (stats.d_in, stats.d_out) != (d_in, values.shape[1]):
         raise ThoughtError(
             f"{name}: keys and values must be (k, {stats.d_in}) and (k, {stats.d_out}), the sizes of stats; got "
@@ -217,7 +229,7 @@ def solve_constrained(
     return patch
 
 
-def _check_terms(
+def check_terms(
     stats: Statistics | None, ridge: float, prior: Prior | None, rho: float, d_in: int, name: str
 ) -> Prior | None:
     """Check the terms of an objective; the prior, or None where its weight is zero."""
@@ -248,19 +260,24 @@ def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, na
     own, cross = stats.gram.double() / weight, stats.cross.double() / weight
     total = own if prior is None else own.add(prior.gram(), alpha=rho)
     trace = float(total.diagonal().sum())
-    scale = _ridge_scale(name, trace, float(total.square().sum()), float(stats.energy))
+    scale = ridge_scale(name, trace, float(total.square().sum()), float(stats.energy))
     system = total.clone()
     system.diagonal().add_(ridge * scale)
     lower, info = torch.linalg.cholesky_ex(system)
     pivots = lower.diagonal()
     worst = float((pivots.min() / pivots.max()) ** 2)
     if int(info) != 0 or not worst > stats.d_in * torch.finfo(torch.float64).eps:
-        also, where = ("", "") if prior is None else (" and a prior", ", in the statistics or the prior")
-        raise SingularSystemError(
-            f"{name}: the system is singular ({stats.tokens} tokens{also} for {stats.d_in} input dimensions, "
-            f"ridge {ridge}). Use ridge > 0, or more tokens than dimensions{where}."
-        )
+        raise singular_system(stats, ridge, prior, name)
     return _System(own, cross, total, lower, scale, trace, worst)
+
+
+def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: str) -> SingularSystemError:
+    """The error of a layer whose M is singular, for the caller to raise."""
+    also, where = ("", "") if prior is None else (" and a prior", ", in the statistics or the prior")
+    return SingularSystemError(
+        f"{name}: the system is singular ({stats.tokens} tokens{also} for {stats.d_in} input dimensions, "
+        f"ridge {ridge}). Use ridge > 0, or more tokens than dimensions{where}."
+    )
 
 
 def _solve_primal(
@@ -274,7 +291,8 @@ def _solve_primal(
     after = before - 2 * float((basis.T @ cross * A).sum()) + float((A @ own * A).sum())
     largest = _largest_eigenvalue(lambda v: total @ v, stats.d_in, total)
     condition = (largest + ridge * scale) / (ridge * scale) if ridge > 0 else 1 / worst
-    return _solution(A, basis, gains, stats, scale, trace, condition, before, after)
+    lost = _lost(gains, basis.shape[1])
+    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
 
 
 def _solve_dual(
@@ -303,7 +321,7 @@ def _solve_dual(
         rotated = a @ vectors
         trace = own_trace + float(values.sum())
         square = own_square + 2 * float((rotated.square() @ values).sum()) + float(values.square().sum())
-    scale = _ridge_scale(name, trace, square, float(stats.energy))
+    scale = ridge_scale(name, trace, square, float(stats.energy))
     weighted = rotated / (values + ridge * scale)
     dual_values, dual_vectors = torch.linalg.eigh(rotated @ weighted.T)
     shrink = dual_values.clamp_min(0)
@@ -329,7 +347,8 @@ def _solve_dual(
 
     largest = _largest_eigenvalue(matmul, stats.d_in, a)
     condition = (largest + ridge * scale) / (ridge * scale)
-    return _solution(A, basis, gains, stats, scale, trace, condition, before, after)
+    lost = _lost(gains, basis.shape[1])
+    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
 
 
 def top_eigenvectors(gain: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
@@ -373,7 +392,7 @@ def check_finite(name: str, *sums: float) -> None:
         )
 
 
-def _ridge_scale(name: str, trace: float, square: float, energy: float) -> float:
+def ridge_scale(name: str, trace: float, square: float, energy: float) -> float:
     """s = ‖Z‖_F² / tr Z, once the sums are known to be finite and not all zero."""
     check_finite(name, trace, square, energy)
     if trace <= 0:
@@ -381,31 +400,31 @@ def _ridge_scale(name: str, trace: float, square: float, energy: float) -> float
     return square / trace
 
 
-def _solution(
+def _lost(gains: Tensor, rank: int) -> float:
+    """The share of all gains, largest first, that is beyond the first ``rank``."""
+    total = float(gains.sum())
+    return float(gains[rank:].sum()) / total if total > 0 else 0.0
+
+
+def describe(
     A: Tensor,
-    B: Tensor,
-    gains: Tensor,
     stats: Statistics,
     scale: float,
     trace: float,
     condition: float,
     before: float,
     after: float,
-) -> Solution:
-    rank = B.shape[1]
-    total = float(gains.sum())
-    return Solution(
-        A,
-        B,
-        {
-            "error_before": before,
-            "error_after": after,
-            "rank": rank,
-            "tokens": stats.tokens,
-            "ridge_scale": scale,
-            "effective_rank": trace / scale,
-            "condition": condition,
-            "truncation_loss": float(gains[rank:].sum()) / total if total > 0 else 0.0,
-            "norm": float(A.norm()),
-        },
-    )
+    truncation_loss: float,
+) -> dict[str, float]:
+    """``Solution.diagnostics`` of a patch ΔW = B A, B with orthonormal columns; ``scale`` is s, ``trace`` tr Z."""
+    return {
+        "error_before": before,
+        "error_after": after,
+        "rank": len(A),
+        "tokens": stats.tokens,
+        "ridge_scale": scale,
+        "effective_rank": trace / scale,
+        "condition": condition,
+        "truncation_loss": truncation_loss,
+        "norm": float(A.norm()),
+    }

@@ -6,8 +6,10 @@ and v the vector that are there already, δ the error that they leave, and η th
     T ← T + η · argmin_Δ Σ wᵢ ‖Δ aᵢ − δᵢ‖² + …        (the terms of :mod:`lit_thought.solve`)
     v ← v + η · argmin_u (1/w) Σ wᵢ ‖u − δᵢ‖² + ρ ‖u‖²  =  v + η Σ wᵢ δᵢ / (w (1 + ρ))
 
-the second being the least-squares constant, with a token of unrelated text wishing for zero. Mazzawi et al. 2025,
-arXiv 2510.08734: the thought matrix (Theorem 3.1), the thought vector, and their steps.
+the second being the least-squares constant, with a token of unrelated text wishing for zero. Where a norm with the
+scale g follows the projection, both are solved with that gain (:mod:`lit_thought.gains`); the vector's row j is then
+gⱼ mⱼ / ((1 + ρ) gⱼ² + λ ḡ²), with m the mean of δᵢ / γᵢ weighted by wᵢ γᵢ² and ḡ² the median of g². Mazzawi et al.
+2025, arXiv 2510.08734: the thought matrix (Theorem 3.1), the thought vector, and their steps.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 
 from lit_thought.blocks import Site
 from lit_thought.errors import ThoughtError
+from lit_thought.gains import solve_with_gains
 from lit_thought.rank import reduce_rank
 from lit_thought.runner import Observation
 from lit_thought.solve import Prior, check_finite, solve
@@ -107,8 +110,12 @@ class StageSums:
         """Add one batch's compared tokens."""
         if self.matrix is not None:
             self.matrix.update(seen.a, seen.delta, seen.weights)
-        if self.vector is not None:
+        if self.vector is not None and seen.scale is None:
             self.vector.update(seen.shift, seen.weights)
+        elif self.vector is not None and seen.scale is not None:
+            scale = seen.scale.double()
+            shift = seen.shift / scale.masked_fill(scale == 0, 1)
+            self.vector.update(shift, seen.weights * scale.squeeze(1).square())
 
     def solve(self, start: SitePatch, prior: Prior | None) -> tuple[SitePatch, dict[str, float]]:
         """The site's patch after this stage, in float32 as it will be exported, and figures of its quality.
@@ -123,25 +130,37 @@ class StageSums:
             matrix, figures = self._solve_matrix(self.matrix, matrix, prior)
         if self.vector is not None:
             check_finite(self.name, float(self.vector.energy))
-            weight = self.settings.prior_weight if prior is not None else 0.0
-            step = self.vector.mean() * (self.settings.step_size / (1 + weight))
+            step = self.settings.step_size * self._constant(self.vector, prior is not None)
             vector = (step if vector is None else vector.to(step) + step).float()
             figures |= self._vector_figures(self.vector, step)
         return SitePatch(matrix, vector), figures
+
+    def _constant(self, sums: VectorStatistics, preserve: bool) -> torch.Tensor:
+        """The vector of this step, (d_out,)."""
+        keep = 1 + (self.settings.prior_weight if preserve else 0.0)
+        if self.site.gain is None:
+            return sums.mean() / keep
+        gain = self.site.gain.to(sums.total)
+        ridge = self.settings.ridge * gain[gain != 0].square().quantile(0.5)
+        return gain * sums.mean() / (keep * gain.square() + ridge)
 
     def _solve_matrix(
         self, sums: Statistics, start: LowRank | None, prior: Prior | None
     ) -> tuple[LowRank, dict[str, float]]:
         settings = self.settings
         weight = settings.prior_weight
-        solution = solve(sums, settings.ridge, prior, weight, settings.rank, self.name)
+        gain = self.site.gain
+        if gain is None:
+            solution = solve(sums, settings.ridge, prior, weight, settings.rank, self.name)
+        else:
+            solution = solve_with_gains(sums, gain, settings.ridge, prior, weight, settings.rank, self.name)
         A, B, figures = solution.A, settings.step_size * solution.B, solution.diagnostics
         if start is not None:
             A, B = torch.cat([start.A.to(A), A]), torch.cat([start.B.to(B), B], dim=1)
             ridge = settings.ridge * solution.diagnostics["ridge_scale"]
-            A, B = reduce_rank(A, B, sums, ridge, prior, weight, settings.rank)
+            A, B = reduce_rank(A, B, sums, ridge, prior, weight, settings.rank, gain)
         if start is not None or settings.step_size != 1:  # the figures of what is installed, not of the full step
-            after = _error_after(LowRank(A, B), start, sums)
+            after = _error_after(LowRank(A, B), start, sums, gain)
             figures |= {"error_after": after, "rank": len(A), "norm": _norm(A, B)}
         if A.shape[0] == 0:  # a patch of nothing has rank 1 and is zero
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
@@ -149,17 +168,20 @@ class StageSums:
 
     def _vector_figures(self, sums: VectorStatistics, step: torch.Tensor) -> dict[str, float]:
         before = float(sums.energy) / sums.weight
-        after = before - 2 * float(step @ sums.mean()) + float(step @ step)
+        moved = step if self.site.gain is None else self.site.gain.to(step) * step
+        after = before - 2 * float(moved @ sums.mean()) + float(moved @ moved)
         if self.matrix is None:
             return {"error_before": before, "error_after": after, "tokens": sums.tokens, "norm": float(step.norm())}
         return {"vector_error_before": before, "vector_error_after": after, "vector_norm": float(step.norm())}
 
 
-def _error_after(matrix: LowRank, start: LowRank | None, sums: Statistics) -> float:
-    """(1/w) Σ w ‖δ − (T − T₀) a‖², with δ measured while T₀ was there."""
+def _error_after(matrix: LowRank, start: LowRank | None, sums: Statistics, gain: torch.Tensor | None = None) -> float:
+    """(1/w) Σ w ‖δ − g ⊙ (T − T₀) a‖², with δ measured while T₀ was there."""
     A, B = matrix.A, matrix.B
     if start is not None:
         A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
+    if gain is not None:
+        B = gain.to(B).unsqueeze(1) * B
     explained = float((B.T @ sums.cross.to(B) * A).sum())
     change = float(((B.T @ B) * sums.projected(A)).sum())
     return (float(sums.energy) - 2 * explained + change) / sums.weight

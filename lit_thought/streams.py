@@ -11,16 +11,19 @@ Nothing is left on the user's model: hooks and replaced methods live inside cont
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from lit_thought.blocks import Block, Site, find_decoder
+from lit_thought.blocks import Block, Projection, Site
+from lit_thought.discovery import row_ratio, wider
+from lit_thought.replay import find_decoder, hidden_of, recorded_calls, unwrapped
 
 __all__ = ["LowRank", "Reading", "SitePatch", "Stream", "TokenBatch", "forward_inputs"]
 
@@ -70,13 +73,14 @@ class Reading:
     """What one site saw in one run of its block.
 
     Attributes:
-        input: a, (batch, length, d_in).
-        residual: the residual stream, (batch, length, d): after attention at attn_out and mlp_in, and at mlp_out the
-            block's output.
+        input: a, with the factor γ of each token in it, (batch, length, d_in).
+        residual: the residual stream after the site, (batch, length, d).
+        scale: γ of the projection whose bias takes a vector, (batch or 1, length or 1, 1); None for ones.
     """
 
     input: Tensor
     residual: Tensor
+    scale: Tensor | None = None
 
 
 class _LeadLayer(DynamicLayer):
@@ -121,29 +125,6 @@ def forward_inputs(tokens: TokenBatch, lead_length: int) -> dict[str, Tensor]:
     }
 
 
-@contextmanager
-def _recorded_calls(blocks: Sequence[Block], calls: list[tuple[tuple, dict]]) -> Iterator[None]:
-    """While inside, blocks pass their input through untouched and append their other arguments to ``calls``."""
-
-    def pass_through(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append((args, kwargs))
-        return hidden
-
-    with ExitStack() as stack:
-        for block in blocks:
-            had = block.module.__dict__.get("forward")
-            block.module.forward = pass_through
-
-            def restore(module: nn.Module = block.module, had: Any = had) -> None:
-                if had is None:
-                    del module.forward
-                else:
-                    module.forward = had
-
-            stack.callback(restore)
-        yield
-
-
 class Stream:
     """The residual stream of a batch of sequences at the entrance of one block.
 
@@ -173,24 +154,14 @@ class Stream:
         if lead is not None:
             for layer, ahead in zip(self._layers, lead._layers, strict=True):
                 layer.lead = ahead
-        self._calls: list[tuple[tuple, dict]] = []
-        # The entrance of block 0 is the embedding; reading it from the recorded call, not from the decoder's
-        # output, leaves out the final norm.
-        entrances: list[Tensor] = []
-        handle = blocks[0].module.register_forward_pre_hook(
-            lambda module, args, kwargs: entrances.append(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        try:
-            with _recorded_calls(blocks, self._calls):
-                find_decoder(model)(
-                    **forward_inputs(tokens, lead_length),
-                    past_key_values=Cache(layers=list(self._layers)),
-                    use_cache=True,
-                )
-        finally:
-            handle.remove()
-        self.hidden = entrances[0]
+        with recorded_calls([block.module for block in blocks], blocks[0].like) as recording:
+            find_decoder(model)(
+                **forward_inputs(tokens, lead_length),
+                past_key_values=Cache(layers=list(self._layers)),
+                use_cache=True,
+            )
+        assert recording.entrance is not None
+        self._calls, self.hidden = recording.calls, recording.entrance
 
     def run(
         self,
@@ -210,49 +181,114 @@ class Stream:
         Returns:
             The block's output, or None when it was left early, and the readings by site.
         """
-        args, kwargs = self._calls[block.index]
-        hidden = self.hidden
-        inputs: dict[str, Tensor] = {}
-        residuals: dict[str, Tensor] = {}
-
-        def read_attention(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs["attn_out"], residuals["attn_out"] = given[0], hidden + output
-            if stop_after == "attn_out":
-                raise _StopForwardError
-
-        def read_norm(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs["mlp_in"], residuals["mlp_in"] = output, given[0]
-            if stop_after == "mlp_in":
-                raise _StopForwardError
-
-        def read_down(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs["mlp_out"] = given[0]
-
-        readers = {
-            "attn_out": (block.sites["attn_out"].layer, read_attention),
-            "mlp_in": (block.mlp_norm, read_norm),
-            "mlp_out": (block.sites["mlp_out"].layer, read_down),
-        }
+        reader = _Reader(self.hidden)
         with ExitStack() as stack:
             for name, patch in (patches or {}).items():
                 for layer, hook in _patch_hooks(block.sites[name], patch):
                     stack.callback(layer.register_forward_hook(hook).remove)
             for name in read:  # after the patches, so that the residual stream is read as they leave it
-                layer, reader = readers[name]
-                stack.callback(layer.register_forward_hook(reader).remove)
-            try:
-                output = block.module(hidden, *args, **kwargs)
-            except _StopForwardError:
-                output = None
-        if isinstance(output, tuple):
-            output = output[0]
-        if output is not None and "mlp_out" in inputs:
-            residuals["mlp_out"] = output
-        return output, {name: Reading(inputs[name], residuals[name]) for name in inputs}
+                for handle in reader.hooks(block.sites[name], stop=name == stop_after):
+                    stack.callback(handle.remove)
+            output: Tensor | None = None
+            with suppress(_StopForwardError):
+                output = unwrapped(self._calls[block.index](block.module, self.hidden))
+        return output, reader.readings(output)
 
     def forget_kv(self, block: Block) -> None:
         """Drop the keys and values kept for a block that is finished."""
         self._layers[block.index].latest = None
+
+
+class _Reader:
+    """Hooks that read what sites see while their block runs on a residual stream like ``hidden``."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+        self._sites: list[Site] = []
+        self._inputs: dict[nn.Module, Tensor] = {}
+        self._scales: dict[nn.Module, Tensor] = {}
+        self._residuals: dict[str, Tensor] = {}
+
+    def hooks(self, site: Site, stop: bool) -> Iterator[RemovableHandle]:
+        """Register the hooks of one site; ``stop`` leaves the block once all of it was read."""
+        self._sites.append(site)
+        if site.name == "mlp_in":
+            assert site.point is not None
+
+            def read_norm(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+                self._inputs[module] = output
+                self._residuals[site.name] = hidden_of(args, kwargs)
+                if stop:
+                    raise _StopForwardError
+
+            yield site.point.register_forward_hook(read_norm, with_kwargs=True)
+            return
+        for projection in site.projections:
+            yield from self._projection_hooks(site, projection)
+        if site.point is not None:
+
+            def read_stream(module: nn.Module, args: Any, kwargs: Any) -> None:
+                self._residuals[site.name] = self._rows(next(x for x in (*args, *kwargs.values()) if _is_float(x)))
+                if stop:
+                    raise _StopForwardError
+
+            yield site.point.register_forward_pre_hook(read_stream, with_kwargs=True)
+
+    def _projection_hooks(self, site: Site, projection: Projection) -> Iterator[RemovableHandle]:
+        layer = projection.layer
+
+        def read_input(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            self._inputs[layer] = self._rows(given[0])
+
+        def read_norm(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            assert site.gain is not None
+            y = given[0].to(site.gain)
+            self._scales[layer] = self._rows(row_ratio(output.to(y), site.gain * y))
+
+        def read_gate(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            self._scales[layer] = self._rows(output.to(wider(output.dtype)).sigmoid())
+
+        yield layer.register_forward_hook(read_input)
+        if projection.norm is not None:
+            yield projection.norm.register_forward_hook(read_norm)
+        if projection.gate is not None:
+            yield projection.gate.register_forward_hook(read_gate)
+
+    def readings(self, output: Tensor | None) -> dict[str, Reading]:
+        """What was read, once the block has run; ``output`` is None where it was left early."""
+        found = {}
+        for site in self._sites:
+            residual = self._residuals.get(site.name, output if site.point is None else None)
+            if residual is None:
+                continue
+            if site.name == "mlp_in":
+                assert site.point is not None
+                found[site.name] = Reading(self._inputs[site.point], residual)
+                continue
+            scales = [self._scale(projection) for projection in site.projections]
+            inputs = [
+                self._inputs[projection.layer] if scale is None else self._inputs[projection.layer] * scale
+                for projection, scale in zip(site.projections, scales, strict=True)
+            ]
+            a = torch.cat(inputs, dim=-1) if len(inputs) > 1 else inputs[0]
+            found[site.name] = Reading(a, residual, scales[-1])
+        return found
+
+    def _scale(self, projection: Projection) -> Tensor | None:
+        """γ, (batch or 1, length or 1, 1), float32 or better; None for ones."""
+        if projection.layer in self._scales:
+            return self._scales[projection.layer] * projection.multiplier
+        if projection.multiplier == 1:
+            return None
+        return torch.full((1, 1, 1), projection.multiplier, dtype=wider(self.hidden.dtype), device=self.hidden.device)
+
+    def _rows(self, value: Tensor) -> Tensor:
+        """As (batch, length, ·), also where a layer was given all rows of the batch as one list."""
+        return value.reshape(*self.hidden.shape[:2], -1)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _patch_hooks(site: Site, patch: SitePatch) -> Iterator[tuple[nn.Module, Any]]:

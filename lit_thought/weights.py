@@ -3,20 +3,25 @@
 Per model, the touched parameters are kept as they were, beside the list of changes in the order they came.
 Taking one off puts those copies back and adds the rest again, so removal is exact to the last bit in every
 dtype and order. A bias that a layer does not have is made for as long as a change needs it.
+
+A quantised layer's weight cannot be changed: there a forward hook adds ``B A x`` (+ the vector) to the output, and the
+parameters stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from lit_thought.blocks import weight_of
 from lit_thought.errors import PatchError
+from lit_thought.layers import is_linear, layer_shape, sits_beside, weight_of
 from lit_thought.models import model_name
 
 __all__ = [
@@ -89,7 +94,7 @@ def checked_vector(path: str, value: object) -> Tensor:
 
 @dataclass
 class _State:
-    """What is on a model: the touched parameters as they were, None for a bias that was not there, and
+    """What is on a model: the parameters changed in place as they were, None for a bias that was not there, and
     (owner, change) in the order they came."""
 
     originals: dict[str, Tensor | None] = field(default_factory=dict)
@@ -106,13 +111,13 @@ def has_change(model: nn.Module, owner: object) -> bool:
 
 
 def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
-    """The touched parameters of ``model``, by name, as they were before any change; None: there was none."""
+    """The parameters of ``model`` changed in place, by name, as they were before any change; None: there was none."""
     state = _STATES.get(model)
     return dict(state.originals) if state else {}
 
 
 def add_change(model: nn.Module, owner: object, change: Change) -> None:
-    """Add ``change`` to the parameters, in ``owner``'s name. A failure midway puts all of them back.
+    """Add ``change`` to the parameters, or beside them, in ``owner``'s name. A failure midway takes all of it back.
 
     Raises:
         PatchError: see ``find_weights``.
@@ -121,7 +126,7 @@ def add_change(model: nn.Module, owner: object, change: Change) -> None:
     layers = find_weights(model, change)
     originals = dict(state.originals)
     for name, layer in layers.items():
-        if name not in originals:
+        if name not in originals and not sits_beside(layer):
             value = _parameter(name, layer)
             originals[name] = None if value is None else value.detach().clone()
     try:
@@ -141,7 +146,7 @@ def take_off_change(model: nn.Module, owner: object) -> None:
     _rebuild(find_weights(model, mine), state.originals, [change for _, change in rest])
     used = {name for _, change in rest for name in change}
     if rest:
-        _STATES[model] = _State({name: state.originals[name] for name in used}, rest)
+        _STATES[model] = _State({name: value for name, value in state.originals.items() if name in used}, rest)
     else:
         del _STATES[model]
 
@@ -150,12 +155,12 @@ def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
     """The layer of every parameter in ``change``, after checking that each can take its change.
 
     Raises:
-        PatchError: on a missing module, a wrong shape, or a parameter that is quantised, shared, sharded or
-            not loaded.
+        PatchError: on a missing module, one that is no linear layer, a wrong shape, or a parameter that is shared,
+            sharded or not loaded.
     """
     if not isinstance(model, nn.Module):
         raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     paths = {name: name.rpartition(".")[0] for name in change}
     targets = set(paths.values())
     missing = [path for path in paths.values() if path not in modules]
@@ -167,14 +172,18 @@ def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
         )
     layers = {name: modules[path] for name, path in paths.items()}
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    places: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        places.setdefault(id(module), []).append(path)
     for name, layer in layers.items():
         _check_layer(paths[name], layer, change[name])
         # a bias that is not there yet is shared where its layer is, which the layer's weight tells
         kind = "weight" if _parameter(name, layer) is None else name.rpartition(".")[2]
         own = f"{paths[name]}.{kind}"
         shared = [other for other in names.get(id(_parameter(own, layer)), []) if other != own]
+        shared = shared or [path for path in places[id(layer)] if path != paths[name]]
         if shared:
             raise PatchError(
                 f"{paths[name]!r} shares its {kind} with {shared}, so changing it in place would change both. "
@@ -184,25 +193,18 @@ def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
 
 
 def _check_layer(path: str, layer: nn.Module, addition: Factors | Tensor) -> None:
-    if not isinstance(layer, (nn.Linear, Conv1D)):
+    if not is_linear(layer):
         raise PatchError(
-            f"{path!r} is a {type(layer).__name__}; expected torch.nn.Linear or transformers' Conv1D. If "
-            "the model is quantised or holds PEFT layers, use peft.PeftModel on the saved adapter."
+            f"{path!r} is a {type(layer).__name__}; expected torch.nn.Linear, transformers' Conv1D or a quantised "
+            "linear layer. If the model holds PEFT layers, use peft.PeftModel on the saved adapter."
         )
-    for value in (layer.weight, layer.bias):
-        if value is None:
-            continue
-        if not value.is_floating_point() or value.element_size() < 2:
-            raise PatchError(
-                f"{path!r} is quantised ({value.dtype}), and its weight cannot be changed in place. Save the "
-                "patch with save_adapter and load it with peft.PeftModel.from_pretrained(model, folder)."
-            )
+    for value in (*layer.parameters(), *layer.buffers()):
         if value.is_meta or hasattr(value, "full_tensor"):  # full_tensor: a sharded DTensor
             raise PatchError(
                 f"{path!r} is sharded, offloaded or not loaded; expected the whole weight in memory. Apply the "
                 "patch before sharding, or use the saved adapter with PEFT."
             )
-    d_out, d_in = weight_of(layer).shape
+    d_out, d_in = layer_shape(layer)
     if isinstance(addition, Tensor):
         if len(addition) != d_out:
             raise PatchError(
@@ -217,14 +219,77 @@ def _check_layer(path: str, layer: nn.Module, addition: Factors | Tensor) -> Non
 
 
 def _parameter(name: str, layer: nn.Module) -> Tensor | None:
-    """The layer's weight or bias, whichever ``name`` ends with; None for a bias that is not there."""
-    value = getattr(layer, name.rpartition(".")[2])
-    assert value is None or isinstance(value, Tensor)
-    return value
+    """The layer's weight or bias, whichever ``name`` ends with; None for one that is not there."""
+    value = getattr(layer, name.rpartition(".")[2], None)
+    return value if isinstance(value, Tensor) else None
+
+
+class _Beside:
+    """A forward hook that adds the changes of one layer to its output; it leaves when the last of them does."""
+
+    def __init__(self) -> None:
+        self.additions: dict[str, list[Factors | Tensor]] = {}
+        self.handle: RemovableHandle | None = None
+        self.ready: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
+        self.where: tuple[torch.device, torch.dtype] | None = None
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+        a, b, vector = self._tensors(output.device, dtype)
+        with torch.autocast(output.device.type, enabled=False):
+            total = output.to(dtype)
+            if a is not None and b is not None:
+                total = total + x.to(dtype) @ a.T @ b.T
+            return (total if vector is None else total + vector).to(output.dtype)
+
+    def _tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A (r, d_in) and B (d_out, r) of all matrices side by side, and the sum (d_out,) of the vectors."""
+        if self.ready is None or self.where != (device, dtype):
+            matrices = [value for value in self.additions.get("weight", []) if isinstance(value, Factors)]
+            vectors = [value for value in self.additions.get("bias", []) if isinstance(value, Tensor)]
+            # a tensor made in inference mode could not be used for gradients outside it
+            with torch.inference_mode(False):
+                self.ready = (
+                    torch.cat([value.A for value in matrices]).to(device, dtype) if matrices else None,
+                    torch.cat([value.B for value in matrices], dim=1).to(device, dtype) if matrices else None,
+                    torch.stack(vectors).to(device, dtype).sum(0) if vectors else None,
+                )
+            self.where = device, dtype
+        return self.ready
+
+
+def _hook(layer: nn.Module) -> _Beside | None:
+    return next((hook for hook in layer._forward_hooks.values() if isinstance(hook, _Beside)), None)
+
+
+def _add_beside(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+    hook = _hook(layer)
+    if hook is None:
+        hook = _Beside()
+        # first of all hooks, so that the others see the output that a changed weight would give
+        hook.handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
+    hook.additions.setdefault(name.rpartition(".")[2], []).append(addition)
+    hook.ready = None
+
+
+def _clear_beside(name: str, layer: nn.Module) -> None:
+    """Take all changes of a layer's weight, or of its bias, off again."""
+    hook = _hook(layer)
+    if hook is None:
+        return
+    hook.additions.pop(name.rpartition(".")[2], None)
+    hook.ready = None
+    if not hook.additions and hook.handle is not None:
+        hook.handle.remove()
 
 
 def _add(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
-    """``W += B A`` (transposed for Conv1D) or ``b += v``, in float32 or better, rounded to the dtype once."""
+    """``W += B A`` (transposed for Conv1D) or ``b += v``, in float32 or better, rounded to the dtype once; or beside
+    the layer."""
+    if sits_beside(layer):
+        _add_beside(name, layer, addition)
+        return
     value = _parameter(name, layer)
     if value is None:
         value = layer.bias = _zero_bias(layer)
@@ -254,9 +319,12 @@ def _rebuild(
     originals: Mapping[str, Tensor | None],
     changes: Iterable[Change],
 ) -> None:
-    """Put the original parameters back, then add the given changes in order."""
+    """Put the original parameters back and take hooks off, then add the given changes in order."""
     with torch.no_grad():
         for name, layer in layers.items():
+            if name not in originals:
+                _clear_beside(name, layer)
+                continue
             original, value = originals[name], _parameter(name, layer)
             if original is None:
                 layer.register_parameter("bias", None)

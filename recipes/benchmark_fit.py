@@ -30,7 +30,7 @@ from tasks import TEMPLATE, load_split, write_results
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
 from lit_thought.api import fit
-from lit_thought.blocks import find_decoder
+from lit_thought.replay import find_decoder
 from lit_thought.streams import forward_inputs, lead_cache
 
 

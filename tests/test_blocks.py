@@ -149,7 +149,7 @@ def test_post_norm_blocks_on_request() -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     seen: dict[str, Tensor] = {}
-    for block in find_blocks(model, post_norm=True):
+    for block in find_blocks(model):
         module, norm = block.module, block.output_norm
         assert norm is module.post_feedforward_layernorm
         assert list(block.sites["mlp_in"].targets.values()) == [module.mlp.gate_proj, module.mlp.up_proj]

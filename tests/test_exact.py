@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from lit_thought.blocks import find_blocks, weight_of
+from lit_thought.blocks import find_blocks
+from lit_thought.layers import weight_of
 from lit_thought.errors import ThoughtError, UnsupportedModelError
 from lit_thought.theory import TokenPatches, apply_token_patches, token_patches
 
@@ -54,7 +55,7 @@ def record(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Entrance, m, norm(m) and output of each block, and the logits, of one run: (length, d) each."""
     seen: dict[str, Any] = {name: [] for name in ("entrance", "m", "a", "o")}
     handles = []
-    for block in find_blocks(model, post_norm=True):
+    for block in find_blocks(model):
         handles.append(block.module.register_forward_pre_hook(lambda _, given: seen["entrance"].append(given[0][0])))
         handles.append(block.mlp_norm.register_forward_hook(lambda _, given, out: seen["m"].append(given[0][0])))
         handles.append(block.mlp_norm.register_forward_hook(lambda _, given, out: seen["a"].append(out[0])))
@@ -115,7 +116,7 @@ class WrittenOutNorm(nn.Module):
 def written_out(model: PreTrainedModel, patches: dict[int, TokenPatches]) -> PreTrainedModel:
     """A copy of the model in which every patched block's MLP is a :class:`WrittenOut`."""
     written = copy.deepcopy(model).requires_grad_(False)
-    for block in find_blocks(written, post_norm=True):
+    for block in find_blocks(written):
         if block.index not in patches:
             continue
         patch, gated = patches[block.index], hasattr(block.module.mlp, "gate_proj")
@@ -181,7 +182,7 @@ def test_one_block_alone_written_out(family: str, output: str) -> None:
     for index, patch in patches.items():
         for chosen, low, high in (({index: patch}, 0, 1e-9), ({}, 0.01, 10)):
             written = written_out(model, chosen)
-            block = find_blocks(model, post_norm=True)[index]
+            block = find_blocks(model)[index]
             inner = dict(written.named_modules())[
                 next(name for name, module in model.named_modules() if module is block.module)
             ]
@@ -205,7 +206,7 @@ def test_the_update_is_of_rank_one_and_gives_each_first_linear_the_instructed_in
     assert patch.a.equal(a)
     assert patch.delta_a.allclose(target - a, atol=1e-12)
     assert patch.delta.allclose(wanted["m"][0][positions] - bare["m"][0], atol=1e-12)
-    for layer in find_blocks(model, post_norm=True)[0].sites["mlp_in"].targets.values():
+    for layer in find_blocks(model)[0].sites["mlp_in"].targets.values():
         weight = weight_of(layer)
         for i in (0, 1, 5):  # a sliding window of 8 lets these see the chunk
             change = torch.outer(*patch.rank_one(weight, i))
@@ -255,7 +256,7 @@ def test_hooks_do_what_written_out_weights_do_and_leave_nothing(family: str, out
     with torch.no_grad():
         wanted = model(instructed).logits[0, positions]
     model.train()
-    find_blocks(model, post_norm=True)[0].module.eval()  # mixed modes come back as they were
+    find_blocks(model)[0].module.eval()  # mixed modes come back as they were
     with unchanged(model):
         patches = token_patches(model, tokenizer, INSTRUCTION, TEXT, output=output)
     model.eval()
@@ -298,7 +299,7 @@ def test_an_exception_midway_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(find_blocks(model, post_norm=True)[2].mlp_norm, "forward", fail)
+        patched.setattr(find_blocks(model)[2].mlp_norm, "forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             token_patches(model, tokenizer, INSTRUCTION, TEXT)
         assert hooks_on(model) == 0
@@ -349,7 +350,7 @@ def model_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def test_a_channel_of_zero_is_out_of_reach_of_the_norms_scale() -> None:
     model, tokenizer = make_any("gemma3"), make_tokenizer()
-    weight_of(find_blocks(model, post_norm=True)[1].sites["mlp_out"].layer).data[5] = 0
+    weight_of(find_blocks(model)[1].sites["mlp_out"].layer).data[5] = 0
     plain, instructed, positions = tokens_of(tokenizer)
     wanted = record(model, instructed)["o"][1][positions]
     for output, missed in (("norm_scale", True), ("vector", False)):

@@ -343,6 +343,7 @@ def test_chat_end_of_turn() -> None:
     assert text(tokenizer, pair.plain_ids).endswith("assistant\ndown<|x|>")
     hiding = "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}\n{% endfor %}"
     assert tail(hiding) == "down </s>"
+    assert tail(hiding.replace("}}", "}}<|e|>")) == "down </s>"
     assert PromptTemplate.chat().tokenise(chat_tokenizer(hiding), "Talk.", "up", "down").plain_ids[-1] == 1
 
 
@@ -358,15 +359,12 @@ def test_chat_input_that_is_found_elsewhere_too() -> None:
     ("template", "match"),
     [
         (None, "needs a tokenizer with one"),
-        ("{{ messages[-1]['content'] }}", "write the instruction once, but it wrote it 0 times"),
+        ("{{ messages | length }}", "write the instruction once, but it wrote it 0 times"),
         (
             "{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}",
             "instruction once, but it wrote it 2 times",
         ),
-        (
-            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
-            "no system role",
-        ),
+        ("{{ raise_exception('no messages') }}", "failed on messages of the roles user.*no messages"),
         (
             "{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}{% endfor %}",
             "depending on what",
@@ -406,13 +404,24 @@ def test_stop() -> None:
         PromptTemplate("{input}{output}", separator="##"),
         PromptTemplate.chat(),
         PromptTemplate.parse("chat-user"),
+        PromptTemplate.chat(options={"enable_thinking": True}),
     ],
 )
 def test_dict_round_trip(template: PromptTemplate) -> None:
     assert PromptTemplate.from_dict(json.loads(json.dumps(template.to_dict()))) == template
 
 
-@pytest.mark.parametrize("values", [{}, {"text": "{input}{output}"}, {"user": "{input}", "text": ""}, "chat"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"text": "{input}{output}"},
+        {"user": "{input}", "text": ""},
+        {"user": "{input}", "options": {}},
+        {"text": "{input}{output}", "separator": "", "options": {}},
+        "chat",
+    ],
+)
 def test_from_dict_rejects_other_keys(values: object) -> None:
     with pytest.raises(ThoughtError, match="expected the keys"):
         PromptTemplate.from_dict(values)  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from conftest import CORPUS, make_model, make_tokenizer
 from test_exact import CASES, INSTRUCTION, TEXT, hooks_on, largest, make_any, record, tokens_of, unchanged
 
 from lit_thought import load_model
-from lit_thought.blocks import find_blocks, weight_of
+from lit_thought.blocks import find_blocks
+from lit_thought.layers import weight_of
 from lit_thought.cli import main
 from lit_thought.theory import ExactReport, format_report, token_patches, verify_exact
 from lit_thought.theory import verify as verify_module
@@ -28,7 +29,7 @@ def test_both_theorems_hold(family: str, output: str, bos: bool) -> None:
     model = make_any(family)
     with unchanged(model):
         report = verify_exact(model, make_tokenizer(bos=bos), INSTRUCTION, TEXT, output=output)
-    assert [block.block for block in report.blocks] == list(range(len(find_blocks(model, post_norm=True))))
+    assert [block.block for block in report.blocks] == list(range(len(find_blocks(model))))
     for block in report.blocks:
         assert block.patched
         assert block.unreachable == 0
@@ -63,7 +64,7 @@ def test_the_figures_against_others_computed_here(family: str) -> None:
     patches = token_patches(model, tokenizer, INSTRUCTION, TEXT)
     assert report.tokens == plain.shape[1]
     assert report.instruction_tokens == instructed.shape[1] - plain.shape[1]
-    for block, module in zip(report.blocks, find_blocks(model, post_norm=True), strict=True):
+    for block, module in zip(report.blocks, find_blocks(model), strict=True):
         i = block.block
         target = wanted["o"][i][positions]
         assert block.sequence_plain == pytest.approx(largest(bare["o"][i], target))
@@ -119,7 +120,7 @@ def test_only_some_blocks() -> None:
 
 def test_what_no_patch_reaches_is_counted() -> None:
     model, tokenizer = make_any("gemma3"), make_tokenizer()
-    weight_of(find_blocks(model, post_norm=True)[1].sites["mlp_out"].layer).data[5] = 0
+    weight_of(find_blocks(model)[1].sites["mlp_out"].layer).data[5] = 0
     report = verify_exact(model, tokenizer, INSTRUCTION, TEXT)
     assert [block.unreachable for block in report.blocks] == [0, report.tokens, 0, 0]
     assert report.blocks[1].sequence > 1e-3

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.blocks import Block, check_indices, find_blocks, find_decoder, weight_of
-from lit_thought.errors import ThoughtError
+from lit_thought.blocks import Block, check_indices, find_blocks
+from lit_thought.errors import ThoughtError, UnsupportedModelError
+from lit_thought.layers import weight_of
 from lit_thought.models import context_window, evaluating
 from lit_thought.prompts import PromptTemplate
+from lit_thought.replay import find_decoder, hidden_of, unwrapped
 
 __all__ = ["TokenPatches", "TokenRuns", "Trace", "apply_token_patches", "check_texts", "token_patches"]
 
@@ -85,7 +87,7 @@ class TokenPatches:
         """The change of one first linear for one token: ΔW = u vᵀ with u = W δᵃ_x and v = a_x / ‖a_x‖².
 
         Args:
-            weight: W, (d_ff, d), any floating dtype: :func:`~lit_thought.blocks.weight_of` a layer.
+            weight: W, (d_ff, d), any floating dtype: :func:`~lit_thought.layers.weight_of` a layer.
             index: the token, among the n.
 
         Returns:
@@ -186,12 +188,13 @@ def apply_token_patches(model: PreTrainedModel, patches: Mapping[int, TokenPatch
         ThoughtError: when the model lacks one of the blocks or has another width, and, inside, when it is run on
             another number of tokens.
     """
-    found = find_blocks(model, post_norm=True)
+    found = find_blocks(model)
     for index, patch in patches.items():
         width = patch.delta.shape[-1]
-        if not 0 <= index < len(found) or found[index].sites["mlp_in"].d_out != width:
+        own = found[0].sites["mlp_out"].d_out
+        if not 0 <= index < len(found) or own != width:
             raise ThoughtError(
-                f"patches: expected those of this model ({len(found)} blocks, width {found[0].sites['mlp_in'].d_out}), "
+                f"patches: expected those of this model ({len(found)} blocks, width {own}), "
                 f"got block {index} of width {width}. Apply them to the model they were made for."
             )
     with ExitStack() as stack:
@@ -223,7 +226,8 @@ class TokenRuns:
         tokens: int | None = None,
     ) -> None:
         self.model = model
-        self.blocks = find_blocks(model, post_norm=True)
+        self.blocks = find_blocks(model)
+        _check_blocks(self.blocks)
         self.chosen = check_indices(blocks, len(self.blocks)) or list(range(len(self.blocks)))
         self.output = _check_output(output, self.blocks)
         check_texts(instruction, text, tokens)
@@ -279,6 +283,7 @@ class TokenRuns:
             delta_a, delta = target.inputs[block.index].to(wide) - a, target.residuals[block.index].to(wide) - m
             patches[block.index] = TokenPatches(block.index, self.plain_ids, self.target_positions, a, delta_a, delta)
 
+        assert block.mlp_norm is not None
         yield block.mlp_norm, read
         if self.output == "norm_scale" and block.output_norm is not None:
             unscaled = _unscaled(block.output_norm)
@@ -298,7 +303,7 @@ class TokenRuns:
         trace = Trace([], [], [], [])
 
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden_of(args, kwargs)
             if entrances is not None:
                 hidden = entrances[len(trace.entrances)][None]
             trace.entrances.append(hidden[0, rows])
@@ -309,7 +314,7 @@ class TokenRuns:
             trace.inputs.append(output[0, rows])
 
         def leave(module: nn.Module, given: tuple, output: Any) -> None:
-            trace.outputs.append((output[0] if isinstance(output, tuple) else output)[0, rows])
+            trace.outputs.append(unwrapped(output)[0, rows])
 
         with ExitStack() as stack:
             for block in self.blocks:
@@ -338,10 +343,10 @@ def _patch_hooks(block: Block, patches: Mapping[int, TokenPatches]) -> Iterator[
     def first_linear(patch: TokenPatches, layer: nn.Module, x: Tensor) -> Tensor:
         return (patch.keys * x).sum(-1, keepdim=True) * patch.values(weight_of(layer))
 
-    for layer in block.sites["mlp_in"].targets.values():
+    for layer in block.firsts.values():
         yield layer, hook(first_linear)
     if block.output_norm is None:
-        yield block.sites["mlp_in"].layer, hook(lambda patch, layer, x: patch.delta)
+        yield block.sites["mlp_out"].layer, hook(lambda patch, layer, x: patch.delta)
         return
     unscaled = _unscaled(block.output_norm)
     yield (
@@ -379,6 +384,18 @@ def check_texts(instruction: str, text: str, tokens: int | None) -> None:
             raise ThoughtError(f"{name}: expected a string that is not blank, got {value!r}.")
     if tokens is not None and (type(tokens) is not int or tokens < 2):
         raise ThoughtError(f"tokens={tokens!r}; expected a whole number of 2 or more, or None for the whole text.")
+
+
+def _check_blocks(blocks: Sequence[Block]) -> None:
+    """Refuse models with a block that does not end with ``o = m + norm(MLP(norm(m)))``, with or without that norm."""
+    for block in blocks:
+        site = block.sites.get("mlp_out")
+        ends = site is not None and site.point is None and site.projections[0].multiplier == 1
+        if not block.firsts or block.mlp_norm is None or not ends:
+            why = block.missing.get("mlp_in", "what its MLP puts out is scaled, or is not the end of the block")
+            raise UnsupportedModelError(
+                f"not supported: exact patches of block {block.index}: {why}. transmute works on this model."
+            )
 
 
 def _check_output(output: Output | None, blocks: Sequence[Block]) -> Output:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.alignment import TokenisedPair, check_context
 from lit_thought.batches import PairBatch, make_batches
-from lit_thought.blocks import find_blocks
+from lit_thought.blocks import find_blocks, plain_outputs
 from lit_thought.data_files import load_pairs, pair_instructions
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation import batch_logits
@@ -74,6 +74,7 @@ def thought_vectors(
     if contrast is not None and not contrast.strip():
         raise ThoughtError("contrast is empty; expected a chunk to set against the instruction, or None for nothing.")
     blocks = find_blocks(model)
+    plain_outputs(blocks)
     batches = _batches(model, tokenizer, instruction, pairs, contrast, template, tokens, batch_size)
     vectors = []
     with evaluating(model):
@@ -99,21 +100,20 @@ def vector_patch(model: PreTrainedModel, vectors: Mapping[int, Tensor], scale: f
     Raises:
         ThoughtError: for an index without a block or a vector of another size.
     """
-    blocks = find_blocks(model)
+    sites = plain_outputs(find_blocks(model))
     for index, vector in vectors.items():
-        if index not in range(len(blocks)):
-            raise ThoughtError(f"vectors: the model has blocks 0 to {len(blocks) - 1}; got one for block {index}.")
-        if tuple(vector.shape) != (blocks[index].sites["mlp_out"].d_out,):
-            width = blocks[index].sites["mlp_out"].d_out
+        if index not in range(len(sites)):
+            raise ThoughtError(f"vectors: the model has blocks 0 to {len(sites) - 1}; got one for block {index}.")
+        if tuple(vector.shape) != (sites[index].d_out,):
+            width = sites[index].d_out
             raise ThoughtError(f"vectors[{index}] must be ({width},), the residual stream; got {tuple(vector.shape)}.")
     name = model_name(model)
-    sites = {index: blocks[index].sites["mlp_out"] for index in vectors}
     provenance = {
         "model": name,
         "base_model": name,
         "fingerprint": fingerprint(model),
-        "fan_in_fan_out": blocks[0].sites["mlp_out"].fan_in_fan_out,
-        "d_in": {site.path: site.d_in for site in sites.values()},
+        "fan_in_fan_out": sites[0].fan_in_fan_out,
+        "d_in": {sites[index].path: sites[index].d_in for index in vectors},
     }
     return ThoughtPatch({}, provenance, {sites[index].path: scale * vector for index, vector in vectors.items()})
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.blocks import Block, weight_of
+from lit_thought.blocks import Block
+from lit_thought.layers import weight_of
 from lit_thought.metrics import token_kl
 from lit_thought.models import evaluating, model_name
 from lit_thought.theory.exact import Output, TokenPatches, TokenRuns, Trace, apply_token_patches
@@ -193,7 +194,7 @@ def _relative_error(got: Tensor, wanted: Tensor) -> float:
 
 def _sizes(block: Block, patch: TokenPatches, residuals: Tensor) -> dict[str, float]:
     """How large a block's patches are: ‖ΔW_x‖ / ‖W‖ (‖u vᵀ‖_F = ‖u‖ ‖v‖) and ‖δ_x‖ / ‖m‖."""
-    weights = [weight_of(layer).detach().to(patch.delta) for layer in block.sites["mlp_in"].targets.values()]
+    weights = [weight_of(layer).detach().to(patch.delta) for layer in block.firsts.values()]
     values = sum(patch.values(weight).square().sum(-1) for weight in weights)
     change = torch.as_tensor(values).sqrt() * patch.keys.norm(dim=-1)
     change = change / torch.stack([weight.norm() for weight in weights]).norm()
