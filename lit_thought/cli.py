@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import jsonargparse
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["evaluate", "fit", "main", "verify"]
+__all__ = ["evaluate", "fit", "inspect", "main", "verify"]
 
 
 def fit(
@@ -25,9 +25,11 @@ def fit(
     instruction_file: str | None = None,
     template: str = "Q: {input}\nA: {output}\n",
     model: str = "smollm2",
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
+    gguf_file: str | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     **settings: Any,
@@ -43,10 +45,12 @@ def fit(
         instruction_file: a UTF-8 text file to read it from instead.
         template: text with {input} and {output} (and {instruction} where the chunk is not at the start), "chat"
             (instruction as system message) or "chat-user" (inside the user message).
-        model: smollm2 (the embedded default), a hub id or a local directory.
-        dtype: dtype to load the model in.
+        model: smollm2 (the embedded default), a hub id, a local directory or a .gguf file.
+        dtype: dtype to load the model in; float32, or bfloat16 with quantization, when left out.
         device: where to put it, such as cuda; the CPU when left out.
         revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        quantization: 8bit or 4bit, by bitsandbytes on a CUDA device.
         trust_remote_code: run code that a hub model brings along.
         overwrite: replace the folder if it exists.
         **settings: see :func:`lit_thought.api.transmute`.
@@ -56,7 +60,7 @@ def fit(
 
     check_output_folder(out, overwrite)
     text = _instruction(instruction, instruction_file)
-    loader = partial(_load, model, dtype, device, revision, trust_remote_code)
+    loader = partial(_load, model, dtype, device, revision, gguf_file, quantization, trust_remote_code)
     patch = transmute(loader, None, text, pairs, template, **settings)
     patch.save_adapter(out, overwrite=overwrite)
     size = (Path(out).expanduser() / "adapter_model.safetensors").stat().st_size
@@ -71,9 +75,11 @@ def evaluate(
     instruction_file: str | None = None,
     template: str | None = None,
     model: str = "smollm2",
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
+    gguf_file: str | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
     trust_remote_code: bool = False,
     unrelated: str | None = "default",
     max_new_tokens: int = 64,
@@ -92,10 +98,12 @@ def evaluate(
         instruction: the instruction; the one the adapter was made from when left out.
         instruction_file: a UTF-8 text file to read it from instead.
         template: as for fit; the adapter's own when left out.
-        model: smollm2 (the embedded default), a hub id or a local directory.
-        dtype: dtype to load the model in.
+        model: smollm2 (the embedded default), a hub id, a local directory or a .gguf file.
+        dtype: dtype to load the model in; float32, or bfloat16 with quantization, when left out.
         device: where to put it, such as cuda; the CPU when left out.
         revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        quantization: 8bit or 4bit, by bitsandbytes on a CUDA device.
         trust_remote_code: run code that a hub model brings along.
         unrelated: text file to measure perplexity on; "default" for text that the package ships, null to skip.
         max_new_tokens: longest output.
@@ -130,7 +138,7 @@ def evaluate(
     pair_instructions(rows, text)
     if unrelated is not None:
         load_texts(unrelated, "evaluate", "unrelated")
-    lm, tokenizer = _load(model, dtype, device, revision, trust_remote_code)
+    lm, tokenizer = _load(model, dtype, device, revision, gguf_file, quantization, trust_remote_code)
     result = compare(
         lm,
         tokenizer,
@@ -147,9 +155,9 @@ def evaluate(
     if out is not None:
         with atomic_folder(out) as folder:
             items = result.pop("items")
-            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+            lines = (dumps(item, ensure_ascii=False) + "\n" for item in items)
             (folder / "items.jsonl").write_text("".join(lines), encoding="utf-8")
-            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            (folder / "result.json").write_text(dumps(result, indent=1) + "\n", encoding="utf-8")
         _say(f"Wrote result.json and items.jsonl to {out}")
 
 
@@ -161,9 +169,11 @@ def verify(
     output: Literal["vector", "norm_scale"] | None = None,
     out: str | None = None,
     model: str = "smollm2",
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
+    gguf_file: str | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Check the theorems: with each token's own weights, the model without the instruction is the one with it.
@@ -178,10 +188,12 @@ def verify(
         output: where the residual error goes: vector (the MLP's output bias, or after its norm) or norm_scale (the
             scale of the norm after the MLP, where there is one); what suits the model when left out.
         out: JSON file for the report; not written when left out.
-        model: smollm2 (the embedded default), a hub id or a local directory.
-        dtype: dtype to load the model in.
+        model: smollm2 (the embedded default), a hub id, a local directory or a .gguf file.
+        dtype: dtype to load the model in; float32, or bfloat16 with quantization, when left out.
         device: where to put it, such as cuda; the CPU when left out.
         revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        quantization: 8bit or 4bit, by bitsandbytes on a CUDA device.
         trust_remote_code: run code that a hub model brings along.
     """
     from lit_thought.files import atomic_file
@@ -194,22 +206,71 @@ def verify(
     text = load_texts(text_file, "evaluate", "text_file")[0]
     check_texts(chunk, text, tokens)
     with atomic_file(out) if out is not None else nullcontext() as file:  # checks its path first
-        lm, tokenizer = _load(model, dtype, device, revision, trust_remote_code)
+        lm, tokenizer = _load(model, dtype, device, revision, gguf_file, quantization, trust_remote_code)
         report = verify_exact(lm, tokenizer, chunk, text, output=output, tokens=tokens)
         print(format_report(report))
         if file is not None:
-            file.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+            file.write_text(dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     if out is not None:
         _say(f"Wrote the report to {out}")
+
+
+def inspect(
+    model: str = "smollm2",
+    sites: list[str] | None = None,
+    tokens: int = 500,
+    chunk_tokens: int = 100,
+    rank: int = 16,
+    preserve_tokens: int = 12_000,
+    json: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Show what a fit would find and change in a model, and estimate its memory and time, before anything runs.
+
+    Example: lit-thought inspect google/gemma-3-270m
+
+    Args:
+        model: smollm2 (the embedded default), a hub id, a local directory or a .gguf file.
+        sites: attn_out, mlp_in, mlp_out or several; when left out, attn_out and mlp_out wherever a block has them.
+        tokens: compared tokens of all pairs together, for the estimates.
+        chunk_tokens: tokens of the instruction, for the estimates.
+        rank: rank of the patch, for the estimates.
+        preserve_tokens: tokens of unrelated text, for the estimates.
+        json: print the report as JSON.
+        dtype: dtype to load the model in; float32, or bfloat16 with quantization, when left out.
+        device: where to put it, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        quantization: 8bit or 4bit, by bitsandbytes on a CUDA device.
+        trust_remote_code: run code that a hub model brings along.
+    """
+    from lit_thought.blocks import check_sites
+    from lit_thought.errors import check_counts
+    from lit_thought.inspection import format_inspection, inspect_model
+
+    check_counts(tokens=tokens, chunk_tokens=chunk_tokens, rank=rank, preserve_tokens=preserve_tokens)
+    if sites is not None:
+        check_sites(sites)
+    lm, _ = _load(model, dtype, device, revision, gguf_file, quantization, trust_remote_code)
+    found = inspect_model(lm, sites, tokens, chunk_tokens, rank, preserve_tokens)
+    print(dumps(found.to_dict(), indent=1) if json else format_inspection(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: bad input ends in one line on standard error and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["inspect"] and len(given) > 1 and not given[1].startswith("-"):
+        given[1] = f"--model={given[1]}"  # lit-thought inspect MODEL
     try:
         jsonargparse.auto_cli(
-            {"fit": fit, "evaluate": evaluate, "verify": verify},
-            args=list(arguments) if arguments is not None else None,
+            {"fit": fit, "evaluate": evaluate, "inspect": inspect, "verify": verify},
+            args=given,
             as_positional=False,
             prog="lit-thought",
             description="Turn a prompt into weights, with no training.",
@@ -230,11 +291,27 @@ def _instruction(text: str | None, file: str | None) -> str | None:
         raise ThoughtError(f"instruction_file={file!r} cannot be read as a UTF-8 text file ({error}).") from error
 
 
-def _load(name: str, dtype: str, device: str | None, revision: str | None, trust_remote_code: bool) -> Any:
+def _load(
+    name: str,
+    dtype: str | None,
+    device: str | None,
+    revision: str | None,
+    gguf_file: str | None,
+    quantization: Literal["8bit", "4bit"] | None,
+    trust_remote_code: bool,
+) -> Any:
     from lit_thought.models import load_model
 
     _say(f"Loading {name} …")
-    return load_model(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    return load_model(
+        name,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        gguf_file=gguf_file,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _say(message: str) -> None:

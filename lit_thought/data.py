@@ -194,6 +194,7 @@ class PairDataModule(LightningDataModule):
                     seed=self.seed,
                     progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
                     options=self.generate_options,
+                    keep_special=self.template.is_chat,
                 )
                 written |= zip(members, outputs, strict=True)
         return written

@@ -164,7 +164,7 @@ class _Tracer:
             missing["attn_out"] = (
                 "no linear layer that mixes tokens writes to the residual stream"
                 if self._is_stream(None)
-                else "its residual stream cannot be told from its branches (post-layer-norm, or attention without a norm)"
+                else "its residual stream cannot be told from its branches (post-layer-norm, or no norm on attention)"
             )
         mlp_out = None
         for writer in writers:

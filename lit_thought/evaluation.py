@@ -213,6 +213,7 @@ class Evaluation:
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
                 progress=lambda done: bar.update(done - bar.n) and None,
+                keep_special=self.template.is_chat,
             )
 
     def _write_instructed(self) -> list[Generation]:

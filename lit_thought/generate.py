@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -59,6 +60,7 @@ def generate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     options: Mapping[str, Any] | None = None,
+    keep_special: bool = False,
 ) -> list[Generation]:
     """Continue token prompts, greedily unless ``options`` say otherwise.
 
@@ -74,6 +76,8 @@ def generate(
         seed: seed of the sampling, where ``options`` switch it on; the global generators are left as they were.
         progress: called with the number of prompts done after each batch.
         options: further arguments of ``model.generate``, such as ``{"do_sample": True, "temperature": 0.7}``.
+        keep_special: keep special tokens in the text, except for those that end it: the channels of gpt-oss, the
+            thoughts of other families.
 
     Returns:
         One :class:`Generation` for each prompt, in order.
@@ -90,19 +94,17 @@ def generate(
         )
     device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    # the padding after a shared beginning would take up places in a sliding window
-    slides = window is not None and max(map(len, prompts)) + max_new_tokens > window
-    shared = 0 if slides else common_prefix(prompts)
+    by_place = _counts_places(model)
+    shared = 0 if by_place else common_prefix(prompts)
     lead = lead_cache(model, prompts[0][:shared]) if shared else None
     ends = _end_tokens(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    same_length = by_place or _has_window(model, max(map(len, prompts)) + max_new_tokens)
+    batches = _batches(prompts, batch_size, same_length)
     results: dict[int, Generation] = {}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
+        for members in batches:
             rest = pad([prompts[i][shared:] for i in members], pad_id, "left").to(device)
             ahead = torch.tensor([list(prompts[0][:shared])], dtype=torch.long, device=device)
             ids = torch.cat([ahead.expand(len(members), -1), rest.ids], dim=1)
@@ -135,11 +137,34 @@ def generate(
             for row, i in enumerate(members):
                 new = output[row, ids.shape[1] :].tolist()
                 ended = next((k for k, token in enumerate(new) if token in ends), None)
-                text, stopped = _cut(str(tokenizer.decode(new[:ended], skip_special_tokens=True)), stop)
+                text, stopped = _cut(str(tokenizer.decode(new[:ended], skip_special_tokens=not keep_special)), stop)
                 results[i] = Generation(text.strip(), stopped or ended is not None)
             if progress is not None:
                 progress(len(results))
     return [results[i] for i in range(len(prompts))]
+
+
+def _counts_places(model: PreTrainedModel) -> bool:
+    """Whether attention counts distance in places of the batch, padding and all, from its first one (MPT)."""
+    return bool(getattr(getattr(model.config.get_text_config(), "attn_config", None), "alibi", False))
+
+
+def _has_window(model: PreTrainedModel, length: int) -> bool:
+    """Whether padding between a shared beginning and the rest takes up places in a window or chunk of attention."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    return any(isinstance(window, int) and length > window for window in windows)
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: bool) -> list[list[int]]:
+    """Indices of the prompts by length, in batches; of one length each where padding would count."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = groupby(order, key=lambda i: len(prompts[i]) if same_length else 0)
+    return [
+        members[start : start + batch_size]
+        for members in (list(group) for _, group in groups)
+        for start in range(0, len(members), batch_size)
+    ]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

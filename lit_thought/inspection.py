@@ -1,0 +1,370 @@
+"""What a fit would find in a model and what it would cost, before anything long runs: ``lit-thought inspect``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_thought.blocks import DEFAULT_SITES, JOINT, SITES, Block, Site, check_sites, find_blocks, require_site
+from lit_thought.errors import check_counts
+from lit_thought.gains import solve_with_gains
+from lit_thought.layers import sits_beside
+from lit_thought.models import evaluating, model_name
+from lit_thought.preserve import WINDOW
+from lit_thought.solve import Prior, solve
+from lit_thought.statistics import Statistics
+from lit_thought.streams import Stream, TokenBatch
+
+__all__ = ["BlockKind", "Inspection", "SiteReport", "format_inspection", "inspect_model"]
+
+_PROBE = 1024
+"""Largest size at which a solve is timed; beyond, its time grows with the cube of the size."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site of a kind of block.
+
+    Attributes:
+        name: attn_out, mlp_in, mlp_out, or attn_out+mlp_out where both are solved together.
+        layers: paths of the layers that change, within the block.
+        d_in, d_out: sizes of a and δ.
+        output: how the layers' output reaches the residual stream, in words.
+        gain: smallest, median and largest |g| over the channels of all blocks of the kind; None without a norm.
+        quantised: whether a layer is quantised, so that the patch stays beside it.
+        statistics_bytes: Z and C in float64.
+        fitted: whether a fit at the chosen sites solves it.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    d_in: int
+    d_out: int
+    output: str
+    gain: tuple[float, float, float] | None
+    quantised: bool
+    statistics_bytes: int
+    fitted: bool
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """Blocks that are alike, by index, and what was found in them; ``missing`` says why they lack a site."""
+
+    blocks: tuple[int, ...]
+    layout: str
+    norm_before_mlp: str | None
+    experts: str | None
+    sites: tuple[SiteReport, ...]
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect_model` found.
+
+    Attributes:
+        model, architecture, parameters, dtype, device, width: the model; ``width`` is that of the residual stream.
+        kinds: its blocks.
+        tokens, chunk_tokens, rank: what the costs below are for.
+        statistics_bytes: sums and work space of the largest stage; there is one at a time.
+        streams_bytes: both residual streams, and the errors' targets of one block.
+        preservation_bytes: the preservation statistics on disk.
+        adapter_bytes: the adapter in float32.
+        seconds: estimates by stage, from timing parts of the work on this machine: forward, statistics, solve, and
+            preservation, which comes once per model.
+    """
+
+    model: str
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    width: int
+    kinds: tuple[BlockKind, ...]
+    tokens: int
+    chunk_tokens: int
+    rank: int
+    statistics_bytes: int
+    streams_bytes: int
+    preservation_bytes: int
+    adapter_bytes: int
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def inspect_model(
+    model: PreTrainedModel,
+    sites: Sequence[str] | None = None,
+    tokens: int = 500,
+    chunk_tokens: int = 100,
+    rank: int = 16,
+    preserve_tokens: int = 12_000,
+) -> Inspection:
+    """Find the model's blocks and sites, and estimate what a fit costs.
+
+    Times are estimates, good to about a factor of two: one block of each kind is run on 256 tokens of noise, one
+    solve of each size is timed (at most at size 1024, and scaled with the cube), and both are multiplied.
+
+    Args:
+        model: a causal LM.
+        sites: as for :func:`~lit_thought.api.transmute`.
+        tokens: compared tokens of all pairs together.
+        chunk_tokens: tokens of the instruction.
+        rank: rank of the patch.
+        preserve_tokens: tokens of unrelated text.
+
+    Raises:
+        ThoughtError: for a bad setting; UnsupportedModelError for a model that is not supported, with the reason.
+    """
+    check_counts(tokens=tokens, chunk_tokens=chunk_tokens, rank=rank, preserve_tokens=preserve_tokens)
+    names = None if sites is None else check_sites(sites)
+    blocks = find_blocks(model)
+    for name in names or ():
+        require_site(blocks, name)
+    chosen = names or DEFAULT_SITES
+    fitted = [block.sites[name] for block in blocks for name in block.stages(chosen)]
+    width = fitted[0].d_out
+    wide = 8
+    per_stage = [min(tokens * (site.d_in + width), _sums(site)) * wide + 4 * site.d_in**2 * wide for site in fitted]
+    element = torch.empty((), dtype=model.dtype).element_size()
+    most = max(len(block.stages(chosen)) for block in blocks)
+    with evaluating(model), torch.inference_mode():
+        seconds = _seconds(model, blocks, chosen, tokens, chunk_tokens, preserve_tokens)
+    return Inspection(
+        model=model_name(model),
+        architecture=f"{model.config.model_type} ({type(model).__name__})",
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(next(model.parameters()).device),
+        width=width,
+        kinds=_kinds(blocks, chosen),
+        tokens=tokens,
+        chunk_tokens=chunk_tokens,
+        rank=rank,
+        statistics_bytes=max(per_stage),
+        streams_bytes=(2 * tokens + chunk_tokens + most * tokens) * width * element,
+        preservation_bytes=sum(4 * (s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
+        adapter_bytes=sum(
+            4 * rank * (site.d_in + width * len(site.targets)) for site in fitted if site.name != "mlp_in"
+        )
+        + sum(4 * rank * len(site.targets) * 2 * width for site in fitted if site.name == "mlp_in"),
+        seconds=seconds,
+    )
+
+
+def _sums(site: Site) -> int:
+    return site.d_in**2 + site.d_in * site.d_out
+
+
+def _kinds(blocks: Sequence[Block], chosen: Sequence[str]) -> tuple[BlockKind, ...]:
+    """Blocks with the same description, together."""
+    found: dict[str, tuple[BlockKind, list[Block]]] = {}
+    for block in blocks:
+        kind = _describe(block, chosen)
+        found.setdefault(repr(kind), (kind, []))[1].append(block)
+    return tuple(
+        replace(
+            kind,
+            blocks=tuple(block.index for block in own),
+            sites=tuple(replace(site, gain=_gain([block.sites[site.name] for block in own])) for site in kind.sites),
+        )
+        for kind, own in found.values()
+    )
+
+
+def _gain(sites: Sequence[Site]) -> tuple[float, float, float] | None:
+    gains = [site.gain.abs().double() for site in sites if site.gain is not None]
+    if not gains:
+        return None
+    every = torch.cat(gains)
+    return float(every.min()), float(every.median()), float(every.max())
+
+
+def _describe(block: Block, chosen: Sequence[str]) -> BlockKind:
+    within = {id(module): path for path, module in block.module.named_modules()}
+
+    def report(site: Site) -> SiteReport:
+        layers = tuple(within[id(layer)] for layer in site.targets.values())
+        return SiteReport(
+            site.name,
+            layers,
+            site.d_in,
+            site.d_out,
+            "changes what the MLP reads" if site.name == "mlp_in" else _output(site, within),
+            None,
+            any(map(sits_beside, site.targets.values())),
+            8 * _sums(site),
+            site.name in block.stages(chosen),
+        )
+
+    post = any(site.gain is not None for site in block.sites.values())
+    layout = "attention and MLP in parallel" if block.parallel else "attention, then MLP"
+    return BlockKind(
+        (),
+        layout + ("; a norm on what they put out" if post else ""),
+        within[id(block.mlp_norm)] if block.mlp_norm is not None else None,
+        block.experts.partition(f".{block.index}.")[2] if block.experts is not None else None,
+        tuple(report(block.sites[name]) for name in (*SITES, JOINT) if name in block.sites),
+        {name: why for name, why in block.missing.items() if name not in block.sites},
+    )
+
+
+def _output(site: Site, within: dict[int, str]) -> str:
+    """How what a site's layers put out reaches the residual stream."""
+    words = []
+    for projection in site.projections:
+        parts = [] if projection.multiplier == 1 else [f"times {projection.multiplier:.4g}"]
+        if projection.gate is not None:
+            parts.append(f"times the sigmoid of {within[id(projection.gate)]}")
+        if projection.norm is not None:
+            parts.append(f"through {within[id(projection.norm)]}")
+        words.append(", ".join(parts) or "added as it is")
+    return "; ".join(dict.fromkeys(words))
+
+
+def _seconds(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    chosen: Sequence[str],
+    tokens: int,
+    chunk_tokens: int,
+    preserve_tokens: int,
+) -> dict[str, float]:
+    """Estimates by stage."""
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, WINDOW), generator=torch.Generator().manual_seed(0)).to(device)
+    stream = Stream(model, blocks, TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
+    runs: dict[Any, float] = {}
+    times: dict[Any, tuple[float, float, float]] = {}
+    spent = {"forward": 0.0, "statistics": 0.0, "solve": 0.0, "preservation": 0.0}
+    for block in blocks:
+        kind = repr(_describe(block, chosen))
+        if kind not in runs:
+            reading = tuple(block.sites)
+            runs[kind] = _time(lambda block=block, reading=reading: stream.run(block, reading)) / WINDOW  # type: ignore[misc]
+        stages = [block.sites[name] for name in block.stages(chosen)]
+        last = 0 if all(site.linear and site.point is None for site in stages[-1:]) else 1
+        # the instructed run, the plain one for each site (an early one stops about half way), and one to go on
+        turns = 1 + sum(0.5 if site.point is not None else 1.0 for site in stages) + last
+        spent["forward"] += runs[kind] * (turns * tokens + chunk_tokens)
+        spent["preservation"] += runs[kind] * preserve_tokens
+        for site in block.sites.values():
+            size = (site.d_in, site.gain is not None, site.d_out)
+            if size not in times:
+                times[size] = _solve_times(site, tokens, device)
+            update, solving, decomposing = times[size]
+            spent["preservation"] += preserve_tokens * update + decomposing
+            if site in stages:
+                spent["statistics"] += tokens * update if 2 * tokens >= site.d_in else 0.0
+                spent["solve"] += solving
+    return spent
+
+
+def _solve_times(site: Site, tokens: int, device: torch.device) -> tuple[float, float, float]:
+    """Seconds for adding a token to Z and C, for a solve with preservation, and for decomposing a Gram matrix."""
+    scale = max(1.0, site.d_in / _PROBE)
+    d_in, d_out, rows = (max(1, round(size / scale)) for size in (site.d_in, site.d_out, tokens))
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+    a, delta = noise(max(rows, 2), d_in), noise(max(rows, 2), d_out)
+    stats = Statistics(d_in, d_out)
+    stats.update(a, delta)
+    gram = noise(d_in, d_in)
+    gram = gram @ gram.T / d_in
+    decomposing = _time(lambda: Prior.from_gram(gram))
+    prior = Prior.from_gram(gram)
+    gain = None if site.gain is None else noise(d_out).abs() + 0.1
+    rank = min(16, d_in, d_out)
+    if gain is None:
+        solving = _time(lambda: solve(stats, 0.03, prior, 3.0, rank))
+    else:
+        solving = _time(lambda: solve_with_gains(stats, gain, 0.03, prior, 3.0, rank))
+    block = noise(256, d_in)
+    update = _time(lambda: block.T @ block) / 256 * (1 + d_out / d_in)
+    return update * scale**2, solving * scale**3, decomposing * scale**3
+
+
+def _time(work: Callable[[], Any]) -> float:
+    """Seconds of the second of two runs."""
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - start
+    return spent
+
+
+def format_inspection(found: Inspection) -> str:
+    """The report as text."""
+    lines = [
+        f"{found.model or found.architecture}: {found.architecture}, {found.parameters / 1e6:,.0f} M parameters, "
+        f"{found.dtype} on {found.device}, residual stream of {found.width}",
+    ]
+    for kind in found.kinds:
+        lines += ["", f"{_ranges(kind.blocks)}: {kind.layout}"]
+        if kind.experts is not None:
+            lines.append(f"  mixture of experts: {kind.experts} (left as it is)")
+        if kind.norm_before_mlp is not None:
+            lines.append(f"  norm before the MLP: {kind.norm_before_mlp}")
+        for site in kind.sites:
+            mark = "*" if site.fitted else " "
+            gain = "" if site.gain is None else " (|gain| {0:.2g} to {2:.2g}, median {1:.2g})".format(*site.gain)
+            quantised = ", quantised: the patch stays beside the weight" if site.quantised else ""
+            lines.append(
+                f"  {mark} {site.name:<16} {', '.join(site.layers)}  {site.d_in} → {site.d_out}; "
+                f"{site.output}{gain}{quantised}; statistics {_bytes(site.statistics_bytes)}"
+            )
+        lines += [f"    {name:<16} not here: {why}" for name, why in kind.missing.items()]
+    fit = sum(found.seconds[name] for name in ("forward", "statistics", "solve"))
+    lines += [
+        "",
+        "* is what a fit changes.",
+        f"A fit of {found.tokens} compared tokens with a chunk of {found.chunk_tokens}, rank {found.rank}: about "
+        f"{_duration(fit)} (forward {_duration(found.seconds['forward'])}, statistics "
+        f"{_duration(found.seconds['statistics'])}, solve {_duration(found.seconds['solve'])}); outputs that are "
+        "missing are written first, at the model's own pace.",
+        f"Memory above the model: statistics and solve {_bytes(found.statistics_bytes)} (one site at a time), "
+        f"streams {_bytes(found.streams_bytes)}. Adapter: {_bytes(found.adapter_bytes)}.",
+        f"Preservation statistics, once per model: about {_duration(found.seconds['preservation'])}, "
+        f"{_bytes(found.preservation_bytes)} on disk.",
+    ]
+    return "\n".join(lines)
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """``blocks 0, 2 to 4``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    words = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ("blocks " if len(indices) > 1 else "block ") + ", ".join(words)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 90:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"
