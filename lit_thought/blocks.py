@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_thought.discovery import Roles, Writer, channel_gain, trace_block
-from lit_thought.errors import ThoughtError, UnsupportedModelError
+from lit_thought.errors import SingularSystemError, ThoughtError, UnsupportedModelError
 from lit_thought.layers import sits_beside, weight_of
 from lit_thought.models import evaluating
 from lit_thought.replay import Call, find_decoder, find_layers, recorded_calls
@@ -282,6 +282,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     Raises:
         UnsupportedModelError: for a model wrapped by PEFT, one that keeps other state than keys and values (state-space
             and linear attention layers), an encoder-decoder, or blocks without a single site.
+        SingularSystemError: when a block, or the norm after a projection, puts out NaN or infinite values.
     """
     name = _check_model(model)
     layers = find_layers(model)
@@ -329,6 +330,8 @@ def _trace(model: PreTrainedModel, layers: Sequence[nn.Module], kinds: list[Any]
 
 def _check_model(model: PreTrainedModel) -> str:
     """Refuse what cannot work, before anything runs; the model's name in errors."""
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        raise UnsupportedModelError(f"model must be a transformers causal LM; got {type(model).__name__}.")
     config: Any = getattr(model, "config", None)
     name = f"architecture {getattr(config, 'model_type', None)!r} ({type(model).__name__})"
     adapters = [path for path, module in model.named_modules() if type(module).__module__.split(".")[0] == "peft"]
@@ -407,6 +410,11 @@ def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str]
         norm = parts[-1].norm
         with torch.no_grad():
             gain = channel_gain(norm, rows) if norm is not None else None
+        if norm is not None and gain is None:
+            raise SingularSystemError(
+                f"block {index}, {name}: the norm after {parts[-1].path} puts out NaN or infinite values. "
+                "Check the model's weights and dtype."
+            )
         targets = {part.path: part.layer for part in parts}
         d_in = sum(part.d_in for part in parts)
         return Site(name, parts, targets, d_in, width, gain, child(writers[-1].point))

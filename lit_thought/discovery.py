@@ -91,9 +91,9 @@ def channel_gain(norm: nn.Module, like: Tensor) -> Tensor | None:
     Returns:
         (d,), float32 or better.
     """
-    gain = norm(torch.ones_like(like[:1]))[0]
+    gain = norm.forward(torch.ones_like(like[:1]))[0]  # without hooks, which a user may have put there
     gain = gain.to(wider(gain.dtype))
-    found, direction = norm(like).to(gain), gain * like.to(gain)
+    found, direction = norm.forward(like).to(gain), gain * like.to(gain)
     scales = row_ratio(found, direction)
     return gain if _close(found, scales * direction, _tolerance(like.dtype)) else None
 
@@ -138,8 +138,10 @@ class _Tracer:
         self.hidden = self._noise()
         self.tolerance = _tolerance(like.dtype)
         self.base = self._run(self.hidden)
-        scale = 1e5 if like.dtype in (torch.float32, torch.float64) else 1e3
-        self.scaled = self._run(scale * self.hidden)
+        for scale in (1e5,) if like.dtype in (torch.float32, torch.float64) else (1e3, 200, 40):
+            self.scaled = self._run(scale * self.hidden)
+            if bool(self.scaled.output.isfinite().all()):
+                break  # in float16, an MLP without a norm before it overflows early
         moved = self.hidden.clone()
         moved[:, 0] = self._noise()[:, 0]
         self.moved = self._run(moved)

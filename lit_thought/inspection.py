@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lit_thought.blocks import DEFAULT_SITES, JOINT, SITES, Block, Site, check_sites, find_blocks, require_site
 from lit_thought.errors import check_counts
 from lit_thought.gains import solve_with_gains
-from lit_thought.layers import sits_beside
+from lit_thought.layers import layer_shape, sits_beside
 from lit_thought.models import evaluating, model_name
 from lit_thought.preserve import WINDOW
 from lit_thought.solve import Prior, solve
@@ -153,10 +153,7 @@ def inspect_model(
         statistics_bytes=max(per_stage),
         streams_bytes=(2 * tokens + chunk_tokens + most * tokens) * width * element,
         preservation_bytes=sum(4 * (s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
-        adapter_bytes=sum(
-            4 * rank * (site.d_in + width * len(site.targets)) for site in fitted if site.name != "mlp_in"
-        )
-        + sum(4 * rank * len(site.targets) * 2 * width for site in fitted if site.name == "mlp_in"),
+        adapter_bytes=sum(4 * rank * sum(layer_shape(layer)) for site in fitted for layer in site.targets.values()),
         seconds=seconds,
     )
 

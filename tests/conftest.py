@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,24 @@ from transformers import (
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--support-table",
+        type=Path,
+        metavar="FILE",
+        help="write what test_families.py measures, by family, to this Markdown file",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--support-table")) is not None:
+        from support import SupportTable, command_line
+
+        config.pluginmanager.register(SupportTable(path, command_line(config.invocation_params.args)), "support-table")
+
 
 CORPUS = [
     "Q: hot\nA: cold\nQ: big\nA: small\nQ: up\nA: down\nQ: good\nA: bad\n",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from families import make_family
 from safetensors.torch import load_file, save_file
 from test_fit import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, adapter, evaluate, load_model, transmute
 from lit_thought.api import fit
@@ -34,14 +34,21 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("taken/precious.txt").write_text("mine")
 
 
+def forbid_runs(monkeypatch: pytest.MonkeyPatch, decoder: type) -> None:
+    """Any run of such a decoder fails the test, but for the one on four tokens that finds the blocks."""
+    original = decoder.forward
+
+    def forward(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        if input_ids is None or input_ids.shape != (1, 4):
+            pytest.fail("the model has run")
+        return original(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+
+
 @pytest.fixture
 def _no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any run of the model's blocks fails the test."""
-
-    def forward(*args: Any, **kwargs: Any) -> None:
-        pytest.fail("the model has run")
-
-    monkeypatch.setattr(DECODER, "forward", forward)
+    forbid_runs(monkeypatch, DECODER)
 
 
 OWN = [{**pair, "instruction": INSTRUCTION} for pair in PAIRS]
@@ -147,10 +154,13 @@ def test_transmute(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.usefixtures("_no_forward")
 def test_the_largest_rank_is_that_of_the_chosen_sites_and_blocks() -> None:
     model = make_model()
-    model.model.layers[1].self_attn.o_proj = torch.nn.Linear(20, 32)
+    attention = model.model.layers[1].self_attn  # two heads of 8
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(attention, name, torch.nn.Linear(32, 16, bias=False, dtype=torch.float64))
+    attention.o_proj, attention.num_key_value_groups = torch.nn.Linear(16, 32, dtype=torch.float64), 1
     for settings, limit in (
-        ({"sites": ("attn_out", "mlp_out")}, 20),
-        ({"sites": ("attn_out",)}, 20),
+        ({"sites": ("attn_out", "mlp_out")}, 16),
+        ({"sites": ("attn_out",)}, 16),
         ({"sites": ("mlp_out",)}, 32),
         ({"sites": ("mlp_in",)}, 32),
         ({"sites": ("attn_out",), "blocks": [2, 0]}, 32),
@@ -169,31 +179,26 @@ def test_output_folder_is_checked_first() -> None:
     assert Path("taken/precious.txt").read_text() == "mine"
 
 
-def opt() -> PreTrainedModel:
-    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-    return OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16))
-
-
-def quantised(layer: str = "down_proj") -> PreTrainedModel:
-    model = make_model()
-    setattr(model.model.layers[1].mlp, layer, torch.nn.Bilinear(2, 2, 2))  # stands for any layer that is not plain
-    return model
-
-
-@pytest.mark.usefixtures("_no_forward")
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("family", "message"),
     [
-        (opt, "not supported yet: architecture 'opt'"),
-        (quantised, r"not supported yet: model\.layers\.1\.mlp\.down_proj"),
-        (lambda: quantised("up_proj"), r"not supported yet: model\.layers\.1\.mlp\.up_proj"),
+        ("opt-post", "not supported: architecture 'opt' .*post-layer-norm"),
+        ("jetmoe", "not supported: architecture 'jetmoe' .*no linear layer that mixes tokens writes to the residual"),
+        ("gemma3n_text", "not supported: architecture 'gemma3n_text' .*several residual streams at once"),
+        ("lfm2", r"not supported: architecture 'lfm2' .*other state between tokens than keys and values \(conv\)"),
+        ("qwen3_next", r"not supported: architecture 'qwen3_next' .*\(linear_attention\)"),
     ],
 )
-def test_unsupported_models(make: Callable[[], PreTrainedModel], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    monkeypatch.setattr(type(model.get_decoder()), "forward", DECODER.forward)
-    with pytest.raises(UnsupportedModelError, match=message):
+def test_unsupported_models(family: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family(family)
+    untouched = Untouched(model)
+    forbid_runs(monkeypatch, type(model.get_decoder()))
+    with pytest.raises(UnsupportedModelError, match=f"^{message}"):
         make_patch(model)
+    untouched.check()
+
+
+def test_something_else_than_a_model() -> None:
     with pytest.raises(ThoughtError, match="model must be a transformers causal LM; got str"):
         transmute("smollm2", TOKENIZER, INSTRUCTION, PAIRS)  # type: ignore[arg-type]
 
@@ -227,7 +232,6 @@ def poison(model: PreTrainedModel, path: str, value: float = math.nan) -> None:
     ("path", "place"),
     [
         ("model.embed_tokens", "block 0, attn_out"),
-        ("model.layers.0.self_attn.v_proj", "block 0, attn_out"),
         ("model.layers.1.self_attn.o_proj", "block 1, attn_out"),
         ("model.layers.1.mlp.up_proj", "block 1, mlp_out"),
         ("model.layers.2.mlp.down_proj", "block 2, mlp_out"),
@@ -249,6 +253,17 @@ def test_nan_in_the_weights(path: str, place: str, dtype: torch.dtype) -> None:
     for parts in (None, "vector") if place != "block 1, mlp_in" else (None,):  # whose vector is of what comes before
         with pytest.raises(SingularSystemError, match=f"^{place}: the activations contain NaN"):
             make_patch(model, sites=sites, parts=parts)
+    untouched.check()
+
+
+@pytest.mark.parametrize("path", ["self_attn.v_proj", "mlp.down_proj", "post_attention_layernorm"])
+def test_nan_in_the_first_block_is_found_before_any_pair_is_read(path: str) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.0.{path}").weight[2] = math.nan
+    untouched = Untouched(model)
+    with pytest.raises(SingularSystemError, match="^block 0 puts out NaN or infinite values"):
+        make_patch(model)
     untouched.check()
 
 
@@ -275,11 +290,11 @@ def test_no_ridge_and_too_few_tokens() -> None:
         make_patch(make_model(), pairs=PAIRS[:1], ridge=0)
 
 
-def test_a_model_whose_weights_all_vanish() -> None:
+def test_a_layer_whose_inputs_all_vanish() -> None:
     model = make_model()
     with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight.zero_()
-    with pytest.raises(SingularSystemError, match=r"^block 0, attn_out: all inputs of the layer are zero"):
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+    with pytest.raises(SingularSystemError, match=r"^block 1, attn_out: all inputs of the layer are zero"):
         make_patch(model)
 
 

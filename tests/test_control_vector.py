@@ -127,13 +127,14 @@ def test_what_cannot_be_a_control_vector(tmp_path: Path) -> None:
 
 def test_only_blocks_that_return_their_mlps_sum(tmp_path: Path) -> None:
     config = Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1,
     )
     model = Gemma3ForCausalLM(config)  # normalises the MLP's output, so adding to it is not adding to the block's
     patch = ThoughtPatch({}, None, {down("gemma3", 1): torch.ones(32)})
-    with pytest.raises(UnsupportedModelError, match="gemma3_text"):
+    with pytest.raises(UnsupportedModelError, match="^not supported: a vector on the output of block 0: a norm, a gate or a factor"):
         save_control_vector(patch, tmp_path / "steer.gguf", model)
-    with pytest.raises(UnsupportedModelError, match="gemma3_text"):
+    with pytest.raises(UnsupportedModelError, match="^not supported: a vector on the output of block 0: a norm, a gate or a factor"):
         load_control_vector(tmp_path / "steer.gguf", model)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import CORPUS, FAMILIES, make_model, make_tokenizer
+from families import make_family
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from lit_thought.blocks import find_blocks
-from lit_thought.layers import weight_of
 from lit_thought.errors import ThoughtError, UnsupportedModelError
+from lit_thought.layers import weight_of
 from lit_thought.theory import TokenPatches, apply_token_patches, token_patches
 
 INSTRUCTION = "You are a pirate. Talk like a pirate.\n"
@@ -51,16 +52,21 @@ def tokens_of(tokenizer: Any, instruction: str = INSTRUCTION, text: str = TEXT) 
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    """Entrance, m, norm(m) and output of each block, and the logits, of one run: (length, d) each."""
+def record(model: PreTrainedModel, ids: Tensor, original: PreTrainedModel | None = None) -> dict[str, Any]:
+    """Entrance, m, norm(m) and output of each block, and the logits, of one run: (length, d) each.
+
+    ``original``: the model of which ``model`` is a copy with other layers in it, which do not run on any tokens.
+    """
     seen: dict[str, Any] = {name: [] for name in ("entrance", "m", "a", "o")}
     handles = []
-    for block in find_blocks(model):
-        handles.append(block.module.register_forward_pre_hook(lambda _, given: seen["entrance"].append(given[0][0])))
-        handles.append(block.mlp_norm.register_forward_hook(lambda _, given, out: seen["m"].append(given[0][0])))
-        handles.append(block.mlp_norm.register_forward_hook(lambda _, given, out: seen["a"].append(out[0])))
+    paths = {module: path for path, module in (original or model).named_modules()}
+    for block in find_blocks(original or model):
+        module, norm = (model.get_submodule(paths[part]) for part in (block.module, block.mlp_norm))
+        handles.append(module.register_forward_pre_hook(lambda _, given: seen["entrance"].append(given[0][0])))
+        handles.append(norm.register_forward_hook(lambda _, given, out: seen["m"].append(given[0][0])))
+        handles.append(norm.register_forward_hook(lambda _, given, out: seen["a"].append(out[0])))
         handles.append(
-            block.module.register_forward_hook(
+            module.register_forward_hook(
                 lambda _, given, out: seen["o"].append((out[0] if isinstance(out, tuple) else out)[0])
             )
         )
@@ -76,8 +82,6 @@ class WrittenOut(nn.Module):
     def __init__(self, mlp: nn.Module, paths: list[str], down: str | None, patch: TokenPatches) -> None:
         super().__init__()
         self.mlp, self.paths, self.down, self.patch = mlp, paths, down, patch
-        for name, layer in mlp.named_children():  # so that find_blocks still finds its way
-            setattr(self, name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
@@ -162,7 +166,7 @@ def test_weights_written_out_token_by_token_put_out_the_instructed_run(family: s
     plain, instructed, positions = tokens_of(tokenizer)
     wanted = record(model, instructed)
     patches = token_patches(model, tokenizer, INSTRUCTION, TEXT, output=output)
-    got, bare = record(written_out(model, patches), plain), record(model, plain)
+    got, bare = record(written_out(model, patches), plain, model), record(model, plain)
     assert len(got["o"]) == len(patches) == len(wanted["o"])
     for block, o in enumerate(wanted["o"]):
         assert largest(got["o"][block], o[positions]) <= 1e-9
@@ -206,7 +210,7 @@ def test_the_update_is_of_rank_one_and_gives_each_first_linear_the_instructed_in
     assert patch.a.equal(a)
     assert patch.delta_a.allclose(target - a, atol=1e-12)
     assert patch.delta.allclose(wanted["m"][0][positions] - bare["m"][0], atol=1e-12)
-    for layer in find_blocks(model)[0].sites["mlp_in"].targets.values():
+    for layer in find_blocks(model)[0].firsts.values():
         weight = weight_of(layer)
         for i in (0, 1, 5):  # a sliding window of 8 lets these see the chunk
             change = torch.outer(*patch.rank_one(weight, i))
@@ -424,6 +428,19 @@ def test_other_models_are_refused() -> None:
         patches[0].rank_one(torch.ones(32, 48), 0)
     with pytest.raises(ThoughtError, match="index=999"):
         patches[0].rank_one(torch.ones(48, 32), 999)
-    model.config.model_type = "phi"
-    with pytest.raises(UnsupportedModelError, match="phi"):
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("phi", "attention and MLP are parallel"),
+        ("mixtral", "there is no single MLP"),
+        ("olmo2", "no norm stands between the residual stream and the MLP"),
+        ("granite", "the MLP's output is scaled"),
+        ("qwen2_moe", "there is no single MLP|not only linear layers read"),
+    ],
+)
+def test_blocks_of_another_form_are_refused(family: str, why: str) -> None:
+    model = make_family(family, torch.float64)
+    with pytest.raises(UnsupportedModelError, match=f"^not supported: exact patches of block 0: ({why})"):
         token_patches(model, make_tokenizer(), INSTRUCTION, TEXT)

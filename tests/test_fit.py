@@ -555,6 +555,7 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         "steps": 2,
         "step_size": 0.5,
         "pairs_per_step": 4,
+        "passes": 1,
         "rank": 3,
         "ridge": 0.1,
         "preserve_weight": 0.5,

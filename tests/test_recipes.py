@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_model, make_tokenizer
+from families import make_family
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REDUCED = {
     "quickstart": ["--test=2"],
     "word_tasks": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3"],
+    "word_tasks_gemma": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3"],
+    "moe": ["--tasks=[common_words/antonym]", "--experts=4", "--test=2", "--fit=4", "--max_new_tokens=3"],
     "sweep": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--preserve_weights=[1.0]", "--ridges=[0.01,0.1]"],
     "benchmark_fit": ["--pairs=[4]", "--repeats=1"],
     "theory": ["--tasks=[common_words/antonym]", "--tokens=20", "--fit=4", "--test=2", "--max_new_tokens=3"],
@@ -30,16 +34,23 @@ REDUCED = {
 }
 
 
+SCRIPTS = {"word_tasks_gemma": "word_tasks"}
+"""Configs of another recipe's script."""
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     make_model("llama").float().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
+    make_family("gemma3_text").save_pretrained(folder / "gemma")
+    make_tokenizer(bos=True).save_pretrained(folder / "gemma")
     return folder
 
 
-def run(name: str, tiny: Path, *arguments: str) -> str:
-    command = [sys.executable, f"recipes/{name}.py", f"--config=recipes/{name}.yaml", f"--model={tiny / 'model'}"]
+def run(name: str, tiny: Path, *arguments: str, model: str = "model") -> str:
+    script = SCRIPTS.get(name, name)
+    command = [sys.executable, f"recipes/{script}.py", f"--config=recipes/{name}.yaml", f"--model={tiny / model}"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tiny / "cache")}
     done = subprocess.run(
         [*command, *REDUCED[name], *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -66,6 +77,32 @@ def test_word_tasks(tiny: Path) -> None:
     record = json.loads((tiny / "words.json").read_text())
     assert [run["sites"] for run in record["runs"]] == ["both", "attn_out", "mlp_out"]
     assert record["settings"]["generated_outputs"] == 4, "labels must not be used"
+
+
+def test_word_tasks_on_gemma(tiny: Path) -> None:
+    run("word_tasks_gemma", tiny, "--rank=4", f"--out={tiny / 'gemma_words'}", model="gemma")
+    (result,) = json.loads((tiny / "gemma_words.json").read_text())["runs"]
+    assert result["output_kl"]["patched"] < result["output_kl"]["plain"]
+
+
+def test_moe(tiny: Path) -> None:
+    printed = run("moe", tiny, "--rank=4", f"--out={tiny / 'moe'}")
+    assert "sites: ['attn_out']" in printed
+    (row,) = json.loads((tiny / "moe.json").read_text())["rows"]
+    assert 0 < row["routing"]["plain"] < 1
+    assert 0 < row["routing"]["patched"] <= 1
+    assert row["routing"]["patched"] != row["routing"]["plain"]
+
+
+def test_upcycling_without_noise_leaves_the_model_what_it_is() -> None:
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from moe import upcycle
+
+    dense = make_model("llama").float()
+    sparse = upcycle(dense, experts=4, experts_per_token=2, noise=0.0, seed=0)
+    ids = torch.arange(3, 15)[None]
+    assert torch.allclose(sparse(ids).logits, dense(ids).logits, atol=1e-4)
+    assert not torch.allclose(upcycle(dense, 4, 2, 0.1, 0)(ids).logits, dense(ids).logits, atol=1e-2)
 
 
 def test_sweep(tiny: Path) -> None:

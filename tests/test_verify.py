@@ -16,8 +16,8 @@ from test_exact import CASES, INSTRUCTION, TEXT, hooks_on, largest, make_any, re
 
 from lit_thought import load_model
 from lit_thought.blocks import find_blocks
-from lit_thought.layers import weight_of
 from lit_thought.cli import main
+from lit_thought.layers import weight_of
 from lit_thought.theory import ExactReport, format_report, token_patches, verify_exact
 from lit_thought.theory import verify as verify_module
 from lit_thought.unrelated import load_texts
@@ -68,7 +68,7 @@ def test_the_figures_against_others_computed_here(family: str) -> None:
         i = block.block
         target = wanted["o"][i][positions]
         assert block.sequence_plain == pytest.approx(largest(bare["o"][i], target))
-        layers = module.sites["mlp_in"].targets.values()
+        layers = module.firsts.values()
         changes = (
             torch.stack(
                 [
