@@ -49,7 +49,7 @@ _KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.(?P<part>{'|'.join(map(re.
 # LoRA options that change what the adapter computes: each must be off, or B A is not the change
 _UNSUPPORTED = """
     use_dora use_qalora use_bdlora modules_to_save rank_pattern alpha_pattern layer_replication
-    target_parameters trainable_token_indices alora_invocation_tokens megatron_config velora_config
+    trainable_token_indices alora_invocation_tokens megatron_config velora_config
     monteclora_config arrow_config kasa_config
 """.split()  # noqa: SIM905
 # initialisations that leave the base weights as they are
@@ -60,22 +60,31 @@ def to_peft(patch: ThoughtPatch) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The adapter's config and weights (float32): ``A`` (rank, d_in), ``B`` (d_out, rank).
 
     With vectors, ``lora_bias`` is on and every target also has a bias (d_out,); one with only a vector has zero
-    factors.
+    factors. Layers that PEFT would take for fused experts by their name (see ``_is_claimed``) are named as
+    ``target_parameters``; their tensors are the same.
 
     Raises:
-        PatchError: if a target has only a vector, and the provenance's ``d_in`` does not give its number of inputs.
+        PatchError: if vectors stand beside such layers; if a target has only a vector, and the provenance's ``d_in``
+            does not give its number of inputs.
     """
     from peft import LoraConfig, TaskType
 
     rank = max(patch.rank, 1)
     known = patch.provenance
+    claimed = [path for path in patch.targets if _is_claimed(path, known.get("model_type"))]
+    if claimed and patch.vectors:
+        raise PatchError(
+            f"{claimed[0]!r}: PEFT cannot hold vectors beside this layer of a mixture of experts. Save "
+            "patch.without_vectors() and patch.only_vectors() apart, or fit without vectors."
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
         bias="none",
         lora_bias=bool(patch.vectors),
-        target_modules=list(patch.targets),
+        target_modules=[path for path in patch.targets if path not in claimed],
+        target_parameters=[f"{path}.weight" for path in claimed] or None,
         fan_in_fan_out=bool(known.get("fan_in_fan_out", False)),
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=known.get("base_model") or known.get("model") or None,
@@ -92,6 +101,19 @@ def to_peft(patch: ThoughtPatch) -> tuple[LoraConfig, dict[str, Tensor]]:
         if patch.vectors:
             state[f"base_model.model.{path}.lora_B.bias"] = patch.vectors.get(path, torch.zeros(d_out)).clone()
     return config, state
+
+
+def _is_claimed(path: str, model_type: Any) -> bool:
+    """Whether PEFT takes a target for one of the fused experts: in some families (Qwen MoE, DeepSeek, GLM 4 MoE) it
+    rewrites every ``…down_proj``, that of dense blocks and shared experts too, and then drops its weights."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type or "")
+        names = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+    except (ImportError, AttributeError):  # a PEFT that does not rewrite targets
+        return False
+    return path.rpartition(".")[2] in names
 
 
 def _no_factors(patch: ThoughtPatch, path: str) -> Factors:
@@ -159,7 +181,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
     factors: dict[str, Factors] = {}
     vectors: dict[str, Tensor] = {}
     d_in: dict[str, int] = {}
-    for target, found in _group(_read_tensors(path / WEIGHTS), config.get("target_modules"), parts).items():
+    for target, found in _group(_read_tensors(path / WEIGHTS), _targets(config), parts).items():
         a, b = found["lora_A.weight"], found["lora_B.weight"]
         change = _factors(target, a, b, rank, scale)
         vector = _vector(target, found["lora_B.bias"], len(b), scale) if "lora_B.bias" in found else None
@@ -201,12 +223,27 @@ def _check_config(config: dict[str, Any]) -> tuple[int, float]:
     targets = config.get("target_modules")
     if not _are_targets(targets):
         raise PatchError(f"{CONFIG}: target_modules is {targets!r}; expected a list of names or one pattern.")
+    _targets(config)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise PatchError(f"{CONFIG}: r is {rank!r}; expected a whole number of at least 1.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise PatchError(f"{CONFIG}: lora_alpha is {alpha!r}; expected a finite number.")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _targets(config: dict[str, Any]) -> list[str] | str:
+    """The layers that a config names: its modules, and those whose weight it names as a parameter."""
+    modules, parameters = config["target_modules"], config.get("target_parameters") or []
+    if not parameters:
+        return modules
+    paths = [name.removesuffix(".weight") for name in parameters if isinstance(name, str) and name.endswith(".weight")]
+    if len(paths) < len(parameters) or not isinstance(modules, list):
+        raise PatchError(
+            f"{CONFIG} asks for target_parameters={parameters!r}; only the weights of linear layers can be read. Load "
+            "this adapter with peft.PeftModel.from_pretrained."
+        )
+    return [*modules, *paths]
 
 
 def _group(tensors: dict[str, Tensor], targets: Any, parts: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:

@@ -27,7 +27,7 @@ kind of block once (:mod:`lit_thought.discovery`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,6 +66,9 @@ JOINT = "attn_out+mlp_out"
 """The site that attn_out and mlp_out are together where attention and MLP are parallel."""
 
 _TOKENS = 4
+
+_WITHHELD = {"laguna": "PEFT loads adapters of its shared experts under a wrong name"}
+"""What tracing cannot know: families whose shared experts are not offered as a site, and why."""
 
 
 @dataclass(frozen=True)
@@ -303,12 +306,13 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What is known of a model's blocks: their kinds and roles, the residual stream of the run that found them out,
-    (1, tokens, d), and a block's output where it is a tuple."""
+    """What is known of a model's blocks: their kinds and roles, width and dtype of the residual stream, and a block's
+    output where it is a tuple."""
 
     kinds: list[Any]
     roles: list[Roles]
-    entrance: Tensor
+    width: int
+    dtype: torch.dtype
     like: Any
 
 
@@ -322,10 +326,14 @@ def _trace(model: PreTrainedModel, layers: Sequence[nn.Module], kinds: list[Any]
             f"not supported: {name} keeps several residual streams at once ({tuple(entrance.shape)})."
         )
     found: dict[Any, Roles] = {}
+    withheld = _WITHHELD.get(model.config.model_type)
     for index, (module, call, kind) in enumerate(zip(layers, calls, kinds, strict=True)):
         if kind not in found:
-            found[kind] = trace_block(module, call, entrance, f"block {index}")
-    return _Trace(kinds, [found[kind] for kind in kinds], entrance, like)
+            roles = trace_block(module, call, entrance, f"block {index}")
+            if withheld is not None and roles.experts is not None:
+                roles = replace(roles, mlp_out=None, missing={**roles.missing, "mlp_out": withheld})
+            found[kind] = roles
+    return _Trace(kinds, [found[kind] for kind in kinds], entrance.shape[-1], entrance.dtype, like)
 
 
 def _check_model(model: PreTrainedModel) -> str:
@@ -394,8 +402,8 @@ def _kind(module: nn.Module) -> Any:
 
 
 def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str], trace: _Trace) -> Block:
-    width = trace.entrance.shape[-1]
-    rows = torch.eye(2, width).to(trace.entrance)
+    width = trace.width
+    rows = torch.eye(2, width, dtype=trace.dtype, device=next(module.parameters()).device)
 
     def child(path: str | None) -> nn.Module | None:
         return module.get_submodule(path) if path is not None else None

@@ -18,6 +18,7 @@ import lit_thought
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import DEFAULT_SITES, JOINT, Block, check_indices, check_sites, find_blocks, require_site
 from lit_thought.data import PairDataModule
+from lit_thought.distributed import rank_and_size, share_json, share_tensors
 from lit_thought.errors import ThoughtError, UnsupportedModelError, check_counts
 from lit_thought.evaluation import Evaluation
 from lit_thought.files import check_output_folder
@@ -28,7 +29,8 @@ from lit_thought.preserve import WINDOW, Preservation, preservation
 from lit_thought.runner import ORDERS, Observation, Stage, StreamRunner, stages_of
 from lit_thought.solve import check_rank
 from lit_thought.stage import StageSettings, StageSums, check_parts, site_defaults, target_changes
-from lit_thought.streams import SitePatch
+from lit_thought.strategy import ThoughtDDPStrategy
+from lit_thought.streams import LowRank, SitePatch
 from lit_thought.timing import Stopwatch
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 
@@ -137,7 +139,6 @@ class ThoughtCallback(Callback):
         self.patch: ThoughtPatch | None = None
         self.stopwatch = Stopwatch()
         self.preserve_cached: bool | None = None
-        self._blocks: list[Block] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -159,7 +160,7 @@ class ThoughtCallback(Callback):
             raise ThoughtError(
                 "ThoughtCallback works with a PairDataModule; call trainer.fit(module, datamodule=PairDataModule(…))."
             )
-        blocks = self._blocks = find_blocks(pl_module.model)
+        blocks = find_blocks(pl_module.model)
         check_indices(self.chosen, len(blocks))
         turns = self._stages(blocks)
         stages = self.steps * len(turns)
@@ -171,9 +172,10 @@ class ThoughtCallback(Callback):
             )
         if (trainer.min_epochs or 0) > stages:
             raise ThoughtError(f"min_epochs={trainer.min_epochs} is too many: the fit ends after {stages} epochs.")
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, ThoughtDDPStrategy):
             raise ThoughtError(
-                f"not supported yet: a fit on {trainer.world_size} processes. Use Trainer(devices=1, num_nodes=1)."
+                f'a fit on {trainer.world_size} processes needs strategy="thought_ddp" (or "thought_ddp_spawn"); got '
+                f"{type(trainer.strategy).__name__}, which would look for parameters to train."
             )
         limit = trainer.limit_train_batches  # the float 1.0 is all batches, the int 1 a single one
         if isinstance(limit, int) or limit not in (None, 1.0):
@@ -219,16 +221,20 @@ class ThoughtCallback(Callback):
         self.patch = None
         self.stopwatch = Stopwatch()
         show = trainer.progress_bar_callback is not None
-        blocks = self._blocks
+        blocks = find_blocks(model)  # once more: by now the model is on its device
         with self.stopwatch("prepare"):
             prompts = data.check(model, tokenizer)
         with self.stopwatch("preserve"):
             identity = fingerprint(model)
-            self._load_preservation(model, tokenizer, blocks, identity, show)
+            if trainer.local_rank == 0:  # computed by one process of each machine
+                self._load_preservation(model, tokenizer, blocks, identity, show)
+            trainer.strategy.barrier("preserve")
+            if trainer.local_rank != 0:
+                self._load_preservation(model, tokenizer, blocks, identity, show=False)
         with self.stopwatch("prepare"):
             data.prepare(model, tokenizer, prompts, show, self.defaults.answer_weight)
         self._provenance = self._describe(model, blocks, identity, data)
-        if data.val_pairs:
+        if data.val_pairs and trainer.is_global_zero:
             with self.stopwatch("validate"):
                 self._evaluation = data.evaluation(model, tokenizer, progress=show)
         self._start_step(trainer, pl_module, blocks)
@@ -236,10 +242,16 @@ class ThoughtCallback(Callback):
     def _start_step(self, trainer: Trainer, pl_module: ThoughtModule, blocks: Sequence[Block]) -> None:
         """Streams for the next pass through the blocks, over this step's pairs."""
         data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        if self.pairs_per_step is not None:
-            first = self.step * self.pairs_per_step
-            turn = [i % len(data.pairs) for i in range(first, first + self.pairs_per_step)]
-            data.select(pl_module.tokenizer, turn)
+        first, count = (
+            (0, len(data.pairs))
+            if self.pairs_per_step is None
+            else (
+                self.step * self.pairs_per_step,
+                self.pairs_per_step,
+            )
+        )
+        turn = [i % len(data.pairs) for i in range(first, first + count)]
+        data.select(pl_module.tokenizer, turn, pl_module.device)
         pl_module.runner = StreamRunner(
             pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches, self.passes
         )
@@ -287,6 +299,8 @@ class ThoughtCallback(Callback):
     ) -> None:
         """Add the batch's compared tokens to the sums."""
         self.stopwatch.seconds["forward"] += self.stopwatch.now() - self._started
+        if not outputs:  # this process has fewer batches than another
+            return
         seen: Observation = outputs["observation"]
         assert self._sums is not None
         with self.stopwatch("statistics"):
@@ -298,17 +312,40 @@ class ThoughtCallback(Callback):
         runner = _runner(pl_module)
         key = (runner.block.index, runner.site)
         assert self._sums is not None
+        with self.stopwatch("reduce"):
+            owner, device = runner.stage % trainer.world_size, pl_module.device
+            self._sums.reduce(owner, device)
         with self.stopwatch("solve"):
-            prior = self._preservation.prior(runner.block, runner.site) if self._preservation is not None else None
-            patch, figures = self._sums.solve(runner.start, prior)
+            patch, figures = self._solve(runner, owner, device)
         self._patches[key] = patch
         self._diagnostics[runner.block.sites[runner.site].label] = {k: round(v, 8) for k, v in figures.items()}
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
-        pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True)
+        pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)
         with self.stopwatch("forward"):
             runner.finish(patch)
         if runner.stage == runner.num_stages:
             self._finish_step(trainer, pl_module, runner.blocks)
+
+    def _solve(self, runner: StreamRunner, owner: int, device: torch.device) -> tuple[SitePatch, dict[str, float]]:
+        """The current site's patch and its figures, solved by one process and sent to all, its errors too."""
+        rank, size = rank_and_size()
+        solved: Any = None
+        patch = SitePatch()
+        assert self._sums is not None
+        if rank == owner:
+            prior = self._preservation.prior(runner.block, runner.site) if self._preservation is not None else None
+            try:
+                patch, figures = self._sums.solve(runner.start, prior)
+                solved = [figures, patch.matrix is not None, patch.vector is not None]
+            except ThoughtError as error:
+                solved = error
+        figures, has_matrix, has_vector = share_json(solved, owner, device)
+        if size == 1:
+            return patch, figures
+        parts = [] if patch.matrix is None else [patch.matrix.A, patch.matrix.B]
+        parts = share_tensors([*parts, *([] if patch.vector is None else [patch.vector])], owner, device)
+        matrix = LowRank(parts[0], parts[1]) if has_matrix else None
+        return SitePatch(matrix, parts[-1] if has_vector else None), figures
 
     def _finish_step(self, trainer: Trainer, pl_module: LightningModule, blocks: Sequence[Block]) -> None:
         """After the last stage of a step: the patch so far, how it does, and the next step or the end."""
@@ -331,7 +368,7 @@ class ThoughtCallback(Callback):
             self._provenance["history"] = self.history
             self._provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             self.patch = ThoughtPatch(factors, self._provenance, vectors)
-            if self.output_dir is not None:
+            if self.output_dir is not None and trainer.is_global_zero:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)
         trainer.should_stop = True
 
@@ -360,6 +397,7 @@ class ThoughtCallback(Callback):
             "base_model": model_name(model),
             "revision": getattr(model.config, "_commit_hash", None),
             "fingerprint": identity,
+            "model_type": model.config.model_type,
             "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
             "instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions)),
             "template": data.template.to_dict(),

@@ -7,16 +7,19 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, repeat
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.alignment import TokenisedPair, check_context
 from lit_thought.batches import PairBatch, make_batches
 from lit_thought.data_files import load_pairs, pair_instructions
+from lit_thought.distributed import gather_json, share
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation import Evaluation
 from lit_thought.generate import Generation, generate
@@ -49,7 +52,8 @@ class PairDataModule(LightningDataModule):
     Attributes:
         outputs: the output of each pair, given or generated, once :meth:`prepare` has run.
         tokenised: the pairs as tokens, likewise.
-        batches: the padded batches, likewise.
+        batches: the padded batches of this process's share of the pairs, likewise.
+        num_batches: the largest number of batches of any process, likewise.
         applied_answer_weight: the answer weight in use, likewise.
 
     Raises:
@@ -92,6 +96,7 @@ class PairDataModule(LightningDataModule):
         self.outputs: list[str] = []
         self.tokenised: list[TokenisedPair] = []
         self.batches: list[PairBatch] = []
+        self.num_batches = 0
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedPair]:
         """Tokenise every prompt, with its output where it has one, before any long work.
@@ -139,19 +144,28 @@ class PairDataModule(LightningDataModule):
             check_context(tokens, limit, index)
             self.tokenised[index] = tokens
         self.applied_answer_weight = default_answer_weight if self.answer_weight is None else self.answer_weight
-        self.select(tokenizer, range(len(self.pairs)))
+        self.select(tokenizer, range(len(self.pairs)), model.device)
 
-    def select(self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int]) -> None:
-        """Make :attr:`batches` of some of the pairs, once they are tokenised; ``indices`` may repeat."""
+    def select(self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], device: torch.device) -> None:
+        """Make :attr:`batches` of this process's share of some of the pairs, once they are tokenised.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            indices: of the pairs, the same on every process; they may repeat.
+            device: where the process group's tensors live.
+        """
         assert self.applied_answer_weight is not None
+        longest_first = sorted(indices, key=lambda i: -len(self.tokenised[i].instructed_ids))
+        own = share(longest_first)
         self.batches = make_batches(
-            [self.tokenised[i] for i in indices],
+            [self.tokenised[i] for i in own],
             self.batch_size,
             tokenizer.pad_token_id or 0,
             "right",
-            [self.instructions[i] for i in indices],
+            [self.instructions[i] for i in own],
             self.applied_answer_weight,
         )
+        self.num_batches = max(gather_json(len(self.batches), device))
 
     def evaluation(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Evaluation:
         """What the validation pairs are scored with; writes their plain and instructed outputs."""
@@ -176,9 +190,8 @@ class PairDataModule(LightningDataModule):
     ) -> dict[int, Generation]:
         """What the instructed model writes where an output is missing; pairs with one instruction share its run."""
         missing: dict[str, list[int]] = {}
-        for i, pair in enumerate(self.pairs):
-            if "output" not in pair:
-                missing.setdefault(self.instructions[i], []).append(i)
+        for i in share([i for i, pair in enumerate(self.pairs) if "output" not in pair]):
+            missing.setdefault(self.instructions[i], []).append(i)
         total = sum(map(len, missing.values()))
         written: dict[int, Generation] = {}
         with tqdm(total=total, desc="Generating outputs", unit="pair", disable=not progress or total == 0) as bar:
@@ -197,13 +210,31 @@ class PairDataModule(LightningDataModule):
                     keep_special=self.template.is_chat,
                 )
                 written |= zip(members, outputs, strict=True)
-        return written
+        own = [[i, generation.text, generation.finished] for i, generation in written.items()]
+        every = gather_json(own, model.device)
+        return {i: Generation(text, finished) for part in every for i, text, finished in part}
 
     def train_dataloader(self) -> DataLoader:
-        """The aligned batches, each lead before the batches that follow it, in the same order every epoch."""
-        if not self.batches:
+        """The aligned batches, each lead before the batches that follow it, in the same order every epoch.
+
+        Where another process has more, None fills up: Lightning's processes must take the same number of steps.
+        """
+        if not self.num_batches:
             raise ThoughtError("PairDataModule has no batches yet. Give the Trainer a ThoughtCallback.")
-        return DataLoader(self.batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+        return DataLoader(_Batches(self.batches, self.num_batches), batch_size=None)
+
+
+class _Batches(IterableDataset):
+    """Batches in order, then None up to a length. Iterable, so that Lightning adds no sampler that repeats some."""
+
+    def __init__(self, batches: Sequence[PairBatch], length: int) -> None:
+        self.batches, self.length = batches, length
+
+    def __iter__(self) -> Iterator[PairBatch | None]:
+        return chain(self.batches, repeat(None, self.length - len(self.batches)))
+
+    def __len__(self) -> int:
+        return self.length
 
 
 @contextmanager

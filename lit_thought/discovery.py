@@ -245,7 +245,7 @@ class _Tracer:
             return False
         x = x.double()
         share = (x * h).sum(1, keepdim=True) / h.square().sum(1, keepdim=True)
-        return _close(x, share * h, 0.1)
+        return bool(share.any()) and _close(x, share * h, 0.1)
 
     def _mixes_tokens(self, path: str, held: Writer | None = None) -> bool:
         """Whether the input of a layer at the last token depends on the first token."""

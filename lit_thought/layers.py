@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -34,11 +35,19 @@ def sits_beside(layer: nn.Module) -> bool:
     """Whether a change of this linear layer is added to its output, since its weight cannot be changed in place.
 
     So it is for every layer that does not simply multiply by a floating-point weight of at least two bytes:
-    bitsandbytes, GPTQ, AWQ, HQQ, FP8, torchao and so on.
+    bitsandbytes, GPTQ, AWQ, HQQ, FP8, torchao and so on. One with a ``forward`` of its own (BitNet's, Falcon's) is
+    tried on a row of noise.
     """
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    plain = weight is not None and all(_is_plain(value) for value in (weight, bias) if value is not None)
-    return not plain or type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
+    if weight is None or not all(_is_plain(value) for value in (weight, bias) if value is not None):
+        return True
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or weight.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, weight_of(layer).shape[1], generator=generator).to(weight)
+    with torch.no_grad():
+        found, wanted = layer.forward(row).float(), nn.functional.linear(row, weight_of(layer), bias).float()
+    return not bool((found - wanted).norm() <= 1e-2 * wanted.norm())
 
 
 def _is_plain(value: Tensor) -> bool:

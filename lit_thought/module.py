@@ -57,10 +57,12 @@ class ThoughtModule(LightningModule):
         """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it."""
         self._mode.enter_context(evaluating(self.model))
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Observation]:
-        """Observe the current site of the current block on one batch."""
+    def training_step(self, batch: PairBatch | None, batch_idx: int) -> dict[str, Observation] | None:
+        """Observe the current site of the current block on one batch; nothing where another process has more."""
         if self.runner is None:
             raise ThoughtError("ThoughtModule has no streams. Give the Trainer a ThoughtCallback.")
+        if batch is None:
+            return None
         return {"observation": self.runner.observe(batch)}
 
     def teardown(self, stage: str) -> None:

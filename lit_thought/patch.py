@@ -39,9 +39,10 @@ class ThoughtPatch:
     Args:
         factors: e.g. ``{"model.layers.0.self_attn.o_proj": Factors(A, B)}``; may be empty where there are vectors.
         provenance: what the patch was made from, as JSON values; infinite and NaN figures become null.
-            Keys read here: ``fingerprint`` and ``model`` (which model it belongs to), ``base_model`` (the
-            name that adapters record), ``fan_in_fan_out`` (the targets are GPT-2's transposed ``Conv1D``),
-            ``d_in`` (number of inputs by path, for ``save_adapter``, of targets that have only a vector).
+            Keys read here: ``fingerprint`` and ``model`` (which model it belongs to), ``model_type`` (its
+            architecture), ``base_model`` (the name that adapters record), ``fan_in_fan_out`` (the targets are
+            GPT-2's transposed ``Conv1D``), ``d_in`` (number of inputs by path, for ``save_adapter``, of targets that
+            have only a vector).
         vectors: e.g. ``{"model.layers.0.mlp.down_proj": v}``, each of shape (d_out,), of any floating-point dtype;
             kept in float32 on the CPU. None is none.
 
@@ -354,7 +355,7 @@ def _scaled(provenance: dict[str, Any], factor: float) -> dict[str, Any]:
 def _joined(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Provenance of a sum: what identifies the model, which must agree, and the ``parts``."""
     together: dict[str, Any] = {}
-    for key in ("model", "base_model", "fingerprint", "fan_in_fan_out"):
+    for key in ("model", "model_type", "base_model", "fingerprint", "fan_in_fan_out"):
         found = [entry[key] for entry in (mine, theirs) if entry.get(key) is not None]
         if key in ("fingerprint", "fan_in_fan_out") and len(found) == 2 and found[0] != found[1]:
             names = [entry.get("model") or "an unnamed model" for entry in (mine, theirs)]

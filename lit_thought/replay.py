@@ -59,8 +59,8 @@ def find_layers(model: PreTrainedModel) -> list[nn.Module]:
     outer = [m for m in lists if not any(m is not other and m in set(other.modules()) for other in lists)]
     if len(outer) != 1:
         raise UnsupportedModelError(
-            f"not supported yet: {type(model).__name__} has {len(outer)} lists of {count} blocks in its decoder; "
-            "expected one."
+            f"not supported: {type(model).__name__} is not one stack of blocks: its decoder has {len(outer)} lists of "
+            f"{count} modules (num_hidden_layers); expected one."
         )
     return list(outer[0])
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from lit_thought.blocks import Site
+from lit_thought.distributed import reduce_statistics, reduce_vector
 from lit_thought.errors import ThoughtError
 from lit_thought.gains import solve_with_gains
 from lit_thought.rank import reduce_rank
@@ -116,6 +117,13 @@ class StageSums:
             scale = seen.scale.double()
             shift = seen.shift / scale.masked_fill(scale == 0, 1)
             self.vector.update(shift, seen.weights * scale.squeeze(1).square())
+
+    def reduce(self, owner: int, device: torch.device) -> None:
+        """Add up what all processes have summed, on the process that will solve."""
+        if self.matrix is not None:
+            self.matrix = reduce_statistics(self.matrix, owner, device)
+        if self.vector is not None:
+            reduce_vector(self.vector, owner, device)
 
     def solve(self, start: SitePatch, prior: Prior | None) -> tuple[SitePatch, dict[str, float]]:
         """The site's patch after this stage, in float32 as it will be exported, and figures of its quality.

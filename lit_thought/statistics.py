@@ -95,6 +95,24 @@ class Statistics:
         if self._gram is not None or 2 * self.num_rows >= self.d_in:
             self._fold()
 
+    @classmethod
+    def from_rows(cls, rows: tuple[Tensor, Tensor], weight: float, tokens: int) -> Statistics:
+        """Statistics that keep the rows √w a, (n, d_in), and √w δ, (n, d_out), of ``tokens`` with the joint weight."""
+        a, delta = rows
+        energy = delta.square().sum()
+        return cls(a.shape[1], delta.shape[1], a.dtype, weight, tokens, energy, _rows=[(a, delta)])
+
+    @classmethod
+    def from_sums(cls, gram: Tensor, cross: Tensor, energy: Tensor, weight: float, tokens: int) -> Statistics:
+        """Statistics from their sums: Z, (d_in, d_in), C, (d_out, d_in), and Σ w ‖δ‖²."""
+        d_out, d_in = cross.shape
+        return cls(d_in, d_out, gram.dtype, weight, tokens, energy.to(gram), _gram=gram, _cross=cross)
+
+    @property
+    def folded(self) -> bool:
+        """Whether the tokens are in the sums already, and no longer kept as rows."""
+        return self._gram is not None
+
     @property
     def num_rows(self) -> int:
         """Tokens kept as rows: all of them, or 0 once they are folded into the sums."""

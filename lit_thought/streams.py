@@ -216,8 +216,8 @@ class _Reader:
             assert site.point is not None
 
             def read_norm(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-                self._inputs[module] = output
-                self._residuals[site.name] = hidden_of(args, kwargs)
+                self._inputs[module] = self._rows(output)
+                self._residuals[site.name] = self._rows(hidden_of(args, kwargs))
                 if stop:
                     raise _StopForwardError
 

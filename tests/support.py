@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import random
 import shlex
 import string
@@ -260,8 +261,11 @@ def _line(name: str, row: _Row) -> str:
     if family.kind == "moe" and figures.get("parallel"):
         kind += ", parallel"
     kl = figures.get("kl")
-    measured = [f"{kl[0]:.3f}", f"{kl[1]:.1e}", f"{1 - kl[1] / kl[0]:.2%}"] if kl else [""] * 3
-    peft = f"{figures['peft']:.0e}" if "peft" in figures else ""
+    measured = [""] * 3
+    if kl:
+        down = math.floor(1e4 * (1 - kl[1] / kl[0])) / 100  # not rounded up to 100 %
+        measured = [f"{kl[0]:.3f}", f"{kl[1]:.1e}", f"{down:.2f} %"]
+    peft = f"{figures['peft']:.0e}".replace("0e+00", "0") if "peft" in figures else ""
     found = [figures.get(key, "") for key in ("class", "notes", "sites")]
     return f"| {' | '.join([name, found[0], kind, *found[1:], *measured, peft, _escape(row.result)])} |"
 

@@ -545,3 +545,32 @@ def test_card_of_vectors(tmp_path: Path) -> None:
     assert "`merge_and_unload` raises" in card
     patch.without_vectors().save_adapter(tmp_path / "one")
     assert "vLLM" not in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_layers_that_peft_takes_for_experts_are_named_as_parameters(tmp_path: Path) -> None:
+    path = "model.layers.0.mlp.shared_experts.down_proj"
+    attention = "model.layers.0.self_attn.o_proj"
+    factors = {name: Factors(torch.randn(2, 6), torch.randn(5, 2)) for name in (attention, path)}
+    patch = ThoughtPatch(factors, {"model_type": "deepseek_v3"})
+    config, state = to_peft(patch)
+    assert set(config.target_modules) == {attention}
+    assert config.target_parameters == [f"{path}.weight"]
+    assert set(state) == {f"base_model.model.{p}.lora_{x}.weight" for p in factors for x in "AB"}
+    patch.save_adapter(tmp_path / "adapter")
+    loaded = ThoughtPatch.load(tmp_path / "adapter")
+    assert set(loaded.targets) == set(patch.targets)
+    assert torch.equal(loaded.factors[path].delta(), patch.factors[path].delta())
+    for other in ("llama", None):
+        config, _ = to_peft(ThoughtPatch(factors, {"model_type": other}))
+        assert set(config.target_modules) == {attention, path}
+    with pytest.raises(PatchError, match="cannot hold vectors beside this layer of a mixture of experts"):
+        to_peft(ThoughtPatch(factors, {"model_type": "deepseek_v3"}, {attention: torch.ones(5)}))
+
+
+@pytest.mark.parametrize("parameters", [["mlp.experts.down_proj"], [5], ["model.layers.0.mlp.gate.weight", "x"]])
+def test_other_parameters_are_refused(parameters: list[object], tmp_path: Path) -> None:
+    make_patch(make_model("llama")).save_adapter(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": parameters}))
+    with pytest.raises(PatchError, match="only the weights of linear layers can be read"):
+        ThoughtPatch.load(tmp_path / "adapter")

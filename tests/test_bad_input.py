@@ -262,7 +262,7 @@ def test_nan_in_the_first_block_is_found_before_any_pair_is_read(path: str) -> N
     with torch.no_grad():
         model.get_submodule(f"model.layers.0.{path}").weight[2] = math.nan
     untouched = Untouched(model)
-    with pytest.raises(SingularSystemError, match="^block 0 puts out NaN or infinite values"):
+    with pytest.raises(SingularSystemError, match=r"^block 0 puts out NaN or infinite values"):
         make_patch(model)
     untouched.check()
 

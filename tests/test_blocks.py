@@ -141,7 +141,7 @@ def test_blocks_with_a_norm_after_the_mlp(family: str) -> None:
 
 def test_cross_attention_is_refused() -> None:
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
-    with pytest.raises(UnsupportedModelError, match="not supported: architecture 'gpt2' .* has cross-attention"):
+    with pytest.raises(UnsupportedModelError, match=r"not supported: architecture 'gpt2' .* has cross-attention"):
         find_blocks(GPT2LMHeadModel(config))
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, make_model
+from families import make_family
 from test_patch import IDS, make_patch
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_thought.control_vector import load_control_vector, save_control_vector
 from lit_thought.errors import PatchError, ThoughtError, UnsupportedModelError
@@ -125,17 +126,24 @@ def test_what_cannot_be_a_control_vector(tmp_path: Path) -> None:
     steering.save_control_vector(tmp_path / "steer.gguf", make_model("llama", seed=1), check=False)
 
 
-def test_only_blocks_that_return_their_mlps_sum(tmp_path: Path) -> None:
-    config = Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-        num_key_value_heads=1,
-    )
-    model = Gemma3ForCausalLM(config)  # normalises the MLP's output, so adding to it is not adding to the block's
-    patch = ThoughtPatch({}, None, {down("gemma3", 1): torch.ones(32)})
-    with pytest.raises(UnsupportedModelError, match="^not supported: a vector on the output of block 0: a norm, a gate or a factor"):
-        save_control_vector(patch, tmp_path / "steer.gguf", model)
-    with pytest.raises(UnsupportedModelError, match="^not supported: a vector on the output of block 0: a norm, a gate or a factor"):
-        load_control_vector(tmp_path / "steer.gguf", model)
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gemma3_text", "a norm, a gate or a factor stands between its MLP and its output"),
+        ("granite", "a norm, a gate or a factor"),
+        ("mixtral", "its MLP is a mixture of experts"),
+    ],
+)
+def test_only_blocks_that_return_their_mlps_sum(family: str, why: str, tmp_path: Path) -> None:
+    """Behind a norm, adding to the projection's output is not adding to the block's."""
+    model = make_family(family)
+    patch = ThoughtPatch({}, None, {down("llama", 1): torch.ones(32)})
+    for refused in (
+        lambda: save_control_vector(patch, tmp_path / "steer.gguf", model),
+        lambda: load_control_vector(tmp_path / "steer.gguf", model),
+    ):
+        with pytest.raises(UnsupportedModelError, match=f"not supported: a vector on the output of block 0: {why}"):
+            refused()
 
 
 def test_written_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

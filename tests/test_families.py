@@ -34,6 +34,7 @@ POST_NORM = tuple(name for name in SUPPORTED if FAMILIES[name].kind == "post-nor
 MOE = tuple(name for name in SUPPORTED if FAMILIES[name].kind == "moe")
 MLP_IN = """
     llama mistral ministral ministral3 qwen2 qwen3 gpt2 gpt_bigcode gemma phi3 gpt_neo gpt_neox-serial opt bloom mpt
+    falcon-alibi
     olmo starcoder2 stablelm smollm3 glm nemotron persimmon helium arcee apertus seed_oss hunyuan_v1_dense ernie4_5
     internlm3 biogpt xglm jais2 nanochat cwm bitnet diffllama doge vaultgemma youtu iquestcoder ctrl modernbert-decoder
     gpt_neox_japanese qwen2_moe qwen3_moe deepseek_v2 deepseek_v2-lite deepseek_v3 glm4_moe glm4_moe_lite dots1
@@ -133,6 +134,27 @@ def test_the_chunk_is_a_lead_that_all_pairs_share() -> None:
     assert len(lead.plain_rows) + sum(len(batch.plain_rows) for batch in others) < 20
 
 
+def test_a_state_notices_what_is_left_behind() -> None:
+    model = build("llama")
+    state = State.of(model)
+    state.check(model)
+    layer = model.get_submodule("model.layers.1.mlp")
+    handle = layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(AssertionError):
+        state.check(model)
+    handle.remove()
+    layer.forward = layer.forward
+    with pytest.raises(AssertionError):
+        state.check(model)
+    del layer.forward
+    state.check(model)
+    zero = next(model.parameters()).data[0, :1].zero_()
+    state = State.of(model)
+    zero.neg_()  # -0.0
+    with pytest.raises(AssertionError):
+        state.check(model)
+
+
 def test_the_patched_plain_run_is_the_instructed_run(
     case: Case, record_property: Callable[[str, object], None]
 ) -> None:
@@ -220,7 +242,7 @@ def test_mlp_in(family: str) -> None:
     model = build(family)
     everywhere = all("mlp_in" in block.sites for block in find_blocks(model))
     before, after = kl_of_fit(model, sites=("mlp_in",), steps=1, step_size=1.0, **EXACTLY)
-    assert after <= (0.7 if everywhere else 0.95) * before
+    assert after <= (0.6 if everywhere else 0.95) * before
 
 
 @pytest.mark.parametrize("family", VARIED)
@@ -395,7 +417,7 @@ def test_the_table_is_written_when_all_families_ran(tmp_path: Path) -> None:
     table.pytest_sessionfinish()
     assert [file.name for file in tmp_path.iterdir()] == ["families.md"]
     text = (tmp_path / "families.md").read_text()
-    assert "| attn_out | 0.500 | 1.0e-02 | 98.00% | 2e-07 | failed: test_y |" in text
+    assert "| attn_out | 0.500 | 1.0e-02 | 98.00 % | 2e-07 | failed: test_y |" in text
     assert f"| {SUPPORTED[1]} |  | pre-norm |  |  |  |  |  |  | Skipped: cannot build it |" in text
     assert f"| {REFUSED[0]} | B | no \\| such thing | passed |" in text
     assert f"{len(SUPPORTED) - 2} of {len(SUPPORTED)} families passed; {len(REFUSED)} more are refused" in text

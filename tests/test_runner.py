@@ -10,19 +10,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from families import make_family
 from test_streams import first_linears, install, layer_at
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.alignment import TokenisedPair
 from lit_thought.batches import make_batches
-from lit_thought.blocks import SITES, Block, find_blocks
+from lit_thought.blocks import JOINT, SITES, Block, find_blocks
 from lit_thought.prompts import PromptTemplate
-from lit_thought.runner import StreamRunner
+from lit_thought.replay import find_layers
+from lit_thought.runner import StreamRunner, stages_of
 from lit_thought.streams import LowRank, SitePatch
 
 WORDS = [("hot", "cold"), ("big", "small"), ("the capital of France?", None), ("up", "down"), ("good", "a bad fox")]
@@ -153,14 +156,18 @@ class BruteForce:
         self.comparisons = []  # plain ids, the target run, (plain position, target position, weight)
         sinks = Counter(pair.plain_ids[:1] for pair in pairs if pair.sink)
         for ids, number in sinks.items():
-            self.comparisons.append((ids, trace(model, ids), [(0, 0, float(number))]))
+            self.comparisons.append((ids, self.target(ids), [(0, 0, float(number))]))
         for pair in pairs:
             start, stop = pair.output_span
             matches = [
                 (p, q, answer_weight if start < stop and start - 1 <= p < stop else 1.0)
                 for p, q in zip(pair.plain_positions, pair.instructed_positions, strict=True)
             ]
-            self.comparisons.append((pair.plain_ids, trace(model, pair.instructed_ids), matches))
+            self.comparisons.append((pair.plain_ids, self.target(pair.instructed_ids), matches))
+
+    def target(self, ids: Sequence[int]) -> Any:
+        """What the original model does with the tokens of an instructed run."""
+        return trace(self.model, ids)
 
     def install(self, patches: Mapping[tuple[int, str], SitePatch]) -> None:
         """Put patches in place of what these sites had."""
@@ -408,3 +415,387 @@ def narrow(patch: SitePatch) -> SitePatch:
     assert patch.matrix is not None
     assert patch.vector is not None
     return SitePatch(LowRank(patch.matrix.A.float(), patch.matrix.B.float()), patch.vector.float())
+
+
+# --- blocks of other forms ---------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A layer that writes to the residual stream: its path in the block, and what its output goes through."""
+
+    path: str
+    factor: float = 1.0
+    norm: str | None = None
+    gate: str | None = None
+
+
+class Place(NamedTuple):
+    """A site: its layers, and the module whose input is the residual stream after it; None for the block's output."""
+
+    parts: tuple[Part, ...]
+    point: str | None = None
+
+
+OUT, DOWN, AFTER = Part("self_attn.o_proj"), Part("mlp.down_proj"), "post_attention_layernorm"
+GEMMA2 = {
+    "attn_out": Place((Part("self_attn.o_proj", norm=AFTER),), "pre_feedforward_layernorm"),
+    "mlp_out": Place((Part("mlp.down_proj", norm="post_feedforward_layernorm"),)),
+}
+EXPERTS = {"attn_out": Place((OUT,), AFTER)}
+SHARED = {**EXPERTS, "mlp_out": Place((Part("mlp.shared_expert.down_proj", gate="mlp.shared_expert_gate"),))}
+DENSE = {**EXPERTS, "mlp_out": Place((DOWN,))}
+
+
+def at_once(*parts: Part) -> dict[str, Place]:
+    """A parallel block's sites."""
+    return {"attn_out": Place(parts[:1]), "mlp_out": Place(parts[1:]), JOINT: Place(parts)}
+
+
+PLACES: dict[str, list[dict[str, Place]]] = {
+    "gemma2": [GEMMA2] * 4,
+    "olmo2": [
+        {
+            "attn_out": Place((Part("self_attn.o_proj", norm=AFTER),), "mlp"),
+            "mlp_out": Place((Part("mlp.down_proj", norm="post_feedforward_layernorm"),)),
+        }
+    ]
+    * 3,
+    "gemma4_text": [{**GEMMA2, "mlp_out": Place(GEMMA2["mlp_out"].parts, "per_layer_input_gate")}] * 4,
+    "hyperclovax": [
+        {
+            "attn_out": Place((Part("self_attn.o_proj", 0.4, norm="post_norm1"),), AFTER),
+            "mlp_out": Place((Part("mlp.down_proj", 0.4, norm="post_norm2"),)),
+        }
+    ]
+    * 3,
+    "granite": [
+        {"attn_out": Place((OUT._replace(factor=0.4),), AFTER), "mlp_out": Place((DOWN._replace(factor=0.4),))},
+    ]
+    * 3,
+    "phi": [at_once(Part("self_attn.dense"), Part("mlp.fc2"))] * 3,
+    "gptj": [at_once(Part("attn.out_proj"), Part("mlp.fc_out"))] * 3,
+    "falcon": [at_once(Part("self_attention.dense"), Part("mlp.dense_4h_to_h"))] * 3,
+    "cohere2_moe": [at_once(OUT, DOWN), *[at_once(OUT, Part("mlp.shared_experts.down_proj", 0.5))] * 3],
+    "mixtral": [EXPERTS] * 3,
+    "qwen3_moe": [EXPERTS, DENSE, EXPERTS, EXPERTS],
+    "qwen2_moe": [SHARED, DENSE, SHARED, SHARED],
+    "opt": [{"attn_out": Place((Part("self_attn.out_proj"),), "final_layer_norm"), "mlp_out": Place((Part("fc2"),))}]
+    * 3,
+}
+NARROW = ("gemma2", "olmo2", "gemma4_text", "hyperclovax", "gptj")  # norms or attention in float32, whatever the dtype
+
+
+class Sight(NamedTuple):
+    """What one full forward has at one site: raw input and output of each part, γ of each, γ and norm of the last
+    part's y alone, and the residual stream; (length, ·) each."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    factors: list[Tensor]
+    residual: Tensor
+
+    @property
+    def a(self) -> Tensor:
+        return torch.cat([x * factor for x, factor in zip(self.inputs, self.factors, strict=True)], dim=1)
+
+
+def scale_of(norm: nn.Module) -> Tensor:
+    """g, read from the weights: Gemma 2's norms scale by 1 + weight."""
+    return 1 + norm.weight.detach() if "Gemma2" in type(norm).__name__ else norm.weight.detach()
+
+
+def epsilon_of(norm: nn.Module) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+class Reference(BruteForce):
+    """Brute force for the families in ``PLACES``: hooks by hand-written paths, γ from the layers' own outputs."""
+
+    def __init__(self, family: str, pairs: Sequence[TokenisedPair], order: str = "sequential") -> None:
+        self.places = PLACES[family]
+        super().__init__(make_family(family, torch.float64), pairs, order)
+
+    def target(self, ids: Sequence[int]) -> Any:
+        return self.sights(self.model, ids)
+
+    def module(self, model: PreTrainedModel, block: int, path: str | None = None) -> nn.Module:
+        layer = find_layers(model)[block]
+        return layer.get_submodule(path) if path else layer
+
+    def install(self, patches: Mapping[tuple[int, str], SitePatch]) -> None:
+        """Into weights and biases of the copy, always from the original ones."""
+        self.patches |= patches
+        for block in {block for block, _ in patches}:
+            for place in self.places[block].values():
+                for part in place.parts:
+                    mine, theirs = (self.module(m, block, part.path) for m in (self.changed, self.model))
+                    mine.weight.data.copy_(theirs.weight)
+                    mine.bias = None if theirs.bias is None else nn.Parameter(theirs.bias.detach().clone())
+            for (index, site), patch in self.patches.items():
+                if index == block:
+                    self._add(block, self.places[block][site], patch)
+
+    def _add(self, block: int, place: Place, patch: SitePatch) -> None:
+        layers = [self.module(self.changed, block, part.path) for part in place.parts]
+        if patch.matrix is not None:
+            change = patch.matrix.B @ patch.matrix.A
+            for layer in layers:
+                width = layer.weight.shape[1]
+                layer.weight.data += change[:, :width]
+                change = change[:, width:]
+            assert change.shape[1] == 0
+        if patch.vector is not None:
+            old = 0 if layers[-1].bias is None else layers[-1].bias.detach()
+            layers[-1].bias = nn.Parameter(old + patch.vector)
+
+    @torch.no_grad()
+    def sights(
+        self, model: PreTrainedModel, ids: Sequence[int], forced: Mapping[int, tuple[list[int], Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[tuple[int, str], Sight]]:
+        """Each block's entrance and each site of one full forward; ``forced`` as in :func:`trace`."""
+        entrances: list[Tensor] = []
+        given: dict[tuple[int, str | None], Tensor] = {}
+        put: dict[tuple[int, str | None], Tensor] = {}
+        handles = []
+
+        def rows(value: Any) -> Tensor:
+            value = value[0] if isinstance(value, tuple) else value
+            return value.reshape(len(ids), -1)
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any], block: int) -> tuple[tuple, dict[str, Any]]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if forced and block in forced:
+                positions, values = forced[block]
+                hidden = hidden.clone()
+                hidden[0, positions] = values
+            entrances.append(hidden[0])
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, key: tuple) -> None:
+            value = args[0] if args else next(iter(kwargs.values()), None)
+            given[key], put[key] = rows(value), rows(output)
+
+        for block, places in enumerate(self.places):
+            layer = self.module(model, block)
+            handles.append(layer.register_forward_pre_hook(partial(enter, block=block), with_kwargs=True))
+            parts = [part for place in places.values() for part in place.parts]
+            paths = {path for part in parts for path in (part.path, part.norm, part.gate)}
+            for path in {*paths, *(place.point for place in places.values()), None}:
+                hook = partial(note, key=(block, path))
+                handles.append(self.module(model, block, path).register_forward_hook(hook, with_kwargs=True))
+        model(torch.tensor([list(ids)]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        found = {}
+        for block, places in enumerate(self.places):
+            for site, place in places.items():
+                factors = []
+                for part in place.parts:
+                    y = put[block, part.path]
+                    factor = torch.full((len(ids), 1), part.factor, dtype=torch.float64)
+                    if part.gate is not None:
+                        factor = factor * torch.sigmoid(put[block, part.gate])
+                    if part.norm is not None:
+                        factor = (
+                            factor
+                            / (
+                                y.square().mean(1, keepdim=True) + epsilon_of(self.module(model, block, part.norm))
+                            ).sqrt()
+                        )
+                    factors.append(factor)
+                residual = put[block, None] if place.point is None else given[block, place.point]
+                inputs, outputs = ([into[block, part.path] for part in place.parts] for into in (given, put))
+                found[block, site] = Sight(inputs, outputs, factors, residual)
+        return entrances, found
+
+    def see(self, block: int, site: str, since: Mapping[tuple[int, str], SitePatch] | None = None) -> list[Tensor]:
+        """a, δ, the shift, weights and γ of a stage's compared tokens.
+
+        ``since``: the patches before the first pass; δ and the shift are as if the site's patch were still theirs, but
+        with the γ that the plain run has now.
+        """
+        columns: list[list[Tensor]] = [[], [], [], [], []]
+        for plain, (goals, wanted), matches in self.comparisons:
+            here, there = [p for p, _, _ in matches], [q for _, q, _ in matches]
+            forced = None
+            if self.order == "teacher-forced":
+                forced = {index: (here, goals[index][there]) for index in range(1, block + 1)}
+            _, seen = self.sights(self.changed, plain, forced)
+            sight = seen[block, site]
+            residual = sight.residual
+            if since is not None:
+                (part,) = self.places[block][site].parts
+                gain = 1 if part.norm is None else scale_of(self.module(self.model, block, part.norm))
+                before, z = since.get((block, site), SitePatch()), sight.inputs[0]
+                with torch.no_grad():
+                    y = self.module(self.model, block, part.path)(z)
+                y = y if before.matrix is None else y + before.matrix(z)
+                y = y if before.vector is None else y + before.vector
+                residual = residual + gain * sight.factors[0] * (y - sight.outputs[0])
+            error = wanted[block, site].residual[there] - residual[here]
+            weights = torch.tensor([weight for _, _, weight in matches], dtype=torch.float64)
+            for column, values in zip(
+                columns, (sight.a[here], error, error, weights, sight.factors[-1][here]), strict=True
+            ):
+                column.append(values)
+        return [torch.cat(column) for column in columns]
+
+
+def walk(
+    family: str,
+    sites: Sequence[str],
+    stages: Sequence[tuple[int, str, int]],
+    parts: str = "matrix",
+    order: str = "sequential",
+    passes: int = 1,
+    started: bool = False,
+) -> None:
+    """Go through the expected stages with arbitrary patches, each compared with brute force.
+
+    ``parts``: which part the patches have; with ``passes``, the reference can tell only one of them at a time.
+    """
+    pairs = make_pairs()[:3]
+    reference = Reference(family, pairs, order)
+    model, tol = reference.model, 2e-5 if family in NARROW else 1e-9
+    blocks, generator = find_blocks(model), torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def patch(block: int, site: str) -> SitePatch:
+        d_in = blocks[block].sites[site].d_in
+        matrix = LowRank(random(2, d_in), random(32, 2)) if parts != "vector" else None
+        return SitePatch(matrix, random(32) if parts != "matrix" else None)
+
+    start = {(block, site): patch(block, site) for block, site, turn in stages if turn == 0} if started else {}
+    reference.install(start)
+    batches = make_batches(pairs, 2, 0, "right", answer_weight=ANSWER_WEIGHT)
+    runner = StreamRunner(model, blocks, sites, order, start=start, passes=passes)  # type: ignore[arg-type]
+    assert [tuple(stage) for stage in runner.stages] == list(stages)
+    for block, site, turn in stages:
+        assert (runner.block.index, runner.site) == (block, site)
+        seen = [runner.observe(batch) for batch in batches]
+        wanted = reference.see(block, site, start if turn else None)
+        columns = [torch.cat([getattr(o, name) for o in seen]) for name in ("a", "delta", "shift", "weights")]
+        if turn:  # each part of a patch is put back into its own error only
+            columns[1] = columns[2] = columns[1 if parts == "matrix" else 2]
+        Sums.of(*columns).assert_equal(Sums.of(*wanted[:4]), tol)
+        scales = [o.scale if o.scale is not None else torch.ones(len(o.weights), 1) for o in seen]
+        found, expected = moments(torch.cat(scales), columns[3]), moments(wanted[4], wanted[3])
+        torch.testing.assert_close(found, expected, rtol=10 * tol, atol=0)
+        chosen_patch = patch(block, site)
+        runner.finish(chosen_patch)
+        reference.install({(block, site): chosen_patch})
+    assert runner.stage == len(stages)
+
+
+def moments(scale: Tensor, weights: Tensor) -> Tensor:
+    """Σ w γᵏ, which tells apart what the order of the tokens and repeated sinks do not."""
+    return torch.stack([(weights.double() * scale.double().flatten() ** k).sum() for k in range(1, 4)])
+
+
+def each(blocks: Sequence[int], sites: Sequence[str], passes: int = 1) -> list[tuple[int, str, int]]:
+    return [(block, site, turn) for block in blocks for site in sites for turn in range(passes)]
+
+
+BOTH = ("attn_out", "mlp_out")
+
+
+@pytest.mark.parametrize("order", ["sequential", "teacher-forced"])
+@pytest.mark.parametrize("parts", ["matrix", "vector"])
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "gemma4_text", "hyperclovax", "granite", "opt"])
+def test_sites_behind_norms_and_factors_equal_brute_force(family: str, parts: str, order: str) -> None:
+    """What is read after one site was patched, and in the next block, is what changed weights give."""
+    walk(family, BOTH, each(range(len(PLACES[family])), BOTH), parts, order)
+
+
+@pytest.mark.parametrize("parts", ["matrix", "vector"])
+@pytest.mark.parametrize("started", [False, True], ids=["from nothing", "from patches"])
+@pytest.mark.parametrize("family", ["gemma2", "hyperclovax", "olmo2"])
+def test_a_second_pass_replaces_the_first_ones_patch_and_keeps_its_gain(family: str, started: bool, parts: str) -> None:
+    """From the second pass on, δ is as if the passes before had not been, but for the γ, which is read with them."""
+    walk(family, BOTH, each(range(len(PLACES[family])), BOTH, 3), parts, passes=3, started=started)
+
+
+def test_passes_are_for_sites_behind_norms() -> None:
+    for family, sites, expected in (
+        ("llama", SITES, each(range(3), SITES)),
+        ("phi", BOTH, each(range(3), (JOINT,))),
+        ("granite", BOTH, each(range(3), BOTH)),
+        ("gemma2", ("mlp_out",), each((1, 3), ("mlp_out",), 2)),
+    ):
+        chosen = (1, 3) if family == "gemma2" else None
+        assert stages_of(find_blocks(make_family(family)), sites, chosen, passes=2) == expected
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["from nothing", "from patches"])
+@pytest.mark.parametrize("order", ["sequential", "teacher-forced"])
+@pytest.mark.parametrize("family", ["phi", "gptj", "falcon", "cohere2_moe"])
+def test_both_projections_of_a_parallel_block_are_one_site(family: str, order: str, started: bool) -> None:
+    """a = [z; f], f times its factor; each layer's weights get their columns of Δ."""
+    blocks = range(len(PLACES[family]))
+    walk(family, BOTH, each(blocks, (JOINT,)), "both", order, started=started)
+
+
+@pytest.mark.parametrize("site", BOTH)
+@pytest.mark.parametrize("family", ["phi", "cohere2_moe"])
+def test_one_projection_of_a_parallel_block(family: str, site: str) -> None:
+    walk(family, (site,), each(range(len(PLACES[family])), (site,)), "both", started=True)
+
+
+@pytest.mark.parametrize("order", ["sequential", "teacher-forced"])
+@pytest.mark.parametrize(
+    ("family", "sites", "stages"),
+    [
+        ("mixtral", BOTH, each(range(3), ("attn_out",))),
+        ("qwen3_moe", BOTH, [(0, "attn_out", 0), *each((1,), BOTH), *each((2, 3), ("attn_out",))]),
+        ("qwen3_moe", ("mlp_out",), [(1, "mlp_out", 0)]),  # the others are only passed through
+        ("qwen2_moe", BOTH, each(range(4), BOTH)),
+        ("qwen2_moe", ("mlp_out",), each(range(4), ("mlp_out",))),
+    ],
+)
+def test_blocks_with_experts(
+    family: str, sites: tuple[str, ...], stages: list[tuple[int, str, int]], order: str
+) -> None:
+    walk(family, sites, stages, "both", order)
+
+
+@pytest.mark.parametrize(
+    ("family", "sites", "extra"),
+    [
+        ("llama", BOTH, 0),
+        ("granite", BOTH, 0),
+        ("phi", BOTH, 0),
+        ("cohere2_moe", ("mlp_out",), 0),
+        ("llama", ("attn_out",), 1),
+        ("llama", ("mlp_in",), 1),
+        ("mixtral", BOTH, 1),
+        ("gemma2", BOTH, 1),
+        ("qwen2_moe", BOTH, 1),
+    ],
+)
+def test_a_block_runs_again_to_leave_it_only_where_its_output_is_not_known(
+    family: str, sites: tuple[str, ...], extra: int
+) -> None:
+    model = make_family(family)
+    pairs, blocks, calls = make_pairs(bos=True)[:2], find_blocks(model), 0
+    (batch,) = [batch for batch in make_batches(pairs, 2, 0) if batch.lead is None][:1]
+    runner = StreamRunner(model, blocks, sites)
+
+    def count(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    runner.observe(batch)
+    blocks[0].module.register_forward_pre_hook(count)
+    for stage in runner.stages:
+        if stage.block > 0:
+            break
+        calls = 0
+        if runner.stage > 0:
+            runner.observe(batch)
+            assert calls == 1
+        calls = 0
+        last = runner.stages[runner.stage + 1].block > 0
+        runner.finish(SitePatch(None, torch.ones(32)))
+        assert calls == (extra if last and batch.plain is not None else 0)

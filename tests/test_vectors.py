@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, make_model, make_tokenizer
+from families import make_family
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.blocks import find_blocks
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, UnsupportedModelError
 from lit_thought.metrics import token_kl
 from lit_thought.theory import best_block, thought_vectors, vector_patch
 
@@ -129,6 +130,43 @@ def test_best_block_against_full_forwards_of_a_changed_copy() -> None:
     block, found = best_block(model, tokenizer, vectors, POSITIVE, PAIRS, template=TEMPLATE, scale=2.0)
     assert found == pytest.approx(expected, rel=1e-5)
     assert block == int(np.argmin(expected))
+
+
+@pytest.mark.parametrize("family", ["phi", "opt", "gpt_neo"])
+@torch.no_grad()
+def test_vectors_of_other_families(family: str) -> None:
+    """A block's output is the same thing where attention and MLP are parallel."""
+    model, tokenizer = make_family(family, torch.float64), make_tokenizer()
+    vectors = thought_vectors(model, tokenizer, POSITIVE, PAIRS, template=TEMPLATE, tokens="last")
+    differences = []
+    for pair in PAIRS:
+        here, there = (block_outputs(model, tokenizer, prompt(chunk, pair))[:, -1] for chunk in (POSITIVE, ""))
+        differences.append(here - there)
+    assert relative(vectors, torch.stack(differences).mean(0)) < 1e-6  # GPT-Neo attends in float32
+    plain = block_outputs(model, tokenizer, prompt("", PAIRS[0]))[1]
+    with vector_patch(model, {1: vectors[1]}, scale=2.0).applied(model):
+        patched = block_outputs(model, tokenizer, prompt("", PAIRS[0]))[1]
+    assert relative(patched - plain, (2 * vectors[1]).expand_as(plain)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gemma2", "a norm, a gate or a factor stands between its MLP and its output"),
+        ("granite", "a norm, a gate or a factor"),
+        ("gemma4_text", "a norm, a gate or a factor"),
+        ("qwen2_moe", "a norm, a gate or a factor"),
+        ("mixtral", "its MLP is a mixture of experts"),
+    ],
+)
+def test_blocks_whose_output_is_not_their_mlps_sum_are_refused(family: str, why: str) -> None:
+    model, tokenizer = make_family(family), make_tokenizer()
+    for refused in (
+        lambda: thought_vectors(model, tokenizer, POSITIVE, PAIRS, template=TEMPLATE),
+        lambda: vector_patch(model, {0: torch.ones(32)}),
+    ):
+        with pytest.raises(UnsupportedModelError, match=f"not supported: a vector on the output of block 0: {why}"):
+            refused()
 
 
 def test_bad_input() -> None:
