@@ -110,7 +110,7 @@ def _is_claimed(path: str, model_type: Any) -> bool:
         from peft.utils import transformers_weight_conversion as conversion
 
         pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type or "")
-        names = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+        names = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern or "", {})
     except (ImportError, AttributeError):  # a PEFT that does not rewrite targets
         return False
     return path.rpartition(".")[2] in names
