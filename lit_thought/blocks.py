@@ -180,6 +180,7 @@ class Block:
         mlp_norm: the norm between the residual stream m and the MLP, where the block has one and is not parallel.
         output_norm: the norm of the MLP's output in post-norm blocks, otherwise None.
         firsts: the MLP's first linear layers, by path, where nothing else reads that norm.
+        mlp: the MLP as one module, where the block ends with ``o = m + c N(mlp(norm(m)))``; else None.
         parallel: attention and MLP read the same residual stream.
         experts: path of a mixture of experts, or None.
         missing: why the block lacks a site, by site.
@@ -192,10 +193,21 @@ class Block:
     mlp_norm: nn.Module | None = None
     output_norm: nn.Module | None = None
     firsts: dict[str, nn.Module] = field(default_factory=dict)
+    mlp: nn.Module | None = None
     parallel: bool = False
     experts: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     like: Any = None
+
+    def rest(self, residual: Tensor) -> Tensor:
+        """The block's output from the residual stream m after attention, where :attr:`mlp` is known."""
+        assert self.mlp is not None
+        (last,) = self.sites["mlp_out"].projections
+        entry = self.sites["attn_out"].point
+        assert entry is not None
+        found = self.mlp(residual if entry is self.mlp else entry(residual))
+        found = found if last.norm is None else last.norm(found)
+        return residual + (found if last.multiplier == 1 else last.multiplier * found)
 
     def stages(self, sites: Sequence[str]) -> tuple[str, ...]:
         """Which of ``sites`` this block has, in forward order; both output projections as one where they are joint."""
@@ -331,7 +343,7 @@ def _trace(model: PreTrainedModel, layers: Sequence[nn.Module], kinds: list[Any]
         if kind not in found:
             roles = trace_block(module, call, entrance, f"block {index}")
             if withheld is not None and roles.experts is not None:
-                roles = replace(roles, mlp_out=None, missing={**roles.missing, "mlp_out": withheld})
+                roles = replace(roles, mlp_out=None, mlp=None, missing={**roles.missing, "mlp_out": withheld})
             found[kind] = roles
     return _Trace(kinds, [found[kind] for kind in kinds], entrance.shape[-1], entrance.dtype, like)
 
@@ -447,6 +459,7 @@ def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str]
         child(roles.mlp_norm),
         sites["mlp_out"].projections[-1].norm if "mlp_out" in sites else None,
         firsts,
+        child(roles.mlp),
         roles.parallel,
         f"{paths[id(module)]}.{roles.experts}" if roles.experts else None,
         missing,

@@ -66,6 +66,8 @@ class Roles:
         parallel: attention and MLP read the same residual stream and are added to it at once.
         mlp_norm: path of the norm between the residual stream and the MLP, or None.
         mlp_in: paths of the MLP's first linear layers, if nothing else reads what that norm puts out.
+        mlp: path of the MLP, where the block ends with ``o = m + c N(mlp(norm(m)))`` (either norm may be missing) and
+            can go on from m alone; None elsewhere.
         experts: path of a mixture of experts in the block, or None.
         missing: why a role was not found, by site.
     """
@@ -75,6 +77,7 @@ class Roles:
     parallel: bool = False
     mlp_norm: str | None = None
     mlp_in: tuple[str, ...] = ()
+    mlp: str | None = None
     experts: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
 
@@ -183,7 +186,27 @@ class _Tracer:
         norm, firsts, reason = self._mlp_in(attn_out, mlp_out, parallel)
         if reason:
             missing["mlp_in"] = reason
-        return Roles(attn_out, mlp_out, parallel, norm, firsts, experts, missing)
+        mlp = self._mlp(attn_out, mlp_out) if not parallel else None
+        return Roles(attn_out, mlp_out, parallel, norm, firsts, mlp, experts, missing)
+
+    def _mlp(self, attn_out: Writer | None, mlp_out: Writer | None) -> str | None:
+        """The MLP as one module, if the rest of the block after attention is it and what its writer says."""
+        if attn_out is None or mlp_out is None or attn_out.point is None or mlp_out.point is not None:
+            return None
+        path = mlp_out.path.partition(".")[0]
+        m, mlp, entry = self.base.inputs[attn_out.point], self.names[path], self.names[attn_out.point]
+        norm = self.names[mlp_out.norm] if mlp_out.norm is not None else None
+        if "." not in mlp_out.path or (entry is not mlp and self.base.outputs.get(attn_out.point) is None):
+            return None
+        with torch.no_grad():
+            try:
+                found = mlp(m if entry is mlp else entry(m))
+            except TypeError:  # it takes more than its input: the residual stream itself, in Bloom and MPT
+                return None
+            if not isinstance(found, Tensor):
+                return None
+            found = m + mlp_out.multiplier * (found if norm is None else norm(found))
+        return path if _close(found, self.base.output, self.tolerance**2) else None
 
     def _is_experts(self, path: str) -> bool:
         own = self.names[path].named_parameters(recurse=False)

@@ -73,13 +73,15 @@ def stages_of(
 @dataclass
 class _Pair:
     """Both streams of one batch, and what is kept of the current block: the target's readings of the compared
-    tokens, (n, d_in or nothing) and (n, d) by site; and the block's output and last input, before its patch."""
+    tokens, (n, d_in or nothing) and (n, d) by site; the residual stream and input seen at its latest site, before that
+    site's patch; and the residual stream after attention with its patch, where the block can go on from there."""
 
     batch: PairBatch
     plain: Stream | None
     target: Stream
     goals: dict[str, tuple[Tensor | None, Tensor]]
     after: tuple[Tensor, Tensor] | None = None
+    middle: Tensor | None = None
 
 
 class StreamRunner:
@@ -139,10 +141,12 @@ class StreamRunner:
         return self._start.get((self.block.index, self.site), SitePatch())
 
     @property
-    def _shortcut(self) -> bool:
-        """Whether a block's output follows from the one seen while its last site was observed, without another run."""
+    def _leads_on(self) -> bool:
+        """Whether the residual stream with the current site's patch follows from the one seen without it, and the block
+        can go on from there: at its output, or after attention where the MLP is known as one module."""
         site = self.block.sites[self.site]
-        return site.name != "mlp_in" and site.linear and site.point is None
+        at_end, after_attention = site.point is None, site.name == "attn_out" and self.block.mlp is not None
+        return site.linear and (self._last if at_end else after_attention)
 
     @property
     def _first(self) -> bool:
@@ -167,7 +171,8 @@ class StreamRunner:
         site = self.block.sites[self.site]
         self._fetch(pair.plain)
         stop = None if site.point is None else self.site
-        output, readings = pair.plain.run(self.block, (self.site,), self._patches, stop_after=stop)
+        middle = None if pair.middle is None else pair.middle.to(self.device)
+        _, readings = pair.plain.run(self.block, (self.site,), self._patches, stop_after=stop, residual=middle)
         self._store(pair.plain)
         reading, rows = readings[self.site], pair.batch.plain_rows
         a = reading.input.flatten(0, 1)[rows]
@@ -184,8 +189,8 @@ class StreamRunner:
             gain, factor = 1.0 if site.gain is None else site.gain, 1.0 if scale is None else scale
             delta = delta + gain * (_change(here.matrix, a) - _change(self.start.matrix, a))
             shift = shift + gain * (_constant(here.vector) - _constant(self.start.vector)) * factor
-        if self._last and self._shortcut and output is not None:
-            pair.after = (output.to(self.storage), reading.input.to(self.storage))
+        if self._leads_on:
+            pair.after = (reading.residual.to(self.storage), reading.input.to(self.storage))
         return Observation(a, delta, shift, pair.batch.weights, scale)
 
     @torch.inference_mode()
@@ -193,11 +198,14 @@ class StreamRunner:
         """Install the current stage's patch and move on; after a block's last site, all streams advance."""
         before = self._patches.get(self.site, SitePatch())
         self._patches[self.site] = patch
+        if self._leads_on:
+            for pair in self._pairs.values():
+                self._go_on(pair, before)
         if self._last:
             here = self.block.index
             ahead = self.stages[self.stage + 1].block if self.stage + 1 < self.num_stages else here + 1
             for pair in self._pairs.values():
-                self._advance(pair, before)
+                self._advance(pair)
             for index in range(here + 1, ahead):
                 for pair in self._pairs.values():
                     self._pass(pair, self.blocks[index])
@@ -254,21 +262,28 @@ class StreamRunner:
         assert output is not None
         pair.target.hidden = output.to(self.storage)
 
-    def _advance(self, pair: _Pair, before: SitePatch) -> None:
-        """The plain stream through the block as it is now patched; ``before`` was at the last site when observed."""
+    def _go_on(self, pair: _Pair, before: SitePatch) -> None:
+        """The residual stream after the current site as it is now patched; ``before`` was there when it was seen."""
+        if pair.after is None:
+            return
+        residual, inputs = (x.to(self.device) for x in pair.after)
+        now, scale = self._patches[self.site], self.block.sites[self.site].projections[-1].multiplier
+        change = _change(now.matrix, inputs) - _change(before.matrix, inputs)
+        change = change + scale * (_constant(now.vector) - _constant(before.vector))
+        pair.after, pair.middle = None, (residual + torch.as_tensor(change).to(residual)).to(self.storage)
+
+    def _advance(self, pair: _Pair) -> None:
+        """The plain stream through the block as it is now patched."""
         if pair.plain is None:
             return
         output: Tensor | None
-        if pair.after is not None:
-            output, inputs = (x.to(self.device) for x in pair.after)
-            now, scale = self._patches[self.site], self.block.sites[self.site].projections[-1].multiplier
-            change = _change(now.matrix, inputs) - _change(before.matrix, inputs)
-            change = change + scale * (_constant(now.vector) - _constant(before.vector))
-            output = output + torch.as_tensor(change).to(output)
-            pair.after = None
+        if self._leads_on and self.block.sites[self.site].point is None and pair.middle is not None:
+            output = pair.middle.to(self.device)
         else:
             self._fetch(pair.plain)
-            output, _ = pair.plain.run(self.block, (), self._patches)
+            middle = None if pair.middle is None else pair.middle.to(self.device)
+            output, _ = pair.plain.run(self.block, (), self._patches, residual=middle)
+        pair.middle = None
         assert output is not None
         self._enter(pair, output)
 

@@ -14,6 +14,7 @@ A thought vector needs Σ wᵢ δᵢ only: :class:`VectorStatistics`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -107,6 +108,48 @@ class Statistics:
         """Statistics from their sums: Z, (d_in, d_in), C, (d_out, d_in), and Σ w ‖δ‖²."""
         d_out, d_in = cross.shape
         return cls(d_in, d_out, gram.dtype, weight, tokens, energy.to(gram), _gram=gram, _cross=cross)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What :meth:`from_tensors` makes the same statistics of, bit for bit.
+
+        Returns:
+            weight (float64), tokens (int64) and energy, all 0-dim; while there are few tokens a, (n, d_in), and delta,
+            (n, d_out), which are √w a and √w δ; otherwise gram, Z, and cross, C; with ``rank_one`` operators too.
+        """
+        head = {"weight": torch.tensor(self.weight, dtype=torch.float64), "tokens": torch.tensor(self.tokens)}
+        found = {**head, "energy": self.energy}
+        if self._gram is not None:
+            found |= {"gram": self.gram, "cross": self.cross}
+        else:
+            empty = (torch.zeros(0, d, dtype=self.dtype, device=self.energy.device) for d in (self.d_in, self.d_out))
+            found["a"], found["delta"] = self.rows() or empty
+        return {**found, "operators": self.operators} if self.rank_one else found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
+        """The statistics that :meth:`to_tensors` took apart.
+
+        Raises:
+            ThoughtError: when a tensor is missing or too many, or has a wrong shape or dtype.
+        """
+        folded, rank_one = "gram" in tensors, "operators" in tensors
+        names = ("gram", "cross") if folded else ("a", "delta")
+        _check_names(tensors, {*names, "operators"} if rank_one else set(names))
+        left, right = (tensors[name] for name in names)
+        fits = left.ndim == right.ndim == 2 and left.dtype == right.dtype
+        if not fits or (left.shape != (right.shape[1],) * 2 if folded else len(left) != len(right)):
+            raise ThoughtError(
+                f"statistics: {names[0]} {tuple(left.shape)} {left.dtype} and {names[1]} {tuple(right.shape)} "
+                f"{right.dtype} do not belong together."
+            )
+        d_in, d_out = left.shape[1], len(right) if folded else right.shape[1]
+        operators = tensors.get("operators")
+        if operators is not None and (operators.shape != (d_out, d_in) or operators.dtype != left.dtype):
+            raise ThoughtError(f"statistics: operators must be ({d_out}, {d_in}); got {tuple(operators.shape)}.")
+        sums = {"_gram": left, "_cross": right} if folded else {"_rows": [(left, right)] if len(left) else []}
+        weight, tokens = float(tensors["weight"]), int(tensors["tokens"])
+        common = (d_in, d_out, left.dtype, weight, tokens, tensors["energy"])
+        return cls(*common, rank_one=rank_one, _operators=operators, **sums)
 
     @property
     def folded(self) -> bool:
@@ -290,6 +333,26 @@ class VectorStatistics:
             raise ThoughtError("there is no token to average; the statistics are empty, or every weight is zero.")
         return self.total / self.weight
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """weight (float64), tokens (int64) and energy, all 0-dim, and total, (d,): see :meth:`from_tensors`."""
+        head = {"weight": torch.tensor(self.weight, dtype=torch.float64), "tokens": torch.tensor(self.tokens)}
+        return {**head, "energy": self.energy, "total": self.total}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> VectorStatistics:
+        """The statistics that :meth:`to_tensors` took apart, bit for bit.
+
+        Raises:
+            ThoughtError: when a tensor is missing or too many, or has a wrong shape or dtype.
+        """
+        _check_names(tensors, {"total"})
+        if tensors["total"].ndim != 1:
+            raise ThoughtError(f"statistics: total must be (d,); got {tuple(tensors['total'].shape)}.")
+        found = cls(len(tensors["total"]), tensors["total"].dtype)
+        found.weight, found.tokens = float(tensors["weight"]), int(tensors["tokens"])
+        found.energy, found.total = tensors["energy"], tensors["total"]
+        return found
+
     def __add__(self, other: VectorStatistics) -> VectorStatistics:
         """The statistics of both sets of tokens together."""
         return self._combined(other, 1)
@@ -310,6 +373,16 @@ class VectorStatistics:
         both.energy = self.energy + sign * other.energy
         both.total = self.total + sign * other.total
         return both
+
+
+def _check_names(tensors: Mapping[str, Tensor], own: set[str]) -> None:
+    """Check that there are these tensors and the three single numbers that all statistics have, and no others."""
+    single = ("weight", "tokens", "energy")
+    if tensors.keys() != {*single, *own}:
+        raise ThoughtError(f"statistics: expected the tensors {sorted({*single, *own})}; got {sorted(tensors)}.")
+    wrong = [name for name in single if tensors[name].ndim]
+    if wrong:
+        raise ThoughtError(f"statistics: {wrong[0]} must be a single number; got {tuple(tensors[wrong[0]].shape)}.")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

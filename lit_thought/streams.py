@@ -169,6 +169,7 @@ class Stream:
         read: Sequence[str],
         patches: Mapping[str, SitePatch] | None = None,
         stop_after: str | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor | None, dict[str, Reading]]:
         """Run one block on this stream, without advancing it.
 
@@ -177,6 +178,8 @@ class Stream:
             read: sites to read.
             patches: changes of the block, by site.
             stop_after: leave the block as soon as this site was read.
+            residual: the residual stream after attention, (batch, length, d), to go on from where it is known already
+                and the block can (:meth:`Block.rest`).
 
         Returns:
             The block's output, or None when it was left early, and the readings by site.
@@ -191,7 +194,10 @@ class Stream:
                     stack.callback(handle.remove)
             output: Tensor | None = None
             with suppress(_StopForwardError):
-                output = unwrapped(self._calls[block.index](block.module, self.hidden))
+                if residual is None:
+                    output = unwrapped(self._calls[block.index](block.module, self.hidden))
+                else:
+                    output = block.rest(residual)
         return output, reader.readings(output)
 
     def forget_kv(self, block: Block) -> None:

@@ -761,41 +761,61 @@ def test_blocks_with_experts(
 
 
 @pytest.mark.parametrize(
-    ("family", "sites", "extra"),
-    [
-        ("llama", BOTH, 0),
-        ("granite", BOTH, 0),
-        ("phi", BOTH, 0),
-        ("cohere2_moe", ("mlp_out",), 0),
-        ("llama", ("attn_out",), 1),
-        ("llama", ("mlp_in",), 1),
-        ("mixtral", BOTH, 1),
-        ("gemma2", BOTH, 1),
-        ("qwen2_moe", BOTH, 1),
-    ],
+    ("family", "sites"),
+    [("llama", BOTH), ("llama", ("mlp_out",)), ("granite", BOTH), ("phi", BOTH), ("cohere2_moe", ("mlp_out",))],
 )
-def test_a_block_runs_again_to_leave_it_only_where_its_output_is_not_known(
-    family: str, sites: tuple[str, ...], extra: int
-) -> None:
+def test_a_block_does_not_run_again_where_its_output_is_known(family: str, sites: tuple[str, ...]) -> None:
+    """A patch whose effect on the output is linear is added to the output that was seen without it."""
     model = make_family(family)
-    pairs, blocks, calls = make_pairs(bos=True)[:2], find_blocks(model), 0
-    (batch,) = [batch for batch in make_batches(pairs, 2, 0) if batch.lead is None][:1]
+    blocks, batch = find_blocks(model), make_batches(make_pairs(bos=True)[:2], 2, 0)[0]
+    assert batch.plain is not None
     runner = StreamRunner(model, blocks, sites)
+    while runner.stage + 1 < runner.num_stages and runner.stages[runner.stage + 1].block == 0:
+        runner.observe(batch)
+        runner.finish(SitePatch(None, torch.ones(32)))
+    runner.observe(batch)
 
-    def count(module: nn.Module, args: Any) -> None:
+    def fail(*args: Any) -> None:
+        pytest.fail("the block has run")
+
+    handle = blocks[0].module.register_forward_pre_hook(fail)
+    runner.finish(SitePatch(None, torch.ones(32)))
+    handle.remove()
+    assert runner.block.index == 1
+
+
+@pytest.mark.parametrize(("family", "mlp"), [("llama", "mlp"), ("gemma2", "mlp"), ("olmo2", "mlp"), ("granite", "mlp"),
+    ("qwen2_moe", "mlp"), ("bloom", None), ("opt", None), ("phi", None), ("mixtral", None), ("gemma4_text", None)])  # fmt: skip
+def test_the_rest_of_a_block_after_attention(family: str, mlp: str | None) -> None:
+    """Where the MLP is one module, m leads to the block's output, to rounding."""
+    model = make_family(family, torch.float64)
+    block = find_blocks(model)[0]
+    assert block.mlp is (None if mlp is None else block.module.get_submodule(mlp))
+    if mlp is None:
+        return
+    stream = Stream(model, [block, *find_blocks(model)[1:]], pad([[5, 6, 7, 8]], 0, "right"))
+    with torch.no_grad():
+        output, readings = stream.run(block, ("attn_out", "mlp_out"))
+        again, read = stream.run(block, ("mlp_out",), residual=readings["attn_out"].residual)
+    assert output is not None
+    assert again is not None
+    assert torch.allclose(again, output, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(read["mlp_out"].input, readings["mlp_out"].input, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_runs_once_in_each_stream_where_the_block_can_go_on_from_it() -> None:
+    model = make_family("llama", torch.float64)
+    blocks, batch = find_blocks(model), make_batches(make_pairs(bos=True)[:2], 2, 0)[0]
+    runner, calls = StreamRunner(model, blocks, BOTH), 0
+
+    def count(*args: Any) -> None:
         nonlocal calls
         calls += 1
 
     runner.observe(batch)
-    blocks[0].module.register_forward_pre_hook(count)
-    for stage in runner.stages:
-        if stage.block > 0:
-            break
-        calls = 0
-        if runner.stage > 0:
-            runner.observe(batch)
-            assert calls == 1
-        calls = 0
-        last = runner.stages[runner.stage + 1].block > 0
-        runner.finish(SitePatch(None, torch.ones(32)))
-        assert calls == (extra if last and batch.plain is not None else 0)
+    runner.finish(SitePatch(None, torch.ones(32)))
+    blocks[0].sites["attn_out"].layer.register_forward_pre_hook(count)
+    blocks[0].sites["mlp_out"].layer.register_forward_pre_hook(count)
+    runner.observe(batch)
+    runner.finish(SitePatch(None, torch.ones(32)))
+    assert calls == 1, "only the MLP"

@@ -143,8 +143,9 @@ def best_block(
     Returns:
         The block's index, and the mean KL of each block in nats.
     """
-    batches = _batches(model, tokenizer, instruction, pairs, None, template, "last", batch_size)
     blocks = find_blocks(model)
+    plain_outputs(blocks)
+    batches = _batches(model, tokenizer, instruction, pairs, None, template, "last", batch_size)
     found: list[float] = []
     with evaluating(model):
         wanted = _last_logits(model, batches, "target")
