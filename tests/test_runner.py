@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.alignment import TokenisedPair
-from lit_thought.batches import make_batches
+from lit_thought.batches import make_batches, pad
 from lit_thought.blocks import JOINT, SITES, Block, find_blocks
 from lit_thought.prompts import PromptTemplate
 from lit_thought.replay import find_layers
 from lit_thought.runner import StreamRunner, stages_of
-from lit_thought.streams import LowRank, SitePatch
+from lit_thought.streams import LowRank, SitePatch, Stream
 
 WORDS = [("hot", "cold"), ("big", "small"), ("the capital of France?", None), ("up", "down"), ("good", "a bad fox")]
 TEMPLATES = {
@@ -784,8 +784,11 @@ def test_a_block_does_not_run_again_where_its_output_is_known(family: str, sites
     assert runner.block.index == 1
 
 
-@pytest.mark.parametrize(("family", "mlp"), [("llama", "mlp"), ("gemma2", "mlp"), ("olmo2", "mlp"), ("granite", "mlp"),
-    ("qwen2_moe", "mlp"), ("bloom", None), ("opt", None), ("phi", None), ("mixtral", None), ("gemma4_text", None)])  # fmt: skip
+_ONE_MLP = ("llama", "gemma2", "olmo2", "granite", "qwen2_moe")
+_OTHERWISE = ("bloom", "opt", "phi", "mixtral", "gemma4_text")
+
+
+@pytest.mark.parametrize(("family", "mlp"), [*((name, "mlp") for name in _ONE_MLP), *((f, None) for f in _OTHERWISE)])
 def test_the_rest_of_a_block_after_attention(family: str, mlp: str | None) -> None:
     """Where the MLP is one module, m leads to the block's output, to rounding."""
     model = make_family(family, torch.float64)
