@@ -152,7 +152,7 @@ def inspect_model(
         rank=rank,
         statistics_bytes=max(per_stage),
         streams_bytes=(2 * tokens + chunk_tokens + most * tokens) * width * element,
-        preservation_bytes=sum(4 * (s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
+        preservation_bytes=sum(4 * (2 * s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
         adapter_bytes=sum(4 * rank * sum(layer_shape(layer)) for site in fitted for layer in site.targets.values()),
         seconds=seconds,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lit_thought.batches import pad
@@ -31,7 +31,8 @@ __all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation"]
 WINDOW = 256
 """Tokens of each window of unrelated text."""
 
-_FORMAT = 3
+_FORMAT = 4
+_PARTS = ("values", "vectors", "gram")
 
 
 def default_cache_dir() -> Path:
@@ -51,14 +52,11 @@ class Preservation:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        self._block: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def prior(self, block: Block, site: str) -> Prior:
         """Z₀ of one site: the mean of a aᵀ over the unrelated tokens, as a :class:`~lit_thought.solve.Prior`."""
-        if self._block is None or self._block[0] != block.index:
-            self._block = (block.index, load_file(_file(self.folder, block), device=str(self.device)))
-        tensors = self._block[1]
-        return Prior(tensors[f"{site}.values"], tensors[f"{site}.vectors"])
+        with safe_open(_file(self.folder, block), framework="pt", device=str(self.device)) as content:
+            return Prior(*(content.get_tensor(f"{site}.{part}") for part in _PARTS))
 
 
 def preservation(
@@ -73,7 +71,7 @@ def preservation(
     """Load the matrices for these token windows from the cache, or compute them and keep them there.
 
     The entry's name is a hash of everything that changes its content: the model's weights and configuration,
-    the token ids, the format. Sums are float64; the eigenvectors are stored in float32.
+    the token ids, the format. Sums are float64; the matrices and their eigenvectors are stored in float32.
 
     Args:
         model: the original, unpatched model.
@@ -142,6 +140,7 @@ def _compute(
             prior = Prior.from_gram(gram / count)
             tensors[f"{name}.values"] = prior.values.cpu()
             tensors[f"{name}.vectors"] = prior.vectors.float().cpu().contiguous()
+            tensors[f"{name}.gram"] = (gram / count).float().cpu()
         save_file(tensors, _file(folder, block))
         if progress is not None:
             progress(block.index + 1)
@@ -162,4 +161,4 @@ def _valid(folder: Path, manifest: dict[str, Any], blocks: Sequence[Block]) -> b
 
 def _complete(folder: Path, block: Block) -> bool:
     with safe_open(_file(folder, block), framework="pt") as content:  # refuses a truncated file
-        return set(content.keys()) == {f"{name}.{part}" for name in block.sites for part in ("values", "vectors")}
+        return set(content.keys()) == {f"{name}.{part}" for name in block.sites for part in _PARTS}

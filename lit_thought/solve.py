@@ -31,6 +31,7 @@ from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.statistics import Statistics
 
 __all__ = [
+    "COARSE_RIDGE",
     "Prior",
     "Solution",
     "check_finite",
@@ -45,6 +46,10 @@ __all__ = [
 ]
 
 
+COARSE_RIDGE = 1e-3
+"""From this ridge λ on, float32 rounding of Z (1e-7 of its largest entries) makes no difference to a solution."""
+
+
 @dataclass(frozen=True)
 class Prior:
     """Mean Gram matrix of inputs to preserve, by its eigendecomposition: Z₀ = Q diag(values) Qᵀ.
@@ -52,10 +57,12 @@ class Prior:
     Attributes:
         values: (d_in,), non-negative.
         vectors: Q, (d_in, d_in), one eigenvector a column.
+        matrix: Z₀ itself, (d_in, d_in), where it is at hand; the n × n dual needs the decomposition, the primal Z₀.
     """
 
     values: Tensor
     vectors: Tensor
+    matrix: Tensor | None = None
 
     @classmethod
     def from_gram(cls, gram: Tensor) -> Prior:
@@ -63,8 +70,11 @@ class Prior:
         values, vectors = torch.linalg.eigh(gram.double())
         return cls(values.clamp_min(0), vectors)
 
-    def gram(self) -> Tensor:
-        """Z₀, (d_in, d_in), float64."""
+    def gram(self, rounded: bool = False) -> Tensor:
+        """Z₀, (d_in, d_in), float64; ``rounded`` takes :attr:`matrix` if it is there, with its float32 rounding, which
+        need not be positive semi-definite to the last digit."""
+        if rounded and self.matrix is not None:
+            return self.matrix.double()
         vectors = self.vectors.double()
         return (vectors * self.values.double()) @ vectors.T
 
@@ -258,7 +268,7 @@ class _System(NamedTuple):
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
     weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
     own, cross = stats.gram.double() / weight, stats.cross.double() / weight
-    total = own if prior is None else own.add(prior.gram(), alpha=rho)
+    total = own if prior is None else own.add(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
     trace = float(total.diagonal().sum())
     scale = ridge_scale(name, trace, float(total.square().sum()), float(stats.energy))
     system = total.clone()

@@ -26,7 +26,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.gains import solve_with_gains
 from lit_thought.rank import reduce_rank
 from lit_thought.runner import Observation
-from lit_thought.solve import Prior, check_finite, solve
+from lit_thought.solve import COARSE_RIDGE, Prior, check_finite, solve
 from lit_thought.statistics import Statistics, VectorStatistics
 from lit_thought.streams import LowRank, SitePatch
 
@@ -104,7 +104,9 @@ class StageSums:
 
     def __init__(self, site: Site, parts: Sequence[str], settings: StageSettings, name: str) -> None:
         self.site, self.settings, self.name = site, settings, name
-        self.matrix = Statistics(site.d_in, site.d_out, settings.dtype) if "matrix" in parts else None
+        products = torch.float32 if settings.ridge >= COARSE_RIDGE else None
+        matrix = Statistics(site.d_in, site.d_out, settings.dtype, product_dtype=products)
+        self.matrix = matrix if "matrix" in parts else None
         self.vector = VectorStatistics(site.d_out, settings.dtype) if "vector" in parts else None
 
     def update(self, seen: Observation) -> None:

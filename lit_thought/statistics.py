@@ -36,6 +36,9 @@ class Statistics:
         weight: Σ wᵢ.
         tokens: rows added; a token that several pairs share is one row with their joint weight.
         energy: Σ wᵢ ‖δᵢ‖², what a patch has to explain (a 0-dim tensor once tokens were added).
+        product_dtype: lowest dtype for multiplying the tokens of one :meth:`update` before they go into the sums; those
+            of wider activations are wider. None for ``dtype``. Float32 is twice as fast, and its rounding, 1e-7 of the
+            largest entries, is nothing beside a ridge of 1e-3 or more.
         rank_one: also keep :attr:`operators`, one more d_out × d_in sum; off by default.
 
     Raises:
@@ -55,10 +58,12 @@ class Statistics:
     tokens: int = 0
     energy: Tensor = field(default_factory=lambda: torch.zeros(()))
     rank_one: bool = field(default=False, kw_only=True)
+    product_dtype: torch.dtype | None = field(default=None, kw_only=True)
     _gram: Tensor | None = field(default=None, repr=False)
     _cross: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     _operators: Tensor | None = field(default=None, repr=False)
+    _product: torch.dtype | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -79,6 +84,8 @@ class Statistics:
             raise ThoughtError(
                 f"a, delta and weights must be (n, {self.d_in}), (n, {self.d_out}) and (n,); got {shapes}."
             )
+        if self.product_dtype is not None:
+            self._product = torch.promote_types(torch.promote_types(a.dtype, delta.dtype), self.product_dtype)
         a, delta = a.to(self.dtype), delta.to(self.dtype)
         squares = a.square().sum(1, keepdim=True) if self.rank_one else None
         if weights is None:
@@ -217,14 +224,15 @@ class Statistics:
         return a.T @ a, delta.T @ a
 
     def _fold(self) -> None:
-        a = torch.cat([a for a, _ in self._rows])
-        delta = torch.cat([d for _, d in self._rows])
+        a = torch.cat([a for a, _ in self._rows]).to(self._product or self.dtype)
+        delta = torch.cat([d for _, d in self._rows]).to(self._product or self.dtype)
         self._rows = []
+        gram, cross = a.T @ a, delta.T @ a
         if self._gram is None or self._cross is None:
-            self._gram, self._cross = a.T @ a, delta.T @ a
+            self._gram, self._cross = gram.to(self.dtype), cross.to(self.dtype)
         else:
-            self._gram.addmm_(a.T, a)
-            self._cross.addmm_(delta.T, a)
+            self._gram += gram
+            self._cross += cross
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both sets of tokens together."""
