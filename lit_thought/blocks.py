@@ -27,20 +27,19 @@ kind of block once (:mod:`lit_thought.discovery`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_thought.discovery import Roles, Writer, channel_gain, trace_block
+from lit_thought.discovery import Roles, Writer, channel_gain
 from lit_thought.errors import SingularSystemError, ThoughtError, UnsupportedModelError
 from lit_thought.layers import sits_beside, weight_of
-from lit_thought.models import evaluating
-from lit_thought.replay import Call, find_decoder, find_layers, recorded_calls
+from lit_thought.replay import find_layers
+from lit_thought.tracing import Trace, trace_model
 
 __all__ = [
     "DEFAULT_SITES",
@@ -64,11 +63,6 @@ DEFAULT_SITES = ("attn_out", "mlp_out")
 
 JOINT = "attn_out+mlp_out"
 """The site that attn_out and mlp_out are together where attention and MLP are parallel."""
-
-_TOKENS = 4
-
-_WITHHELD = {"laguna": "PEFT loads adapters of its shared experts under a wrong name"}
-"""What tracing cannot know: families whose shared experts are not offered as a site, and why."""
 
 
 @dataclass(frozen=True)
@@ -299,121 +293,19 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
             and linear attention layers), an encoder-decoder, or blocks without a single site.
         SingularSystemError: when a block, or the norm after a projection, puts out NaN or infinite values.
     """
-    name = _check_model(model)
+    trace = trace_model(model)
     layers = find_layers(model)
-    kinds = [_kind(module) for module in layers]
-    trace = _TRACES.get(model)
-    if trace is None or trace.kinds != kinds:
-        with evaluating(model), torch.no_grad():
-            trace = _TRACES[model] = _trace(model, layers, kinds, name)
     paths = {id(module): path for path, module in model.named_modules()}
     blocks = [
         _block(index, module, roles, paths, trace)
         for index, (module, roles) in enumerate(zip(layers, trace.roles, strict=True))
     ]
     if not any(block.sites for block in blocks):
-        raise UnsupportedModelError(f"not supported: {name}: {blocks[0].missing['attn_out']}.")
+        raise UnsupportedModelError(f"not supported: {trace.name}: {blocks[0].missing['attn_out']}.")
     return blocks
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """What is known of a model's blocks: their kinds and roles, width and dtype of the residual stream, and a block's
-    output where it is a tuple."""
-
-    kinds: list[Any]
-    roles: list[Roles]
-    width: int
-    dtype: torch.dtype
-    like: Any
-
-
-_TRACES: WeakKeyDictionary[nn.Module, _Trace] = WeakKeyDictionary()
-
-
-def _trace(model: PreTrainedModel, layers: Sequence[nn.Module], kinds: list[Any], name: str) -> _Trace:
-    calls, entrance, like = _calls(model, layers)
-    if entrance.ndim != 3:
-        raise UnsupportedModelError(
-            f"not supported: {name} keeps several residual streams at once ({tuple(entrance.shape)})."
-        )
-    found: dict[Any, Roles] = {}
-    withheld = _WITHHELD.get(model.config.model_type)
-    for index, (module, call, kind) in enumerate(zip(layers, calls, kinds, strict=True)):
-        if kind not in found:
-            roles = trace_block(module, call, entrance, f"block {index}")
-            if withheld is not None and roles.experts is not None:
-                roles = replace(roles, mlp_out=None, mlp=None, missing={**roles.missing, "mlp_out": withheld})
-            found[kind] = roles
-    return _Trace(kinds, [found[kind] for kind in kinds], entrance.shape[-1], entrance.dtype, like)
-
-
-def _check_model(model: PreTrainedModel) -> str:
-    """Refuse what cannot work, before anything runs; the model's name in errors."""
-    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
-        raise UnsupportedModelError(f"model must be a transformers causal LM; got {type(model).__name__}.")
-    config: Any = getattr(model, "config", None)
-    name = f"architecture {getattr(config, 'model_type', None)!r} ({type(model).__name__})"
-    adapters = [path for path, module in model.named_modules() if type(module).__module__.split(".")[0] == "peft"]
-    if adapters or hasattr(model, "peft_config"):
-        raise UnsupportedModelError(
-            "model is wrapped by PEFT; expected a plain transformers causal LM. "
-            "Call model.merge_and_unload() or model.unload() first."
-        )
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise UnsupportedModelError(f"not supported: {name} has cross-attention; expected a decoder-only model.")
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    other = sorted(kind for kind in kinds if "attention" not in kind or "linear" in kind)
-    if other or getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(
-            f"not supported: {name} keeps other state between tokens than keys and values "
-            f"({', '.join(other) or 'a recurrent state'}), which cannot be shared by the prompts that follow a chunk."
-        )
-    return name
-
-
-def _calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[list[Call], Tensor, Any]:
-    """How the decoder calls its blocks on a few tokens, the residual stream at their entrance, and a block's output
-    where it is a tuple."""
-    device = next(model.parameters()).device
-    ids = torch.arange(2, 2 + _TOKENS, device=device)[None]
-    like: Any = None
-
-    def first(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal like
-        like = output if isinstance(output, tuple) else None
-        raise _StopForwardError
-
-    handle = layers[0].register_forward_hook(first, with_kwargs=True)
-    try:
-        find_decoder(model)(input_ids=ids, use_cache=False)
-    except _StopForwardError:
-        pass
-    finally:
-        handle.remove()
-    with recorded_calls(layers, like) as recording:
-        find_decoder(model)(input_ids=ids, use_cache=False)
-    assert recording.entrance is not None
-    if len(recording.calls) != len(layers):
-        raise UnsupportedModelError(
-            f"not supported: {type(model).__name__} called its blocks {len(recording.calls)} times in one pass; "
-            f"expected each of {len(layers)} once."
-        )
-    return recording.calls, recording.entrance, (None, *like[1:]) if like is not None else None
-
-
-class _StopForwardError(Exception):
-    """Raised inside the first block once its output is known."""
-
-
-def _kind(module: nn.Module) -> Any:
-    """What two blocks must share to have the same roles: the modules, the shapes, and factors of a single number."""
-    modules = tuple((path, type(child)) for path, child in module.named_modules())
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return modules, tuple((path, tuple(x.shape), float(x) if x.numel() == 1 else None) for path, x in tensors)
-
-
-def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str], trace: _Trace) -> Block:
+def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str], trace: Trace) -> Block:
     width = trace.width
     rows = torch.eye(2, width, dtype=trace.dtype, device=next(module.parameters()).device)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.solve import (
+    COARSE_RIDGE,
     Prior,
     Solution,
     check_finite,
@@ -101,7 +102,7 @@ def solve_with_gains(
     prior = check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
     check_rank(rank, min(stats.d_in, stats.d_out))
     acts = check_gain(gain, stats.d_out, name)
-    z, basis, cross = _spectrum(stats, prior, prior_weight, name)
+    z, basis, cross = _spectrum(stats, prior, prior_weight, name, rounded=ridge >= COARSE_RIDGE)
     gain, acts = gain.to(z), acts.to(z.device)
     scale = ridge_scale(name, float(z.sum()), float(z.square().sum()), float(stats.energy))
     size = gain[acts].abs().max()
@@ -132,7 +133,7 @@ class _Spectrum(NamedTuple):
     cross: Tensor  # C Q, (d_out, k)
 
 
-def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str) -> _Spectrum:
+def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str, rounded: bool) -> _Spectrum:
     """Decompose Z from the rows where there is no prior and ``stats`` keeps them, from the sums otherwise."""
     rows = stats.rows() if prior is None else None
     if rows is not None:
@@ -145,7 +146,7 @@ def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str) -> 
         return _Spectrum(singular.square(), span @ right[:, keep], (left[keep] @ delta).T * singular)
     total, cross = stats.gram.double() / stats.weight, stats.cross.double() / stats.weight
     if prior is not None:
-        total = total.add(prior.gram(), alpha=rho)
+        total = total.add(prior.gram(rounded), alpha=rho)
     check_finite(name, float(total.square().sum()), float(cross.square().sum()))
     values, basis = torch.linalg.eigh(total)
     return _Spectrum(values.clamp_min(0), basis, cross @ basis)
