@@ -55,6 +55,7 @@ def transmute(
     val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
     statistics_dtype: Literal["float32", "float64"] = "float64",
     offload: bool = False,
+    resume_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -95,6 +96,7 @@ def transmute(
         val_pairs: pairs to follow the fit with, step by step (in the patch's provenance, as history).
         statistics_dtype: dtype of the sums, float64 or float32; the solve is always float64.
         offload: keep the streams on the CPU between uses, for a model on a GPU.
+        resume_dir: folder for the finished stages of this fit; interrupted, the same call goes on from there.
         cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         progress: show progress bars.
         seed: seed of the generated outputs, where they are sampled.
@@ -125,6 +127,7 @@ def transmute(
         preserve_tokens=preserve_tokens,
         statistics_dtype=statistics_dtype,
         offload=offload,
+        resume_dir=resume_dir,
         cache_dir=cache_dir,
     )
     data = PairDataModule(

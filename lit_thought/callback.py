@@ -6,15 +6,12 @@ import datetime
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-import lit_thought
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import DEFAULT_SITES, JOINT, Block, check_indices, check_sites, find_blocks, require_site
 from lit_thought.data import PairDataModule
@@ -22,10 +19,12 @@ from lit_thought.distributed import rank_and_size, share_json, share_tensors
 from lit_thought.errors import ThoughtError, UnsupportedModelError, check_counts
 from lit_thought.evaluation import Evaluation
 from lit_thought.files import check_output_folder
-from lit_thought.models import fingerprint, model_name
+from lit_thought.models import fingerprint
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import Factors, ThoughtPatch
 from lit_thought.preserve import WINDOW, Preservation, preservation
+from lit_thought.provenance import describe, fit_settings
+from lit_thought.resume import FitProgress
 from lit_thought.runner import ORDERS, Observation, Stage, StreamRunner, stages_of
 from lit_thought.solve import check_rank
 from lit_thought.stage import StageSettings, StageSums, check_parts, site_defaults, target_changes
@@ -67,6 +66,8 @@ class ThoughtCallback(Callback):
         statistics_dtype: dtype of the sums, ``"float64"`` or ``"float32"``; the solve is always float64.
         offload: keep the streams on the CPU between uses, for a model on a GPU.
         cache_dir: where the preservation statistics of each model are kept.
+        resume_dir: folder in which finished stages are kept until the fit ends well; an interrupted fit with the same
+            model, pairs and settings goes on from there, to the same bits. Not kept when left out.
         output_dir: folder to write the adapter to at the end; not written when left out.
         overwrite: replace ``output_dir`` if it exists.
 
@@ -100,6 +101,7 @@ class ThoughtCallback(Callback):
         statistics_dtype: Literal["float32", "float64"] = "float64",
         offload: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
+        resume_dir: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -135,7 +137,7 @@ class ThoughtCallback(Callback):
         self.steps, self.step_size, self.pairs_per_step = steps, float(step_size), pairs_per_step
         self.passes = passes
         self.offload, self.cache_dir = offload, cache_dir
-        self.output_dir, self.overwrite = output_dir, overwrite
+        self.resume_dir, self.output_dir, self.overwrite = resume_dir, output_dir, overwrite
         self.patch: ThoughtPatch | None = None
         self.stopwatch = Stopwatch()
         self.preserve_cached: bool | None = None
@@ -148,6 +150,8 @@ class ThoughtCallback(Callback):
         self._diagnostics: dict[str, dict[str, float]] = {}
         self._provenance: dict[str, Any] = {}
         self._evaluation: Evaluation | None = None
+        self._progress: FitProgress | None = None
+        self._replaying = False
         self.step = 0
         self.history: list[dict[str, float]] = []
 
@@ -231,27 +235,60 @@ class ThoughtCallback(Callback):
             trainer.strategy.barrier("preserve")
             if trainer.local_rank != 0:
                 self._load_preservation(model, tokenizer, blocks, identity, show=False)
+        progress = self._open_progress(trainer, identity, data)
+        written = None if progress is None else progress.outputs
         with self.stopwatch("prepare"):
-            data.prepare(model, tokenizer, prompts, show, self.defaults.answer_weight)
-        self._provenance = self._describe(model, blocks, identity, data)
+            data.prepare(model, tokenizer, prompts, show, self.defaults.answer_weight, written)
+        if progress is not None:
+            trainer.strategy.barrier("resume")
+            progress.start(data.written)
+        self._provenance = describe(self, model, blocks, identity, data)
         if data.val_pairs and trainer.is_global_zero:
             with self.stopwatch("validate"):
                 self._evaluation = data.evaluation(model, tokenizer, progress=show)
         self._start_step(trainer, pl_module, blocks)
+        if progress is not None:
+            with self.stopwatch("resume"):
+                self._replay(trainer, pl_module, progress)
+        self._progress = progress
+
+    def _open_progress(self, trainer: Trainer, identity: str, data: PairDataModule) -> FitProgress | None:
+        """The finished stages of this very fit, where they are kept."""
+        if self.resume_dir is None:
+            return None
+        fit = {
+            "model": identity,
+            "settings": fit_settings(self, data),
+            "pairs": data.pairs,
+            "instructions": data.instructions,
+            "template": data.template.to_dict(),
+            "preserve": self.texts,
+            "batch_size": data.batch_size,
+            "processes": trainer.world_size,
+        }
+        return FitProgress(self.resume_dir, fit, write=trainer.is_global_zero)
+
+    def _replay(self, trainer: Trainer, pl_module: ThoughtModule, progress: FitProgress) -> None:
+        """Through the stages that are finished, but for the last one of the fit, with their patches: nothing is summed
+        or solved, but the streams run as they did."""
+        runner, self._replaying = _runner(pl_module), True
+        for number in range(min(progress.stages, self.steps * runner.num_stages - 1)):
+            patch, record = progress.load(number, pl_module.device)
+            for batch in trainer.datamodule.batches:  # type: ignore[attr-defined]
+                runner.observe(batch.to(pl_module.device))
+            self._install(trainer, pl_module, patch, record["figures"])
+            if record["history"]:
+                self.history = record["history"]
+            runner = _runner(pl_module)
+        progress.stages, self._replaying = min(progress.stages, self.steps * runner.num_stages - 1), False
 
     def _start_step(self, trainer: Trainer, pl_module: ThoughtModule, blocks: Sequence[Block]) -> None:
         """Streams for the next pass through the blocks, over this step's pairs."""
         data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        first, count = (
-            (0, len(data.pairs))
-            if self.pairs_per_step is None
-            else (
-                self.step * self.pairs_per_step,
-                self.pairs_per_step,
-            )
-        )
-        turn = [i % len(data.pairs) for i in range(first, first + count)]
-        data.select(pl_module.tokenizer, turn, pl_module.device)
+        if self.pairs_per_step is not None:
+            first = self.step * self.pairs_per_step
+            turn = [i % len(data.pairs) for i in range(first, first + self.pairs_per_step)]
+            data.select(pl_module.tokenizer, turn, pl_module.device)
         pl_module.runner = StreamRunner(
             pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches, self.passes
         )
@@ -310,17 +347,25 @@ class ThoughtCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Solve this site's patch, install it as it will be exported, and stop after the last stage."""
         runner = _runner(pl_module)
-        key = (runner.block.index, runner.site)
         assert self._sums is not None
         with self.stopwatch("reduce"):
             owner, device = runner.stage % trainer.world_size, pl_module.device
             self._sums.reduce(owner, device)
         with self.stopwatch("solve"):
             patch, figures = self._solve(runner, owner, device)
-        self._patches[key] = patch
-        self._diagnostics[runner.block.sites[runner.site].label] = {k: round(v, 8) for k, v in figures.items()}
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
         pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)
+        self._install(trainer, pl_module, patch, figures)
+        if self._progress is not None and self.patch is None:
+            self._progress.save(patch, {"figures": figures, "history": self.history})
+
+    def _install(
+        self, trainer: Trainer, pl_module: LightningModule, patch: SitePatch, figures: Mapping[str, float]
+    ) -> None:
+        """Keep a stage's patch and go on; after the last stage of a step, the next step or the end."""
+        runner = _runner(pl_module)
+        self._patches[runner.block.index, runner.site] = patch
+        self._diagnostics[runner.block.sites[runner.site].label] = {k: round(v, 8) for k, v in figures.items()}
         with self.stopwatch("forward"):
             runner.finish(patch)
         if runner.stage == runner.num_stages:
@@ -354,7 +399,7 @@ class ThoughtCallback(Callback):
         sites = {(index, name): blocks[index].sites[name] for index, name in self._patches}
         changes, vectors = target_changes(sites, self._patches)
         factors = {path: Factors(A, B) for path, (A, B) in changes.items()}
-        if self._evaluation is not None:
+        if self._evaluation is not None and not self._replaying:
             with self.stopwatch("validate"):
                 self._validate(trainer, self._evaluation.score(ThoughtPatch(factors, {}, vectors)))
         if self.step < self.steps:
@@ -370,6 +415,9 @@ class ThoughtCallback(Callback):
             self.patch = ThoughtPatch(factors, self._provenance, vectors)
             if self.output_dir is not None and trainer.is_global_zero:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)
+            if self._progress is not None:
+                trainer.strategy.barrier("written")
+                self._progress.remove()
         trainer.should_stop = True
 
     def _validate(self, trainer: Trainer, result: Mapping[str, Any]) -> None:
@@ -386,44 +434,6 @@ class ThoughtCallback(Callback):
             self.history.append({"step": step, **figures})
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{name}": value for name, value in figures.items()}, step)
-
-    def _describe(
-        self, model: PreTrainedModel, blocks: Sequence[Block], identity: str, data: PairDataModule
-    ) -> dict[str, Any]:
-        """What the patch remembers of how it was made."""
-        packages = ("torch", "transformers", "peft", "lightning")
-        return {
-            "model": model_name(model),
-            "base_model": model_name(model),
-            "revision": getattr(model.config, "_commit_hash", None),
-            "fingerprint": identity,
-            "model_type": model.config.model_type,
-            "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
-            "instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions)),
-            "template": data.template.to_dict(),
-            "settings": {
-                "sites": list(self.sites),
-                "parts": {site: list(parts) for site, parts in self.parts.items()},
-                "blocks": self.chosen,
-                "order": self.order,
-                "steps": self.steps,
-                "step_size": self.step_size,
-                "pairs_per_step": self.pairs_per_step,
-                "passes": self.passes,
-                "rank": self.rank,
-                "ridge": self.ridge,
-                "preserve_weight": self.preserve_weight if self.texts is not None else 0.0,
-                "preserve_tokens": self.preserve_tokens if self.texts is not None else 0,
-                "statistics_dtype": self.statistics_dtype,
-                "pairs": len(data.pairs),
-                "generated_outputs": sum("output" not in pair for pair in data.pairs),
-                "generate": data.generate_options,
-                "max_new_tokens": data.max_new_tokens,
-                "answer_weight": data.applied_answer_weight,
-                "seed": data.seed,
-            },
-            "versions": {"lit_thought": lit_thought.__version__, **{p: version(p) for p in packages}},
-        }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Clean up after a failed fit, too; Lightning tears down only after one that ended well."""

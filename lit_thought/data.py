@@ -51,6 +51,7 @@ class PairDataModule(LightningDataModule):
 
     Attributes:
         outputs: the output of each pair, given or generated, once :meth:`prepare` has run.
+        written: the generated ones: index of the pair, text, and whether it came to an end by itself, likewise.
         tokenised: the pairs as tokens, likewise.
         batches: the padded batches of this process's share of the pairs, likewise.
         num_batches: the largest number of batches of any process, likewise.
@@ -94,6 +95,7 @@ class PairDataModule(LightningDataModule):
         self.answer_weight = answer_weight
         self.applied_answer_weight = answer_weight
         self.outputs: list[str] = []
+        self.written: list[tuple[int, str, bool]] = []
         self.tokenised: list[TokenisedPair] = []
         self.batches: list[PairBatch] = []
         self.num_batches = 0
@@ -123,6 +125,7 @@ class PairDataModule(LightningDataModule):
         prompts: Sequence[TokenisedPair] | None = None,
         progress: bool = False,
         default_answer_weight: float = 10.0,
+        written: Sequence[tuple[int, str, bool]] | None = None,
     ) -> None:
         """Write the missing outputs with the instructed model, align and batch all pairs.
 
@@ -132,13 +135,18 @@ class PairDataModule(LightningDataModule):
             prompts: what :meth:`check` returned for them, where it was called already.
             progress: show a progress bar.
             default_answer_weight: where the data module has no ``answer_weight`` of its own.
+            written: missing outputs that were written before, as in :attr:`written`.
         """
         checked = self.check(model, tokenizer) if prompts is None else prompts
-        written = self._write_missing(model, tokenizer, checked, progress)
-        self.outputs = [written[i].text if i in written else self.pairs[i]["output"] for i in range(len(self.pairs))]
+        if written is None:
+            every = self._write_missing(model, tokenizer, checked, progress)
+        else:
+            every = {i: Generation(text, finished) for i, text, finished in written}
+        self.written = [(i, generation.text, generation.finished) for i, generation in sorted(every.items())]
+        self.outputs = [every[i].text if i in every else self.pairs[i]["output"] for i in range(len(self.pairs))]
         self.tokenised = list(checked)
         limit = context_window(model)
-        for index, generation in written.items():
+        for index, generation in every.items():
             instruction, text = self.instructions[index], self.pairs[index]["input"]
             tokens = self.template.tokenise(tokenizer, instruction, text, generation.text, generation.finished)
             check_context(tokens, limit, index)

@@ -1,0 +1,69 @@
+"""What a patch remembers of how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+import lit_thought
+from lit_thought.blocks import Block
+from lit_thought.data import PairDataModule
+from lit_thought.models import model_name
+
+if TYPE_CHECKING:
+    from lit_thought.callback import ThoughtCallback
+
+__all__ = ["describe", "fit_settings"]
+
+
+def describe(
+    callback: ThoughtCallback, model: PreTrainedModel, blocks: Sequence[Block], identity: str, data: PairDataModule
+) -> dict[str, Any]:
+    """The model, the prompt, the settings and the versions behind a patch, as JSON values.
+
+    Args:
+        callback: the fit's settings.
+        model: the model it was fitted on, with its ``blocks`` and its fingerprint, ``identity``.
+        data: the pairs, prepared.
+    """
+    packages = ("torch", "transformers", "peft", "lightning")
+    return {
+        "model": model_name(model),
+        "base_model": model_name(model),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": identity,
+        "model_type": model.config.model_type,
+        "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
+        "instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions)),
+        "template": data.template.to_dict(),
+        "settings": {**fit_settings(callback, data), "answer_weight": data.applied_answer_weight},
+        "versions": {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}},
+    }
+
+
+def fit_settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
+    """Every setting that a fit's result depends on, as JSON values."""
+    return {
+        "sites": list(callback.sites),
+        "parts": {site: list(parts) for site, parts in callback.parts.items()},
+        "blocks": callback.chosen,
+        "order": callback.order,
+        "steps": callback.steps,
+        "step_size": callback.step_size,
+        "pairs_per_step": callback.pairs_per_step,
+        "passes": callback.passes,
+        "rank": callback.rank,
+        "ridge": callback.ridge,
+        "preserve_weight": callback.preserve_weight if callback.texts is not None else 0.0,
+        "preserve_tokens": callback.preserve_tokens if callback.texts is not None else 0,
+        "statistics_dtype": callback.statistics_dtype,
+        "pairs": len(data.pairs),
+        "generated_outputs": sum("output" not in pair for pair in data.pairs),
+        "generate": data.generate_options,
+        "max_new_tokens": data.max_new_tokens,
+        "answer_weight": data.answer_weight,
+        "seed": data.seed,
+    }
