@@ -56,6 +56,7 @@ def transmute(
     statistics_dtype: Literal["float32", "float64"] = "float64",
     offload: bool = False,
     resume_dir: str | os.PathLike[str] | None = None,
+    statistics_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -97,6 +98,7 @@ def transmute(
         statistics_dtype: dtype of the sums, float64 or float32; the solve is always float64.
         offload: keep the streams on the CPU between uses, for a model on a GPU.
         resume_dir: folder for the finished stages of this fit; interrupted, the same call goes on from there.
+        statistics_dir: folder to keep the statistics of every stage in, to solve again at other settings.
         cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         progress: show progress bars.
         seed: seed of the generated outputs, where they are sampled.
@@ -128,6 +130,7 @@ def transmute(
         statistics_dtype=statistics_dtype,
         offload=offload,
         resume_dir=resume_dir,
+        statistics_dir=statistics_dir,
         cache_dir=cache_dir,
     )
     data = PairDataModule(

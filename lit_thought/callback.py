@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import DEFAULT_SITES, JOINT, Block, check_indices, check_sites, find_blocks, require_site
 from lit_thought.data import PairDataModule
-from lit_thought.distributed import rank_and_size, share_json, share_tensors
+from lit_thought.distributed import rank_and_size
 from lit_thought.errors import ThoughtError, UnsupportedModelError, check_counts
 from lit_thought.evaluation import Evaluation
 from lit_thought.files import check_output_folder
@@ -26,10 +26,12 @@ from lit_thought.preserve import WINDOW, Preservation, preservation
 from lit_thought.provenance import describe, fit_settings
 from lit_thought.resume import FitProgress
 from lit_thought.runner import ORDERS, Observation, Stage, StreamRunner, stages_of
+from lit_thought.saved import StatisticsWriter
+from lit_thought.saved_stage import Manifest, SavedStage
 from lit_thought.solve import check_rank
 from lit_thought.stage import StageSettings, StageSums, check_parts, site_defaults, target_changes
 from lit_thought.strategy import ThoughtDDPStrategy
-from lit_thought.streams import LowRank, SitePatch
+from lit_thought.streams import SitePatch
 from lit_thought.timing import Stopwatch
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 
@@ -68,6 +70,8 @@ class ThoughtCallback(Callback):
         cache_dir: where the preservation statistics of each model are kept.
         resume_dir: folder in which finished stages are kept until the fit ends well; an interrupted fit with the same
             model, pairs and settings goes on from there, to the same bits. Not kept when left out.
+        statistics_dir: folder to keep the statistics of every stage in, for ``lit-thought solve``; not written when
+            left out.
         output_dir: folder to write the adapter to at the end; not written when left out.
         overwrite: replace ``output_dir`` if it exists.
 
@@ -102,6 +106,7 @@ class ThoughtCallback(Callback):
         offload: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         resume_dir: str | os.PathLike[str] | None = None,
+        statistics_dir: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -137,7 +142,10 @@ class ThoughtCallback(Callback):
         self.steps, self.step_size, self.pairs_per_step = steps, float(step_size), pairs_per_step
         self.passes = passes
         self.offload, self.cache_dir = offload, cache_dir
-        self.resume_dir, self.output_dir, self.overwrite = resume_dir, output_dir, overwrite
+        if statistics_dir is not None:
+            _check_statistics_folder(statistics_dir, output_dir, resume_dir, overwrite)
+        self.resume_dir, self.statistics_dir = resume_dir, statistics_dir
+        self.output_dir, self.overwrite = output_dir, overwrite
         self.patch: ThoughtPatch | None = None
         self.stopwatch = Stopwatch()
         self.preserve_cached: bool | None = None
@@ -151,6 +159,7 @@ class ThoughtCallback(Callback):
         self._provenance: dict[str, Any] = {}
         self._evaluation: Evaluation | None = None
         self._progress: FitProgress | None = None
+        self._writer: StatisticsWriter | None = None
         self._replaying = False
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -243,6 +252,11 @@ class ThoughtCallback(Callback):
             trainer.strategy.barrier("resume")
             progress.start(data.written)
         self._provenance = describe(self, model, blocks, identity, data)
+        if self.statistics_dir is not None and trainer.is_global_zero:
+            entry = self._preservation.folder.name if self._preservation is not None else None
+            uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
+            manifest = Manifest(self._provenance, entry, uncompared)
+            self._writer = StatisticsWriter(self.statistics_dir, manifest, self.overwrite)
         if data.val_pairs and trainer.is_global_zero:
             with self.stopwatch("validate"):
                 self._evaluation = data.evaluation(model, tokenizer, progress=show)
@@ -349,10 +363,17 @@ class ThoughtCallback(Callback):
         runner = _runner(pl_module)
         assert self._sums is not None
         with self.stopwatch("reduce"):
-            owner, device = runner.stage % trainer.world_size, pl_module.device
+            owner = 0 if self.statistics_dir is not None else runner.stage % trainer.world_size  # 0 saves them, too
+            device = pl_module.device
             self._sums.reduce(owner, device)
+        if self._writer is not None:
+            with self.stopwatch("save"):
+                site, sums = runner.block.sites[runner.site], self._sums
+                self._writer.add(SavedStage.of(runner.block.index, site, runner.start, sums.matrix, sums.vector))
         with self.stopwatch("solve"):
-            patch, figures = self._solve(runner, owner, device)
+            known = self._preservation if rank_and_size()[0] == owner else None
+            prior = known.prior(runner.block, runner.site) if known is not None else None
+            patch, figures = self._sums.solve_at(owner, device, runner.start, prior)
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
         pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)
         self._install(trainer, pl_module, patch, figures)
@@ -370,27 +391,6 @@ class ThoughtCallback(Callback):
             runner.finish(patch)
         if runner.stage == runner.num_stages:
             self._finish_step(trainer, pl_module, runner.blocks)
-
-    def _solve(self, runner: StreamRunner, owner: int, device: torch.device) -> tuple[SitePatch, dict[str, float]]:
-        """The current site's patch and its figures, solved by one process and sent to all, its errors too."""
-        rank, size = rank_and_size()
-        solved: Any = None
-        patch = SitePatch()
-        assert self._sums is not None
-        if rank == owner:
-            prior = self._preservation.prior(runner.block, runner.site) if self._preservation is not None else None
-            try:
-                patch, figures = self._sums.solve(runner.start, prior)
-                solved = [figures, patch.matrix is not None, patch.vector is not None]
-            except ThoughtError as error:
-                solved = error
-        figures, has_matrix, has_vector = share_json(solved, owner, device)
-        if size == 1:
-            return patch, figures
-        parts = [] if patch.matrix is None else [patch.matrix.A, patch.matrix.B]
-        parts = share_tensors([*parts, *([] if patch.vector is None else [patch.vector])], owner, device)
-        matrix = LowRank(parts[0], parts[1]) if has_matrix else None
-        return SitePatch(matrix, parts[-1] if has_vector else None), figures
 
     def _finish_step(self, trainer: Trainer, pl_module: LightningModule, blocks: Sequence[Block]) -> None:
         """After the last stage of a step: the patch so far, how it does, and the next step or the end."""
@@ -415,6 +415,8 @@ class ThoughtCallback(Callback):
             self.patch = ThoughtPatch(factors, self._provenance, vectors)
             if self.output_dir is not None and trainer.is_global_zero:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)
+            if self._writer is not None:
+                self._writer.close()
             if self._progress is not None:
                 trainer.strategy.barrier("written")
                 self._progress.remove()
@@ -441,10 +443,23 @@ class ThoughtCallback(Callback):
         pl_module.teardown("fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the sums and the cached matrices."""
+        """Free the sums and the cached matrices; statistics that were not completed are not left behind."""
+        if self._writer is not None:
+            self._writer.abort()
+            self._writer = None
         self._preservation = None
         self._sums = None
         self._evaluation = None
+
+
+def _check_statistics_folder(folder: Any, output_dir: Any, resume_dir: Any, overwrite: bool) -> None:
+    """Refuse, before anything runs, a folder for statistics that would fail at the end."""
+    place = check_output_folder(folder, overwrite)
+    other = check_output_folder(output_dir, overwrite) if output_dir is not None else None
+    if other is not None and (place == other or place in other.parents or other in place.parents):
+        raise ThoughtError("statistics_dir and output_dir must be folders of their own, neither in the other.")
+    if resume_dir is not None:
+        raise ThoughtError("statistics_dir and resume_dir exclude each other: a resumed fit does not sum anew.")
 
 
 def _runner(pl_module: LightningModule) -> StreamRunner:

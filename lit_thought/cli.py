@@ -15,7 +15,7 @@ import jsonargparse
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["evaluate", "fit", "inspect", "main", "verify"]
+__all__ = ["evaluate", "fit", "inspect", "main", "solve", "verify"]
 
 
 def fit(
@@ -261,6 +261,69 @@ def inspect(
     print(dumps(found.to_dict(), indent=1) if json else format_inspection(found))
 
 
+def solve(
+    statistics: str,
+    out: str,
+    ridge: float | None = None,
+    rank: int | float | Literal["full"] | None = None,
+    preserve_weight: float | None = None,
+    step_size: float | None = None,
+    approximate: bool = False,
+    cache_dir: str | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Make an adapter of a fit's saved statistics, at its settings or at others, without running the model.
+
+    Example: lit-thought solve --statistics sums/ --ridge 0.1 --rank 8 --out antonym-8/
+
+    Args:
+        statistics: folder that fit wrote with --statistics_dir.
+        out: folder to write the adapter to.
+        ridge: the ridge, relative to the mean eigenvalue of the Gram matrix; the fit's when left out.
+        rank: an integer, a fraction of explained energy in (0, 1), or full; the fit's when left out.
+        preserve_weight: weight of the unrelated text against the pairs; the fit's when left out.
+        step_size: how much of the (last) step's solution is added, in (0, 1]; the fit's when left out.
+        approximate: allow other settings where sums depend on the patches that the fit solved before them.
+        cache_dir: where the fit kept its preservation statistics ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
+        model: the model of the fit, needed for matrices at mlp_in alone: smollm2, a hub id, a local directory or a
+            .gguf file.
+        dtype: dtype to load it in, that of the fit; float32 when left out.
+        device: where to solve, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        trust_remote_code: run code that a hub model brings along.
+        overwrite: replace the folder if it exists.
+    """
+    from lit_thought.files import check_output_folder
+    from lit_thought.resolve import solve_saved
+    from lit_thought.saved import SavedStatistics
+
+    check_output_folder(out, overwrite)
+    saved = SavedStatistics.load(statistics, device or "cpu")
+    lm = None
+    if model is not None:
+        lm, _ = _load(model, dtype, device, revision, gguf_file, None, trust_remote_code)
+    chosen: Any = {} if rank is None else {"rank": None if rank == "full" else rank}
+    patch = solve_saved(
+        saved,
+        ridge=ridge,
+        preserve_weight=preserve_weight,
+        step_size=step_size,
+        cache_dir=cache_dir,
+        model=lm,
+        approximate=approximate,
+        **chosen,
+    )
+    patch.save_adapter(out, overwrite=overwrite)
+    _say(f"Wrote a rank-{patch.rank} adapter of {len(saved)} stages to {out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: bad input ends in one line on standard error and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -269,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given[1] = f"--model={given[1]}"  # lit-thought inspect MODEL
     try:
         jsonargparse.auto_cli(
-            {"fit": fit, "evaluate": evaluate, "inspect": inspect, "verify": verify},
+            {"fit": fit, "evaluate": evaluate, "inspect": inspect, "solve": solve, "verify": verify},
             args=given,
             as_positional=False,
             prog="lit-thought",

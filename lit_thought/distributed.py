@@ -35,7 +35,7 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def reduce_statistics(stats: Statistics, owner: int, device: torch.device) -> Statistics:
-    """The sum of all processes' statistics, on ``owner``; elsewhere what was passed.
+    """The sum of all processes' statistics, on ``owner``; elsewhere what was passed, its sums no longer of use.
 
     Rows stay rows where all of them together are few, so that the owner can solve in the n × n dual.
 
@@ -92,18 +92,17 @@ def share_json(value: Any, owner: int, device: torch.device) -> Any:
     """``owner``'s JSON value, on every process; a ThoughtError that ``owner`` passes instead is raised everywhere."""
     rank, size = rank_and_size()
     if size > 1:
-        if isinstance(value, ThoughtError):
-            value = {"error": [type(value).__name__, str(value)]}
-        text = json.dumps(value).encode() if rank == owner else b""
+        failure = [type(value).__name__, str(value)] if isinstance(value, ThoughtError) else None
+        text = json.dumps([failure, None if failure else value]).encode() if rank == owner else b""
         length = torch.tensor([len(text)], device=device)
         dist.broadcast(length, owner)
         data = torch.zeros(int(length), dtype=torch.uint8, device=device)
         if rank == owner:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         dist.broadcast(data, owner)
-        value = json.loads(bytes(data.cpu().tolist()))
-        if isinstance(value, dict) and "error" in value:
-            raise _error(*value["error"])
+        failure, value = json.loads(bytes(data.cpu().tolist()))
+        if failure is not None:
+            raise _error(*failure)
     if isinstance(value, ThoughtError):
         raise value
     return value
@@ -116,17 +115,18 @@ def _error(name: str, message: str) -> ThoughtError:
 
 
 def share_tensors(values: Sequence[Tensor] | None, owner: int, device: torch.device) -> list[Tensor]:
-    """``owner``'s float32 tensors, on every process."""
+    """``owner``'s tensors, on every process."""
     rank, size = rank_and_size()
     if size == 1:
         assert values is not None
         return list(values)
-    mine = [x.to(device=device, dtype=torch.float32).contiguous() for x in values or ()]
-    shapes = share_json([list(x.shape) for x in mine], owner, device)
-    found = mine if rank == owner else [torch.empty(shape, device=device) for shape in shapes]
-    for tensor in found:
+    mine = [x.to(device).contiguous() for x in values or ()]
+    kinds = share_json([[list(x.shape), str(x.dtype).removeprefix("torch.")] for x in mine], owner, device)
+    if rank != owner:
+        mine = [torch.empty(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in kinds]
+    for tensor in mine:
         dist.broadcast(tensor, owner)
-    return found
+    return mine
 
 
 def gather_json(value: Any, device: torch.device) -> list[Any]:

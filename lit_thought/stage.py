@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from lit_thought.blocks import Site
-from lit_thought.distributed import reduce_statistics, reduce_vector
+from lit_thought.distributed import rank_and_size, reduce_statistics, reduce_vector, share_json, share_tensors
 from lit_thought.errors import ThoughtError
 from lit_thought.gains import solve_with_gains
 from lit_thought.rank import reduce_rank
@@ -144,6 +144,32 @@ class StageSums:
             vector = (step if vector is None else vector.to(step) + step).float()
             figures |= self._vector_figures(self.vector, step)
         return SitePatch(matrix, vector), figures
+
+    def solve_at(
+        self, owner: int, device: torch.device, start: SitePatch, prior: Prior | None
+    ) -> tuple[SitePatch, dict[str, float]]:
+        """:meth:`solve` on one process, whose patch and figures, or error, all processes get.
+
+        Args:
+            owner: rank of the process that has the sums (:meth:`reduce`).
+            device: where the process group's tensors live.
+            start: what was there when the sums were taken.
+            prior: inputs to preserve; needed by ``owner`` alone.
+        """
+        rank, size = rank_and_size()
+        if size == 1:
+            return self.solve(start, prior)
+        patch, solved = SitePatch(), cast(Any, None)
+        if rank == owner:
+            try:
+                patch, solved = self.solve(start, prior)
+            except ThoughtError as error:
+                solved = error
+        figures = share_json(solved, owner, device)
+        parts = [] if patch.matrix is None else [patch.matrix.A, patch.matrix.B]
+        parts = share_tensors([*parts, *([] if patch.vector is None else [patch.vector])], owner, device)
+        matrix = LowRank(parts[0], parts[1]) if self.matrix is not None else None
+        return SitePatch(matrix, parts[-1] if self.vector is not None else None), figures
 
     def _constant(self, sums: VectorStatistics, preserve: bool) -> torch.Tensor:
         """The vector of this step, (d_out,)."""

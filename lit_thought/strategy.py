@@ -7,9 +7,12 @@ gradient bucket and no synchronisation of weights; what is summed over processes
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+
+from lit_thought.errors import ThoughtError
 
 __all__ = ["ThoughtDDPStrategy"]
 
@@ -23,6 +26,12 @@ class ThoughtDDPStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Leave the module as it is: PyTorch refuses to wrap one without parameters that require a gradient."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes started here, which may be waiting for this one; a ThoughtError they raise themselves."""
+        super().on_exception(exception)
+        if self.launcher is not None and not isinstance(exception, ThoughtError):
+            self.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

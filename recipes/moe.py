@@ -98,7 +98,7 @@ def moe(
     settings = patch.provenance["settings"]
     shape = f"{experts} experts, {experts_per_token} a token, noise {noise}"
     mean_row = f"mean fidelity {mean(row['fidelity'] for row in rows):.3f}; sites: {settings['sites']}"
-    title = f"{model} upcycled to a mixture of experts ({shape}), seed {seed}"
+    title = f"`python recipes/moe.py`: {model} upcycled to a mixture of experts ({shape}), seed {seed}"
     table = "\n".join([title, "", *lines, "", mean_row, ""])
     print("\n" + table)
     write_results(out, table, {"model": model, "shape": shape, "settings": settings, "rows": rows})
