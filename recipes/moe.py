@@ -18,7 +18,7 @@ from typing import Any
 
 import jsonargparse
 import torch
-from tasks import SIX_TASKS, TEMPLATE, load_split, write_results
+from tasks import SIX_TASKS, TEMPLATE, load_split, shown, write_results
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lit_thought import PromptTemplate, load_model, transmute
@@ -98,10 +98,10 @@ def moe(
     settings = patch.provenance["settings"]
     shape = f"{experts} experts, {experts_per_token} a token, noise {noise}"
     mean_row = f"mean fidelity {mean(row['fidelity'] for row in rows):.3f}; sites: {settings['sites']}"
-    title = f"`python recipes/moe.py`: {model} upcycled to a mixture of experts ({shape}), seed {seed}"
+    title = f"`python recipes/moe.py`: {shown(model)} upcycled to a mixture of experts ({shape}), seed {seed}"
     table = "\n".join([title, "", *lines, "", mean_row, ""])
     print("\n" + table)
-    write_results(out, table, {"model": model, "shape": shape, "settings": settings, "rows": rows})
+    write_results(out, table, {"model": shown(model), "shape": shape, "settings": settings, "rows": rows})
 
 
 def upcycle(dense: Any, experts: int, experts_per_token: int, noise: float, seed: int) -> MixtralForCausalLM:

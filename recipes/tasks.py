@@ -80,6 +80,11 @@ def load_split(task: str, seed: int, shots: int = 10, fit: int = 30, test: int =
     )
 
 
+def shown(model: str) -> str:
+    """A model's name for results: of a path on this machine the last part only."""
+    return Path(model).name if Path(model).exists() else model
+
+
 def write_results(out: str | Path, table: str, record: Any) -> None:
     """Write a Markdown table and a JSON record to ``out`` with the suffixes .md and .json."""
     for suffix, content in ((".md", table), (".json", json.dumps(record, indent=1) + "\n")):

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonargparse
-from tasks import METHODS, SIX_TASKS, TEMPLATE, load_split, write_results
+from tasks import METHODS, SIX_TASKS, TEMPLATE, load_split, shown, write_results
 
 from lit_thought import load_model, transmute
 from lit_thought.evaluation import Evaluation
@@ -88,7 +88,7 @@ def word_tasks(
     table = _table(runs, sites)
     print("\n" + table)
     record = {
-        "model": model,
+        "model": shown(model),
         "commit": ", ".join(dict.fromkeys(commits)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "settings": settings,
@@ -96,7 +96,7 @@ def word_tasks(
         "runs": runs,
     }
     header = (
-        f"`python recipes/word_tasks.py` on {model}, commit {record['commit']}; settings: `{json.dumps(settings)}`\n\n"
+        f"`python recipes/word_tasks.py` on {shown(model)}, commit {record['commit']}; settings: `{json.dumps(settings)}`\n\n"
     )
     write_results(out, header + table, record)
 
