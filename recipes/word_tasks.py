@@ -95,9 +95,8 @@ def word_tasks(
         "versions": versions,
         "runs": runs,
     }
-    header = (
-        f"`python recipes/word_tasks.py` on {shown(model)}, commit {record['commit']}; settings: `{json.dumps(settings)}`\n\n"
-    )
+    where = f"{shown(model)}, commit {record['commit']}"
+    header = f"`python recipes/word_tasks.py` on {where}; settings: `{json.dumps(settings)}`\n\n"
     write_results(out, header + table, record)
 
 
