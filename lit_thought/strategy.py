@@ -16,6 +16,8 @@ from lit_thought.errors import ThoughtError
 
 __all__ = ["ThoughtDDPStrategy"]
 
+_launchers: list[Any] = []  # the first one's processes serve all fits of a script
+
 
 class ThoughtDDPStrategy(DDPStrategy):
     """Lightning's ``DDPStrategy``, launchers, clusters (torchrun, SLURM) and all, without the DDP wrapper.
@@ -27,11 +29,16 @@ class ThoughtDDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Leave the module as it is: PyTorch refuses to wrap one without parameters that require a gradient."""
 
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        _launchers.append(self.launcher)
+
     def on_exception(self, exception: BaseException) -> None:
         """End the processes started here, which may be waiting for this one; a ThoughtError they raise themselves."""
         super().on_exception(exception)
-        if self.launcher is not None and not isinstance(exception, ThoughtError):
-            self.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+        if not isinstance(exception, ThoughtError):
+            for launcher in _launchers:
+                launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

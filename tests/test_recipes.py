@@ -22,6 +22,7 @@ REDUCED = {
     "moe": ["--tasks=[common_words/antonym]", "--experts=4", "--test=2", "--fit=4", "--max_new_tokens=3"],
     "sweep": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--preserve_weights=[1.0]", "--ridges=[0.01,0.1]"],
     "benchmark_fit": ["--pairs=[4]", "--repeats=1"],
+    "benchmark_processes": ["--pairs=4", "--repeats=1"],
     "theory": ["--tasks=[common_words/antonym]", "--tokens=20", "--fit=4", "--test=2", "--max_new_tokens=3"],
     "accuracy_by_step": ["--steps=2", "--pairs_per_step=2", "--fit=4", "--test=2", "--max_new_tokens=3"],
     "edit_fact": [
@@ -117,6 +118,14 @@ def test_benchmark_fit(tiny: Path) -> None:
     (row,) = json.loads((tiny / "benchmark.json").read_text())["rows"]
     assert row["ratio"] > 0
     assert {"preserve", "prepare", "forward", "statistics", "solve", "save"} <= set(row["stages"])
+
+
+def test_benchmark_processes(tiny: Path) -> None:
+    printed = run("benchmark_processes", tiny, "--rank=4", f"--out={tiny / 'processes'}")
+    assert "| 2 |" in printed
+    one, two = json.loads((tiny / "processes.json").read_text())["rows"]
+    assert one["difference"] == 0
+    assert 0 <= two["difference"] < 1e-4
 
 
 def test_theory(tiny: Path) -> None:

@@ -1,0 +1,140 @@
+"""One process against several, one thread each: how a fit scales, and that its patch stays the same.
+
+    python recipes/benchmark_processes.py --config recipes/benchmark_processes.yaml
+
+Each count is a run of its own (this script again, with ``--worker``), by ``Trainer(strategy="thought_ddp")``. Timed is
+the fit from its prepared pairs to the patch, on the process that took longest: loading the model and starting processes
+is left out, and so are the preservation statistics, which are in the cache by then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from tasks import TEMPLATE, load_split, shown, write_results
+
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
+from lit_thought.data_files import load_pairs
+from lit_thought.distributed import gather_json
+
+
+def benchmark(
+    model: str = "smollm2",
+    task: str = "function_vectors/capitalize",
+    pairs: int = 300,
+    processes: Sequence[int] = (1, 2),
+    rank: int = 16,
+    repeats: int = 2,
+    out: str = "recipes/results/benchmark_processes",
+    worker: int = 0,
+    folder: str = "",
+) -> None:
+    """Time the fit on each number of processes.
+
+    Args:
+        model: "smollm2" (the embedded default), a hub id or a local directory.
+        task: a name below recipes/data, or a JSON, JSONL or CSV file of input/output pairs.
+        pairs: pairs to fit on, with their outputs.
+        processes: numbers of processes to compare, each with one thread.
+        rank: rank of the adapter.
+        repeats: fits to time; the fastest counts.
+        out: path of the two result files, without suffix.
+        worker: for the script's own use: the number of processes to run on.
+        folder: for the script's own use: where a worker leaves its adapter and figures.
+    """
+    if worker:
+        work(model, task, pairs, worker, rank, repeats, Path(folder))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for count in processes:
+            place = Path(temporary) / str(count)
+            place.mkdir()
+            command = [sys.executable, __file__, f"--model={model}", f"--task={task}", f"--pairs={pairs}"]
+            command += [f"--rank={rank}", f"--repeats={repeats}", f"--worker={count}", f"--folder={place}"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+            rows.append(json.loads((place / "figures.json").read_text(encoding="utf-8")))
+        patches = [ThoughtPatch.load(Path(temporary) / str(count) / "adapter") for count in processes]
+    first = rows[0]["seconds"]
+    lines = ["| processes | fit, s | speed-up | patch: largest relative difference |", "|---:|---:|---:|---:|"]
+    for row, patch in zip(rows, patches, strict=True):
+        row["speed_up"], row["difference"] = first / row["seconds"], difference(patches[0], patch)
+        cells = [row["processes"], f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}", f"{row['difference']:.1e}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    title = f"`python recipes/benchmark_processes.py`: {shown(model)}, {pairs} pairs, {os.cpu_count()} CPU cores"
+    table = "\n".join([title, "", *lines, ""])
+    print(table)
+    write_results(out, table, {"model": shown(model), "pairs": pairs, "rank": rank, "rows": rows})
+
+
+class _Timed(ThoughtCallback):
+    """Notes how long the fit took, from the first stage to the patch."""
+
+    seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.barrier("start")
+        self._begun = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = max(gather_json(time.perf_counter() - self._begun, pl_module.device))
+
+
+def work(model: str, task: str, pairs: int, processes: int, rank: int, repeats: int, folder: Path) -> None:
+    """Fit on ``processes`` processes, of which this is one, and leave the adapter and the seconds in ``folder``."""
+    torch.set_num_threads(1)
+    lm, tokenizer = load_model(model)
+    split = load_split(task, 0, fit=pairs)
+    known = {pair["input"]: pair["output"] for pair in load_pairs(_file(task))}
+    labelled: list[dict[str, Any]] = [{**pair, "output": known[pair["input"]]} for pair in split.fit]
+    seconds = []
+    for _ in range(repeats):
+        callback = _Timed(rank=rank)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=processes,
+            strategy="thought_ddp" if processes > 1 else "auto",
+            max_epochs=-1,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(ThoughtModule(lm, tokenizer), datamodule=PairDataModule(labelled, split.instruction, TEMPLATE))
+        seconds.append(callback.seconds)
+    if trainer.is_global_zero:
+        assert callback.patch is not None
+        callback.patch.save_adapter(folder / "adapter")
+        figures = {"processes": processes, "seconds": min(seconds), "all_seconds": seconds}
+        (folder / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def difference(one: ThoughtPatch, other: ThoughtPatch) -> float:
+    """The largest ‖ΔW − ΔW'‖ / ‖ΔW‖ over the layers."""
+    deltas = (
+        (factors.delta(torch.float64), other.factors[path].delta(torch.float64))
+        for path, factors in one.factors.items()
+    )
+    return max(float((mine - theirs).norm() / mine.norm()) for mine, theirs in deltas)
+
+
+def _file(task: str) -> str:
+    path = Path(__file__).parent / "data" / f"{task}.json"
+    return str(path) if path.is_file() else task
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(benchmark)
