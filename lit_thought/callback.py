@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from tqdm.auto import tqdm
 
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import DEFAULT_SITES, JOINT, Block, check_indices, check_sites, find_blocks, require_site
 from lit_thought.data import PairDataModule
-from lit_thought.distributed import rank_and_size
+from lit_thought.distributed import gather_json, rank_and_size
 from lit_thought.errors import ThoughtError, UnsupportedModelError, check_counts
 from lit_thought.evaluation import Evaluation
 from lit_thought.files import check_output_folder
@@ -185,7 +186,7 @@ class ThoughtCallback(Callback):
             )
         if (trainer.min_epochs or 0) > stages:
             raise ThoughtError(f"min_epochs={trainer.min_epochs} is too many: the fit ends after {stages} epochs.")
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, ThoughtDDPStrategy):
+        if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, ThoughtDDPStrategy):
             raise ThoughtError(
                 f'a fit on {trainer.world_size} processes needs strategy="thought_ddp" (or "thought_ddp_spawn"); got '
                 f"{type(trainer.strategy).__name__}, which would look for parameters to train."
@@ -239,6 +240,8 @@ class ThoughtCallback(Callback):
             prompts = data.check(model, tokenizer)
         with self.stopwatch("preserve"):
             identity = fingerprint(model)
+            if len(set(gather_json(identity, pl_module.device))) > 1:
+                raise ThoughtError("model: the processes of this fit hold different weights. Load the same in each.")
             if trainer.local_rank == 0:  # computed by one process of each machine
                 self._load_preservation(model, tokenizer, blocks, identity, show)
             trainer.strategy.barrier("preserve")
@@ -349,9 +352,9 @@ class ThoughtCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Add the batch's compared tokens to the sums."""
-        self.stopwatch.seconds["forward"] += self.stopwatch.now() - self._started
         if not outputs:  # this process has fewer batches than another
             return
+        self.stopwatch.seconds["forward"] += self.stopwatch.now() - self._started
         seen: Observation = outputs["observation"]
         assert self._sums is not None
         with self.stopwatch("statistics"):

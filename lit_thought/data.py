@@ -44,7 +44,7 @@ class PairDataModule(LightningDataModule):
         batch_size: pairs a batch; the patch does not depend on it.
         max_new_tokens: longest output that the instructed model may write.
         generate: further options of ``model.generate`` for those outputs; greedy when left out.
-        seed: seed of that generation, where it samples.
+        seed: seed of that generation, where it samples; what is drawn also depends on the number of processes.
         answer_weight: weight of the output's tokens and the token before them in the sums; others weigh 1. Left out,
             10, and 100 where the fit patches mlp_in alone.
         val_pairs: pairs to follow the fit with, step by step; nothing is fitted on them.

@@ -243,7 +243,7 @@ class Evaluation:
         )
         batches, heavier = make_batches(*common), make_batches(*common, answer_weight=2.0)
         runs = ("plain", "patched")
-        metrics = {(run, part): TokenDivergence() for run in runs for part in ("all", "output")}
+        metrics = {(run, part): TokenDivergence(sync_on_compute=False) for run in runs for part in ("all", "output")}
         leads: dict[str, dict[int, Any]] = {run: {} for run in RUNS}
         for batch, heavy in zip(batches, heavier, strict=True):
             if batch.plain is batch.target:
@@ -265,6 +265,7 @@ class Evaluation:
 def unrelated_perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window."""
     metric = Perplexity(ignore_index=-100).to(model.device)
+    metric.sync_on_compute = False
     for start in range(0, len(windows), batch_size):
         tokens = pad(windows[start : start + batch_size], 0, "right").to(model.device)
         labels = tokens.ids.masked_fill(~tokens.mask, -100)[:, 1:]
@@ -274,7 +275,7 @@ def unrelated_perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]
 
 
 def _match(texts: Sequence[str], references: Sequence[str]) -> float:
-    metric = TextMatch()
+    metric = TextMatch(sync_on_compute=False)
     metric.update(texts, references)
     return float(metric.compute())
 

@@ -175,13 +175,13 @@ def _observe(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PairDataModule, members: range
 ) -> dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]]:
     """a, δ and weights by block and site; nothing is patched, every block is entered by the instructed stream."""
-    data.select(tokenizer, members)
+    data.select(tokenizer, members, lm.device)
     runner = StreamRunner(lm, find_blocks(lm), SITES, "teacher-forced")
     seen = {}
     for stage in runner.stages:
         rows = [runner.observe(batch) for batch in data.batches]
-        names = ("a", "delta", "weights")
-        seen[stage] = tuple(torch.cat([getattr(row, name) for row in rows]).double() for name in names)
+        parts = [[getattr(row, name) for row in rows] for name in ("a", "delta", "weights")]
+        seen[stage.block, stage.site] = tuple(torch.cat(part).double() for part in parts)
         runner.finish(SitePatch())
     return seen  # type: ignore[return-value]
 
