@@ -19,7 +19,7 @@ def model_card(patch: ThoughtPatch) -> str:
     """Markdown with the hub's YAML header. No licence is claimed: it depends on the base model's."""
     known = patch.provenance
     base = str(known.get("base_model") or known.get("model") or "")
-    on_hub = _HUB_ID.fullmatch(base) is not None
+    on_hub = _HUB_ID.fullmatch(base) is not None and not base.endswith(".gguf")
     tags = ["peft", "lora", "lit-thought", "thought-patch"]
     lines = ["---", *([f"base_model: {json.dumps(base)}"] if on_hub else []), "library_name: peft"]
     lines += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---", ""]

@@ -119,9 +119,10 @@ def test_card(tmp_path: Path) -> None:
     ):
         assert row in card
     assert "blocks" not in card
-    local = ThoughtPatch(factors, {"base_model": "/somewhere/on/this/disk"})
-    local.save_adapter(tmp_path / "local")
-    assert "base_model:" not in (tmp_path / "local" / "README.md").read_text()
+    for place in ("/somewhere/on/this/disk", "models/tiny.gguf"):
+        local = ThoughtPatch(factors, {"base_model": place})
+        local.save_adapter(tmp_path / "local", overwrite=True)
+        assert "base_model:" not in (tmp_path / "local" / "README.md").read_text()
     (local + ThoughtPatch(factors) * 0.5).truncate(1).save_adapter(tmp_path / "sum")
     card = (tmp_path / "sum" / "README.md").read_text()
     assert "## Part 2, times 0.5" in card
