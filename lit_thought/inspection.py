@@ -250,9 +250,11 @@ def _seconds(
             reading = tuple(block.sites)
             runs[kind] = _time(lambda block=block, reading=reading: stream.run(block, reading)) / WINDOW  # type: ignore[misc]
         stages = [block.sites[name] for name in block.stages(chosen)]
+        # the instructed run, and the plain one for each site: an early one stops about half way, from where the block
+        # may go on; where it cannot go on from its last site either, once more
+        halves = stages[:1] and stages[0].name == "attn_out" and stages[0].linear and block.mlp is not None
         last = 0 if all(site.linear and site.point is None for site in stages[-1:]) else 1
-        # the instructed run, the plain one for each site (an early one stops about half way), and one to go on
-        turns = 1 + sum(0.5 if site.point is not None else 1.0 for site in stages) + last
+        turns = 1 + sum(0.5 if site.point is not None or halves else 1.0 for site in stages) + last
         spent["forward"] += runs[kind] * (turns * tokens + chunk_tokens)
         spent["preservation"] += runs[kind] * preserve_tokens
         for site in block.sites.values():
@@ -282,14 +284,14 @@ def _solve_times(site: Site, tokens: int, device: torch.device) -> tuple[float, 
     gram = noise(d_in, d_in)
     gram = gram @ gram.T / d_in
     decomposing = _time(lambda: Prior.from_gram(gram))
-    prior = Prior.from_gram(gram)
+    prior = replace(Prior.from_gram(gram), matrix=gram.float())
     gain = None if site.gain is None else noise(d_out).abs() + 0.1
     rank = min(16, d_in, d_out)
     if gain is None:
         solving = _time(lambda: solve(stats, 0.03, prior, 3.0, rank))
     else:
         solving = _time(lambda: solve_with_gains(stats, gain, 0.03, prior, 3.0, rank))
-    block = noise(256, d_in)
+    block = noise(256, d_in).float()
     update = _time(lambda: block.T @ block) / 256 * (1 + d_out / d_in)
     return update * scale**2, solving * scale**3, decomposing * scale**3
 
