@@ -172,7 +172,6 @@ class Block:
         module: the block itself.
         sites: by name.
         mlp_norm: the norm between the residual stream m and the MLP, where the block has one and is not parallel.
-        output_norm: the norm of the MLP's output in post-norm blocks, otherwise None.
         firsts: the MLP's first linear layers, by path, where nothing else reads that norm.
         mlp: the MLP as one module, where the block ends with ``o = m + c N(mlp(norm(m)))``; else None.
         parallel: attention and MLP read the same residual stream.
@@ -185,13 +184,17 @@ class Block:
     module: nn.Module
     sites: dict[str, Site]
     mlp_norm: nn.Module | None = None
-    output_norm: nn.Module | None = None
     firsts: dict[str, nn.Module] = field(default_factory=dict)
     mlp: nn.Module | None = None
     parallel: bool = False
     experts: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     like: Any = None
+
+    @property
+    def output_norm(self) -> nn.Module | None:
+        """The norm of the MLP's output in post-norm blocks, otherwise None."""
+        return self.sites["mlp_out"].projections[-1].norm if "mlp_out" in self.sites else None
 
     def rest(self, residual: Tensor) -> Tensor:
         """The block's output from the residual stream m after attention, where :attr:`mlp` is known."""
@@ -349,7 +352,6 @@ def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str]
         module,
         sites,
         child(roles.mlp_norm),
-        sites["mlp_out"].projections[-1].norm if "mlp_out" in sites else None,
         firsts,
         child(roles.mlp),
         roles.parallel,

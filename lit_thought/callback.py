@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -30,7 +29,15 @@ from lit_thought.runner import ORDERS, Observation, Stage, StreamRunner, stages_
 from lit_thought.saved import StatisticsWriter
 from lit_thought.saved_stage import Manifest, SavedStage
 from lit_thought.solve import check_rank
-from lit_thought.stage import StageSettings, StageSums, check_parts, site_defaults, target_changes
+from lit_thought.stage import (
+    StageSettings,
+    StageSums,
+    check_parts,
+    check_solve_settings,
+    site_defaults,
+    target_changes,
+    vector_inputs,
+)
 from lit_thought.strategy import ThoughtDDPStrategy
 from lit_thought.streams import SitePatch
 from lit_thought.timing import Stopwatch
@@ -121,15 +128,10 @@ class ThoughtCallback(Callback):
         check_counts(steps=steps, passes=passes)
         if pairs_per_step is not None:
             check_counts(pairs_per_step=pairs_per_step)
-        if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
-            raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")
         if order not in ORDERS:
             raise ThoughtError(f"order must be one of {list(ORDERS)}; got {order!r}.")
-        check_rank(rank, 10**9)
         preserve_weight = self.defaults.preserve_weight if preserve_weight is None else preserve_weight
-        for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
+        check_solve_settings(ridge, rank, preserve_weight, step_size)
         if not isinstance(preserve_tokens, int) or preserve_tokens < 2:
             raise ThoughtError(f"preserve_tokens must be a whole number of 2 or more; got {preserve_tokens!r}.")
         if statistics_dtype not in ("float32", "float64"):
@@ -410,8 +412,7 @@ class ThoughtCallback(Callback):
             return
         with self.stopwatch("patch"):
             if vectors:  # an adapter has a matrix for each of them, too
-                written = [projection for site in sites.values() for projection in site.projections]
-                self._provenance["d_in"] = {p.path: p.d_in for p in written if p.path in vectors}
+                self._provenance["d_in"] = vector_inputs(sites.values(), vectors)
             self._provenance["diagnostics"] = self._diagnostics
             self._provenance["history"] = self.history
             self._provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

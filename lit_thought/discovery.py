@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lit_thought.errors import SingularSystemError
 from lit_thought.layers import is_linear
-from lit_thought.replay import Call, unwrapped
+from lit_thought.replay import Call, first_float, unwrapped
 
 __all__ = ["Roles", "Writer", "channel_gain", "row_ratio", "trace_block", "wider"]
 
@@ -323,9 +323,9 @@ class _Tracer:
 
         def enter(path: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-                if given and given[0].numel() // given[0].shape[-1] == self.tokens:
-                    inputs[path] = given[0].reshape(1, self.tokens, -1)
+                given = first_float(args, kwargs)
+                if given is not None and given.numel() // given.shape[-1] == self.tokens:
+                    inputs[path] = given.reshape(1, self.tokens, -1)
 
             return hook
 

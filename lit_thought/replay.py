@@ -16,7 +16,22 @@ from transformers import PreTrainedModel
 
 from lit_thought.errors import UnsupportedModelError
 
-__all__ = ["Call", "Recording", "find_decoder", "find_layers", "hidden_of", "recorded_calls", "unwrapped", "wrapped"]
+__all__ = [
+    "Call",
+    "Recording",
+    "StopForwardError",
+    "find_decoder",
+    "find_layers",
+    "first_float",
+    "hidden_of",
+    "recorded_calls",
+    "unwrapped",
+    "wrapped",
+]
+
+
+class StopForwardError(Exception):
+    """Raised inside a block once everything that was asked for has been read."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,11 @@ def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     hidden = args[0] if args else kwargs["hidden_states"]
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+def first_float(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among the arguments of a module: the activations it was called with."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
 def unwrapped(output: Any) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +28,8 @@ from lit_thought.patch import Factors, ThoughtPatch
 from lit_thought.preserve import Preservation, default_cache_dir
 from lit_thought.saved import SavedStatistics
 from lit_thought.saved_stage import SavedStage, StageHead
-from lit_thought.solve import Prior, check_rank
-from lit_thought.stage import StageSettings, StageSums, target_changes
+from lit_thought.solve import Prior
+from lit_thought.stage import StageSettings, StageSums, check_solve_settings, target_changes, vector_inputs
 from lit_thought.streams import SitePatch
 
 __all__ = ["PriorOf", "solve_saved"]
@@ -85,7 +84,7 @@ def solve_saved(
     asked = {"ridge": ridge, "preserve_weight": preserve_weight, "step_size": step_size}
     chosen = {name: fitted[name] if value is None else value for name, value in asked.items()}
     chosen["rank"] = fitted["rank"] if isinstance(rank, EllipsisType) else rank
-    _check(**chosen)
+    check_solve_settings(**chosen)
     settings = StageSettings(
         chosen["rank"],
         float(chosen["ridge"]),
@@ -124,8 +123,7 @@ def solve_saved(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if vectors:
-        written = [projection for site in sites.values() for projection in site.projections]
-        provenance["d_in"] = {p.path: p.d_in for p in written if p.path in vectors}
+        provenance["d_in"] = vector_inputs(sites.values(), vectors)
     return ThoughtPatch({path: Factors(A, B) for path, (A, B) in changes.items()}, provenance, vectors)
 
 
@@ -163,15 +161,6 @@ def _check_model(saved: SavedStatistics, model: PreTrainedModel | None) -> None:
             )
     elif fingerprint(model) != saved.manifest.provenance["fingerprint"]:
         raise PatchError(f"model is not the one that the statistics were taken from, {name!r}: its weights differ.")
-
-
-def _check(ridge: Any, rank: Any, preserve_weight: Any, step_size: Any) -> None:
-    check_rank(rank, 10**9)
-    for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
-    if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
-        raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")
 
 
 def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | None) -> PriorOf:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import Block
+from lit_thought.discovery import wider
 from lit_thought.streams import LowRank, SitePatch, Stream, TokenBatch
 
 __all__ = ["ORDERS", "Observation", "Stage", "StreamRunner", "stages_of"]
@@ -298,7 +299,7 @@ class StreamRunner:
         pair.plain.hidden = output.to(self.storage)
 
     def _error(self, goal: Tensor, found: Tensor) -> Tensor:
-        wide = torch.promote_types(found.dtype, torch.float32)
+        wide = wider(found.dtype)
         return goal.to(self.device).to(wide) - found.to(wide)
 
     def _fetch(self, stream: Stream) -> None:

@@ -14,6 +14,7 @@ gⱼ mⱼ / ((1 + ρ) gⱼ² + λ ḡ²), with m the mean of δᵢ / γᵢ weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -26,11 +27,21 @@ from lit_thought.errors import ThoughtError
 from lit_thought.gains import solve_with_gains
 from lit_thought.rank import reduce_rank
 from lit_thought.runner import Observation
-from lit_thought.solve import COARSE_RIDGE, Prior, check_finite, solve
+from lit_thought.solve import COARSE_RIDGE, Prior, check_finite, check_rank, solve
 from lit_thought.statistics import Statistics, VectorStatistics
 from lit_thought.streams import LowRank, SitePatch
 
-__all__ = ["PARTS", "Defaults", "StageSettings", "StageSums", "check_parts", "site_defaults", "target_changes"]
+__all__ = [
+    "PARTS",
+    "Defaults",
+    "StageSettings",
+    "StageSums",
+    "check_parts",
+    "check_solve_settings",
+    "site_defaults",
+    "target_changes",
+    "vector_inputs",
+]
 
 PARTS = ("matrix", "vector")
 
@@ -79,6 +90,20 @@ def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, 
             "error. Choose one of them, or leave parts out."
         )
     return {site: tuple(name for name in PARTS if name in names) for site in sites}
+
+
+def check_solve_settings(ridge: Any, rank: Any, preserve_weight: Any, step_size: Any) -> None:
+    """Check what can be checked of a solve's settings without a model.
+
+    Raises:
+        ThoughtError: for one out of range.
+    """
+    check_rank(rank, 10**9)
+    for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
+    if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
+        raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")
 
 
 @dataclass(frozen=True)
@@ -241,3 +266,9 @@ def target_changes(
         if patch.vector is not None:
             vectors[site.path] = vectors[site.path] + patch.vector if site.path in vectors else patch.vector
     return factors, vectors
+
+
+def vector_inputs(sites: Iterable[Site], vectors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Number of inputs, by path, of the layers that take a vector: an adapter has a matrix for each of them, too."""
+    written = (projection for site in sites for projection in site.projections)
+    return {projection.path: projection.d_in for projection in written if projection.path in vectors}

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lit_thought.blocks import Block, Projection, Site
 from lit_thought.discovery import row_ratio, wider
-from lit_thought.replay import find_decoder, hidden_of, recorded_calls, unwrapped
+from lit_thought.replay import StopForwardError, find_decoder, first_float, hidden_of, recorded_calls, unwrapped
 
 __all__ = ["LowRank", "Reading", "SitePatch", "Stream", "TokenBatch", "forward_inputs"]
 
@@ -111,10 +111,6 @@ class _LeadLayer(DynamicLayer):
         return self.lead_length + query_length, 0
 
 
-class _StopForwardError(Exception):
-    """Raised inside a block once everything that was asked for has been read."""
-
-
 def forward_inputs(tokens: TokenBatch, lead_length: int) -> dict[str, Tensor]:
     """``input_ids``, ``position_ids`` and ``attention_mask`` of a batch that follows a cached lead."""
     ahead = tokens.mask.new_ones(len(tokens.mask), lead_length)
@@ -193,7 +189,7 @@ class Stream:
                 for handle in reader.hooks(block.sites[name], stop=name == stop_after):
                     stack.callback(handle.remove)
             output: Tensor | None = None
-            with suppress(_StopForwardError):
+            with suppress(StopForwardError):
                 if residual is None:
                     output = unwrapped(self._calls[block.index](block.module, self.hidden))
                 else:
@@ -225,7 +221,7 @@ class _Reader:
                 self._inputs[module] = self._rows(output)
                 self._residuals[site.name] = self._rows(hidden_of(args, kwargs))
                 if stop:
-                    raise _StopForwardError
+                    raise StopForwardError
 
             yield site.point.register_forward_hook(read_norm, with_kwargs=True)
             return
@@ -234,9 +230,11 @@ class _Reader:
         if site.point is not None:
 
             def read_stream(module: nn.Module, args: Any, kwargs: Any) -> None:
-                self._residuals[site.name] = self._rows(next(x for x in (*args, *kwargs.values()) if _is_float(x)))
+                residual = first_float(args, kwargs)
+                assert residual is not None
+                self._residuals[site.name] = self._rows(residual)
                 if stop:
-                    raise _StopForwardError
+                    raise StopForwardError
 
             yield site.point.register_forward_pre_hook(read_stream, with_kwargs=True)
 
@@ -291,10 +289,6 @@ class _Reader:
     def _rows(self, value: Tensor) -> Tensor:
         """As (batch, length, ·), also where a layer was given all rows of the batch as one list."""
         return value.reshape(*self.hidden.shape[:2], -1)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _patch_hooks(site: Site, patch: SitePatch) -> Iterator[tuple[nn.Module, Any]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lit_thought.discovery import Roles, trace_block
 from lit_thought.errors import UnsupportedModelError
 from lit_thought.models import evaluating
-from lit_thought.replay import Call, find_decoder, find_layers, recorded_calls
+from lit_thought.replay import Call, StopForwardError, find_decoder, find_layers, recorded_calls
 
 __all__ = ["Trace", "trace_model"]
 
@@ -108,12 +108,12 @@ def _calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[list[Ca
     def first(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal like
         like = output if isinstance(output, tuple) else None
-        raise _StopForwardError
+        raise StopForwardError
 
     handle = layers[0].register_forward_hook(first, with_kwargs=True)
     try:
         find_decoder(model)(input_ids=ids, use_cache=False)
-    except _StopForwardError:
+    except StopForwardError:
         pass
     finally:
         handle.remove()
@@ -126,10 +126,6 @@ def _calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[list[Ca
             f"expected each of {len(layers)} once."
         )
     return recording.calls, recording.entrance, (None, *like[1:]) if like is not None else None
-
-
-class _StopForwardError(Exception):
-    """Raised inside the first block once its output is known."""
 
 
 def _kind(module: nn.Module) -> Any:

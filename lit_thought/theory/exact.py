@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.blocks import Block, check_indices, find_blocks
+from lit_thought.discovery import wider
 from lit_thought.errors import ThoughtError, UnsupportedModelError
 from lit_thought.layers import weight_of
 from lit_thought.models import context_window, evaluating
@@ -278,7 +279,7 @@ class TokenRuns:
         """Hooks that put the block's patches into ``patches`` while the plain run passes through it."""
 
         def read(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            wide = torch.promote_types(output.dtype, torch.float32)
+            wide = wider(output.dtype)
             m, a = given[0][0].to(wide), output[0].to(wide)
             delta_a, delta = target.inputs[block.index].to(wide) - a, target.residuals[block.index].to(wide) - m
             patches[block.index] = TokenPatches(block.index, self.plain_ids, self.target_positions, a, delta_a, delta)
