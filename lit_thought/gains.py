@@ -37,8 +37,8 @@ from lit_thought.solve import (
     describe,
     ridge_scale,
     singular_system,
-    top_eigenvectors,
 )
+from lit_thought.spectral import top_eigenvectors
 from lit_thought.statistics import Statistics
 
 __all__ = ["check_gain", "solve_with_gains"]

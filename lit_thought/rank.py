@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lit_thought.gains import check_gain
-from lit_thought.solve import Prior, top_eigenvectors
+from lit_thought.solve import Prior
+from lit_thought.spectral import top_eigenvectors
 from lit_thought.statistics import Statistics
 
 __all__ = ["reduce_rank"]

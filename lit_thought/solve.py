@@ -20,7 +20,6 @@ of one key and no tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.spectral import largest_eigenvalue, top_eigenvectors
 from lit_thought.statistics import Statistics
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "singular_system",
     "solve",
     "solve_constrained",
-    "top_eigenvectors",
 ]
 
 
@@ -71,10 +70,10 @@ class Prior:
         return cls(values.clamp_min(0), vectors)
 
     def gram(self, rounded: bool = False) -> Tensor:
-        """Z₀, (d_in, d_in), float64; ``rounded`` takes :attr:`matrix` if it is there, with its float32 rounding, which
-        need not be positive semi-definite to the last digit."""
+        """Z₀, (d_in, d_in), float64; ``rounded`` takes :attr:`matrix` as it is if it is there, in float32, whose
+        rounding can leave it not quite positive semi-definite."""
         if rounded and self.matrix is not None:
-            return self.matrix.double()
+            return self.matrix
         vectors = self.vectors.double()
         return (vectors * self.values.double()) @ vectors.T
 
@@ -258,7 +257,7 @@ class _System(NamedTuple):
 
     own: Tensor  # (1/w) Σ w a aᵀ, (d_in, d_in)
     cross: Tensor  # C, (d_out, d_in)
-    total: Tensor  # Z, with the prior's share, (d_in, d_in)
+    matrix: Tensor  # M, (d_in, d_in)
     lower: Tensor  # Cholesky factor of M, (d_in, d_in)
     scale: float  # s
     trace: float  # tr Z
@@ -268,17 +267,16 @@ class _System(NamedTuple):
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
     weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
     own, cross = stats.gram.double() / weight, stats.cross.double() / weight
-    total = own if prior is None else own.add(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
-    trace = float(total.diagonal().sum())
-    scale = ridge_scale(name, trace, float(total.square().sum()), float(stats.energy))
-    system = total.clone()
-    system.diagonal().add_(ridge * scale)
-    lower, info = torch.linalg.cholesky_ex(system)
+    matrix = own.clone() if prior is None else own.add(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
+    trace = float(matrix.diagonal().sum())
+    scale = ridge_scale(name, trace, float(torch.linalg.vector_norm(matrix)) ** 2, float(stats.energy))
+    matrix.diagonal().add_(ridge * scale)
+    lower, info = torch.linalg.cholesky_ex(matrix)
     pivots = lower.diagonal()
     worst = float((pivots.min() / pivots.max()) ** 2)
     if int(info) != 0 or not worst > stats.d_in * torch.finfo(torch.float64).eps:
         raise singular_system(stats, ridge, prior, name)
-    return _System(own, cross, total, lower, scale, trace, worst)
+    return _System(own, cross, matrix, lower, scale, trace, worst)
 
 
 def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: str) -> SingularSystemError:
@@ -293,15 +291,15 @@ def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: 
 def _solve_primal(
     stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
 ) -> Solution:
-    own, cross, total, lower, scale, trace, worst = _system(stats, ridge, prior, rho, name)
+    own, cross, matrix, lower, scale, trace, worst = _system(stats, ridge, prior, rho, name)
     half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
     gains, basis = top_eigenvectors(half.T @ half, rank)
     A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
     before = float(stats.energy) / stats.weight
     after = before - 2 * float((basis.T @ cross * A).sum()) + float((A @ own * A).sum())
-    largest = _largest_eigenvalue(lambda v: total @ v, stats.d_in, total)
-    condition = (largest + ridge * scale) / (ridge * scale) if ridge > 0 else 1 / worst
-    lost = _lost(gains, basis.shape[1])
+    largest = largest_eigenvalue(lambda v: matrix @ v, stats.d_in, matrix)
+    condition = largest / (ridge * scale) if ridge > 0 else 1 / worst
+    lost = _lost(gains, half)
     return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
 
 
@@ -341,9 +339,9 @@ def _solve_dual(
         gains, left = top_eigenvectors(half @ half.T, rank)
         # a left singular vector of half with gain g belongs to the basis vector halfᵀ left / √g; what is
         # numerically zero has no direction and is dropped
-        keep = gains[: left.shape[1]] > gains[0] * len(half) * torch.finfo(torch.float64).eps
+        keep = gains > gains[0] * len(half) * torch.finfo(torch.float64).eps
         left = left[:, keep]
-        basis = (half.T @ left) / gains[: len(keep)][keep].sqrt()
+        basis = (half.T @ left) / gains[keep].sqrt()
     else:
         gains, basis = top_eigenvectors(half.T @ half, rank)
     A = ((turned @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
@@ -355,38 +353,10 @@ def _solve_dual(
     def matmul(v: Tensor) -> Tensor:
         return rotated.T @ (rotated @ v) + values.unsqueeze(1) * v
 
-    largest = _largest_eigenvalue(matmul, stats.d_in, a)
+    largest = largest_eigenvalue(matmul, stats.d_in, a)
     condition = (largest + ridge * scale) / (ridge * scale)
-    lost = _lost(gains, basis.shape[1])
+    lost = _lost(gains, half)
     return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
-
-
-def top_eigenvectors(gain: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of a positive semi-definite matrix, largest first, and the top eigenvectors.
-
-    Args:
-        gain: the matrix, (n, n).
-        rank: how many: int, the smallest number that holds a fraction in (0, 1) of the trace, or None for all.
-
-    Returns:
-        Eigenvalues, (n,), none below zero, and eigenvectors, (n, r), one a column.
-    """
-    values, vectors = torch.linalg.eigh(gain)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    if isinstance(rank, float):
-        explained = values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-        rank = min(len(values), int((explained < rank).sum()) + 1)
-    return values, vectors[:, : rank if rank is not None else len(values)]
-
-
-def _largest_eigenvalue(matmul: Callable[[Tensor], Tensor], size: int, like: Tensor, steps: int = 8) -> float:
-    """A lower estimate of the largest eigenvalue: the Rayleigh–Ritz value on a small Krylov space, fixed start."""
-    generator = torch.Generator().manual_seed(0)
-    columns = [torch.randn(size, 1, generator=generator, dtype=torch.float64).to(like.device)]
-    for _ in range(steps - 1):
-        columns.append(matmul(columns[-1] / columns[-1].norm()))
-    basis = torch.linalg.qr(torch.cat([column / column.norm() for column in columns], dim=1))[0]
-    return float(torch.linalg.eigvalsh(basis.T @ matmul(basis))[-1])
 
 
 def check_finite(name: str, *sums: float) -> None:
@@ -410,10 +380,10 @@ def ridge_scale(name: str, trace: float, square: float, energy: float) -> float:
     return square / trace
 
 
-def _lost(gains: Tensor, rank: int) -> float:
-    """The share of all gains, largest first, that is beyond the first ``rank``."""
-    total = float(gains.sum())
-    return float(gains[rank:].sum()) / total if total > 0 else 0.0
+def _lost(kept: Tensor, half: Tensor) -> float:
+    """The share of the full-rank patch's gain, ‖half‖_F², that is beyond the gains kept."""
+    total = float(half.square().sum())
+    return max(0.0, 1 - float(kept.sum()) / total) if total > 0 else 0.0
 
 
 def describe(

@@ -24,6 +24,9 @@ from lit_thought.errors import ThoughtError
 
 __all__ = ["Statistics", "VectorStatistics"]
 
+FOLD = 1024
+"""Rows that are multiplied at a time once there are too many to keep."""
+
 
 @dataclass
 class Statistics:
@@ -63,7 +66,6 @@ class Statistics:
     _cross: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     _operators: Tensor | None = field(default=None, repr=False)
-    _product: torch.dtype | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -84,24 +86,33 @@ class Statistics:
             raise ThoughtError(
                 f"a, delta and weights must be (n, {self.d_in}), (n, {self.d_out}) and (n,); got {shapes}."
             )
+        product = self.dtype
         if self.product_dtype is not None:
-            self._product = torch.promote_types(torch.promote_types(a.dtype, delta.dtype), self.product_dtype)
-        a, delta = a.to(self.dtype), delta.to(self.dtype)
-        squares = a.square().sum(1, keepdim=True) if self.rank_one else None
+            product = torch.promote_types(torch.promote_types(a.dtype, delta.dtype), self.product_dtype)
+        if self.rank_one:
+            self._add_operators(a.to(self.dtype), delta.to(self.dtype), weights)
+        a, delta = a.to(product), delta.to(product)
         if weights is None:
             self.weight += len(a)
         else:
             self.weight += float(weights.sum())
-            root = weights.to(self.dtype).sqrt().unsqueeze(1)
+            root = weights.to(self.dtype).sqrt().to(product).unsqueeze(1)
             a, delta = a * root, delta * root
         self.tokens += len(a)
-        self.energy = self.energy.to(delta) + delta.square().sum()
-        if squares is not None:  # a row with a = 0 is divided by 1, so that it adds nothing
-            operators = (delta / squares.masked_fill(squares == 0, 1)).T @ a
-            self._operators = operators if self._operators is None else self._operators + operators
+        delta_wide = delta.to(self.dtype)
+        self.energy = self.energy.to(delta_wide) + delta_wide.square().sum()
         self._rows.append((a, delta))
-        if self._gram is not None or 2 * self.num_rows >= self.d_in:
+        waiting = sum(len(a) for a, _ in self._rows)
+        if waiting >= FOLD if self.folded else 2 * waiting >= self.d_in:
             self._fold()
+
+    def _add_operators(self, a: Tensor, delta: Tensor, weights: Tensor | None) -> None:
+        squares = a.square().sum(1, keepdim=True)
+        share = 1 / squares.masked_fill(squares == 0, 1)  # a row with a = 0 adds nothing
+        if weights is not None:
+            share = share * weights.to(self.dtype).unsqueeze(1)
+        operators = (delta * share).T @ a
+        self._operators = operators if self._operators is None else self._operators + operators
 
     @classmethod
     def from_rows(cls, rows: tuple[Tensor, Tensor], weight: float, tokens: int) -> Statistics:
@@ -166,14 +177,13 @@ class Statistics:
     @property
     def num_rows(self) -> int:
         """Tokens kept as rows: all of them, or 0 once they are folded into the sums."""
-        return sum(len(a) for a, _ in self._rows)
+        return 0 if self.folded else sum(len(a) for a, _ in self._rows)
 
     def rows(self) -> tuple[Tensor, Tensor] | None:
         """√w a, (n, d_in), and √w δ, (n, d_out), while there are few tokens; otherwise None."""
         if self._gram is not None or not self._rows:
             return None
-        if len(self._rows) > 1:
-            self._rows = [(torch.cat([a for a, _ in self._rows]), torch.cat([d for _, d in self._rows]))]
+        self._rows = [(self._joined(0).to(self.dtype), self._joined(1).to(self.dtype))]
         return self._rows[0]
 
     @property
@@ -212,6 +222,8 @@ class Statistics:
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         if self._gram is not None and self._cross is not None:
+            if self._rows:
+                self._fold()
             return self._gram, self._cross
         rows = self.rows()
         if rows is None:
@@ -223,9 +235,13 @@ class Statistics:
         a, delta = rows
         return a.T @ a, delta.T @ a
 
+    def _joined(self, side: int) -> Tensor:
+        """The rows that are kept, of a (0) or of δ (1), in the dtype they are multiplied in."""
+        parts = [row[side] for row in self._rows]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
     def _fold(self) -> None:
-        a = torch.cat([a for a, _ in self._rows]).to(self._product or self.dtype)
-        delta = torch.cat([d for _, d in self._rows]).to(self._product or self.dtype)
+        a, delta = self._joined(0), self._joined(1)
         self._rows = []
         gram, cross = a.T @ a, delta.T @ a
         if self._gram is None or self._cross is None:

@@ -346,3 +346,34 @@ def test_empty_and_different_vectors() -> None:
             stats + other
         with pytest.raises(ThoughtError, match="different vectors cannot be combined"):
             stats - other
+
+
+@pytest.mark.parametrize("product_dtype", [None, torch.float32])
+def test_rows_that_wait_to_be_multiplied_count(product_dtype: torch.dtype | None) -> None:
+    """Beyond d_in / 2 tokens the products are taken many rows at a time; whoever asks for a sum gets all of it."""
+    generator = torch.Generator().manual_seed(0)
+    a, delta = torch.randn(2600, 6, generator=generator), torch.randn(2600, 4, generator=generator)
+    weights = torch.rand(2600, generator=generator)
+
+    def gathered(first: int, last: int) -> Statistics:
+        stats = Statistics(6, 4, product_dtype=product_dtype)
+        for start in range(first, last, 100):
+            rows = slice(start, start + 100)
+            stats.update(a[rows], delta[rows], weights[rows])
+        return stats
+
+    def check(stats: Statistics, first: int, last: int) -> None:
+        weighted = a[first:last].double().numpy() * weights[first:last].double().numpy()[:, None]
+        tolerance = {"rtol": 1e-5, "atol": 1e-3} if product_dtype else {"rtol": 1e-12}
+        np.testing.assert_allclose(stats.gram, weighted.T @ a[first:last].double().numpy(), **tolerance)
+        np.testing.assert_allclose(stats.cross, delta[first:last].double().numpy().T @ weighted, **tolerance)
+        assert (stats.num_rows, stats.rows(), stats.tokens) == (0, None, last - first)
+
+    check(gathered(0, 2600), 0, 2600)
+    check(gathered(0, 300) + gathered(300, 2600), 0, 2600)
+    check(gathered(0, 2600) - gathered(0, 1300), 1300, 2600)
+    check(Statistics.from_tensors(gathered(0, 2500).to_tensors()), 0, 2500)
+    stats = gathered(0, 300)
+    check(stats, 0, 300)  # and again, with more that wait
+    stats.update(a[300:400], delta[300:400], weights[300:400])
+    check(stats, 0, 400)
