@@ -20,9 +20,9 @@ TOLERANCE = 1e-8
 def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
     """The top eigenvalues of a positive semi-definite matrix, largest first, and their eigenvectors.
 
-    Few of many come from a block Krylov space, which grows until they hold ``G U = U diag(w)`` to
-    ``‖G U − U diag(w)‖² ≤ 1e-8 · w_r · tr G`` (what U then misses of the largest possible ``tr Uᵀ G U`` is about
-    1e-8 of tr G where neighbouring eigenvalues differ by a percent); all others, and those that do not converge, from the full decomposition.
+    Few of many come from a block Krylov space, which grows until ``‖G U − U diag(w)‖² ≤ 1e-8 · w_r · tr G``; what U
+    then misses of the largest possible ``tr Uᵀ G U`` is about 1e-8 of tr G where neighbouring eigenvalues differ by a
+    percent. All others, and those that do not converge, come from the full decomposition.
 
     Args:
         matrix: G, (n, n).

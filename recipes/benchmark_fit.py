@@ -4,8 +4,9 @@
 
 Unavoidable: the chunk once, and every compared token twice (with the chunk and without it), through the decoder
 without its head, in the same batches, process and threads. The fit goes from pairs with outputs to an adapter on
-disk; the preservation statistics come from their cache, whose own cost is printed beside. Prints a Markdown table and
-writes it with a JSON record.
+disk; the preservation statistics come from their cache, whose own cost is printed beside. Measured for several numbers
+of pairs, with demonstrations as the chunk, and for several lengths of the chunk, with prose. Prints a Markdown table
+and writes it with a JSON record.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from typing import Any
 import jsonargparse
 import psutil
 import torch
-from tasks import TEMPLATE, load_split, write_results
+from tasks import SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
 from lit_thought.api import fit
 from lit_thought.replay import find_decoder
 from lit_thought.streams import forward_inputs, lead_cache
+from lit_thought.unrelated import load_texts
 
 
 def benchmark(
@@ -39,7 +41,9 @@ def benchmark(
     dtype: str = "float32",
     device: str | None = None,
     task: str = "function_vectors/capitalize",
-    pairs: Sequence[int] = (30, 300),
+    pairs: Sequence[int] = (10, 30, 100, 300, 1000),
+    chunks: Sequence[int] = (50, 500, 2000),
+    chunk_pairs: int = 100,
     rank: int = 16,
     statistics_dtype: str = "float64",
     repeats: int = 5,
@@ -51,8 +55,10 @@ def benchmark(
         model: "smollm2" (the embedded default), a hub id or a local directory.
         dtype: dtype of the model.
         device: where to run; the CPU when left out.
-        task: a word task with enough pairs.
+        task: a word task; beyond its words, inputs come from the other word tasks.
         pairs: numbers of pairs to fit on.
+        chunks: lengths of the chunk to compare, in tokens.
+        chunk_pairs: number of pairs they are compared at.
         rank: rank of the adapter.
         statistics_dtype: float64 or float32.
         repeats: measurements of each; medians are reported.
@@ -62,16 +68,16 @@ def benchmark(
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         first = None
-        for count in pairs:
-            split = load_split(task, 0, fit=count)
-            data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=12)
+        for count, instruction in _cases(tokenizer, task, pairs, chunks, chunk_pairs):
+            inputs = _inputs(task, count)
+            data = PairDataModule(inputs, instruction, TEMPLATE, max_new_tokens=12)
             start = time.perf_counter()
             data.prepare(lm, tokenizer)
             generating = time.perf_counter() - start
-            labelled = [{**pair, "output": text} for pair, text in zip(split.fit, data.outputs, strict=True)]
+            labelled = [{**pair, "output": text} for pair, text in zip(inputs, data.outputs, strict=True)]
 
             settings = {"rank": rank, "cache_dir": cache, "statistics_dtype": statistics_dtype}
-            run = partial(fit_once, lm, tokenizer, labelled, split.instruction, settings)
+            run = partial(fit_once, lm, tokenizer, labelled, instruction, settings)
             warm = run()
             if first is None:
                 first = warm.stopwatch.seconds["preserve"]
@@ -98,6 +104,26 @@ def benchmark(
                 }
             )
     _report(rows, first, lm, Path(out), {"model": model, "dtype": dtype, "rank": rank, "task": task})
+
+
+def _cases(
+    tokenizer: Any, task: str, pairs: Sequence[int], chunks: Sequence[int], chunk_pairs: int
+) -> list[tuple[int, str]]:
+    """Numbers of pairs and instructions: demonstrations for ``pairs``, then prose of the lengths in ``chunks``."""
+    prose = tokenizer(load_texts("default", "evaluate", "chunks")[0], add_special_tokens=False).input_ids
+    if max(chunks, default=0) > len(prose):
+        raise SystemExit(f"chunks must be {len(prose)} tokens at most, the length of the text; got {max(chunks)}.")
+    demonstrations = load_split(task, 0).instruction
+    return [(n, demonstrations) for n in pairs] + [(chunk_pairs, tokenizer.decode(prose[:n])) for n in chunks]
+
+
+def _inputs(task: str, count: int) -> list[dict[str, str]]:
+    """This many different inputs without outputs: the task's, then those of the other word tasks."""
+    words = [pair["input"] for name in (task, *SIX_TASKS) for pair in load_split(name, 0, fit=10**9).fit]
+    different = list(dict.fromkeys(words))
+    if count > len(different):
+        raise SystemExit(f"pairs must be {len(different)} at most, the words there are; got {count}.")
+    return [{"input": word} for word in different[:count]]
 
 
 def fit_once(
@@ -176,11 +202,20 @@ def _seconds(call: Any) -> float:
 
 def _report(rows: list[dict[str, Any]], preserve: float | None, lm: Any, out: Path, settings: dict[str, Any]) -> None:
     names = list(rows[0]["stages"])
-    head = ["pairs", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward", *(f"{n}, s" for n in names)]
+    head = [
+        "pairs",
+        "chunk tokens",
+        "compared tokens",
+        "bare forward, s",
+        "fit, s",
+        "fit ÷ forward",
+        *(f"{n}, s" for n in names),
+    ]
     head += ["peak memory above the model, MB", "(outputs, if generated, s)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
     for row in rows:
-        cells = [row["pairs"], row["compared_tokens"], f"{row['bare_seconds']:.2f}", f"{row['fit_seconds']:.2f}"]
+        cells = [row["pairs"], row["chunk_tokens"], row["compared_tokens"]]
+        cells += [f"{row['bare_seconds']:.2f}", f"{row['fit_seconds']:.2f}"]
         cells += [f"{row['ratio']:.2f}", *(f"{row['stages'][n]:.2f}" for n in names)]
         cells += [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['generate_seconds']:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
