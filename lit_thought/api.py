@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.callback import ThoughtCallback
 from lit_thought.data import PairDataModule
 from lit_thought.errors import ThoughtError
+from lit_thought.fitting import fit
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import ThoughtPatch
-from lit_thought.progress import StageProgressBar
 from lit_thought.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.selection import AUTO, check_auto, select_settings
 from lit_thought.unrelated import TextSource
 
 __all__ = ["fit", "transmute"]
@@ -37,16 +33,17 @@ def transmute(
     *,
     sites: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
+    blocks: Literal["auto"] | Sequence[int] | None = None,
     order: Literal["sequential", "teacher-forced"] = "sequential",
     steps: int | None = None,
     step_size: float | None = None,
     pairs_per_step: int | None = None,
     passes: int = 1,
-    rank: int | float | None = 16,
-    ridge: float = 3e-2,
+    rank: int | float | Literal["auto"] | None = 16,
+    ridge: float | Literal["auto"] = 3e-2,
+    scale: float | Literal["auto"] = 1.0,
     preserve: TextSource | None = "default",
-    preserve_weight: float | None = None,
+    preserve_weight: float | Literal["auto"] | None = None,
     preserve_tokens: int = 12_000,
     answer_weight: float | None = None,
     generate: Mapping[str, Any] | None = None,
@@ -54,7 +51,8 @@ def transmute(
     batch_size: int = 32,
     val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
     statistics_dtype: Literal["float32", "float64"] = "float64",
-    offload: bool = False,
+    offload: Literal["auto", "device", "cpu", "disk"] | bool = "auto",
+    memory_budget: float | None = None,
     resume_dir: str | os.PathLike[str] | None = None,
     statistics_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -86,9 +84,12 @@ def transmute(
         passes: how often to solve a site whose output goes through a norm (Gemma, OLMo 2); others are solved once.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
-        preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None.
+        scale: what to multiply the patch by. This, blocks, rank, ridge and preserve_weight can be "auto": chosen on a
+            quarter of the pairs, held back first (lit_thought.selection); the fit is then of all of them.
+        preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None; or a
+            .safetensors file of this model's preservation statistics, from lit-thought preserve.
         preserve_weight: ρ ≥ 0, weight of the unrelated text against the pairs; left out, 3, and 1 for mlp_in alone.
-        preserve_tokens: most tokens of unrelated text to use.
+        preserve_tokens: most tokens of unrelated text to use; a file of statistics has its own.
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
             for mlp_in alone.
         generate: options of model.generate for outputs that are missing; greedy when left out.
@@ -96,12 +97,15 @@ def transmute(
         batch_size: pairs a batch; the patch does not depend on it.
         val_pairs: pairs to follow the fit with, step by step (in the patch's provenance, as history).
         statistics_dtype: dtype of the sums, float64 or float32; the solve is always float64.
-        offload: keep the streams on the CPU between uses, for a model on a GPU.
+        offload: where the streams are kept between uses: device (also False), cpu (main memory; also True), disk (a
+            temporary file) or auto, the first of them where they fit; the patch is the same.
+        memory_budget: GB that the fit may take besides the model; left out, 0.8 of what is free. A fit that cannot
+            keep to it is refused before it starts.
         resume_dir: folder for the finished stages of this fit; interrupted, the same call goes on from there.
         statistics_dir: folder to keep the statistics of every stage in, to solve again at other settings.
         cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         progress: show progress bars.
-        seed: seed of the generated outputs, where they are sampled.
+        seed: seed of the generated outputs, where they are sampled, and of which pairs "auto" holds back.
 
     Returns:
         The patch, not applied.
@@ -113,26 +117,32 @@ def transmute(
         >>> patch = transmute(model, tokenizer, "Answer with the opposite.\\n", [{"input": "hot"}])  # doctest: +SKIP
         >>> patch.save_adapter("antonym/")  # doctest: +SKIP
     """
-    callback = ThoughtCallback(
-        sites=sites,
-        parts=parts,
-        blocks=blocks,
-        order=order,
-        steps=steps,
-        step_size=step_size,
-        pairs_per_step=pairs_per_step,
-        passes=passes,
-        rank=rank,
-        ridge=ridge,
-        preserve=preserve,
-        preserve_weight=preserve_weight,
-        preserve_tokens=preserve_tokens,
-        statistics_dtype=statistics_dtype,
-        offload=offload,
-        resume_dir=resume_dir,
-        statistics_dir=statistics_dir,
-        cache_dir=cache_dir,
-    )
+    settings: dict[str, Any] = {
+        "sites": sites,
+        "parts": parts,
+        "blocks": blocks,
+        "order": order,
+        "steps": steps,
+        "step_size": step_size,
+        "pairs_per_step": pairs_per_step,
+        "passes": passes,
+        "rank": rank,
+        "ridge": ridge,
+        "preserve": preserve,
+        "preserve_weight": preserve_weight,
+        "preserve_tokens": preserve_tokens,
+        "statistics_dtype": statistics_dtype,
+        "offload": offload,
+        "memory_budget": memory_budget,
+        "resume_dir": resume_dir,
+        "statistics_dir": statistics_dir,
+        "cache_dir": cache_dir,
+    }
+    choices = {**settings, "scale": scale}
+    auto = [name for name in AUTO if isinstance(choices[name], str) and choices[name] == "auto"]
+    callback = ThoughtCallback(**{name: value for name, value in settings.items() if name not in auto})
+    if scale != "auto" and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not isfinite(scale)):
+        raise ThoughtError(f'scale must be a finite number or "auto"; got {scale!r}.')
     data = PairDataModule(
         pairs,
         instruction,
@@ -144,56 +154,17 @@ def transmute(
         answer_weight=answer_weight,
         val_pairs=val_pairs,
     )
+    if auto:
+        check_auto(auto, len(data.pairs), settings)
     if not isinstance(model, PreTrainedModel) and callable(model):
         model, tokenizer = model()
-    return fit(ThoughtModule(model, tokenizer), data, callback, progress=progress)
-
-
-def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, progress: bool = True) -> ThoughtPatch:
-    """Run the fit with a plain Trainer on the model's own device and return the patch.
-
-    Raises:
-        ThoughtError: for bad input, or when the fit was interrupted.
-    """
-    model = module.model
-    device = model.device
-    with _quiet_lightning():
-        trainer = Trainer(
-            accelerator="cpu" if device.type == "cpu" else device.type,
-            devices=1 if device.index is None else [device.index],
-            max_epochs=-1,
-            callbacks=[callback, StageProgressBar()] if progress else [callback],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=progress,
-        )
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit(module, datamodule=data)
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C, with the signal ignored from then on
-            if not isinstance(stop.__context__, KeyboardInterrupt):
-                raise
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from None
-        finally:
-            torch.nn.Module.to(model, device)  # Lightning moves a module to the CPU when it is done
-    if callback.patch is None:
-        raise ThoughtError("the fit was interrupted before its last block; there is no patch.")
-    return callback.patch
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's banner and its advice on data loading, which does not apply here."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    module = ThoughtModule(model, tokenizer)
+    if not auto:
+        patch = fit(module, data, callback, progress=progress)
+        return patch if scale == 1 else scale * patch
+    known = {} if scale == "auto" else {"scale": scale}
+    chosen = select_settings(module, data, auto, seed=seed, progress=progress, **known, **settings)
+    data.known = chosen.outputs
+    patch = fit(module, data, ThoughtCallback(**chosen.settings), progress=progress)
+    patch.provenance["selection"] = chosen.record
+    return patch if chosen.scale == 1 else chosen.scale * patch

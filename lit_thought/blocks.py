@@ -39,6 +39,7 @@ from lit_thought.discovery import Roles, Writer, channel_gain
 from lit_thought.errors import SingularSystemError, ThoughtError, UnsupportedModelError
 from lit_thought.layers import sits_beside, weight_of
 from lit_thought.replay import find_layers
+from lit_thought.sharding import gathered
 from lit_thought.tracing import Trace, trace_model
 
 __all__ = [
@@ -289,7 +290,8 @@ def plain_outputs(blocks: Sequence[Block]) -> list[Site]:
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """Find the blocks of a causal LM, in order, and the sites of each.
 
-    One block of each kind is run on a few rows of noise (:func:`~lit_thought.discovery.trace_block`).
+    One block of each kind is run on a few rows of noise (:func:`~lit_thought.discovery.trace_block`); of a sharded
+    model, for which all processes must call together, what was found before it was sharded holds.
 
     Raises:
         UnsupportedModelError: for a model wrapped by PEFT, one that keeps other state than keys and values (state-space
@@ -299,10 +301,10 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     trace = trace_model(model)
     layers = find_layers(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    blocks = [
-        _block(index, module, roles, paths, trace)
-        for index, (module, roles) in enumerate(zip(layers, trace.roles, strict=True))
-    ]
+    blocks = []
+    for index, (module, roles) in enumerate(zip(layers, trace.roles, strict=True)):
+        with gathered(module):
+            blocks.append(_block(index, module, roles, paths, trace))
     if not any(block.sites for block in blocks):
         raise UnsupportedModelError(f"not supported: {trace.name}: {blocks[0].missing['attn_out']}.")
     return blocks

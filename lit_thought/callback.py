@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ParallelStrategy
 from tqdm.auto import tqdm
 
+from lit_thought.alignment import TokenisedPair
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import DEFAULT_SITES, JOINT, Block, check_indices, check_sites, find_blocks, require_site
+from lit_thought.budget import check_budget, plan
 from lit_thought.data import PairDataModule
 from lit_thought.distributed import gather_json, rank_and_size
 from lit_thought.errors import ThoughtError, UnsupportedModelError, check_counts
+from lit_thought.estimate import Estimate
 from lit_thought.evaluation import Evaluation
 from lit_thought.files import check_output_folder
 from lit_thought.models import fingerprint
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import Factors, ThoughtPatch
-from lit_thought.preserve import WINDOW, Preservation, preservation
-from lit_thought.provenance import describe, fit_settings
+from lit_thought.preserve import WINDOW, Preservation, preservation, preservation_bar, unpack
+from lit_thought.preserve_file import PreservationFile, is_preservation_file
+from lit_thought.provenance import costs, describe, fit_settings
 from lit_thought.resume import FitProgress
 from lit_thought.runner import ORDERS, Observation, Stage, StreamRunner, stages_of
-from lit_thought.saved import StatisticsWriter
+from lit_thought.saved import StatisticsWriter, check_statistics_folder
 from lit_thought.saved_stage import Manifest, SavedStage
+from lit_thought.sharding import is_sharded
 from lit_thought.solve import check_rank
 from lit_thought.stage import (
     StageSettings,
@@ -38,7 +43,8 @@ from lit_thought.stage import (
     target_changes,
     vector_inputs,
 )
-from lit_thought.strategy import ThoughtDDPStrategy
+from lit_thought.storage import Storage, check_offload
+from lit_thought.strategy import check_trainer
 from lit_thought.streams import SitePatch
 from lit_thought.timing import Stopwatch
 from lit_thought.unrelated import TextSource, load_texts, text_windows
@@ -69,12 +75,17 @@ class ThoughtCallback(Callback):
         rank: rank of the patch: an int, a fraction of explained energy in (0, 1), or None for full rank.
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
         preserve: unrelated text that the patch should leave alone: a text file, a list of texts, ``"default"``
-            (text that the package ships) or None.
+            (text that the package ships) or None; or the model's preservation statistics, a ``.safetensors`` file that
+            ``lit-thought preserve`` wrote.
         preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 3,
             and 1 where mlp_in is the only site.
-        preserve_tokens: most tokens of unrelated text to use.
+        preserve_tokens: most tokens of unrelated text to use; a file of statistics has its own.
         statistics_dtype: dtype of the sums, ``"float64"`` or ``"float32"``; the solve is always float64.
-        offload: keep the streams on the CPU between uses, for a model on a GPU.
+        offload: where the streams are kept between uses: ``"device"`` (also False), ``"cpu"`` (main memory; also True),
+            ``"disk"`` (in a temporary file, mapped into memory piece by piece; see :func:`tempfile.gettempdir`) or
+            ``"auto"``: the first of them where they fit. The patch is the same, bit for bit.
+        memory_budget: GB that the fit may take besides the model, on the device and in main memory; left out, 0.8 of
+            what is free. A fit that cannot keep to it is refused.
         cache_dir: where the preservation statistics of each model are kept.
         resume_dir: folder in which finished stages are kept until the fit ends well; an interrupted fit with the same
             model, pairs and settings goes on from there, to the same bits. Not kept when left out.
@@ -89,10 +100,13 @@ class ThoughtCallback(Callback):
             fidelity and KL to the instructed model; also sent to the trainer's loggers as ``val/…``, by step.
         stopwatch: seconds by stage: preserve (load or compute), prepare (write missing outputs, tokenise, batch),
             forward, statistics, solve, validate (score ``val_pairs``), patch.
+        estimate: the :class:`~lit_thought.estimate.Estimate` of this process's memory and time, once that is known.
         preserve_cached: whether the preservation statistics came from the cache; None without preservation.
+        preservation_file: the :class:`~lit_thought.preserve_file.PreservationFile` given as ``preserve``, or None.
 
     Raises:
-        ThoughtError: for a setting out of range.
+        ThoughtError: for a setting out of range; at its start the fit raises
+            :class:`~lit_thought.errors.MemoryBudgetError` when it needs more memory than there is.
     """
 
     def __init__(
@@ -111,13 +125,15 @@ class ThoughtCallback(Callback):
         preserve_weight: float | None = None,
         preserve_tokens: int = 12_000,
         statistics_dtype: Literal["float32", "float64"] = "float64",
-        offload: bool = False,
+        offload: Literal["auto", "device", "cpu", "disk"] | bool = "auto",
+        memory_budget: float | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         resume_dir: str | os.PathLike[str] | None = None,
         statistics_dir: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> None:
+        _refuse_auto(blocks=blocks, rank=rank, ridge=ridge, preserve_weight=preserve_weight)
         self._asked_sites = None if sites is None else check_sites(sites)
         self.sites = self._asked_sites or DEFAULT_SITES
         self.parts = check_parts(parts, self.sites)
@@ -136,7 +152,7 @@ class ThoughtCallback(Callback):
             raise ThoughtError(f"preserve_tokens must be a whole number of 2 or more; got {preserve_tokens!r}.")
         if statistics_dtype not in ("float32", "float64"):
             raise ThoughtError(f'statistics_dtype must be "float32" or "float64"; got {statistics_dtype!r}.')
-        self.texts = load_texts(preserve, "preserve", "preserve") if preserve is not None else None
+        self.preservation_file, self.texts = _what_to_preserve(preserve)
         if output_dir is not None:
             check_output_folder(output_dir, overwrite)
         self.order, self.rank, self.ridge = order, rank, float(ridge)
@@ -144,14 +160,16 @@ class ThoughtCallback(Callback):
         self.statistics_dtype = statistics_dtype
         self.steps, self.step_size, self.pairs_per_step = steps, float(step_size), pairs_per_step
         self.passes = passes
-        self.offload, self.cache_dir = offload, cache_dir
+        self.offload, self.memory_budget = check_offload(offload), check_budget(memory_budget)
+        self.cache_dir = cache_dir
         if statistics_dir is not None:
-            _check_statistics_folder(statistics_dir, output_dir, resume_dir, overwrite)
+            check_statistics_folder(statistics_dir, output_dir, resume_dir, overwrite)
         self.resume_dir, self.statistics_dir = resume_dir, statistics_dir
         self.output_dir, self.overwrite = output_dir, overwrite
         self.patch: ThoughtPatch | None = None
         self.stopwatch = Stopwatch()
         self.preserve_cached: bool | None = None
+        self.estimate: Estimate | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -163,6 +181,7 @@ class ThoughtCallback(Callback):
         self._evaluation: Evaluation | None = None
         self._progress: FitProgress | None = None
         self._writer: StatisticsWriter | None = None
+        self._storage = Storage()
         self._replaying = False
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -180,27 +199,7 @@ class ThoughtCallback(Callback):
         check_indices(self.chosen, len(blocks))
         turns = self._stages(blocks)
         stages = self.steps * len(turns)
-        allowed = trainer.max_epochs
-        if allowed is not None and allowed != -1 and allowed < stages:
-            raise ThoughtError(
-                f"max_epochs={allowed} is too few: {self.steps} steps × {len(turns)} sites of blocks need {stages}. "
-                "Use Trainer(max_epochs=-1); the callback stops the run after the last one."
-            )
-        if (trainer.min_epochs or 0) > stages:
-            raise ThoughtError(f"min_epochs={trainer.min_epochs} is too many: the fit ends after {stages} epochs.")
-        if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, ThoughtDDPStrategy):
-            raise ThoughtError(
-                f'a fit on {trainer.world_size} processes needs strategy="thought_ddp" (or "thought_ddp_spawn"); got '
-                f"{type(trainer.strategy).__name__}, which would look for parameters to train."
-            )
-        limit = trainer.limit_train_batches  # the float 1.0 is all batches, the int 1 a single one
-        if isinstance(limit, int) or limit not in (None, 1.0):
-            raise ThoughtError("limit_train_batches must be left out: the statistics need every batch.")
-        if trainer.precision not in ("32-true", "64-true"):
-            raise ThoughtError(
-                f"precision={trainer.precision!r} must be left out; load the model in the dtype you want instead "
-                '(load_model(name, dtype="bfloat16")).'
-            )
+        check_trainer(trainer, stages, f"{self.steps} steps × {len(turns)} sites of blocks")
         if self.pairs_per_step is not None and self.pairs_per_step > len(datamodule.pairs):
             raise ThoughtError(
                 f"pairs_per_step={self.pairs_per_step} is more than the {len(datamodule.pairs)} pairs there are. "
@@ -240,19 +239,29 @@ class ThoughtCallback(Callback):
         blocks = find_blocks(model)  # once more: by now the model is on its device
         with self.stopwatch("prepare"):
             prompts = data.check(model, tokenizer)
+            self._plan(trainer, pl_module, blocks, prompts, complete=all("output" in pair for pair in data.pairs))
         with self.stopwatch("preserve"):
             identity = fingerprint(model)
+            if self.preservation_file is not None:
+                self.preservation_file.check_model(identity, model)
+                self.preservation_file.check_sites([block.stages(self.sites) for block in blocks])
             if len(set(gather_json(identity, pl_module.device))) > 1:
                 raise ThoughtError("model: the processes of this fit hold different weights. Load the same in each.")
-            if trainer.local_rank == 0:  # computed by one process of each machine
-                self._load_preservation(model, tokenizer, blocks, identity, show)
+            first = trainer.local_rank == 0  # of each machine: it computes and writes
+            together = is_sharded(model) and self.preservation_file is None  # all compute
+            if first or together:
+                self._load_preservation(model, tokenizer, blocks, identity, show and first, write=first)
             trainer.strategy.barrier("preserve")
-            if trainer.local_rank != 0:
+            if not (first or together):
                 self._load_preservation(model, tokenizer, blocks, identity, show=False)
         progress = self._open_progress(trainer, identity, data)
         written = None if progress is None else progress.outputs
         with self.stopwatch("prepare"):
             data.prepare(model, tokenizer, prompts, show, self.defaults.answer_weight, written)
+            if data.written:
+                self._plan(trainer, pl_module, blocks, data.tokenised, complete=True)
+        if show and trainer.is_global_zero and self.estimate is not None:
+            tqdm.write(str(self.estimate), file=sys.stderr)
         if progress is not None:
             trainer.strategy.barrier("resume")
             progress.start(data.written)
@@ -262,14 +271,40 @@ class ThoughtCallback(Callback):
             uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
             manifest = Manifest(self._provenance, entry, uncompared)
             self._writer = StatisticsWriter(self.statistics_dir, manifest, self.overwrite)
-        if data.val_pairs and trainer.is_global_zero:
+        if data.val_pairs and (trainer.is_global_zero or is_sharded(model)):  # of a sharded model all must run it
             with self.stopwatch("validate"):
-                self._evaluation = data.evaluation(model, tokenizer, progress=show)
+                self._evaluation = data.evaluation(model, tokenizer, progress=show and trainer.is_global_zero)
         self._start_step(trainer, pl_module, blocks)
         if progress is not None:
             with self.stopwatch("resume"):
                 self._replay(trainer, pl_module, progress)
         self._progress = progress
+
+    def _plan(
+        self,
+        trainer: Trainer,
+        pl_module: ThoughtModule,
+        blocks: Sequence[Block],
+        prompts: Sequence[TokenisedPair],
+        complete: bool,
+    ) -> None:
+        """Estimate the fit, refuse it where it does not fit, and choose where its streams are kept."""
+        data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        longest = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].instructed_ids))[: self.pairs_per_step]
+        self.estimate = plan(
+            pl_module.model,
+            blocks,
+            self._stages(blocks),
+            data.batched(pl_module.tokenizer, prompts, longest),
+            offload=self.offload,
+            memory_budget=self.memory_budget,
+            statistics_dtype=getattr(torch, self.statistics_dtype),
+            preserve=self.preserve_weight > 0 and (self.texts or self.preservation_file) is not None,
+            processes=trainer.num_devices,
+            steps=self.steps,
+            complete=complete,
+        )
+        self._storage = Storage(self.estimate.place)
 
     def _open_progress(self, trainer: Trainer, identity: str, data: PairDataModule) -> FitProgress | None:
         """The finished stages of this very fit, where they are kept."""
@@ -308,32 +343,30 @@ class ThoughtCallback(Callback):
             first = self.step * self.pairs_per_step
             turn = [i % len(data.pairs) for i in range(first, first + self.pairs_per_step)]
             data.select(pl_module.tokenizer, turn, pl_module.device)
-        pl_module.runner = StreamRunner(
-            pl_module.model, blocks, self.sites, self.order, self.offload, self.chosen, self._patches, self.passes
+        runner = pl_module.runner = StreamRunner(
+            pl_module.model, blocks, self.sites, self.order, self._storage, self.chosen, self._patches, self.passes
         )
+        with self.stopwatch("forward"):
+            runner.open(data.batches)
 
     def _load_preservation(
-        self, model: Any, tokenizer: Any, blocks: Sequence[Block], identity: str, show: bool
+        self, model: Any, tokenizer: Any, blocks: Sequence[Block], identity: str, show: bool, write: bool = True
     ) -> None:
         self.preserve_cached = None
-        if self.texts is None or self.preserve_weight == 0:
+        file, texts = self.preservation_file, self.texts
+        if self.preserve_weight == 0:
             return
-        windows = text_windows(tokenizer, self.texts, WINDOW, self.preserve_tokens)
-        with tqdm(
-            total=len(blocks),
-            desc="Preservation statistics (once per model)",
-            unit="block",
-            disable=not show,
-            leave=False,
-        ) as bar:
-            self._preservation, self.preserve_cached = preservation(
-                model,
-                blocks,
-                windows,
-                self.cache_dir,
-                identity=identity,
-                progress=lambda done: bar.update(done - bar.n) and None,
-            )
+        with preservation_bar(len(blocks), show) as progress:
+            if file is not None:
+                found = unpack(file, next(model.parameters()).device, self.cache_dir, progress)
+            elif texts is not None:
+                windows = text_windows(tokenizer, texts, WINDOW, self.preserve_tokens)
+                found = preservation(
+                    model, blocks, windows, self.cache_dir, identity=identity, progress=progress, write=write
+                )
+            else:
+                return
+        self._preservation, self.preserve_cached = found
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty sums for this epoch's site."""
@@ -356,7 +389,7 @@ class ThoughtCallback(Callback):
         """Add the batch's compared tokens to the sums."""
         if not outputs:  # this process has fewer batches than another
             return
-        self.stopwatch.seconds["forward"] += self.stopwatch.now() - self._started
+        self.stopwatch.add("forward", self._started)
         seen: Observation = outputs["observation"]
         assert self._sums is not None
         with self.stopwatch("statistics"):
@@ -378,7 +411,7 @@ class ThoughtCallback(Callback):
         with self.stopwatch("solve"):
             known = self._preservation if rank_and_size()[0] == owner else None
             prior = known.prior(runner.block, runner.site) if known is not None else None
-            patch, figures = self._sums.solve_at(owner, device, runner.start, prior)
+            patch, figures = self._sums.solve_at(owner, device, runner.start, prior, trainer.num_devices)
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
         pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)
         self._install(trainer, pl_module, patch, figures)
@@ -415,6 +448,7 @@ class ThoughtCallback(Callback):
                 self._provenance["d_in"] = vector_inputs(sites.values(), vectors)
             self._provenance["diagnostics"] = self._diagnostics
             self._provenance["history"] = self.history
+            self._provenance |= costs(self.stopwatch, self.estimate)
             self._provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             self.patch = ThoughtPatch(factors, self._provenance, vectors)
             if self.output_dir is not None and trainer.is_global_zero:
@@ -438,7 +472,7 @@ class ThoughtCallback(Callback):
                 figures["accuracy"] = result["accuracy"][run]
                 figures["instructed_accuracy"] = result["accuracy"]["instructed"]
             self.history.append({"step": step, **figures})
-            for logger in trainer.loggers:
+            for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics({f"val/{name}": value for name, value in figures.items()}, step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -454,16 +488,23 @@ class ThoughtCallback(Callback):
         self._preservation = None
         self._sums = None
         self._evaluation = None
+        self._storage.close()
 
 
-def _check_statistics_folder(folder: Any, output_dir: Any, resume_dir: Any, overwrite: bool) -> None:
-    """Refuse, before anything runs, a folder for statistics that would fail at the end."""
-    place = check_output_folder(folder, overwrite)
-    other = check_output_folder(output_dir, overwrite) if output_dir is not None else None
-    if other is not None and (place == other or place in other.parents or other in place.parents):
-        raise ThoughtError("statistics_dir and output_dir must be folders of their own, neither in the other.")
-    if resume_dir is not None:
-        raise ThoughtError("statistics_dir and resume_dir exclude each other: a resumed fit does not sum anew.")
+def _refuse_auto(**settings: Any) -> None:
+    for name, value in settings.items():
+        if isinstance(value, str) and value == "auto":
+            raise ThoughtError(
+                f'{name}="auto" is chosen before the fit: call transmute, or ThoughtCallback(**select_settings(module, '
+                f'data, ["{name}"]).settings), from lit_thought.selection.'
+            )
+
+
+def _what_to_preserve(source: TextSource | None) -> tuple[PreservationFile | None, list[str] | None]:
+    """The statistics or the texts that were given as ``preserve``, read."""
+    if is_preservation_file(source):
+        return PreservationFile(cast(Any, source), "preserve"), None
+    return None, None if source is None else load_texts(source, "preserve", "preserve")
 
 
 def _runner(pl_module: LightningModule) -> StreamRunner:

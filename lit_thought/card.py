@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lit_thought.patch import ThoughtPatch
 
-__all__ = ["model_card"]
+__all__ = ["fenced", "interval", "model_card", "number", "with_results"]
 
 _LONGEST = 4000
+_BEGIN, _END = "<!-- results, from lit-thought report -->", "<!-- end of results -->"
+_FENCE = re.compile(r"`{3,}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -69,14 +71,72 @@ def model_card(patch: ThoughtPatch) -> str:
     return "\n".join(lines)
 
 
+def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
+    """The card with a section of results, in place of the one it has; without an evaluation there is none.
+
+    Args:
+        card: Markdown that :func:`model_card` wrote, edited or not.
+        evaluation: the ``evaluation`` of a report.
+    """
+    lines = card.split("\n")
+    marks = [i for i in _outside_fences(lines) if lines[i] in (_BEGIN, _END)]
+    if [lines[i] for i in marks[:2]] == [_BEGIN, _END]:
+        place = marks[0]
+        del lines[place : marks[1] + 2]  # and the blank line after it
+    else:
+        place = next((i for i in _outside_fences(lines) if lines[i] == "## Use"), len(lines))
+    section = [] if evaluation is None else [_BEGIN, *_results(evaluation), _END, ""]
+    return "\n".join(lines[:place] + section + lines[place:])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure of an evaluation with as many decimals."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def interval(cell: Mapping[str, float] | None, digits: int = 2) -> str:
+    """The bounds of a figure's confidence interval, or nothing."""
+    return "" if not cell or "low" not in cell else f"{cell['low']:.{digits}f}–{cell['high']:.{digits}f}"
+
+
+def _results(evaluation: Mapping[str, Any]) -> list[str]:
+    """A table of the figures that a reader asks for first."""
+    lines = ["## Results", "", f"On {evaluation['pairs']} held-out pairs, with 95 % intervals:", ""]
+    lines += ["| | plain | instructed | patched |", "|---|---:|---:|---:|"]
+    for row in evaluation["table"]:
+        cells = (_figure(row["runs"][run], row["digits"]) for run in ("plain", "instructed", "patched"))
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    ratio = evaluation["perplexity_ratio"]
+    return [*lines, "", *([f"Perplexity of unrelated text × {_figure(ratio, 3)}.", ""] if ratio is not None else [])]
+
+
+def _figure(cell: Mapping[str, float] | None, digits: int) -> str:
+    bounds = interval(cell, digits)
+    return f"{number(cell['value'] if cell else None, digits)}{f' ({bounds})' if bounds else ''}"
+
+
+def _outside_fences(lines: Sequence[str]) -> Iterator[int]:
+    """Indices of the lines that are in no literal block: what instructions quote is never a mark."""
+    fence = ""
+    for index, line in enumerate(lines):
+        match = _FENCE.match(line)
+        if fence:
+            if match and len(match[0]) >= len(fence) and line == match[0]:
+                fence = ""
+        elif match:
+            fence = match[0]
+        else:
+            yield index
+
+
 def _part(known: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if known.get("instruction"):
-        lines += ["The instruction that the adapter replaces:", "", *_fenced(str(known["instruction"])), ""]
+        lines += ["The instruction that the adapter replaces:", "", *fenced(str(known["instruction"])), ""]
     if known.get("template"):
         template = known["template"]
         text = template if isinstance(template, str) else json.dumps(template, indent=2, ensure_ascii=False)
-        lines += ["Prompt template:", "", *_fenced(text), ""]
+        lines += ["Prompt template:", "", *fenced(text), ""]
     settings, diagnostics = known.get("settings"), known.get("diagnostics")
     if isinstance(diagnostics, Mapping) and diagnostics and all(isinstance(v, Mapping) for v in diagnostics.values()):
         lines += ["Figures of the fit, by layer:", "", *_by_layer(diagnostics), ""]
@@ -114,7 +174,7 @@ def _rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
                 yield f"| {prefix}{key} | {escaped} |"
 
 
-def _fenced(text: str) -> list[str]:
+def fenced(text: str) -> list[str]:
     """The text as a literal block, whatever backticks it holds; a very long one is cut, and says so."""
     longest_run = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest_run + 1)

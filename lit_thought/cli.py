@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+from jsonargparse.typing import register_type
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["evaluate", "fit", "inspect", "main", "solve", "verify"]
+__all__ = ["evaluate", "fit", "inspect", "main", "preserve", "report", "solve", "verify"]
 
 
 def fit(
@@ -57,12 +58,15 @@ def fit(
     """
     from lit_thought.api import transmute
     from lit_thought.files import check_output_folder
+    from lit_thought.selection import format_selection
 
     check_output_folder(out, overwrite)
     text = _instruction(instruction, instruction_file)
     loader = partial(_load, model, dtype, device, revision, gguf_file, quantization, trust_remote_code)
     patch = transmute(loader, None, text, pairs, template, **settings)
     patch.save_adapter(out, overwrite=overwrite)
+    if "selection" in patch.provenance:
+        print(format_selection(patch.provenance["selection"]))
     size = (Path(out).expanduser() / "adapter_model.safetensors").stat().st_size
     _say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
 
@@ -117,6 +121,7 @@ def evaluate(
     from lit_thought.files import atomic_folder, check_output_folder
     from lit_thought.patch import ThoughtPatch
     from lit_thought.prompts import PromptTemplate
+    from lit_thought.report.content import adapter_digest
     from lit_thought.unrelated import load_texts
 
     if out is not None:
@@ -155,10 +160,30 @@ def evaluate(
     if out is not None:
         with atomic_folder(out) as folder:
             items = result.pop("items")
+            result["adapter"] = adapter_digest(adapter)
             lines = (dumps(item, ensure_ascii=False) + "\n" for item in items)
             (folder / "items.jsonl").write_text("".join(lines), encoding="utf-8")
             (folder / "result.json").write_text(dumps(result, indent=1) + "\n", encoding="utf-8")
         _say(f"Wrote result.json and items.jsonl to {out}")
+
+
+def report(run_dir: str, evaluation: str | None = None, out: str | None = None, samples: int = 20) -> None:
+    """Write report.html, report.md and report.json of a fit, and its results into the adapter's README.md.
+
+    Example: lit-thought report antonym/
+
+    Args:
+        run_dir: adapter folder that fit wrote.
+        evaluation: folder that evaluate --out wrote; RUN_DIR/evaluation, if it is there, when left out.
+        out: folder for the report; RUN_DIR when left out.
+        samples: how many of the evaluation's pairs to show with their three outputs.
+    """
+    from lit_thought.report import write_report
+
+    written = write_report(run_dir, evaluation, out, samples)
+    _say(f"Wrote report.html, report.md and report.json to {run_dir if out is None else out}")
+    if written["evaluation"] is None:
+        _say(f"There is no evaluation yet; lit-thought evaluate --out {run_dir}/evaluation makes one.")
 
 
 def verify(
@@ -261,6 +286,71 @@ def inspect(
     print(dumps(found.to_dict(), indent=1) if json else format_inspection(found))
 
 
+def preserve(
+    output: str,
+    model: str = "smollm2",
+    texts: str = "default",
+    preserve_tokens: int = 12_000,
+    sites: list[str] | None = None,
+    rank: int | Literal["full"] | None = None,
+    storage: Literal["int8", "float16", "float32"] = "int8",
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write a model's preservation statistics to one small file, for fit --preserve on any machine.
+
+    Example: lit-thought preserve smollm2 --output smollm2-preserve.safetensors
+
+    Args:
+        output: the file, ending in .safetensors.
+        model: smollm2 (the embedded default), a hub id, a local directory or a .gguf file.
+        texts: a UTF-8 text file of what patches should leave alone; "default" for text that the package ships.
+        preserve_tokens: most tokens of it to use.
+        sites: attn_out, mlp_in, mlp_out or several, where fits can use it; when left out, attn_out and mlp_out
+            wherever a block has them.
+        rank: how many directions of each matrix are kept, and of the others what they add to the diagonal, or full; 768
+            when left out.
+        storage: numbers in the file: int8, float16 or float32.
+        dtype: dtype to load the model in; float32, or bfloat16 with quantization, when left out.
+        device: where to put it, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        quantization: 8bit or 4bit, by bitsandbytes on a CUDA device.
+        trust_remote_code: run code that a hub model brings along.
+        cache_dir: where each model's statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
+        overwrite: replace the file if it exists.
+        progress: show a progress bar.
+    """
+    from lit_thought.blocks import DEFAULT_SITES, check_sites, find_blocks
+    from lit_thought.errors import check_counts
+    from lit_thought.files import atomic_file
+    from lit_thought.preserve import WINDOW, preservation, preservation_bar
+    from lit_thought.preserve_file import DEFAULT_RANK, check_settings, check_suffix
+    from lit_thought.unrelated import load_texts, text_windows
+
+    kept = None if rank == "full" else DEFAULT_RANK if rank is None else rank
+    check_settings(kept, storage)
+    check_suffix(output, "output")
+    check_counts(preserve_tokens=preserve_tokens)
+    chosen = DEFAULT_SITES if sites is None else check_sites(sites)
+    read = load_texts(texts, "preserve", "texts")
+    with atomic_file(output, overwrite) as file:  # checks its path first
+        lm, tokenizer = _load(model, dtype, device, revision, gguf_file, quantization, trust_remote_code)
+        blocks = find_blocks(lm)
+        windows = text_windows(tokenizer, read, WINDOW, preserve_tokens)
+        with preservation_bar(len(blocks), progress) as advance:
+            entry, _ = preservation(lm, blocks, windows, cache_dir, progress=advance)
+        entry.save(file, lm, blocks, chosen, kept, storage)
+    _say(f"Wrote {Path(output).expanduser().stat().st_size / 1e6:.1f} MB of preservation statistics to {output}")
+
+
 def solve(
     statistics: str,
     out: str,
@@ -268,6 +358,7 @@ def solve(
     rank: int | float | Literal["full"] | None = None,
     preserve_weight: float | None = None,
     step_size: float | None = None,
+    preserve: str | None = None,
     approximate: bool = False,
     cache_dir: str | None = None,
     model: str | None = None,
@@ -289,6 +380,7 @@ def solve(
         rank: an integer, a fraction of explained energy in (0, 1), or full; the fit's when left out.
         preserve_weight: weight of the unrelated text against the pairs; the fit's when left out.
         step_size: how much of the (last) step's solution is added, in (0, 1]; the fit's when left out.
+        preserve: file of preservation statistics to use instead of the cache (lit-thought preserve).
         approximate: allow other settings where sums depend on the patches that the fit solved before them.
         cache_dir: where the fit kept its preservation statistics ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         model: the model of the fit, needed for matrices at mlp_in alone: smollm2, a hub id, a local directory or a
@@ -315,6 +407,7 @@ def solve(
         ridge=ridge,
         preserve_weight=preserve_weight,
         step_size=step_size,
+        preserve=preserve,
         cache_dir=cache_dir,
         model=lm,
         approximate=approximate,
@@ -327,12 +420,22 @@ def solve(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: bad input ends in one line on standard error and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    register_type(os.PathLike, deserializer=_no_path, fail_already_registered=False)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["inspect"] and len(given) > 1 and not given[1].startswith("-"):
-        given[1] = f"--model={given[1]}"  # lit-thought inspect MODEL
+    positional = {"inspect": "model", "preserve": "model", "report": "run_dir"}.get(given[0]) if given else None
+    if positional is not None and len(given) > 1 and not given[1].startswith("-"):
+        given[1] = f"--{positional}={given[1]}"  # lit-thought inspect MODEL
     try:
         jsonargparse.auto_cli(
-            {"fit": fit, "evaluate": evaluate, "inspect": inspect, "solve": solve, "verify": verify},
+            {
+                "fit": fit,
+                "evaluate": evaluate,
+                "inspect": inspect,
+                "preserve": preserve,
+                "report": report,
+                "solve": solve,
+                "verify": verify,
+            },
             args=given,
             as_positional=False,
             prog="lit-thought",
@@ -375,6 +478,11 @@ def _load(
         quantization=quantization,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _no_path(value: Any) -> Any:
+    """Leave it to the other types of an argument: jsonargparse would make the path "None" of null."""
+    raise ValueError(f"expected a string, got {value!r}")
 
 
 def _say(message: str) -> None:

@@ -25,6 +25,7 @@ from lit_thought.evaluation import Evaluation
 from lit_thought.generate import Generation, generate
 from lit_thought.models import context_window
 from lit_thought.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.sharding import is_sharded
 
 __all__ = ["PairDataModule"]
 
@@ -50,6 +51,7 @@ class PairDataModule(LightningDataModule):
         val_pairs: pairs to follow the fit with, step by step; nothing is fitted on them.
 
     Attributes:
+        known: missing outputs that :meth:`write` wrote before, in the form of :attr:`written`; None to write them.
         outputs: the output of each pair, given or generated, once :meth:`prepare` has run.
         written: the generated ones: index of the pair, text, and whether it came to an end by itself, likewise.
         tokenised: the pairs as tokens, likewise.
@@ -94,6 +96,7 @@ class PairDataModule(LightningDataModule):
         self.generate_options = dict(generate or {})
         self.answer_weight = answer_weight
         self.applied_answer_weight = answer_weight
+        self.known: list[tuple[int, str, bool]] | None = None
         self.outputs: list[str] = []
         self.written: list[tuple[int, str, bool]] = []
         self.tokenised: list[TokenisedPair] = []
@@ -135,14 +138,13 @@ class PairDataModule(LightningDataModule):
             prompts: what :meth:`check` returned for them, where it was called already.
             progress: show a progress bar.
             default_answer_weight: where the data module has no ``answer_weight`` of its own.
-            written: missing outputs that were written before, as in :attr:`written`.
+            written: missing outputs that were written before, in the form of :attr:`written`; :attr:`known` when left
+                out.
         """
         checked = self.check(model, tokenizer) if prompts is None else prompts
-        if written is None:
-            every = self._write_missing(model, tokenizer, checked, progress)
-        else:
-            every = {i: Generation(text, finished) for i, text, finished in written}
-        self.written = [(i, generation.text, generation.finished) for i, generation in sorted(every.items())]
+        before = self.known if written is None else written
+        self.written = list(before if before is not None else self.write(model, tokenizer, checked, progress))
+        every = {i: Generation(text, finished) for i, text, finished in self.written}
         self.outputs = [every[i].text if i in every else self.pairs[i]["output"] for i in range(len(self.pairs))]
         self.tokenised = list(checked)
         limit = context_window(model)
@@ -154,6 +156,24 @@ class PairDataModule(LightningDataModule):
         self.applied_answer_weight = default_answer_weight if self.answer_weight is None else self.answer_weight
         self.select(tokenizer, range(len(self.pairs)), model.device)
 
+    def write(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenisedPair],
+        progress: bool = False,
+    ) -> list[tuple[int, str, bool]]:
+        """Write the missing outputs with the instructed model, in the form of :attr:`written`.
+
+        Args:
+            model: the instructed model.
+            tokenizer: its tokenizer.
+            prompts: what :meth:`check` returned for them.
+            progress: show a progress bar.
+        """
+        every = self._write_missing(model, tokenizer, prompts, progress)
+        return [(i, generation.text, generation.finished) for i, generation in sorted(every.items())]
+
     def select(self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], device: torch.device) -> None:
         """Make :attr:`batches` of this process's share of some of the pairs, once they are tokenised.
 
@@ -163,17 +183,26 @@ class PairDataModule(LightningDataModule):
             device: where the process group's tensors live.
         """
         assert self.applied_answer_weight is not None
-        longest_first = sorted(indices, key=lambda i: -len(self.tokenised[i].instructed_ids))
-        own = share(longest_first)
-        self.batches = make_batches(
-            [self.tokenised[i] for i in own],
+        self.batches = self.batched(tokenizer, self.tokenised, indices, self.applied_answer_weight)
+        self.num_batches = max(gather_json(len(self.batches), device))
+
+    def batched(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenisedPair],
+        indices: Sequence[int],
+        answer_weight: float = 1.0,
+    ) -> list[PairBatch]:
+        """The batches of this process's share of some of the pairs, given all of them as tokens."""
+        own = share(sorted(indices, key=lambda i: -len(prompts[i].instructed_ids)))
+        return make_batches(
+            [prompts[i] for i in own],
             self.batch_size,
             tokenizer.pad_token_id or 0,
             "right",
             [self.instructions[i] for i in own],
-            self.applied_answer_weight,
+            answer_weight,
         )
-        self.num_batches = max(gather_json(len(self.batches), device))
 
     def evaluation(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Evaluation:
         """What the validation pairs are scored with; writes their plain and instructed outputs."""
@@ -196,9 +225,13 @@ class PairDataModule(LightningDataModule):
         prompts: Sequence[TokenisedPair],
         progress: bool,
     ) -> dict[int, Generation]:
-        """What the instructed model writes where an output is missing; pairs with one instruction share its run."""
+        """What the instructed model writes where an output is missing; pairs with one instruction share its run.
+
+        Each process writes its share, and of a sharded model, whose processes must go through it together, all of them.
+        """
         missing: dict[str, list[int]] = {}
-        for i in share([i for i, pair in enumerate(self.pairs) if "output" not in pair]):
+        absent = [i for i, pair in enumerate(self.pairs) if "output" not in pair]
+        for i in absent if is_sharded(model) else share(absent):
             missing.setdefault(self.instructions[i], []).append(i)
         total = sum(map(len, missing.values()))
         written: dict[int, Generation] = {}

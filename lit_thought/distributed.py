@@ -6,7 +6,9 @@ Plain ``torch.distributed`` calls, for any backend. In a single process they do 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +18,16 @@ from torch import Tensor
 from lit_thought.errors import ThoughtError
 from lit_thought.statistics import Statistics, VectorStatistics
 
-__all__ = ["gather_json", "rank_and_size", "reduce_statistics", "reduce_vector", "share", "share_json", "share_tensors"]
+__all__ = [
+    "gather_json",
+    "more_threads",
+    "rank_and_size",
+    "reduce_statistics",
+    "reduce_vector",
+    "share",
+    "share_json",
+    "share_tensors",
+]
 
 Item = TypeVar("Item")
 
@@ -26,6 +37,18 @@ def rank_and_size() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def more_threads(times: int) -> Iterator[None]:
+    """Let PyTorch use this many times the threads it has, no more than there are cores, while other processes wait."""
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(before, min(times * before, cores)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:

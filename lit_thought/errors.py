@@ -5,7 +5,14 @@ A message names the argument, what was expected, what came, and what to do.
 
 from __future__ import annotations
 
-__all__ = ["PatchError", "SingularSystemError", "ThoughtError", "UnsupportedModelError", "check_counts"]
+__all__ = [
+    "MemoryBudgetError",
+    "PatchError",
+    "SingularSystemError",
+    "ThoughtError",
+    "UnsupportedModelError",
+    "check_counts",
+]
 
 
 class ThoughtError(ValueError):
@@ -22,6 +29,10 @@ class SingularSystemError(ThoughtError):
 
 class PatchError(ThoughtError):
     """A patch or adapter that does not fit the model, or a damaged adapter folder."""
+
+
+class MemoryBudgetError(ThoughtError):
+    """A fit that needs more memory, or room on disk, than there is; says how much for what."""
 
 
 def check_counts(**counts: int) -> None:

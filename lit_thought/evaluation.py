@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.text import Perplexity
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.alignment import check_context
+from lit_thought.alignment import TokenisedPair, check_context
 from lit_thought.batches import PairBatch, make_batches, pad
 from lit_thought.data_files import load_pairs, pair_instructions
 from lit_thought.errors import check_counts
@@ -28,7 +28,16 @@ from lit_thought.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.streams import forward_inputs
 from lit_thought.unrelated import TextSource, load_texts, text_windows
 
-__all__ = ["RUNS", "Evaluation", "batch_logits", "evaluate", "format_result", "unrelated_perplexity"]
+__all__ = [
+    "RUNS",
+    "Evaluation",
+    "batch_logits",
+    "evaluate",
+    "format_result",
+    "output_batches",
+    "unrelated_perplexity",
+    "window_losses",
+]
 
 RUNS = ("plain", "instructed", "patched")
 _WINDOW = 512
@@ -75,7 +84,8 @@ def evaluate(
         ``kl``, ``agreement``: of plain and patched with the instructed run, KL(instructed ‖ ·) in nats and
         share of equal top-1 tokens, mean over all compared tokens; ``output_kl``, ``output_agreement``: the
         same over the tokens that predict the output or its end.
-        ``perplexity``: of the unrelated text, original and patched; ``perplexity_ratio``: patched ÷ original.
+        ``perplexity``: of the unrelated text, original and patched; ``perplexity_ratio``: patched ÷ original;
+        ``perplexity_windows``: of each of its windows the tokens, and the losses (see :func:`window_losses`).
         ``prompt_tokens``: mean per query, plain and instructed, and ``saved``.
         ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
 
@@ -141,7 +151,7 @@ class Evaluation:
         with evaluating(model):
             self.plain = self._write("plain", [prompt.plain_ids for prompt in self.prompts])
             self.instructed = self._write_instructed()
-            self.perplexity = unrelated_perplexity(model, self.windows) if self.windows else None
+            self.losses = window_losses(model, self.windows) if self.windows else None
         self.completed = [
             self.template.tokenise(tokenizer, instruction, row["input"], output.text, output.finished)
             for instruction, row, output in zip(self.instructions, self.rows, self.instructed, strict=True)
@@ -153,7 +163,7 @@ class Evaluation:
         with evaluating(self.model):
             with patch.applied(self.model):
                 patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
-                perplexity = unrelated_perplexity(self.model, self.windows) if self.windows else None
+                losses = window_losses(self.model, self.windows) if self.windows else None
             divergence = self._divergences(patch)
         outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
         texts = {run: [output.text for output in outputs[run]] for run in RUNS}
@@ -174,7 +184,8 @@ class Evaluation:
             "plain": sum(len(prompt.plain_ids) for prompt in self.prompts) / len(self.prompts),
             "instructed": sum(len(prompt.instructed_ids) for prompt in self.prompts) / len(self.prompts),
         }
-        ratio = perplexity / self.perplexity if perplexity and self.perplexity else None
+        original, perplexity = self._perplexity(self.losses), self._perplexity(losses)
+        ratio = perplexity / original if perplexity and original else None
         return {
             "pairs": len(self.rows),
             "accuracy": accuracy,
@@ -183,8 +194,15 @@ class Evaluation:
             "fidelity": _match(texts["patched"], texts["instructed"]),
             "fidelity_plain": _match(texts["plain"], texts["instructed"]),
             **divergence,
-            "perplexity": {"original": self.perplexity, "patched": perplexity} if self.windows else None,
+            "perplexity": {"original": original, "patched": perplexity} if self.windows else None,
             "perplexity_ratio": ratio,
+            "perplexity_windows": {
+                "tokens": [len(window) - 1 for window in self.windows],
+                "original": self.losses,
+                "patched": losses,
+            }
+            if self.windows
+            else None,
             "prompt_tokens": {**lengths, "saved": lengths["instructed"] - lengths["plain"]},
             "items": [
                 {
@@ -195,6 +213,9 @@ class Evaluation:
                 for i, row in enumerate(self.rows)
             ],
         }
+
+    def _perplexity(self, losses: Sequence[float] | None) -> float | None:
+        return None if losses is None or self.windows is None else _perplexity(losses, self.windows)
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""
@@ -234,25 +255,16 @@ class Evaluation:
     def _divergences(self, patch: ThoughtPatch) -> dict[str, dict[str, float]]:
         """KL and agreement of the plain and the patched run with the instructed one, over all compared tokens and
         over those that predict the output or its end (the tokens that ``answer_weight`` makes heavier)."""
-        common = (
-            self.completed,
-            self.batch_size,
-            self.tokenizer.pad_token_id or 0,
-            "right",
-            self.instructions,
-        )
-        batches, heavier = make_batches(*common), make_batches(*common, answer_weight=2.0)
+        batches = output_batches(self.tokenizer, self.completed, self.instructions, self.batch_size)
         runs = ("plain", "patched")
         metrics = {(run, part): TokenDivergence(sync_on_compute=False) for run in runs for part in ("all", "output")}
         leads: dict[str, dict[int, Any]] = {run: {} for run in RUNS}
-        for batch, heavy in zip(batches, heavier, strict=True):
-            if batch.plain is batch.target:
-                continue  # attention sinks, which the instructed run does not have
+        for batch, output in batches:
             wanted = batch_logits(self.model, batch, "target", leads["instructed"])
             for run in runs:
                 with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
                     got = batch_logits(self.model, batch, "plain", leads[run])
-                for part, weights in (("all", batch.weights), ("output", heavy.weights - batch.weights)):
+                for part, weights in (("all", batch.weights), ("output", output)):
                     metrics[run, part].to(wanted.device).update(wanted, got, weights.to(wanted.device))
         computed = {key: metric.compute() for key, metric in metrics.items()}
         return {
@@ -262,16 +274,40 @@ class Evaluation:
         }
 
 
+def output_batches(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenisedPair], instructions: Sequence[str], batch_size: int
+) -> list[tuple[PairBatch, Tensor]]:
+    """Batches of completed pairs, and how many pairs' outputs, or their ends, each compared token predicts, (n,).
+
+    These are the tokens that ``answer_weight`` makes heavier. Attention sinks, which the instructed run does not have,
+    are left out.
+    """
+    common = (pairs, batch_size, tokenizer.pad_token_id or 0, "right", instructions)
+    batches, heavier = make_batches(*common), make_batches(*common, answer_weight=2.0)
+    every = zip(batches, heavier, strict=True)
+    return [(batch, heavy.weights - batch.weights) for batch, heavy in every if batch.plain is not batch.target]
+
+
 def unrelated_perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window."""
-    metric = Perplexity(ignore_index=-100).to(model.device)
-    metric.sync_on_compute = False
+    return _perplexity(window_losses(model, windows, batch_size), windows)
+
+
+def _perplexity(losses: Sequence[float], windows: Sequence[Sequence[int]]) -> float:
+    mean = sum(losses) / sum(len(window) - 1 for window in windows)
+    return float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite, not an error, where that is too large
+
+
+def window_losses(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> list[float]:
+    """Negative log-likelihood of each window: the sum over its tokens but the first, each given those before it."""
+    losses: list[float] = []
     for start in range(0, len(windows), batch_size):
         tokens = pad(windows[start : start + batch_size], 0, "right").to(model.device)
         labels = tokens.ids.masked_fill(~tokens.mask, -100)[:, 1:]
         logits = model(**forward_inputs(tokens, 0), use_cache=False).logits[:, :-1]
-        metric.update(logits.float(), labels)
-    return float(metric.compute())
+        each = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        losses += each.double().sum(1).tolist()
+    return losses
 
 
 def _match(texts: Sequence[str], references: Sequence[str]) -> float:

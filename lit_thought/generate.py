@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from lit_thought.batches import common_prefix, pad
 from lit_thought.errors import ThoughtError
+from lit_thought.sharding import is_sharded
 from lit_thought.streams import lead_cache
 
 __all__ = ["Generation", "generate"]
@@ -64,7 +65,8 @@ def generate(
 ) -> list[Generation]:
     """Continue token prompts, greedily unless ``options`` say otherwise.
 
-    The tokens that all prompts begin with are run once; each batch continues from a copy of their KV cache.
+    The tokens that all prompts begin with are run once; each batch continues from a copy of their KV cache. Where the
+    model is sharded, all processes must continue the same prompts together.
 
     Args:
         model: a causal LM; its training mode is not changed.
@@ -114,6 +116,7 @@ def generate(
                 "max_new_tokens": max_new_tokens,
                 "pad_token_id": pad_id,
                 "eos_token_id": sorted(ends) or None,
+                "synced_gpus": is_sharded(model),
                 **(options or {}),
             }
             if not arguments["do_sample"]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,10 +11,12 @@ from transformers import PreTrainedModel
 
 from lit_thought.blocks import DEFAULT_SITES, JOINT, SITES, Block, Site, check_sites, find_blocks, require_site
 from lit_thought.errors import check_counts
+from lit_thought.estimate import Load, estimate_bytes, format_bytes, format_duration, plain_runs, timed
 from lit_thought.gains import solve_with_gains
 from lit_thought.layers import layer_shape, sits_beside
 from lit_thought.models import evaluating, model_name
 from lit_thought.preserve import WINDOW
+from lit_thought.runner import stages_of
 from lit_thought.solve import Prior, solve
 from lit_thought.statistics import Statistics
 from lit_thought.streams import Stream, TokenBatch
@@ -73,7 +74,7 @@ class Inspection:
         kinds: its blocks.
         tokens, chunk_tokens, rank: what the costs below are for.
         statistics_bytes: sums and work space of the largest stage; there is one at a time.
-        streams_bytes: both residual streams, and the errors' targets of one block.
+        streams_bytes: both residual streams, what is kept with them, and the keys and values of the chunk.
         preservation_bytes: the preservation statistics on disk.
         adapter_bytes: the adapter in float32.
         seconds: estimates by stage, from timing parts of the work on this machine: forward, statistics, solve, and
@@ -133,10 +134,8 @@ def inspect_model(
     chosen = names or DEFAULT_SITES
     fitted = [block.sites[name] for block in blocks for name in block.stages(chosen)]
     width = fitted[0].d_out
-    wide = 8
-    per_stage = [min(tokens * (site.d_in + width), _sums(site)) * wide + 4 * site.d_in**2 * wide for site in fitted]
-    element = torch.empty((), dtype=model.dtype).element_size()
-    most = max(len(block.stages(chosen)) for block in blocks)
+    load = Load.typical(tokens, chunk_tokens)
+    memory = estimate_bytes(model, blocks, stages_of(blocks, chosen), load, tokens)
     with evaluating(model), torch.inference_mode():
         seconds = _seconds(model, blocks, chosen, tokens, chunk_tokens, preserve_tokens)
     return Inspection(
@@ -150,8 +149,8 @@ def inspect_model(
         tokens=tokens,
         chunk_tokens=chunk_tokens,
         rank=rank,
-        statistics_bytes=max(per_stage),
-        streams_bytes=(2 * tokens + chunk_tokens + most * tokens) * width * element,
+        statistics_bytes=memory.work_bytes,
+        streams_bytes=memory.held_bytes,
         preservation_bytes=sum(4 * (2 * s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
         adapter_bytes=sum(4 * rank * sum(layer_shape(layer)) for site in fitted for layer in site.targets.values()),
         seconds=seconds,
@@ -248,14 +247,10 @@ def _seconds(
         kind = repr(_describe(block, chosen))
         if kind not in runs:
             reading = tuple(block.sites)
-            runs[kind] = _time(lambda block=block, reading=reading: stream.run(block, reading)) / WINDOW  # type: ignore[misc]
+            runs[kind] = timed(lambda block=block, reading=reading: stream.run(block, reading)) / WINDOW  # type: ignore[misc]
         stages = [block.sites[name] for name in block.stages(chosen)]
-        # the instructed run, and the plain one for each site: an early one stops about half way, from where the block
-        # may go on; where it cannot go on from its last site either, once more
-        halves = stages[:1] and stages[0].name == "attn_out" and stages[0].linear and block.mlp is not None
-        last = 0 if all(site.linear and site.point is None for site in stages[-1:]) else 1
-        turns = 1 + sum(0.5 if site.point is not None or halves else 1.0 for site in stages) + last
-        spent["forward"] += runs[kind] * (turns * tokens + chunk_tokens)
+        plain = plain_runs(block, block.stages(chosen))
+        spent["forward"] += runs[kind] * ((1 + plain) * tokens + chunk_tokens)
         spent["preservation"] += runs[kind] * preserve_tokens
         for site in block.sites.values():
             size = (site.d_in, site.gain is not None, site.d_out)
@@ -283,28 +278,17 @@ def _solve_times(site: Site, tokens: int, device: torch.device) -> tuple[float, 
     stats.update(a, delta)
     gram = noise(d_in, d_in)
     gram = gram @ gram.T / d_in
-    decomposing = _time(lambda: Prior.from_gram(gram))
+    decomposing = timed(lambda: Prior.from_gram(gram))
     prior = replace(Prior.from_gram(gram), matrix=gram.float())
     gain = None if site.gain is None else noise(d_out).abs() + 0.1
     rank = min(16, d_in, d_out)
     if gain is None:
-        solving = _time(lambda: solve(stats, 0.03, prior, 3.0, rank))
+        solving = timed(lambda: solve(stats, 0.03, prior, 3.0, rank))
     else:
-        solving = _time(lambda: solve_with_gains(stats, gain, 0.03, prior, 3.0, rank))
+        solving = timed(lambda: solve_with_gains(stats, gain, 0.03, prior, 3.0, rank))
     block = noise(256, d_in).float()
-    update = _time(lambda: block.T @ block) / 256 * (1 + d_out / d_in)
+    update = timed(lambda: block.T @ block) / 256 * (1 + d_out / d_in)
     return update * scale**2, solving * scale**3, decomposing * scale**3
-
-
-def _time(work: Callable[[], Any]) -> float:
-    """Seconds of the second of two runs."""
-    for _ in range(2):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        spent = time.perf_counter() - start
-    return spent
 
 
 def format_inspection(found: Inspection) -> str:
@@ -325,21 +309,21 @@ def format_inspection(found: Inspection) -> str:
             quantised = ", quantised: the patch stays beside the weight" if site.quantised else ""
             lines.append(
                 f"  {mark} {site.name:<16} {', '.join(site.layers)}  {site.d_in} → {site.d_out}; "
-                f"{site.output}{gain}{quantised}; statistics {_bytes(site.statistics_bytes)}"
+                f"{site.output}{gain}{quantised}; statistics {format_bytes(site.statistics_bytes)}"
             )
         lines += [f"    {name:<16} not here: {why}" for name, why in kind.missing.items()]
-    fit = sum(found.seconds[name] for name in ("forward", "statistics", "solve"))
+    stages = {name: found.seconds[name] for name in ("forward", "statistics", "solve")}
+    words = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in stages.items())
     lines += [
         "",
         "* is what a fit changes.",
         f"A fit of {found.tokens} compared tokens with a chunk of {found.chunk_tokens}, rank {found.rank}: about "
-        f"{_duration(fit)} (forward {_duration(found.seconds['forward'])}, statistics "
-        f"{_duration(found.seconds['statistics'])}, solve {_duration(found.seconds['solve'])}); outputs that are "
-        "missing are written first, at the model's own pace.",
-        f"Memory above the model: statistics and solve {_bytes(found.statistics_bytes)} (one site at a time), "
-        f"streams {_bytes(found.streams_bytes)}. Adapter: {_bytes(found.adapter_bytes)}.",
-        f"Preservation statistics, once per model: about {_duration(found.seconds['preservation'])}, "
-        f"{_bytes(found.preservation_bytes)} on disk.",
+        f"{format_duration(sum(stages.values()))} ({words}); outputs that are missing are written first, at the "
+        "model's own pace.",
+        f"Memory above the model: statistics and solve {format_bytes(found.statistics_bytes)} (one site at a time), "
+        f"streams {format_bytes(found.streams_bytes)}. Adapter: {format_bytes(found.adapter_bytes)}.",
+        f"Preservation statistics, once per model: about {format_duration(found.seconds['preservation'])}, "
+        f"{format_bytes(found.preservation_bytes)} on disk.",
     ]
     return "\n".join(lines)
 
@@ -354,16 +338,3 @@ def _ranges(indices: Sequence[int]) -> str:
             runs.append([index])
     words = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
     return ("blocks " if len(indices) > 1 else "block ") + ", ".join(words)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 90:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_thought.sharding import is_sharded, whole
+
 __all__ = ["is_linear", "layer_shape", "sits_beside", "weight_of"]
 
 
@@ -18,9 +20,10 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """A linear layer's weight as (d_out, d_in), however it is stored."""
+    """A linear layer's weight as (d_out, d_in), however it is stored; gathered where it is sharded."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    weight = whole(weight)
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
@@ -43,6 +46,8 @@ def sits_beside(layer: nn.Module) -> bool:
         return True
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or weight.is_meta:
         return False
+    if is_sharded(weight):  # one process cannot try it alone
+        return True
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(1, weight_of(layer).shape[1], generator=generator).to(weight)
     with torch.no_grad():
@@ -52,4 +57,5 @@ def sits_beside(layer: nn.Module) -> bool:
 
 def _is_plain(value: Tensor) -> bool:
     """Whether adding to this parameter changes it to floating-point precision; packed tensors are subclasses."""
-    return type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and value.element_size() > 1
+    simple = type(value) in (Tensor, nn.Parameter) or is_sharded(value)
+    return simple and value.is_floating_point() and value.element_size() > 1

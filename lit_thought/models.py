@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from lit_thought.errors import ThoughtError
+from lit_thought.sharding import whole
 
 __all__ = ["SMOLLM2_NAME", "context_window", "evaluating", "fingerprint", "load_model", "model_name"]
 
@@ -135,8 +136,9 @@ def fingerprint(model: nn.Module) -> str:
     wraparound sum of its bytes read as 64-bit integers (exact in any order of summation, so with any number
     of threads), and up to 1024 evenly spaced ones of these. Tied weights count once. Buffers do not count, except
     in linear layers, where some kinds of quantised ones (GPTQ, AWQ) keep their weights; a tensor that is packed into
-    several (torchao) counts as these. The same model in another dtype, or quantised, is another model. It guards
-    against mistakes, not against an adversary, who could change weights and keep the sums.
+    several (torchao) counts as these; one that is sharded counts as a whole, and all processes must ask together. The
+    same model in another dtype, or quantised, is another model. It guards against mistakes, not against an adversary,
+    who could change weights and keep the sums.
     """
     return fingerprint_with(model, {})
 
@@ -158,6 +160,7 @@ def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor | None]) ->
                 if other is None:
                     continue
                 value = other.to(device=value.device, dtype=value.dtype)
+            value = whole(value)
             for suffix, part in _parts(value):
                 digest.update(f"\n{name}{suffix} {tuple(part.shape)} {part.dtype} ".encode())
                 words = _as_words(part)

@@ -12,6 +12,8 @@ from lit_thought.batches import PairBatch
 from lit_thought.errors import ThoughtError
 from lit_thought.models import evaluating
 from lit_thought.runner import Observation, StreamRunner
+from lit_thought.sharding import is_sharded
+from lit_thought.strategy import shard_model
 
 __all__ = ["ThoughtModule"]
 
@@ -53,6 +55,11 @@ class ThoughtModule(LightningModule):
         """Empty: the frozen model is not worth a checkpoint."""
         return {}
 
+    def configure_model(self) -> None:
+        """Under a strategy with a device mesh (``"thought_fsdp"``), shard the model over it, in place and for good."""
+        if self.device_mesh is not None and not is_sharded(self.model):
+            shard_model(self.model, self.device_mesh)
+
     def setup(self, stage: str) -> None:
         """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it."""
         self._mode.enter_context(evaluating(self.model))
@@ -67,5 +74,7 @@ class ThoughtModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Drop the streams and put the model back into the mode it came in."""
+        if self.runner is not None:
+            self.runner.close()
         self.runner = None
         self._mode.close()

@@ -148,7 +148,7 @@ class ThoughtPatch:
 
         Raises:
             PatchError: on a missing module, one that is no linear layer, a wrong shape, a weight or bias that is
-                shared, sharded or not loaded, or another model.
+                shared, sharded other than by rows, or not loaded, or another model.
         """
         find_weights(model, self._change())
         made_for = self.provenance.get("fingerprint")

@@ -1,7 +1,8 @@
 """Mean Gram matrices of unrelated text through the original model, computed once per model and kept on disk.
 
 They are the preservation term of the solve (Z₀ in :mod:`lit_thought.solve`): inputs on which a patched layer
-should go on doing what it did. One file per block, so that only one block's matrices are ever in memory.
+should go on doing what it did. One file per block, so that only one block's matrices are ever in memory. To share
+them there is a compact form in a single file (:mod:`lit_thought.preserve_file`), which is unpacked into the cache.
 """
 
 from __future__ import annotations
@@ -9,29 +10,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lit_thought.batches import pad
-from lit_thought.blocks import Block
-from lit_thought.errors import SingularSystemError
+from lit_thought.blocks import DEFAULT_SITES, Block, check_sites, require_site
+from lit_thought.distributed import gather_json
+from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.files import atomic_folder
 from lit_thought.models import fingerprint, model_name
+from lit_thought.preserve_file import (
+    DEFAULT_RANK,
+    PreservationFile,
+    Storage,
+    check_settings,
+    check_suffix,
+    config_hash,
+    pack,
+)
+from lit_thought.sharding import gathered, is_sharded
 from lit_thought.solve import Prior
 from lit_thought.streams import Stream
 
-__all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation"]
+__all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation", "preservation_bar", "unpack"]
 
 WINDOW = 256
 """Tokens of each window of unrelated text."""
 
 _FORMAT = 4
+_MANIFEST = "manifest.json"
 _PARTS = ("values", "vectors", "gram")
 
 
@@ -55,8 +71,75 @@ class Preservation:
 
     def prior(self, block: Block, site: str) -> Prior:
         """Z₀ of one site: the mean of a aᵀ over the unrelated tokens, as a :class:`~lit_thought.solve.Prior`."""
-        with safe_open(_file(self.folder, block), framework="pt", device=str(self.device)) as content:
+        with safe_open(_file(self.folder, block.index), framework="pt", device=str(self.device)) as content:
             return Prior(*(content.get_tensor(f"{site}.{part}") for part in _PARTS))
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        sites: Sequence[str] = DEFAULT_SITES,
+        rank: int | None = DEFAULT_RANK,
+        storage: Storage = "int8",
+        overwrite: bool = False,
+    ) -> None:
+        """Write them to one small file, for ``preserve=`` of a fit on another machine.
+
+        Args:
+            path: the file; its suffix must be ``.safetensors``.
+            model: the model that they are of, with its ``blocks``.
+            sites: attn_out, mlp_in, mlp_out or several: where fits with the file can patch.
+            rank: k, how many directions are kept exactly; of the others, the diagonal of what they add. None for all.
+            storage: dtype of the numbers: int8, float16 or float32.
+            overwrite: replace the file if it exists.
+
+        Raises:
+            ThoughtError: for a setting out of range, a path that cannot be written, or a site that is not there.
+        """
+        check_settings(rank, storage)
+        check_suffix(path, "path")
+        chosen = check_sites(sites)
+        for name in chosen if chosen != DEFAULT_SITES else ():
+            require_site(blocks, name)
+        manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+        if "file" in manifest:
+            raise ThoughtError("these preservation statistics are from a file and would lose again; copy that file.")
+        matrices = {}
+        for block in blocks:
+            for site in block.stages(chosen):
+                prior = self.prior(block, site)
+                assert prior.vectors is not None  # the cache has them
+                matrices[block.index, site] = pack(prior.values, prior.vectors, rank, storage)
+        record = {**manifest, "config": config_hash(model), "rank": rank, "storage": storage}
+        PreservationFile.write(path, record, matrices, overwrite)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        sites: Sequence[str] = DEFAULT_SITES,
+        cache_dir: str | os.PathLike[str] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Preservation:
+        """Read a file that :meth:`save` wrote, by way of the cache (:func:`unpack`).
+
+        Args:
+            path: the file.
+            model: the model that they are to be used with, with its ``blocks``.
+            sites: the sites that they are needed for.
+            cache_dir: cache folder, :func:`default_cache_dir` when left out.
+            progress: called with the number of blocks done.
+
+        Raises:
+            ThoughtError: when the file is damaged, is another model's, or lacks a site.
+        """
+        file = PreservationFile(path)
+        file.check_model(fingerprint(model), model)
+        file.check_sites([block.stages(sites) for block in blocks])
+        return unpack(file, next(model.parameters()).device, cache_dir, progress)[0]
 
 
 def preservation(
@@ -67,6 +150,7 @@ def preservation(
     batch_size: int = 8,
     identity: str | None = None,
     progress: Callable[[int], None] | None = None,
+    write: bool = True,
 ) -> tuple[Preservation, bool]:
     """Load the matrices for these token windows from the cache, or compute them and keep them there.
 
@@ -81,6 +165,8 @@ def preservation(
         batch_size: windows a batch.
         identity: the model's fingerprint, where it is known already.
         progress: called with the number of blocks done.
+        write: whether this process keeps what it computes. The processes of a sharded model compute together, and one
+            of each machine writes; the others can read once it is done.
 
     Returns:
         The matrices, and whether they came from the cache.
@@ -96,15 +182,83 @@ def preservation(
         "windows": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest(),
         "blocks": len(blocks),
     }
+
+    def fill(folder: Path | None) -> None:
+        _compute(model, blocks, windows, folder, batch_size, progress)
+
+    folder = _place(manifest, cache_dir)
+    cached = _valid(folder, manifest, [list(block.sites) for block in blocks])
+    if is_sharded(model):
+        cached = all(gather_json(cached, device))
+    if not cached and write:
+        _write(folder, manifest, fill)
+    elif not cached:
+        fill(None)
+    return Preservation(folder, device), cached
+
+
+def unpack(
+    file: PreservationFile,
+    device: torch.device,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Preservation, bool]:
+    """Load the matrices of a file from the cache, or decompose them and keep them there.
+
+    Args:
+        file: the file, known to fit the model.
+        device: where to decompose them and to put what is read.
+        cache_dir: cache folder, :func:`default_cache_dir` when left out.
+        progress: called with the number of blocks done.
+
+    Returns:
+        The matrices, and whether they came from the cache.
+
+    Raises:
+        ThoughtError: when the file is damaged.
+    """
+
+    # float32 takes half as long, and is a thousand times finer than 8 or 16 bits
+    precision = torch.float64 if file.manifest["storage"] == "float32" else torch.float32
+
+    def fill(folder: Path) -> None:
+        for index, names in enumerate(file.sites):
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                tensors |= _tensors(name, file.gram(index, name, device), precision)
+            save_file(tensors, _file(folder, index))
+            if progress is not None:
+                progress(index + 1)
+
+    manifest = {**file.manifest, "file": file.digest}
+    folder = _place(manifest, cache_dir)
+    cached = _valid(folder, manifest, file.sites)
+    if not cached:
+        _write(folder, manifest, fill)
+    return Preservation(folder, device), cached
+
+
+@contextmanager
+def preservation_bar(blocks: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar, and what to call with the number of blocks done."""
+    with tqdm(
+        total=blocks, desc="Preservation statistics (once per model)", unit="block", disable=not show, leave=False
+    ) as bar:
+        yield lambda done: bar.update(done - bar.n) and None
+
+
+def _place(manifest: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The cache's folder for a manifest."""
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:24]
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    folder = root / f"preserve-{key}"
-    if _valid(folder, manifest, blocks):
-        return Preservation(folder, device), True
+    return root / f"preserve-{key}"
+
+
+def _write(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], None]) -> None:
+    """Fill an entry of the cache, complete or not at all."""
     with atomic_folder(folder, overwrite=True) as temporary:
-        _compute(model, blocks, windows, temporary, batch_size, progress)
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return Preservation(folder, device), False
+        fill(temporary)
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()
@@ -112,53 +266,61 @@ def _compute(
     model: PreTrainedModel,
     blocks: Sequence[Block],
     windows: Sequence[Sequence[int]],
-    folder: Path,
+    folder: Path | None,
     batch_size: int,
     progress: Callable[[int], None] | None,
 ) -> None:
     device = next(model.parameters()).device
     tokens = [pad(windows[i : i + batch_size], 0, "right").to(device) for i in range(0, len(windows), batch_size)]
-    streams = [Stream(model, blocks, batch) for batch in tokens]
+    with gathered(model):
+        streams = [Stream(model, blocks, batch) for batch in tokens]
     count = sum(map(len, windows))
     for block in blocks:
         sizes = {name: site.d_in for name, site in block.sites.items()}
         grams = {n: torch.zeros(d, d, dtype=torch.float64, device=device) for n, d in sizes.items()}
-        for stream in streams:
-            output, readings = stream.run(block, tuple(block.sites))
-            for name, reading in readings.items():
-                a = reading.input[stream.tokens.mask].double()
-                grams[name].addmm_(a.T, a)
-            assert output is not None
-            stream.hidden = output
-        tensors = {}
+        with gathered(block.module):
+            for stream in streams:
+                output, readings = stream.run(block, tuple(block.sites))
+                for name, reading in readings.items():
+                    a = reading.input[stream.tokens.mask].double()
+                    grams[name].addmm_(a.T, a)
+                assert output is not None
+                stream.hidden = output
+        tensors: dict[str, Tensor] = {}
         for name, gram in grams.items():
             if not bool(torch.isfinite(gram).all()):
                 raise SingularSystemError(
                     f"preserve: block {block.index} gives NaN or infinite activations on the unrelated text. "
                     "Check the model's weights and dtype."
                 )
-            prior = Prior.from_gram(gram / count)
-            tensors[f"{name}.values"] = prior.values.cpu()
-            tensors[f"{name}.vectors"] = prior.vectors.float().cpu().contiguous()
-            tensors[f"{name}.gram"] = (gram / count).float().cpu()
-        save_file(tensors, _file(folder, block))
+            if folder is not None:
+                tensors |= _tensors(name, gram / count, torch.float64)
+        if folder is not None:
+            save_file(tensors, _file(folder, block.index))
         if progress is not None:
             progress(block.index + 1)
 
 
-def _file(folder: Path, block: Block) -> Path:
-    return folder / f"block-{block.index:04d}.safetensors"
+def _tensors(name: str, gram: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
+    """What the cache keeps of one site's mean Gram matrix, (d_in, d_in); ``precision`` is that of its decomposition."""
+    values, vectors = torch.linalg.eigh(gram.to(precision))
+    kept = (values.double().clamp_min(0), vectors.float(), gram.float())
+    return {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in zip(_PARTS, kept, strict=True)}
 
 
-def _valid(folder: Path, manifest: dict[str, Any], blocks: Sequence[Block]) -> bool:
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:04d}.safetensors"
+
+
+def _valid(folder: Path, manifest: dict[str, Any], sites: Sequence[Sequence[str]]) -> bool:
     """Whether an entry is complete and is what its name says; a damaged one is made anew."""
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return found == manifest and all(_complete(folder, block) for block in blocks)
+        found = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return found == manifest and all(_complete(folder, index, names) for index, names in enumerate(sites))
     except (OSError, ValueError, SafetensorError):
         return False
 
 
-def _complete(folder: Path, block: Block) -> bool:
-    with safe_open(_file(folder, block), framework="pt") as content:  # refuses a truncated file
-        return set(content.keys()) == {f"{name}.{part}" for name in block.sites for part in _PARTS}
+def _complete(folder: Path, index: int, sites: Sequence[str]) -> bool:
+    with safe_open(_file(folder, index), framework="pt") as content:  # refuses a truncated file
+        return set(content.keys()) == {f"{name}.{part}" for name in sites for part in _PARTS}

@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 import lit_thought
 from lit_thought.blocks import Block
 from lit_thought.data import PairDataModule
+from lit_thought.estimate import Estimate
 from lit_thought.models import model_name
+from lit_thought.timing import Stopwatch
 
 if TYPE_CHECKING:
     from lit_thought.callback import ThoughtCallback
 
-__all__ = ["describe", "fit_settings"]
+__all__ = ["costs", "describe", "fit_settings"]
 
 
 def describe(
@@ -46,6 +48,8 @@ def describe(
 
 def fit_settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
     """Every setting that a fit's result depends on, as JSON values."""
+    file = callback.preservation_file
+    preserving = callback.texts is not None or file is not None
     return {
         "sites": list(callback.sites),
         "parts": {site: list(parts) for site, parts in callback.parts.items()},
@@ -57,8 +61,9 @@ def fit_settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, A
         "passes": callback.passes,
         "rank": callback.rank,
         "ridge": callback.ridge,
-        "preserve_weight": callback.preserve_weight if callback.texts is not None else 0.0,
-        "preserve_tokens": callback.preserve_tokens if callback.texts is not None else 0,
+        "preserve_weight": callback.preserve_weight if preserving else 0.0,
+        "preserve_tokens": (callback.preserve_tokens if file is None else file.manifest["tokens"]) if preserving else 0,
+        "preserve_file": None if file is None else file.digest,
         "statistics_dtype": callback.statistics_dtype,
         "pairs": len(data.pairs),
         "generated_outputs": sum("output" not in pair for pair in data.pairs),
@@ -67,3 +72,13 @@ def fit_settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, A
         "answer_weight": data.answer_weight,
         "seed": data.seed,
     }
+
+
+def costs(stopwatch: Stopwatch, estimate: Estimate | None) -> dict[str, Any]:
+    """What a fit took so far, as JSON values: ``seconds`` by stage, and in ``memory``, in bytes, the ``peak`` (of the
+    process, or on the GPU, model included), by how much each stage ``raised`` it, and what was ``estimated``."""
+    memory: dict[str, Any] = {"peak": stopwatch.peak, "raised": dict(stopwatch.raised)}
+    if estimate is not None:
+        parts = {"streams": estimate.streams_bytes, "shared prompts": estimate.lead_bytes}
+        memory["estimated"] = {**parts, "statistics": estimate.statistics_bytes, "solve": estimate.solve_bytes}
+    return {"seconds": {name: round(value, 4) for name, value in stopwatch.seconds.items()}, "memory": memory}

@@ -53,7 +53,7 @@ def reduce_rank(
     A = core @ A  # T = basis A, and T M Tᵀ = basis (A M Aᵀ) basisᵀ
     metric = stats.projected(A) / stats.weight + ridge * (A @ A.T)
     if prior is not None and prior_weight > 0:
-        rotated = A @ prior.vectors.to(A)
+        rotated = A if prior.vectors is None else A @ prior.vectors.to(A)
         metric += prior_weight * (rotated * prior.values.to(A)) @ rotated.T
     if gain is not None:
         check_gain(gain, len(B), "reduce_rank")

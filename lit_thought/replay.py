@@ -6,7 +6,7 @@ differ from layer to layer. They are recorded from one pass of the decoder in wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import UnsupportedModelError
+from lit_thought.sharding import is_sharded, unhooked
 
 __all__ = [
     "Call",
@@ -52,6 +53,18 @@ class Call:
         if self.keyword:
             return module(*self.args, hidden_states=hidden, **self.kwargs)
         return module(hidden, *self.args, **self.kwargs)
+
+    def converted(self, kind: type, convert: Callable[[Any], Any]) -> Call:
+        """The call with each value of a kind among its arguments, or in tuples, lists and dicts there, converted."""
+
+        def walk(value: Any) -> Any:
+            if isinstance(value, kind):
+                return convert(value)
+            if type(value) in (tuple, list):
+                return type(value)(map(walk, value))
+            return {key: walk(item) for key, item in value.items()} if type(value) is dict else value
+
+        return Call(walk(self.args), walk(dict(self.kwargs)), self.keyword)
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:
@@ -142,4 +155,6 @@ def recorded_calls(layers: Sequence[nn.Module], like: Any = None) -> Iterator[Re
                     layer.forward = had
 
             stack.callback(restore)
+            if is_sharded(layer):  # FSDP would gather the weights of a block that does not run
+                stack.enter_context(unhooked(layer))
         yield recording

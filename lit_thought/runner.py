@@ -9,6 +9,7 @@ block's last site both streams move on to the next block.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,9 +20,11 @@ from transformers import PreTrainedModel
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import Block
 from lit_thought.discovery import wider
+from lit_thought.sharding import gathered
+from lit_thought.storage import Kept, Storage
 from lit_thought.streams import LowRank, SitePatch, Stream, TokenBatch
 
-__all__ = ["ORDERS", "Observation", "Stage", "StreamRunner", "stages_of"]
+__all__ = ["ORDERS", "Observation", "Stage", "StreamRunner", "goes_on_from", "stages_of"]
 
 ORDERS = ("sequential", "teacher-forced")
 
@@ -71,6 +74,14 @@ def stages_of(
     ]
 
 
+def goes_on_from(block: Block, name: str, last: bool) -> bool:
+    """Whether the residual stream with a site's patch follows from the one seen without it, and the block can go on
+    from there: at its output, which nothing but its ``last`` stage needs, or after attention where the MLP is known as
+    one module."""
+    site = block.sites[name]
+    return site.linear and (last if site.point is None else name == "attn_out" and block.mlp is not None)
+
+
 @dataclass
 class _Pair:
     """Both streams of one batch, and what is kept of the current block: the target's readings of the compared
@@ -80,9 +91,9 @@ class _Pair:
     batch: PairBatch
     plain: Stream | None
     target: Stream
-    goals: dict[str, tuple[Tensor | None, Tensor]]
-    after: tuple[Tensor, Tensor] | None = None
-    middle: Tensor | None = None
+    goals: dict[str, tuple[Kept | None, Kept]]
+    after: tuple[Kept, Kept] | None = None
+    middle: Kept | None = None
 
 
 class StreamRunner:
@@ -94,7 +105,7 @@ class StreamRunner:
         sites: sites to patch, in forward order, in the blocks that have them.
         order: ``"sequential"``: each block's plain run has been through the blocks patched so far;
             ``"teacher-forced"``: each block's compared tokens enter as they left the block before in the target run.
-        offload: keep streams on the CPU between uses, where the model is on another device.
+        storage: where the streams are kept between uses; on the device when left out.
         chosen: indices of the blocks to patch, ascending; all of them when left out.
         start: patches that are there already, by (block index, site).
         passes: how often to observe and solve each site before going on (Gauss-Newton passes, which matter where a
@@ -107,19 +118,20 @@ class StreamRunner:
         blocks: Sequence[Block],
         sites: Sequence[str],
         order: Literal["sequential", "teacher-forced"] = "sequential",
-        offload: bool = False,
+        storage: Storage | None = None,
         chosen: Sequence[int] | None = None,
         start: Mapping[tuple[int, str], SitePatch] | None = None,
         passes: int = 1,
     ) -> None:
         self.model, self.blocks, self.order = model, list(blocks), order
         self.device = next(model.parameters()).device
-        self.storage = torch.device("cpu") if offload else self.device
+        self.storage = storage or Storage()
         self.stages = stages_of(self.blocks, sites, chosen, passes)
         self.stage = 0
         self._start = dict(start or {})
         self._pairs: dict[int, _Pair] = {}
         self._patches = self._existing(self.block.index)
+        self._held = ExitStack()
 
     @property
     def num_stages(self) -> int:
@@ -143,11 +155,13 @@ class StreamRunner:
 
     @property
     def _leads_on(self) -> bool:
-        """Whether the residual stream with the current site's patch follows from the one seen without it, and the block
-        can go on from there: at its output, or after attention where the MLP is known as one module."""
-        site = self.block.sites[self.site]
-        at_end, after_attention = site.point is None, site.name == "attn_out" and self.block.mlp is not None
-        return site.linear and (self._last if at_end else after_attention)
+        """:func:`goes_on_from` for the current stage."""
+        return goes_on_from(self.block, self.site, self._last)
+
+    @property
+    def _to_output(self) -> bool:
+        """Whether the block's output follows from what is seen at the current stage, so that nothing else is needed."""
+        return self._leads_on and self.block.sites[self.site].point is None
 
     @property
     def _first(self) -> bool:
@@ -159,22 +173,54 @@ class StreamRunner:
         """Whether the current stage is the last one of its block."""
         return self.stage + 1 == self.num_stages or self.stages[self.stage + 1].block != self.stages[self.stage].block
 
+    @property
+    def _last_turn(self) -> bool:
+        """Whether the current site has no other turn after this one."""
+        return self._last or self.stages[self.stage + 1].site != self.site
+
+    @torch.inference_mode()
+    def open(self, batches: Sequence[PairBatch]) -> None:
+        """Open the streams of these batches, in their order, and bring them to the first stage's block.
+
+        Where the model is sharded, all processes must open theirs together, all at once; elsewhere :meth:`observe`
+        opens what is not open yet.
+        """
+        with gathered(self.model):
+            pairs = [self._open(batch) for batch in batches]
+        for block in self.blocks[: self.stages[0].block]:
+            with gathered(block.module):
+                for pair in pairs:
+                    self._pass(pair, block)
+        self._hold(self.block)
+
+    def close(self) -> None:
+        """Let go of the weights that are gathered for the current block."""
+        self._held.close()
+
+    def _hold(self, block: Block) -> None:
+        """Gather a block's weights, where they are sharded, until the next call."""
+        self._held.close()
+        self._held.enter_context(gathered(block.module))
+
     @torch.inference_mode()
     def observe(self, batch: PairBatch) -> Observation:
         """Run the current stage on one batch; a lead before the batches that follow it."""
-        pair = self._pairs.get(batch.index) or self._open(batch)
+        if batch.index not in self._pairs:
+            self.open([batch])
+        pair = self._pairs[batch.index]
         if self._first:
             self._run_target(pair)
-        goal_input, goal = pair.goals[self.site]
+        goal_input, goal = (None if kept is None else kept.get() for kept in pair.goals[self.site])
+        assert goal is not None
+        if self._last_turn:
+            del pair.goals[self.site]
         if pair.plain is None:
             nothing = self._nothing(goal.shape[1])
             return Observation(self._nothing(self.block.sites[self.site].d_in), nothing, nothing, pair.batch.weights)
         site = self.block.sites[self.site]
-        self._fetch(pair.plain)
         stop = None if site.point is None else self.site
-        middle = None if pair.middle is None else pair.middle.to(self.device)
+        middle = None if pair.middle is None else pair.middle.get()
         _, readings = pair.plain.run(self.block, (self.site,), self._patches, stop_after=stop, residual=middle)
-        self._store(pair.plain)
         reading, rows = readings[self.site], pair.batch.plain_rows
         a = reading.input.flatten(0, 1)[rows]
         scale = reading.scale
@@ -191,7 +237,10 @@ class StreamRunner:
             delta = delta + gain * (_change(here.matrix, a) - _change(self.start.matrix, a))
             shift = shift + gain * (_constant(here.vector) - _constant(self.start.vector)) * factor
         if self._leads_on:
-            pair.after = (reading.residual.to(self.storage), reading.input.to(self.storage))
+            pair.after = (self.storage.put(reading.residual), self.storage.put(reading.input))
+        if self._to_output:
+            pair.middle = None
+            pair.plain.forget_hidden()
         return Observation(a, delta, shift, pair.batch.weights, scale)
 
     @torch.inference_mode()
@@ -207,82 +256,86 @@ class StreamRunner:
             ahead = self.stages[self.stage + 1].block if self.stage + 1 < self.num_stages else here + 1
             for pair in self._pairs.values():
                 self._advance(pair)
-            for index in range(here + 1, ahead):
-                for pair in self._pairs.values():
-                    self._pass(pair, self.blocks[index])
-            streams = [stream for pair in self._pairs.values() for stream in (pair.target, pair.plain) if stream]
-            for stream in streams:  # a lead's keys and values only once those that follow it are done
-                for block in self.blocks[:ahead]:
-                    stream.forget_kv(block)
+            self._forget_kv(self.blocks[:ahead])
+            self._held.close()
+            for block in self.blocks[here + 1 : ahead]:
+                with gathered(block.module):
+                    for pair in self._pairs.values():
+                        self._pass(pair, block)
+                self._forget_kv([block])
             self._patches = self._existing(ahead)
+            if self.stage + 1 < self.num_stages:
+                self._hold(self.blocks[ahead])
         self.stage += 1
+
+    def _forget_kv(self, blocks: Sequence[Block]) -> None:
+        """Drop leads' keys and values, once all batches that follow them are done with these blocks."""
+        for pair in self._pairs.values():
+            for block in blocks:
+                pair.target.forget_kv(block)
+                if pair.plain is not None:
+                    pair.plain.forget_kv(block)
 
     def _existing(self, index: int) -> dict[str, SitePatch]:
         return {site: patch for (block, site), patch in self._start.items() if block == index}
 
     def _open(self, batch: PairBatch) -> _Pair:
         follows = self._pairs[batch.lead] if batch.lead is not None else None
-        keep = batch.lead is None
+        leads = batch.lead is None and len(batch.target.ids) == 1
 
         def stream(tokens: TokenBatch, lead: Stream | None) -> Stream:
-            return Stream(self.model, self.blocks, tokens.to(self.device), lead, keep)
+            return Stream(self.model, self.blocks, tokens.to(self.device), lead, leads, self.storage)
 
         target = stream(batch.target, follows.target if follows else None)
         plain = stream(batch.plain, follows.plain if follows else None) if batch.plain is not None else None
         pair = _Pair(batch.to(self.device), plain, target, {})
-        for block in self.blocks[: self.stages[0].block]:
-            self._pass(pair, block)
         self._pairs[batch.index] = pair
         return pair
 
     def _pass(self, pair: _Pair, block: Block) -> None:
         """Both streams through a block that is not patched."""
-        self._fetch(pair.target)
         output, _ = pair.target.run(block, ())
         assert output is not None
-        pair.target.hidden = output.to(self.storage)
+        pair.target.hidden = output
         if pair.plain is not None:
-            self._fetch(pair.plain)
             output, _ = pair.plain.run(block, ())
             assert output is not None
             self._enter(pair, output)
 
     def _run_target(self, pair: _Pair) -> None:
-        self._fetch(pair.target)
         sites = tuple(dict.fromkeys(stage.site for stage in self.stages if stage.block == self.block.index))
         output, readings = pair.target.run(self.block, sites)
         rows = pair.batch.target_rows
 
-        def keep(value: Tensor) -> Tensor:
-            return value.flatten(0, 1)[rows].to(self.storage)
+        def keep(value: Tensor) -> Kept:
+            return self.storage.put(value.flatten(0, 1)[rows])
 
         pair.goals = {
             name: (keep(reading.input) if name == "mlp_in" else None, keep(reading.residual))
             for name, reading in readings.items()
         }
         assert output is not None
-        pair.target.hidden = output.to(self.storage)
+        pair.target.hidden = output
 
     def _go_on(self, pair: _Pair, before: SitePatch) -> None:
         """The residual stream after the current site as it is now patched; ``before`` was there when it was seen."""
         if pair.after is None:
             return
-        residual, inputs = (x.to(self.device) for x in pair.after)
+        residual, inputs = (x.get() for x in pair.after)
         now, scale = self._patches[self.site], self.block.sites[self.site].projections[-1].multiplier
         change = _change(now.matrix, inputs) - _change(before.matrix, inputs)
         change = change + scale * (_constant(now.vector) - _constant(before.vector))
-        pair.after, pair.middle = None, (residual + torch.as_tensor(change).to(residual)).to(self.storage)
+        pair.after, pair.middle = None, self.storage.put(residual + torch.as_tensor(change).to(residual))
 
     def _advance(self, pair: _Pair) -> None:
         """The plain stream through the block as it is now patched."""
         if pair.plain is None:
             return
         output: Tensor | None
-        if self._leads_on and self.block.sites[self.site].point is None and pair.middle is not None:
-            output = pair.middle.to(self.device)
+        middle = None if pair.middle is None else pair.middle.get()
+        if self._to_output:
+            output = middle
         else:
-            self._fetch(pair.plain)
-            middle = None if pair.middle is None else pair.middle.to(self.device)
             output, _ = pair.plain.run(self.block, (), self._patches, residual=middle)
         pair.middle = None
         assert output is not None
@@ -293,20 +346,14 @@ class StreamRunner:
         assert pair.plain is not None
         if self.order == "teacher-forced":
             rows = output.flatten(0, 1).clone()
-            target = pair.target.hidden.to(self.device).flatten(0, 1)
+            target = pair.target.hidden.flatten(0, 1)
             rows[pair.batch.plain_rows] = target[pair.batch.target_rows]
             output = rows.view_as(output)
-        pair.plain.hidden = output.to(self.storage)
+        pair.plain.hidden = output
 
     def _error(self, goal: Tensor, found: Tensor) -> Tensor:
         wide = wider(found.dtype)
-        return goal.to(self.device).to(wide) - found.to(wide)
-
-    def _fetch(self, stream: Stream) -> None:
-        stream.hidden = stream.hidden.to(self.device)
-
-    def _store(self, stream: Stream) -> None:
-        stream.hidden = stream.hidden.to(self.storage)
+        return goal.to(wide) - found.to(wide)
 
     def _nothing(self, width: int) -> Tensor:
         return torch.zeros(0, width, device=self.device)

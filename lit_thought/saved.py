@@ -26,10 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import atomic_folder
+from lit_thought.files import atomic_folder, check_output_folder
 from lit_thought.saved_stage import Manifest, SavedStage, StageHead
 
-__all__ = ["FORMAT_VERSION", "Manifest", "SavedStage", "SavedStatistics", "StageHead", "StatisticsWriter"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Manifest",
+    "SavedStage",
+    "SavedStatistics",
+    "StageHead",
+    "StatisticsWriter",
+    "check_statistics_folder",
+]
 
 FORMAT_VERSION = 1
 """Of ``manifest.json``; rises when an older reader would misread the folder."""
@@ -39,6 +47,20 @@ MANIFEST = "manifest.json"
 
 class _AbortedError(Exception):
     """Ends the writer's temporary folder."""
+
+
+def check_statistics_folder(folder: Any, output_dir: Any, resume_dir: Any, overwrite: bool) -> None:
+    """Refuse, before anything runs, a folder for statistics that would fail at the end.
+
+    Raises:
+        ThoughtError: when it cannot be written, holds or lies in ``output_dir``, or goes with a ``resume_dir``.
+    """
+    place = check_output_folder(folder, overwrite)
+    other = check_output_folder(output_dir, overwrite) if output_dir is not None else None
+    if other is not None and (place == other or place in other.parents or other in place.parents):
+        raise ThoughtError("statistics_dir and output_dir must be folders of their own, neither in the other.")
+    if resume_dir is not None:
+        raise ThoughtError("statistics_dir and resume_dir exclude each other: a resumed fit does not sum anew.")
 
 
 class StatisticsWriter:

@@ -55,12 +55,12 @@ class Prior:
 
     Attributes:
         values: (d_in,), non-negative.
-        vectors: Q, (d_in, d_in), one eigenvector a column.
+        vectors: Q, (d_in, d_in), one eigenvector a column; None for I, where the inputs are in that basis already.
         matrix: Z₀ itself, (d_in, d_in), where it is at hand; the n × n dual needs the decomposition, the primal Z₀.
     """
 
     values: Tensor
-    vectors: Tensor
+    vectors: Tensor | None
     matrix: Tensor | None = None
 
     @classmethod
@@ -74,6 +74,8 @@ class Prior:
         rounding can leave it not quite positive semi-definite."""
         if rounded and self.matrix is not None:
             return self.matrix
+        if self.vectors is None:
+            return self.values.double().diag()
         vectors = self.vectors.double()
         return (vectors * self.values.double()) @ vectors.T
 
@@ -320,13 +322,13 @@ def _solve_dual(
     a, delta = rows[0].double() / root, rows[1].double() / root
     inner = a @ a.T
     own_trace, own_square = float(inner.diagonal().sum()), float(inner.square().sum())
+    vectors = None if prior is None or prior.vectors is None else prior.vectors.to(a)
+    rotated = a if vectors is None else a @ vectors
     if prior is None:
-        rotated, trace, square = a, own_trace, own_square
+        trace, square = own_trace, own_square
         values = a.new_zeros(stats.d_in)
     else:
-        vectors = prior.vectors.to(a)
         values = rho * prior.values.to(a)
-        rotated = a @ vectors
         trace = own_trace + float(values.sum())
         square = own_square + 2 * float((rotated.square() @ values).sum()) + float(values.square().sum())
     scale = ridge_scale(name, trace, square, float(stats.energy))
@@ -345,7 +347,7 @@ def _solve_dual(
     else:
         gains, basis = top_eigenvectors(half.T @ half, rank)
     A = ((turned @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
-    if prior is not None:
+    if vectors is not None:
         A = A @ vectors.T
     before = float(stats.energy) / stats.weight
     after = float((delta - a @ A.T @ basis.T).square().sum())

@@ -22,7 +22,14 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from lit_thought.blocks import Site
-from lit_thought.distributed import rank_and_size, reduce_statistics, reduce_vector, share_json, share_tensors
+from lit_thought.distributed import (
+    more_threads,
+    rank_and_size,
+    reduce_statistics,
+    reduce_vector,
+    share_json,
+    share_tensors,
+)
 from lit_thought.errors import ThoughtError
 from lit_thought.gains import solve_with_gains
 from lit_thought.rank import reduce_rank
@@ -171,7 +178,7 @@ class StageSums:
         return SitePatch(matrix, vector), figures
 
     def solve_at(
-        self, owner: int, device: torch.device, start: SitePatch, prior: Prior | None
+        self, owner: int, device: torch.device, start: SitePatch, prior: Prior | None, neighbours: int = 1
     ) -> tuple[SitePatch, dict[str, float]]:
         """:meth:`solve` on one process, whose patch and figures, or error, all processes get.
 
@@ -180,6 +187,7 @@ class StageSums:
             device: where the process group's tensors live.
             start: what was there when the sums were taken.
             prior: inputs to preserve; needed by ``owner`` alone.
+            neighbours: processes on each machine; their cores, idle meanwhile, help to solve.
         """
         rank, size = rank_and_size()
         if size == 1:
@@ -187,7 +195,8 @@ class StageSums:
         patch, solved = SitePatch(), cast(Any, None)
         if rank == owner:
             try:
-                patch, solved = self.solve(start, prior)
+                with more_threads(neighbours):
+                    patch, solved = self.solve(start, prior)
             except ThoughtError as error:
                 solved = error
         figures = share_json(solved, owner, device)

@@ -23,7 +23,9 @@ from transformers.cache_utils import DynamicLayer
 
 from lit_thought.blocks import Block, Projection, Site
 from lit_thought.discovery import row_ratio, wider
-from lit_thought.replay import StopForwardError, find_decoder, first_float, hidden_of, recorded_calls, unwrapped
+from lit_thought.replay import Call, StopForwardError, find_decoder, first_float, hidden_of, recorded_calls, unwrapped
+from lit_thought.sharding import gathered
+from lit_thought.storage import Kept, Storage
 
 __all__ = ["LowRank", "Reading", "SitePatch", "Stream", "TokenBatch", "forward_inputs"]
 
@@ -87,21 +89,21 @@ class _LeadLayer(DynamicLayer):
     """One layer of a stream's KV cache: hands out the lead's keys and values before the batch's own, keeps
     the latest keys and values it saw when asked to, and never grows."""
 
-    def __init__(self, lead_length: int, keep: bool) -> None:
+    def __init__(self, lead_length: int, storage: Storage | None) -> None:
         super().__init__()
         self.lead_length = lead_length
-        self.keep = keep
+        self.storage = storage
         self.lead: _LeadLayer | None = None
-        self.latest: tuple[Tensor, Tensor] | None = None
+        self.latest: tuple[Kept, Kept] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.keep:
-            self.latest = (key_states, value_states)
+        if self.storage is not None:
+            self.latest = (self.storage.put(key_states), self.storage.put(value_states))
         if self.lead is None:
             return key_states, value_states
         if self.lead.latest is None:
             raise RuntimeError("the lead stream must run through this block before the streams that follow it")
-        keys, values = (x.expand(len(key_states), -1, -1, -1) for x in self.lead.latest)
+        keys, values = (x.get().expand(len(key_states), -1, -1, -1) for x in self.lead.latest)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self) -> int:
@@ -130,9 +132,8 @@ class Stream:
         tokens: the batch, without the lead.
         lead: stream of the tokens before the batch, batch size 1; it must be run through each block first.
         keep_kv: keep the keys and values of the block that ran last, for streams that follow this one.
-
-    Attributes:
-        hidden: (batch, length, d), the entrance of the next block; starts as the embeddings.
+        storage: where to keep them, the residual stream and the blocks' arguments between uses; on the device when left
+            out.
     """
 
     def __init__(
@@ -142,11 +143,13 @@ class Stream:
         tokens: TokenBatch,
         lead: Stream | None = None,
         keep_kv: bool = False,
+        storage: Storage | None = None,
     ) -> None:
         self.tokens = tokens
+        self._storage = storage or Storage()
         self.length = tokens.ids.shape[1]
         lead_length = lead.length if lead is not None else 0
-        self._layers = [_LeadLayer(lead_length, keep_kv) for _ in blocks]
+        self._layers = [_LeadLayer(lead_length, self._storage if keep_kv else None) for _ in blocks]
         if lead is not None:
             for layer, ahead in zip(self._layers, lead._layers, strict=True):
                 layer.lead = ahead
@@ -157,7 +160,22 @@ class Stream:
                 use_cache=True,
             )
         assert recording.entrance is not None
-        self._calls, self.hidden = recording.calls, recording.entrance
+        self._calls = _kept_calls(recording.calls, self._storage)
+        self.hidden = recording.entrance
+
+    @property
+    def hidden(self) -> Tensor:
+        """(batch, length, d), the entrance of the next block; starts as the embeddings."""
+        assert self._hidden is not None
+        return self._hidden.get()
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        self._hidden: Kept | None = self._storage.put(value)
+
+    def forget_hidden(self) -> None:
+        """Drop the residual stream, where another is about to take its place."""
+        self._hidden = None
 
     def run(
         self,
@@ -180,7 +198,8 @@ class Stream:
         Returns:
             The block's output, or None when it was left early, and the readings by site.
         """
-        reader = _Reader(self.hidden)
+        hidden = self.hidden
+        reader = _Reader(hidden)
         with ExitStack() as stack:
             for name, patch in (patches or {}).items():
                 for layer, hook in _patch_hooks(block.sites[name], patch):
@@ -191,7 +210,8 @@ class Stream:
             output: Tensor | None = None
             with suppress(StopForwardError):
                 if residual is None:
-                    output = unwrapped(self._calls[block.index](block.module, self.hidden))
+                    call = self._calls[block.index].converted(Kept, lambda kept: kept.get())
+                    output = unwrapped(call(block.module, hidden))
                 else:
                     output = block.rest(residual)
         return output, reader.readings(output)
@@ -199,6 +219,18 @@ class Stream:
     def forget_kv(self, block: Block) -> None:
         """Drop the keys and values kept for a block that is finished."""
         self._layers[block.index].latest = None
+
+
+def _kept_calls(calls: Sequence[Call], storage: Storage) -> list[Call]:
+    """The calls with their tensors in the storage, each once however many blocks are given it."""
+    kept: dict[int, Kept] = {}
+
+    def keep(value: Tensor) -> Kept:
+        if id(value) not in kept:
+            kept[id(value)] = storage.put(value)
+        return kept[id(value)]
+
+    return [call.converted(Tensor, keep) for call in calls]
 
 
 class _Reader:
@@ -312,5 +344,6 @@ def lead_cache(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache:
     """
     cache = DynamicCache()
     device = next(model.parameters()).device
-    find_decoder(model)(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
+    with gathered(model):
+        find_decoder(model)(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
     return cache

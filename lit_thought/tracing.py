@@ -15,6 +15,7 @@ from lit_thought.discovery import Roles, trace_block
 from lit_thought.errors import UnsupportedModelError
 from lit_thought.models import evaluating
 from lit_thought.replay import Call, StopForwardError, find_decoder, find_layers, recorded_calls
+from lit_thought.sharding import is_sharded
 
 __all__ = ["Trace", "trace_model"]
 
@@ -41,7 +42,7 @@ _TRACES: WeakKeyDictionary[nn.Module, Trace] = WeakKeyDictionary()
 
 
 def trace_model(model: PreTrainedModel) -> Trace:
-    """What is known of a model's blocks; nothing runs where its modules are those of the last time.
+    """What is known of a model's blocks; nothing runs where its modules are those of the last time, or are sharded.
 
     Raises:
         UnsupportedModelError: see :func:`~lit_thought.blocks.find_blocks`.
@@ -49,6 +50,13 @@ def trace_model(model: PreTrainedModel) -> Trace:
     """
     name = _check_model(model)
     layers = find_layers(model)
+    if is_sharded(model):
+        if model not in _TRACES:
+            raise UnsupportedModelError(
+                f"not supported: {name} was sharded before its blocks were known. Give ThoughtModule the whole model; "
+                'strategy="thought_fsdp" shards it.'
+            )
+        return _TRACES[model]
     kinds = [_kind(module) for module in layers]
     trace = _TRACES.get(model)
     if trace is None or trace.kinds != kinds:

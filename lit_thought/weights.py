@@ -4,6 +4,8 @@ Per model, the touched parameters are kept as they were, beside the list of chan
 Taking one off puts those copies back and adds the rest again, so removal is exact to the last bit in every
 dtype and order. A bias that a layer does not have is made for as long as a change needs it.
 
+Of a weight that is sharded over processes (FSDP2) each one changes and keeps its own rows; all of them must call.
+
 A quantised layer's weight cannot be changed: there a forward hook adds ``B A x`` (+ the vector) to the output, and the
 parameters stay as they are.
 """
@@ -21,8 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import PatchError
-from lit_thought.layers import is_linear, layer_shape, sits_beside, weight_of
+from lit_thought.layers import is_linear, layer_shape, sits_beside
 from lit_thought.models import model_name
+from lit_thought.sharding import is_sharded, own_rows
 
 __all__ = [
     "Change",
@@ -156,7 +159,7 @@ def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
 
     Raises:
         PatchError: on a missing module, one that is no linear layer, a wrong shape, or a parameter that is shared,
-            sharded or not loaded.
+            sharded other than by rows, or not loaded.
     """
     if not isinstance(model, nn.Module):
         raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -199,10 +202,15 @@ def _check_layer(path: str, layer: nn.Module, addition: Factors | Tensor) -> Non
             "linear layer. If the model holds PEFT layers, use peft.PeftModel on the saved adapter."
         )
     for value in (*layer.parameters(), *layer.buffers()):
-        if value.is_meta or hasattr(value, "full_tensor"):  # full_tensor: a sharded DTensor
+        if value.is_meta:
             raise PatchError(
-                f"{path!r} is sharded, offloaded or not loaded; expected the whole weight in memory. Apply the "
-                "patch before sharding, or use the saved adapter with PEFT."
+                f"{path!r} is offloaded or not loaded; expected the weight in memory. Load the whole model, or use the "
+                "saved adapter with PEFT."
+            )
+        if is_sharded(value) and not all(p.is_replicate() or p.is_shard(0) for p in value.placements):  # type: ignore[attr-defined]
+            raise PatchError(
+                f"{path!r} is sharded other than by rows (tensor parallelism); expected the whole weight or FSDP2's "
+                "shards. Apply the patch before sharding, or use the saved adapter with PEFT."
             )
     d_out, d_in = layer_shape(layer)
     if isinstance(addition, Tensor):
@@ -297,11 +305,14 @@ def _add(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
     # autocast would compute the product in half precision
     with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
         if isinstance(addition, Tensor):
-            delta = addition.to(value.device, dtype)
+            delta = own_rows(addition.to(value.device, dtype), value)
+        elif isinstance(layer, Conv1D):
+            a = own_rows(addition.A.to(value.device, dtype).T, value)
+            delta = (addition.B.to(value.device, dtype) @ a.T).T
         else:
-            delta = addition.B.to(value.device, dtype) @ addition.A.to(value.device, dtype)
-            delta = delta.T if isinstance(layer, Conv1D) else delta
-        value.copy_(value.to(dtype) + delta)
+            delta = own_rows(addition.B.to(value.device, dtype), value) @ addition.A.to(value.device, dtype)
+        own: Tensor = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
+        own.copy_(own.to(dtype) + delta)
 
 
 def _zero_bias(layer: nn.Module) -> nn.Parameter:
@@ -310,7 +321,7 @@ def _zero_bias(layer: nn.Module) -> nn.Parameter:
     assert isinstance(weight, Tensor)
     # a tensor made in inference mode could not be changed outside it
     with torch.inference_mode(False):
-        zeros = torch.zeros(len(weight_of(layer)), dtype=weight.dtype, device=weight.device)
+        zeros = torch.zeros(layer_shape(layer)[0], dtype=weight.dtype, device=weight.device)
         return nn.Parameter(zeros, requires_grad=weight.requires_grad)
 
 

@@ -80,7 +80,7 @@ FITS: dict[str, dict[str, Any]] = {
     "preserving": {
         "pairs": PAIRS,
         "shuffled": {"batch_size": 1},
-        "thought": {"preserve": TEXTS, "order": "teacher-forced", "offload": True, "rank": 3},
+        "thought": {"preserve": TEXTS, "order": "teacher-forced", "offload": "disk", "rank": 3},
         "writes": True,
     },
     "gains": {

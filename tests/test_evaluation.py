@@ -176,6 +176,8 @@ def test_batch_size_does_not_matter() -> None:
     patch = make_patch(model, rank=4)
     one, many = (compare(model, tokenizer, patch, batch_size=size, unrelated=TEXTS) for size in (1, 32))
     assert one.pop("items") == many.pop("items")
+    one |= one.pop("perplexity_windows")
+    many |= many.pop("perplexity_windows")
     for key, value in one.items():
         assert many[key] == (value if value is None else pytest.approx(value, rel=1e-6)), key
 
@@ -231,6 +233,9 @@ def test_perplexity(bos: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert result["perplexity"]["patched"] == pytest.approx(by_hand(), rel=1e-4)
     ratio = result["perplexity"]["patched"] / result["perplexity"]["original"]
     assert result["perplexity_ratio"] == pytest.approx(ratio)
+    windows = result["perplexity_windows"]
+    for run in ("original", "patched"):  # the parts and the whole
+        assert math.exp(sum(windows[run]) / sum(windows["tokens"])) == pytest.approx(result["perplexity"][run])
     assert ratio != pytest.approx(1, rel=1e-3)
 
 

@@ -560,6 +560,7 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         "ridge": 0.1,
         "preserve_weight": 0.5,
         "preserve_tokens": 40,
+        "preserve_file": None,
         "statistics_dtype": "float64",
         "pairs": 6,
         "generated_outputs": 1,
@@ -608,7 +609,7 @@ def test_batches_and_order_do_not_matter(family: str, fixed: dict[str, Any]) -> 
         {"batch_size": 3, "pairs": PAIRS[::-1]},
         {"tokenizer": left},
         {"tokenizer": left, "batch_size": 2},
-        {"offload": True},
+        {"offload": "disk"},
     ):
         other = make_patch(model, **fixed, **settings)
         assert distance(first(patch), first(other)) < (1e-7 if "steps" not in fixed else 1e-6)

@@ -26,6 +26,8 @@ from lit_thought.blocks import JOINT, SITES, Block, find_blocks
 from lit_thought.prompts import PromptTemplate
 from lit_thought.replay import find_layers
 from lit_thought.runner import StreamRunner, stages_of
+from lit_thought.storage import Place as StoragePlace
+from lit_thought.storage import Storage
 from lit_thought.streams import LowRank, SitePatch, Stream
 
 WORDS = [("hot", "cold"), ("big", "small"), ("the capital of France?", None), ("up", "down"), ("good", "a bad fox")]
@@ -234,12 +236,12 @@ def run(
     order: str = "sequential",
     batch_size: int = 2,
     side: str = "right",
-    offload: bool = False,
+    place: StoragePlace = "device",
     chosen: Sequence[int] | None = None,
     start: Mapping[tuple[int, str], SitePatch] | None = None,
 ) -> list[Sums]:
     batches = make_batches(pairs, batch_size, 0, side, answer_weight=ANSWER_WEIGHT)
-    runner = StreamRunner(model, find_blocks(model), sites, order, offload, chosen, start)  # type: ignore[arg-type]
+    runner = StreamRunner(model, find_blocks(model), sites, order, Storage(place), chosen, start)  # type: ignore[arg-type]
     assert runner.num_stages == len(patches)
     stages = []
     for stage, (key, patch) in enumerate(zip(stage_keys(3, sites, chosen), patches, strict=True)):
@@ -285,8 +287,8 @@ def test_some_of_the_blocks(
 ) -> None:
     """Both runs pass through the others, before, between and after, as they are; the lead is the chunk, and in the
     middle template the tokens before it too."""
-    pairs, offload = make_pairs(template)[:3], template == "middle"
-    check(make_model(family), pairs, sites, order=order, chosen=chosen, offload=offload)
+    pairs, place = make_pairs(template)[:3], "disk" if template == "middle" else "device"
+    check(make_model(family), pairs, sites, order=order, chosen=chosen, place=place)
 
 
 @pytest.mark.parametrize("order", ["sequential", "teacher-forced"])
@@ -356,7 +358,7 @@ def test_pairs_that_share_no_token(side: str) -> None:
 def test_offloaded_streams_give_the_same(sites: tuple[str, ...], order: str) -> None:
     model = make_model("llama")
     pairs, patches = make_pairs(), make_patches(find_blocks(model), sites)
-    offloaded = run(model, pairs, sites, patches, order, offload=True)
+    offloaded = run(model, pairs, sites, patches, order, place="disk")
     assert_equal(offloaded, run(model, pairs, sites, patches, order), tol=0)
 
 
