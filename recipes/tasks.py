@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lit_thought
 from lit_thought.data_files import load_pairs
 from lit_thought.files import atomic_file
 
@@ -24,6 +27,10 @@ TEMPLATE = "Q: {input}\nA: {output}\n"
 _ONE_STEP: dict[str, Any] = {"sites": ("mlp_in",), "steps": 1, "step_size": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "both": {"sites": ("attn_out", "mlp_out")},
+    "auto": {
+        "sites": ("attn_out", "mlp_out"),
+        **dict.fromkeys(("ridge", "preserve_weight", "rank", "scale", "blocks"), "auto"),
+    },
     "attn_out": {"sites": ("attn_out",)},
     "mlp_out": {"sites": ("mlp_out",)},
     "mlp_in": {"sites": ("mlp_in",)},
@@ -44,8 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "attn_out + mlp_in": {"sites": ("attn_out", "mlp_in"), "parts": ("matrix",)},
     "all three": {"sites": ("attn_out", "mlp_in", "mlp_out"), "parts": ("matrix",)},
 }
-"""What the recipes compare, as arguments of ``transmute``: our default, its sites alone, the paper's site with thought
-matrix and thought vector together and apart, and variants of it."""
+"""What the recipes compare, as arguments of ``transmute``: our default, the same with settings chosen on pairs held
+back, its sites alone, the paper's site with thought matrix and thought vector together and apart, variants of it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,21 @@ def load_split(task: str, seed: int, shots: int = 10, fit: int = 30, test: int =
 def shown(model: str) -> str:
     """A model's name for results: of a path on this machine the last part only."""
     return Path(model).name if Path(model).exists() else model
+
+
+def provenance() -> dict[str, Any]:
+    """For a record: ``commit``, what git calls the recipes' checkout, or None without git, and ``versions``."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=DATA, check=False)
+        commit = done.stdout.strip() or None
+    except OSError:
+        commit = None
+    packages = ("torch", "transformers", "peft", "lightning")
+    return {
+        "commit": commit,
+        "versions": {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}},
+    }
 
 
 def write_results(out: str | Path, table: str, record: Any) -> None:

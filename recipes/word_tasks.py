@@ -4,7 +4,11 @@
 
 For each task and seed, the first 10 pairs of a shuffle are the instruction, the next 30 inputs are fitted (their
 outputs are not used: the instructed model writes its own), and up to 100 others are the test. Both sites together are
-compared with either alone. Writes a Markdown and a JSON table.
+compared with either alone. Intervals are of 95 % (Wilson; of differences on the same words, Newcombe), over the words
+of all seeds together. A word is *left out* where the first token of its answer is no token of any output that was
+fitted or shown: what the patch gets right there it cannot have copied. Writes a Markdown and a JSON table.
+
+    python recipes/word_tasks.py --config recipes/word_tasks_auto.yaml    # the defaults beside settings "auto"
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonargparse
-from tasks import METHODS, SIX_TASKS, TEMPLATE, load_split, shown, write_results
+from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, shown, write_results
 
-from lit_thought import load_model, transmute
-from lit_thought.evaluation import Evaluation
+from lit_thought import PairDataModule, PromptTemplate, load_model, transmute
+from lit_thought.evaluation import RUNS, Evaluation
+from lit_thought.intervals import paired_difference, wilson
 
 
 def word_tasks(
@@ -45,8 +50,8 @@ def word_tasks(
         model: "smollm2" (the embedded default), a hub id or a local directory.
         tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
         seeds: seeds of the splits.
-        sites: "both", "attn_out", "mlp_out"; the first is summed up below the table.
-        rank: rank of the adapters.
+        sites: names of tasks.METHODS: "both", "attn_out", "mlp_out", or "auto" (both, all settings "auto").
+        rank: rank of the adapters, but for "auto".
         shots: demonstrations in the instruction.
         fit: inputs to fit on.
         test: most pairs to test on.
@@ -70,11 +75,16 @@ def word_tasks(
         split = load_split(task, seed, shots, fit, test)
         common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
         evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
+        left_out = _left_out(lm, tokenizer, split, max_new_tokens)
         for where in sites:
-            patch = transmute(lm, tokenizer, pairs=split.fit, **METHODS[where], rank=rank, progress=False, **common)
+            chosen: dict[str, Any] = {"rank": rank, **METHODS[where]}
+            patch = transmute(lm, tokenizer, pairs=split.fit, **chosen, progress=False, **common)
             result = evaluation.score(patch)
-            del result["items"]
-            runs.append({"task": split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch), **result})
+            items = result.pop("items")
+            correct = {run: [item[run].strip() == item["reference"].strip() for item in items] for run in RUNS}
+            about = {"task": split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch)}
+            about["selection"] = patch.provenance.get("selection")
+            runs.append({**about, **result, "correct": correct, "left_out": left_out})
             accuracy = result["accuracy"]
             print(
                 f"{split.name}, seed {seed}, {where}: "
@@ -83,7 +93,8 @@ def word_tasks(
                 flush=True,
             )
             commits.append(_commit())
-            settings, versions = patch.provenance["settings"], patch.provenance["versions"]
+            if settings is None or about["selection"] is None:
+                settings, versions = patch.provenance["settings"], patch.provenance["versions"]
     settings = {key: value for key, value in (settings or {}).items() if key != "sites"}
     table = _table(runs, sites)
     print("\n" + table)
@@ -100,6 +111,21 @@ def word_tasks(
     write_results(out, header + table, record)
 
 
+def _left_out(lm: Any, tokenizer: Any, split: Split, max_new_tokens: int) -> list[bool]:
+    """Whether the first token of each test word's answer is in no output that is fitted or shown."""
+    template = PromptTemplate.parse(TEMPLATE)
+    data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens)
+    written = [text for _, text, _ in data.write(lm, tokenizer, data.check(lm, tokenizer))]
+    shown = [line.removeprefix("A: ") for line in split.instruction.splitlines() if line.startswith("A: ")]
+
+    def tokens(output: str) -> tuple[int, ...]:
+        pair = template.tokenise(tokenizer, split.instruction, "x", output)
+        return pair.plain_ids[slice(*pair.output_span)]
+
+    targets = {token for output in [*written, *shown] if output.strip() for token in tokens(output)}
+    return [tokens(pair["output"])[0] not in targets for pair in split.test]
+
+
 def _size(patch: Any) -> int:
     with TemporaryDirectory() as folder:
         patch.save_adapter(Path(folder) / "adapter")
@@ -112,12 +138,25 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def _on_left_out(own: Sequence[dict[str, Any]], correct: dict[str, list[bool]]) -> str:
+    """Accuracy of the instructed and the patched run on words left out, the latter with its interval; how many."""
+    there = [one for run in own for one in run["left_out"]]
+    count = sum(there)
+    if not count:
+        return "0 words"
+    hits = {k: sum(a and b for a, b in zip(correct[k], there, strict=True)) for k in ("instructed", "patched")}
+    low, high = wilson(hits["patched"], count)
+    patched = f"{hits['patched'] / count:.3f} ({low:.2f} to {high:.2f})"
+    return f"{hits['instructed'] / count:.3f}, {patched}, {count}"
+
+
 def _table(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
     """Means over seeds by task and sites, and the mean ratio and fidelity of each choice of sites."""
     lines = [
-        "| task | sites | plain | instructed | patched | patched ÷ instructed | fidelity | KL of the output, nats "
-        "| perplexity × (worst) | adapter |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| task | sites | plain | instructed | patched | patched ÷ instructed | patched − instructed "
+        "| left out: instructed, patched, of words | fidelity | KL of the output, nats | perplexity × (worst) "
+        "| adapter |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     ratios: dict[str, dict[str, float]] = {where: {} for where in sites}
     fidelities: dict[str, list[float]] = {where: [] for where in sites}
@@ -129,7 +168,13 @@ def _table(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
         perplexity = [run["perplexity_ratio"] for run in own]
         ratios[where][task] = ratio
         fidelities[where].append(fidelity)
-        cells = [task, where, *(f"{accuracy[k]:.3f}" for k in accuracy), f"{ratio:.3f}", f"{fidelity:.3f}"]
+        correct = {k: [one for run in own for one in run["correct"][k]] for k in accuracy}
+        low, high = wilson(sum(correct["patched"]), len(correct["patched"]))
+        cells = [task, where, *(f"{accuracy[k]:.3f}" for k in accuracy), f"{ratio:.3f}"]
+        cells[4] += f" ({low:.2f} to {high:.2f})"
+        difference = paired_difference(correct["patched"], correct["instructed"])
+        cells.append("{:+.3f} ({:+.2f} to {:+.2f})".format(*difference))
+        cells += [_on_left_out(own, correct), f"{fidelity:.3f}"]
         cells.append(f"{mean(run['output_kl']['patched'] for run in own):.3f}")
         cells.append(f"{mean(perplexity):.4f} ({max(perplexity):.4f})")
         cells.append(f"{own[0]['adapter_bytes'] / 1e6:.2f} MB")
@@ -138,6 +183,7 @@ def _table(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
     for where in sites:
         strong = {task: ratio for task, ratio in ratios[where].items() if task != "english-french"}
         line = f"- {where}: mean fidelity {mean(fidelities[where]):.3f}"
+        line += f"; patched ÷ instructed: mean {mean(ratios[where].values()):.3f}"
         if strong:
             worst = min(strong, key=lambda task: strong[task])
             line += (

@@ -19,10 +19,22 @@ REDUCED = {
     "quickstart": ["--test=2"],
     "word_tasks": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3"],
     "word_tasks_gemma": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3"],
+    "word_tasks_auto": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=8", "--max_new_tokens=3"],
     "moe": ["--tasks=[common_words/antonym]", "--experts=4", "--test=2", "--fit=4", "--max_new_tokens=3"],
     "sweep": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--preserve_weights=[1.0]", "--ridges=[0.01,0.1]"],
-    "benchmark_fit": ["--pairs=[4]", "--repeats=1"],
+    "benchmark_fit": ["--pairs=[4]", "--chunks=[20]", "--chunk_pairs=3", "--repeats=1"],
     "benchmark_processes": ["--pairs=4", "--repeats=1"],
+    "benchmark_baselines": [
+        "--tasks=[function_vectors/present-past]",
+        "--pairs=[4,400]",
+        "--learning_rates=[0.0001,0.01]",
+        "--every=5",
+        "--max_steps=12",
+        "--test=3",
+        "--max_new_tokens=3",
+        "--repeats=1",
+    ],
+    "benchmark_inference": ["--chunks=[10,100]", "--batches=[1,2]", "--new_tokens=3", "--repeats=2"],
     "theory": ["--tasks=[common_words/antonym]", "--tokens=20", "--fit=4", "--test=2", "--max_new_tokens=3"],
     "accuracy_by_step": ["--steps=2", "--pairs_per_step=2", "--fit=4", "--test=2", "--max_new_tokens=3"],
     "edit_fact": [
@@ -35,8 +47,11 @@ REDUCED = {
 }
 
 
-SCRIPTS = {"word_tasks_gemma": "word_tasks"}
+SCRIPTS = {"word_tasks_gemma": "word_tasks", "word_tasks_auto": "word_tasks"}
 """Configs of another recipe's script."""
+
+ELSEWHERE = {"preservation_file", "system_prompt"}
+"""Recipes with a test in another file."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +76,7 @@ def run(name: str, tiny: Path, *arguments: str, model: str = "model") -> str:
 
 
 def test_every_recipe_has_a_config_and_a_reduced_setting() -> None:
-    assert {path.stem for path in RECIPES} == set(REDUCED)
+    assert {path.stem for path in RECIPES} == {*REDUCED, *ELSEWHERE}
 
 
 def test_quickstart(tiny: Path) -> None:
@@ -84,6 +99,34 @@ def test_word_tasks_on_gemma(tiny: Path) -> None:
     run("word_tasks_gemma", tiny, "--rank=4", f"--out={tiny / 'gemma_words'}", model="gemma")
     (result,) = json.loads((tiny / "gemma_words.json").read_text())["runs"]
     assert result["output_kl"]["patched"] < result["output_kl"]["plain"]
+
+
+def test_word_tasks_with_settings_chosen(tiny: Path) -> None:
+    run("word_tasks_auto", tiny, f"--out={tiny / 'auto_words'}")
+    record = json.loads((tiny / "auto_words.json").read_text())
+    default, auto = record["runs"]
+    assert (default["selection"], record["settings"]["rank"]) == (None, 16)
+    assert set(auto["selection"]["chosen"]) == {"ridge", "preserve_weight", "rank", "scale", "blocks"}
+    assert auto["selection"]["held_back"] == [4, 8]
+    assert len(auto["left_out"]) == len(auto["correct"]["patched"]) == 2
+
+
+def test_words_left_out_have_answers_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from tasks import Split
+    from word_tasks import _left_out
+
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr("lit_thought.data.PairDataModule.write", lambda *_: [(0, "cold", True)])
+    shown = "Q: up\nA: down\n"
+    answers = ["cold", "down", "French", "answer", "pirate"]
+    split = Split("words", shown, [{"input": "hot"}], [{"input": "fox", "output": word} for word in answers])
+    first = {word: tokenizer(f" {word}")["input_ids"][0] for word in answers}
+    known = {token for word in ("cold", "down") for token in tokenizer(f" {word}\n")["input_ids"]}
+    found = _left_out(make_model("llama"), tokenizer, split, 3)
+    assert found == [first[word] not in known for word in answers]
+    assert set(found[:2]) == {False}
+    assert any(found)
 
 
 def test_moe(tiny: Path) -> None:
@@ -115,7 +158,9 @@ def test_sweep(tiny: Path) -> None:
 
 def test_benchmark_fit(tiny: Path) -> None:
     run("benchmark_fit", tiny, "--rank=4", f"--out={tiny / 'benchmark'}")
-    (row,) = json.loads((tiny / "benchmark.json").read_text())["rows"]
+    row, longer = json.loads((tiny / "benchmark.json").read_text())["rows"]
+    assert (row["pairs"], longer["pairs"]) == (4, 3)
+    assert 20 <= longer["chunk_tokens"] < 30
     assert row["ratio"] > 0
     assert {"preserve", "prepare", "forward", "statistics", "solve", "save"} <= set(row["stages"])
 
@@ -126,6 +171,65 @@ def test_benchmark_processes(tiny: Path) -> None:
     one, two = json.loads((tiny / "processes.json").read_text())["rows"]
     assert one["difference"] == 0
     assert 0 <= two["difference"] < 1e-4
+
+
+def test_benchmark_baselines(tiny: Path) -> None:
+    printed = run("benchmark_baselines", tiny, "--rank=4", f"--out={tiny / 'baselines'}")
+    assert "to our accuracy (rate)" in printed
+    (row,) = json.loads((tiny / "baselines.json").read_text())["rows"]
+    assert row["pairs"] == 4, "present-past has no 400 pairs"
+    assert row["ours"]["seconds"] > 0
+    assert {"prepare", "forward", "solve"} <= set(row["ours"]["stages"])
+    slow, fast = row["rival"]
+    assert (slow["learning_rate"], fast["learning_rate"]) == (1e-4, 1e-2)
+    assert [run["best"] for run in row["rival"]].count(True) == 1
+    assert [entry["step"] for entry in slow["history"] if entry["step"] in (5, 10, 12)] == [5, 10, 12]
+    assert fast["history"][-1]["loss"] < slow["history"][-1]["loss"]
+    best = slow if slow["best"] else fast
+    assert best["scored"]["output_kl"] == pytest.approx(best["last"]["output_kl"], rel=1e-3)
+    assert best["scored"]["perplexity_ratio"] != row["ours"]["perplexity_ratio"]
+
+
+def test_benchmark_inference(tiny: Path) -> None:
+    printed = run("benchmark_inference", tiny, "--rank=4", f"--out={tiny / 'inference'}")
+    assert "| patched, merged |" in printed
+    rows = json.loads((tiny / "inference.json").read_text())["rows"]
+    assert len(rows) == 2 * (2 + 2 * 2)
+    sizes = {(row["batch"], row["case"], row["chunk"]): row for row in rows}
+    patched = sizes[2, "patched, merged", 0]
+    whole, cached = sizes[2, "instructed", 100], sizes[2, "instructed, chunk cached", 100]
+    assert patched["tokens_run"] == cached["tokens_run"] == whole["tokens_run"] - 100
+    token = 2 * 3 * 2 * 8 * 4  # keys and values, blocks, heads, their size, float32
+    assert patched["cache_bytes"] == 2 * token * (patched["tokens_run"] + 2)
+    assert whole["cache_bytes"] == cached["cache_bytes"] == patched["cache_bytes"] + 2 * token * 100
+    assert (cached["kept_bytes"], whole["kept_bytes"]) == (token * 100, 0)
+    assert all(row["first_token_seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_every_way_to_ask_is_answered_as_the_whole_prompt_is() -> None:
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from benchmark_inference import Case, measure, with_adapter, write
+
+    from lit_thought.patch import Factors, ThoughtPatch
+    from lit_thought.streams import lead_cache
+
+    lm, ids = make_model("llama").float(), list(range(5, 35))
+    target = "model.layers.1.mlp.down_proj"
+    patch = ThoughtPatch({target: Factors(torch.randn(4, 48), torch.randn(32, 4))})
+    with torch.inference_mode():
+        cached = Case("cached", 20, lm, ids[20:], lead_cache(lm, ids[:20]))
+        cases = [Case("whole", 20, lm, ids), cached, Case("beside", 0, with_adapter(lm, patch), ids)]
+        cases.append(Case("merged", 0, with_adapter(lm, patch).merge_and_unload(), ids))
+        whole, led, beside, merged = (write(case, 2, 6)["tokens"] for case in cases)
+        again = write(cached, 2, 6)["tokens"]
+        rows = measure(cases, 2, 6, 1)
+    expected = lm.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None)[:, len(ids) :]
+    assert whole.tolist() == led.tolist() == again.tolist() == expected.expand(2, -1).tolist()
+    with patch.applied(lm):
+        expected = lm.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None)[:, len(ids) :]
+    assert beside.tolist() == merged.tolist() == expected.expand(2, -1).tolist()
+    assert beside.tolist() != whole.tolist()
+    assert [row["case"] for row in rows] == ["whole", "cached", "beside", "merged"]
 
 
 def test_theory(tiny: Path) -> None:
