@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 
 from lit_thought.batches import pad
 from lit_thought.blocks import DEFAULT_SITES, Block, check_sites, require_site
+from lit_thought.discovery import wider
 from lit_thought.distributed import gather_json
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.files import atomic_folder
+from lit_thought.gram import add_products, mirror
 from lit_thought.models import fingerprint, model_name
 from lit_thought.preserve_file import (
     DEFAULT_RANK,
@@ -155,7 +157,8 @@ def preservation(
     """Load the matrices for these token windows from the cache, or compute them and keep them there.
 
     The entry's name is a hash of everything that changes its content: the model's weights and configuration,
-    the token ids, the format. Sums are float64; the matrices and their eigenvectors are stored in float32.
+    the token ids, the format. Sums are float64, of products in float32 or better; the matrices and their eigenvectors
+    are stored in float32.
 
     Args:
         model: the original, unpatched model.
@@ -282,8 +285,8 @@ def _compute(
             for stream in streams:
                 output, readings = stream.run(block, tuple(block.sites))
                 for name, reading in readings.items():
-                    a = reading.input[stream.tokens.mask].double()
-                    grams[name].addmm_(a.T, a)
+                    a = reading.input[stream.tokens.mask]
+                    add_products(grams[name], a.to(wider(a.dtype)))
                 assert output is not None
                 stream.hidden = output
         tensors: dict[str, Tensor] = {}
@@ -294,7 +297,7 @@ def _compute(
                     "Check the model's weights and dtype."
                 )
             if folder is not None:
-                tensors |= _tensors(name, gram / count, torch.float64)
+                tensors |= _tensors(name, mirror(gram) / count, torch.float64)
         if folder is not None:
             save_file(tensors, _file(folder, block.index))
         if progress is not None:

@@ -32,6 +32,7 @@ from lit_thought.statistics import Statistics
 
 __all__ = [
     "COARSE_RIDGE",
+    "DUAL",
     "Prior",
     "Solution",
     "check_finite",
@@ -47,6 +48,10 @@ __all__ = [
 
 COARSE_RIDGE = 1e-3
 """From this ridge λ on, float32 rounding of Z (1e-7 of its largest entries) makes no difference to a solution."""
+
+
+DUAL = 3
+"""How many times more input dimensions than tokens there must be for the n × n dual to be faster."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,9 @@ def solve(
 ) -> Solution:
     """Solve one layer's patch; the formula is at the top of this module.
 
-    The n × n dual is used while ``stats`` keeps its few tokens as rows, the d_in × d_in primal otherwise;
-    both give the same patch to rounding. All arithmetic is float64.
+    The n × n dual is used while ``stats`` keeps its tokens as rows and there are fewer than d_in / 3 of them, where it
+    is the faster form; the d_in × d_in primal otherwise. Both give the same patch to rounding. All arithmetic is
+    float64.
 
     Args:
         stats: sums over the compared tokens.
@@ -157,7 +163,7 @@ def solve(
     prior = check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
     check_rank(rank, min(stats.d_in, stats.d_out))
     rows = stats.rows()
-    if rows is not None and ridge > 0:
+    if rows is not None and ridge > 0 and DUAL * len(rows[0]) < stats.d_in:
         return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
     return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
 
@@ -268,7 +274,7 @@ class _System(NamedTuple):
 
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
     weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
-    own, cross = stats.gram.double() / weight, stats.cross.double() / weight
+    own, cross = (total.double() / weight for total in stats.sums())
     matrix = own.clone() if prior is None else own.add(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
     trace = float(matrix.diagonal().sum())
     scale = ridge_scale(name, trace, float(torch.linalg.vector_norm(matrix)) ** 2, float(stats.energy))

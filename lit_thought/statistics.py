@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import ThoughtError
+from lit_thought.gram import add_products, mirror
 
 __all__ = ["Statistics", "VectorStatistics"]
 
@@ -66,6 +67,7 @@ class Statistics:
     _cross: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     _operators: Tensor | None = field(default=None, repr=False)
+    _half: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -189,7 +191,7 @@ class Statistics:
     @property
     def gram(self) -> Tensor:
         """Z = Σ w a aᵀ, (d_in, d_in)."""
-        return self._sums()[0]
+        return self.sums()[0]
 
     def projected(self, A: Tensor) -> Tensor:
         """A Z Aᵀ, (r, r), for A, (r, d_in), in A's dtype; from the rows, without forming Z, while there are few."""
@@ -202,7 +204,7 @@ class Statistics:
     @property
     def cross(self) -> Tensor:
         """C = Σ w δ aᵀ, (d_out, d_in)."""
-        return self._sums()[1]
+        return self.sums()[1]
 
     @property
     def operators(self) -> Tensor:
@@ -220,10 +222,14 @@ class Statistics:
             return torch.zeros(self.d_out, self.d_in, dtype=self.dtype, device=self.energy.device)
         return self._operators
 
-    def _sums(self) -> tuple[Tensor, Tensor]:
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Both at once: Z, (d_in, d_in), and C, (d_out, d_in); while tokens are kept as rows, each call forms them."""
         if self._gram is not None and self._cross is not None:
             if self._rows:
                 self._fold()
+            if self._half:
+                mirror(self._gram)
+                self._half = False
             return self._gram, self._cross
         rows = self.rows()
         if rows is None:
@@ -243,12 +249,11 @@ class Statistics:
     def _fold(self) -> None:
         a, delta = self._joined(0), self._joined(1)
         self._rows = []
-        gram, cross = a.T @ a, delta.T @ a
         if self._gram is None or self._cross is None:
-            self._gram, self._cross = gram.to(self.dtype), cross.to(self.dtype)
-        else:
-            self._gram += gram
-            self._cross += cross
+            self._gram, self._cross = (a.new_zeros(d, self.d_in, dtype=self.dtype) for d in (self.d_in, self.d_out))
+        add_products(self._gram, a)
+        self._cross += delta.T @ a
+        self._half = True
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both sets of tokens together."""

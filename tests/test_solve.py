@@ -10,11 +10,11 @@ import scipy.linalg
 import torch
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.solve import Prior, Solution, check_rank, solve
+from lit_thought.solve import DUAL, Prior, Solution, check_rank, solve
 from lit_thought.statistics import Statistics
 
 D_IN, D_OUT = 24, 10
-FEW = (1, 5, 11)  # kept as rows (2n < d_in); 11 is more than d_out
+FEW = (1, 5, 11)  # kept as rows (2n < d_in); 11 is more than d_out, and more than the dual is used for
 MANY = (12, 60)  # folded into sums
 RIDGES = (1e-6, 1e-2, 1.0)
 
@@ -108,7 +108,11 @@ def close(left: np.ndarray, right: np.ndarray, tol: float) -> bool:
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("n", [*FEW, *MANY])
 @pytest.mark.parametrize("d_out", [D_OUT, 30])
-def test_full_rank_patch_is_the_least_squares_solution(d_out: int, n: int, ridge: float, prior: bool) -> None:
+@pytest.mark.parametrize("dual", [2, DUAL])
+def test_full_rank_patch_is_the_least_squares_solution(
+    dual: int, d_out: int, n: int, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_thought.solve.DUAL", dual)
     problem = make_problem(n, ridge, prior, d_out=d_out)
     assert (problem.statistics().rows() is not None) == (n in FEW)  # so that both forms are tested
     reference = problem.least_squares()
@@ -127,7 +131,11 @@ def test_full_rank_patch_is_the_least_squares_solution(d_out: int, n: int, ridge
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
 @pytest.mark.parametrize("rank", [None, 3, 0.9])
 @pytest.mark.parametrize("n", FEW)
-def test_dual_is_the_primal(n: int, rank: int | float | None, ridge: float, prior: bool) -> None:
+@pytest.mark.parametrize("dual", [2, DUAL])
+def test_dual_is_the_primal(
+    dual: int, n: int, rank: int | float | None, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_thought.solve.DUAL", dual)
     problem = make_problem(n, ridge, prior)
     dual, primal = problem.solve(rank), problem.solve(rank, folded=True)
     assert close(product(dual), product(primal), 1e-9)
