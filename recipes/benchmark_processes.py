@@ -68,12 +68,16 @@ def benchmark(
             rows.append(json.loads((place / "figures.json").read_text(encoding="utf-8")))
         patches = [ThoughtPatch.load(Path(temporary) / str(count) / "adapter") for count in processes]
     first = rows[0]["seconds"]
-    lines = ["| processes | fit, s | speed-up | patch: largest relative difference |", "|---:|---:|---:|---:|"]
+    names = ("forward", "statistics", "reduce", "solve")
+    head = ["processes", "fit, s", "speed-up", *(f"{name}, s" for name in names), "patch: largest relative difference"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
     for row, patch in zip(rows, patches, strict=True):
         row["speed_up"], row["difference"] = first / row["seconds"], difference(patches[0], patch)
-        cells = [row["processes"], f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}", f"{row['difference']:.1e}"]
+        cells = [row["processes"], f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}"]
+        cells += [*(f"{row['stages'][name]:.2f}" for name in names), f"{row['difference']:.1e}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     title = f"`python recipes/benchmark_processes.py`: {shown(model)}, {pairs} pairs, {os.cpu_count()} CPU cores"
+    title += "; stages are those of the first process, with its waiting for others in reduce and solve"
     table = "\n".join([title, "", *lines, ""])
     print(table)
     write_results(out, table, {"model": shown(model), "pairs": pairs, "rank": rank, "rows": rows})
@@ -99,7 +103,7 @@ def work(model: str, task: str, pairs: int, processes: int, rank: int, repeats: 
     split = load_split(task, 0, fit=pairs)
     known = {pair["input"]: pair["output"] for pair in load_pairs(_file(task))}
     labelled: list[dict[str, Any]] = [{**pair, "output": known[pair["input"]]} for pair in split.fit]
-    seconds = []
+    fits = []
     for _ in range(repeats):
         callback = _Timed(rank=rank)
         trainer = Trainer(
@@ -114,11 +118,12 @@ def work(model: str, task: str, pairs: int, processes: int, rank: int, repeats: 
             enable_model_summary=False,
         )
         trainer.fit(ThoughtModule(lm, tokenizer), datamodule=PairDataModule(labelled, split.instruction, TEMPLATE))
-        seconds.append(callback.seconds)
+        fits.append({"seconds": callback.seconds, "stages": dict(callback.stopwatch.seconds)})
     if trainer.is_global_zero:
         assert callback.patch is not None
         callback.patch.save_adapter(folder / "adapter")
-        figures = {"processes": processes, "seconds": min(seconds), "all_seconds": seconds}
+        best = min(fits, key=lambda fit: fit["seconds"])
+        figures = {"processes": processes, **best, "all_seconds": [fit["seconds"] for fit in fits]}
         (folder / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
