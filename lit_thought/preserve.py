@@ -48,7 +48,7 @@ __all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation", "prese
 WINDOW = 256
 """Tokens of each window of unrelated text."""
 
-_FORMAT = 4
+_FORMAT = 5
 _MANIFEST = "manifest.json"
 _PARTS = ("values", "vectors", "gram")
 

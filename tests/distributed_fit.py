@@ -403,5 +403,25 @@ def main(path: str) -> None:
         dist.destroy_process_group()
 
 
+def alone_in(folder: Path, fits: dict[str, Any], run: Callable[..., dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """What a single process sees of the ``fits``, by name, each run once with files below ``folder``."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def seen(name: str) -> dict[str, Any]:
+        if name not in known:
+            known[name] = run(name, fits[name], None, folder, False, devices=1, **QUIET)
+            known[name]["folder"] = folder
+        return known[name]
+
+    return seen
+
+
+def difference(one: Any, other: Any) -> float:
+    """Relative, in the Frobenius norm."""
+    one, other = torch.as_tensor(one, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
+    assert one.shape == other.shape
+    return float((one - other).norm() / one.norm())
+
+
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -19,6 +19,7 @@ import distributed_fit as script
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from distributed_fit import difference
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
@@ -120,23 +121,7 @@ def torchrun(launch: Launch) -> Run:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """What this process sees of a fit."""
-    known: dict[str, dict[str, Any]] = {}
-    folder = tmp_path_factory.mktemp("alone")
-
-    def run(name: str) -> dict[str, Any]:
-        if name not in known:
-            known[name] = script.fit(name, script.FITS[name], None, folder, False, devices=1, **script.QUIET)
-            known[name]["folder"] = folder
-        return known[name]
-
-    return run
-
-
-def difference(one: Any, other: Any) -> float:
-    """Relative, in the Frobenius norm."""
-    one, other = torch.as_tensor(one, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
-    assert one.shape == other.shape
-    return float((one - other).norm() / one.norm())
+    return script.alone_in(tmp_path_factory.mktemp("alone"), script.FITS, script.fit)
 
 
 Several = pytest.mark.parametrize("processes", ["two", "three"])

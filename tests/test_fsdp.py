@@ -19,9 +19,10 @@ import fsdp_fit as script
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from distributed_fit import difference
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_thought import ThoughtError, ThoughtModule, ThoughtPatch
@@ -97,22 +98,7 @@ def plain_strategy(launch: Launch) -> Run:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """What a single process sees of a fit of the whole model."""
-    known: dict[str, dict[str, Any]] = {}
-    folder = tmp_path_factory.mktemp("alone")
-
-    def run(name: str) -> dict[str, Any]:
-        if name not in known:
-            known[name] = script.fit(name, script.FITS[name], None, folder, False, devices=1, **base.QUIET)
-            known[name]["folder"] = folder
-        return known[name]
-
-    return run
-
-
-def difference(one: Tensor, other: Tensor) -> float:
-    """Relative, in the Frobenius norm."""
-    assert one.shape == other.shape
-    return float((one.double() - other.double()).norm() / one.double().norm())
+    return base.alone_in(tmp_path_factory.mktemp("alone"), script.FITS, script.fit)
 
 
 Every = pytest.mark.parametrize("name", script.FITS)
