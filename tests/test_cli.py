@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from conftest import make_model, make_tokenizer
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
+from lit_thought.errors import ThoughtError
 
 DEMONSTRATIONS = "Q: hot\nA: cold\nQ: big\nA: small\n"
 INPUTS = ["up", "good", "fox", "dog", "brown"]
@@ -129,3 +131,17 @@ def test_help_explains_every_option() -> None:
     for option in options:
         flag, explanation = re.split(r"\s{2,}", option, maxsplit=1)
         assert not explanation.startswith("(type:"), f"an option without explanation: --{flag}"
+
+
+def test_null_is_nothing_and_no_path_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*args: Any) -> Any:
+        raise ThoughtError("all settings were read")
+
+    monkeypatch.setattr("lit_thought.cli._load", load)
+    arguments = ["--instruction=Opposite.", "--preserve=null", "--statistics_dir=null", "--resume_dir=null"]
+    (tmp_path / "pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
+    with pytest.raises(SystemExit):
+        main(["fit", f"--pairs={tmp_path / 'pairs.jsonl'}", f"--out={tmp_path / 'out'}", *arguments])
+    assert "all settings were read" in capsys.readouterr().err
