@@ -18,7 +18,7 @@ from lit_thought.timing import Stopwatch
 if TYPE_CHECKING:
     from lit_thought.callback import ThoughtCallback
 
-__all__ = ["costs", "describe", "fit_settings"]
+__all__ = ["costs", "describe", "fit_settings", "versions"]
 
 
 def describe(
@@ -31,7 +31,6 @@ def describe(
         model: the model it was fitted on, with its ``blocks`` and its fingerprint, ``identity``.
         data: the pairs, prepared.
     """
-    packages = ("torch", "transformers", "peft", "lightning")
     return {
         "model": model_name(model),
         "base_model": model_name(model),
@@ -42,8 +41,14 @@ def describe(
         "instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions)),
         "template": data.template.to_dict(),
         "settings": {**fit_settings(callback, data), "answer_weight": data.applied_answer_weight},
-        "versions": {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of lit_thought and the packages that its results depend on."""
+    packages = ("torch", "transformers", "peft", "lightning")
+    return {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}}
 
 
 def fit_settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:

@@ -6,13 +6,12 @@ import json
 import random
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lit_thought
 from lit_thought.data_files import load_pairs
 from lit_thought.files import atomic_file
+from lit_thought.provenance import versions
 
 DATA = Path(__file__).parent / "data"
 SIX_TASKS = (
@@ -100,11 +99,7 @@ def provenance() -> dict[str, Any]:
         commit = done.stdout.strip() or None
     except OSError:
         commit = None
-    packages = ("torch", "transformers", "peft", "lightning")
-    return {
-        "commit": commit,
-        "versions": {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}},
-    }
+    return {"commit": commit, "versions": versions()}
 
 
 def write_results(out: str | Path, table: str, record: Any) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import subprocess
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonargparse
-from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, shown, write_results
+from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, provenance, shown, write_results
 
 from lit_thought import PairDataModule, PromptTemplate, load_model, transmute
 from lit_thought.evaluation import RUNS, Evaluation
@@ -92,7 +91,7 @@ def word_tasks(
                 f"fidelity {result['fidelity']:.2f}, perplexity × {result['perplexity_ratio']:.3f}",
                 flush=True,
             )
-            commits.append(_commit())
+            commits.append(provenance()["commit"] or "unknown")
             if settings is None or about["selection"] is None:
                 settings, versions = patch.provenance["settings"], patch.provenance["versions"]
     settings = {key: value for key, value in (settings or {}).items() if key != "sites"}
@@ -130,12 +129,6 @@ def _size(patch: Any) -> int:
     with TemporaryDirectory() as folder:
         patch.save_adapter(Path(folder) / "adapter")
         return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def _on_left_out(own: Sequence[dict[str, Any]], correct: dict[str, list[bool]]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -153,13 +155,7 @@ class Watch(Callback):
                 pl_module.model.model.layers[1].register_forward_hook(self._break if failing else self._linger)
 
     def _break(self, module: Any, inputs: Any, output: Any) -> Any:
-        if self.runner.stage < 2:
-            return output
-        if self.broken["how"] == "nan":
-            return torch.full_like(output, torch.nan)
-        assert self.folder is not None
-        (self.folder / "failed").write_text(str(time.time()))
-        raise RuntimeError(MESSAGE.format(self.broken["rank"]))
+        return broken_output(self.runner, self.broken, self.folder, output)
 
     def _linger(self, module: Any, inputs: Any, output: Any) -> None:
         """A process that is busy, and so does not notice that another one has gone."""
@@ -401,6 +397,38 @@ def main(path: str) -> None:
             fit(name, BROKEN[name], folder, folder, False, **settings)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def broken_output(runner: Any, broken: dict[str, Any], folder: Path | None, output: Tensor) -> Tensor:
+    """A layer's output, from the third stage on not finite, or an error whose time is noted in the folder."""
+    if runner.stage < 2:
+        return output
+    if broken["how"] == "nan":
+        return torch.full_like(output, torch.nan)
+    assert folder is not None
+    (folder / "failed").write_text(str(time.time()))
+    raise RuntimeError(MESSAGE.format(broken["rank"]))
+
+
+def run_script(script: str, folder: Path, plan: dict[str, Any], timeout: int, *launcher: str) -> tuple[int, str, float]:
+    """Run a script on a plan in its folder; how its last process ended, what all of them wrote, and when."""
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    known = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    process = subprocess.Popen(
+        [sys.executable, *launcher, script, str(folder / "plan.json")],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k not in known} | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:  # until all of them have closed their output
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = f"{process.communicate()[0]}\nended after {timeout} s"
+    return process.returncode, output, time.time()
 
 
 def alone_in(folder: Path, fits: dict[str, Any], run: Callable[..., dict[str, Any]]) -> Callable[[str], dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,13 +95,7 @@ class Weights(Callback):
             model.model.layers[1].mlp.register_forward_hook(self._break)
 
     def _break(self, module: Any, inputs: Any, output: Any) -> Any:
-        if self.runner.stage < 2:
-            return output
-        if self.broken["how"] == "nan":
-            return torch.full_like(output, torch.nan)
-        assert self.folder is not None
-        (self.folder / "failed").write_text(str(time.time()))
-        raise RuntimeError(base.MESSAGE.format(self.broken["rank"]))
+        return base.broken_output(self.runner, self.broken, self.folder, output)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         here = next(name for name, module in pl_module.model.named_modules() if module is pl_module.runner.block.module)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -71,29 +65,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
     def start(devices: int, strategy: str, fits: list[str], torchrun: bool = False, **plan: Any) -> Run:
         folder = tmp_path_factory.mktemp(f"{strategy}-{devices}")
-        (folder / "plan.json").write_text(
-            json.dumps({"devices": devices, "strategy": strategy, "fits": fits, **plan}), encoding="utf-8"
-        )
-        command = [sys.executable]
-        if torchrun:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-        known = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        environment = {k: v for k, v in os.environ.items() if k not in known} | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [*command, script.__file__, str(folder / "plan.json")],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:  # until all of them have closed their output
-            output, _ = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output = f"{process.communicate()[0]}\nended after 120 s"
-        return Run(folder, process.returncode, output, time.time())
+        plan |= {"devices": devices, "strategy": strategy, "fits": fits}
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if torchrun else []
+        return Run(folder, *script.run_script(script.__file__, folder, plan, 120, *launcher))
 
     return start
 

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,23 +58,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     def start(strategy: str, fits: list[str]) -> Run:
         folder = tmp_path_factory.mktemp(strategy)
         plan = {"devices": 2, "strategy": strategy, "fits": fits}
-        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-        known = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        process = subprocess.Popen(
-            [sys.executable, script.__file__, str(folder / "plan.json")],
-            cwd=folder,
-            env={k: v for k, v in os.environ.items() if k not in known} | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output = f"{process.communicate()[0]}\nended after 240 s"
-        return Run(folder, process.returncode, output, time.time())
+        return Run(folder, *base.run_script(script.__file__, folder, plan, 240))
 
     return start
 
