@@ -329,7 +329,7 @@ class ThoughtCallback(Callback):
         for number in range(min(progress.stages, self.steps * runner.num_stages - 1)):
             patch, record = progress.load(number, pl_module.device)
             for batch in trainer.datamodule.batches:  # type: ignore[attr-defined]
-                runner.observe(batch.to(pl_module.device))
+                runner.observe(batch)
             self._install(trainer, pl_module, patch, record["figures"])
             if record["history"]:
                 self.history = record["history"]
@@ -380,7 +380,7 @@ class ThoughtCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Time the forward pass."""
-        self._started = self.stopwatch.now()
+        self._started = self.stopwatch.mark()
 
     @torch.no_grad()
     def on_train_batch_end(

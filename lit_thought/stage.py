@@ -150,7 +150,7 @@ class StageSums:
         elif self.vector is not None and seen.scale is not None:
             scale = seen.scale.double()
             shift = seen.shift / scale.masked_fill(scale == 0, 1)
-            self.vector.update(shift, seen.weights * scale.squeeze(1).square())
+            self.vector.update(shift, seen.weights.to(scale) * scale.squeeze(1).square())
 
     def reduce(self, owner: int, device: torch.device) -> None:
         """Add up what all processes have summed, on the process that will solve."""

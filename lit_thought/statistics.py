@@ -98,7 +98,7 @@ class Statistics:
             self.weight += len(a)
         else:
             self.weight += float(weights.sum())
-            root = weights.to(self.dtype).sqrt().to(product).unsqueeze(1)
+            root = weights.to(self.dtype).sqrt().to(a, non_blocking=True).unsqueeze(1)
             a, delta = a * root, delta * root
         self.tokens += len(a)
         delta_wide = delta.to(self.dtype)
@@ -112,7 +112,7 @@ class Statistics:
         squares = a.square().sum(1, keepdim=True)
         share = 1 / squares.masked_fill(squares == 0, 1)  # a row with a = 0 adds nothing
         if weights is not None:
-            share = share * weights.to(self.dtype).unsqueeze(1)
+            share = share * weights.to(share, non_blocking=True).unsqueeze(1)
         operators = (delta * share).T @ a
         self._operators = operators if self._operators is None else self._operators + operators
 
@@ -346,8 +346,9 @@ class VectorStatistics:
         if shapes != [(len(deltas), self.d), (len(deltas),)][: len(shapes)]:
             raise ThoughtError(f"deltas and weights must be (n, {self.d}) and (n,); got {shapes}.")
         deltas = deltas.to(self.dtype)
-        weights = deltas.new_ones(len(deltas)) if weights is None else weights.to(deltas)
+        weights = torch.ones(len(deltas), dtype=self.dtype) if weights is None else weights.to(self.dtype)
         self.weight += float(weights.sum())
+        weights = weights.to(deltas, non_blocking=True)
         self.tokens += len(deltas)
         self.energy = self.energy.to(deltas) + weights @ deltas.square().sum(1)
         self.total = self.total.to(deltas) + weights @ deltas

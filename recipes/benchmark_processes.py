@@ -4,7 +4,8 @@
 
 Each count is a run of its own (this script again, with ``--worker``), by ``Trainer(strategy="thought_ddp")``. Timed is
 the fit from its prepared pairs to the patch, on the process that took longest: loading the model and starting processes
-is left out, and so are the preservation statistics, which are in the cache by then.
+is left out, and so are the preservation statistics, which are in the cache by then. What the machine itself allows
+shows in a fit of half the pairs, alone and beside another that it shares nothing with but the machine.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from typing import Any
 import jsonargparse
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from tasks import TEMPLATE, load_split, shown, write_results
+from tasks import TEMPLATE, load_split, provenance, shown, write_results
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.data_files import load_pairs
 from lit_thought.distributed import gather_json
+from lit_thought.errors import ThoughtError
 
 
 def benchmark(
@@ -56,17 +58,18 @@ def benchmark(
     if worker:
         work(model, task, pairs, worker, rank, repeats, Path(folder))
         return
-    rows = []
+    common = [f"--model={model}", f"--task={task}", f"--rank={rank}", f"--repeats={repeats}"]
     with tempfile.TemporaryDirectory() as temporary:
-        for count in processes:
-            place = Path(temporary) / str(count)
-            place.mkdir()
-            command = [sys.executable, __file__, f"--model={model}", f"--task={task}", f"--pairs={pairs}"]
-            command += [f"--rank={rank}", f"--repeats={repeats}", f"--worker={count}", f"--folder={place}"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-            rows.append(json.loads((place / "figures.json").read_text(encoding="utf-8")))
-        patches = [ThoughtPatch.load(Path(temporary) / str(count) / "adapter") for count in processes]
+        places = [Path(temporary) / str(count) for count in processes]
+        rows = [
+            run_beside([[*common, f"--pairs={pairs}", f"--worker={count}", f"--folder={place}"]], [place])[0]
+            for count, place in zip(processes, places, strict=True)
+        ]
+        patches = [ThoughtPatch.load(place / "adapter") for place in places]
+        halves = [Path(temporary) / f"half {index}" for index in range(3)]
+        half = [[*common, f"--pairs={pairs // 2}", "--worker=1", f"--folder={place}"] for place in halves]
+        (alone,) = run_beside(half[:1], halves[:1])
+        beside = max(figures["seconds"] for figures in run_beside(half[1:], halves[1:]))
     first = rows[0]["seconds"]
     names = ("forward", "statistics", "reduce", "solve")
     head = ["processes", "fit, s", "speed-up", *(f"{name}, s" for name in names), "patch: largest relative difference"]
@@ -78,9 +81,26 @@ def benchmark(
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     title = f"`python recipes/benchmark_processes.py`: {shown(model)}, {pairs} pairs, {os.cpu_count()} CPU cores"
     title += "; stages are those of the first process, with its waiting for others in reduce and solve"
-    table = "\n".join([title, "", *lines, ""])
+    limit = f"{pairs // 2} pairs in one process take {alone['seconds']:.2f} s, and {beside:.2f} s beside another such "
+    limit += f"process: the machine slows each down × {beside / alone['seconds']:.2f}, whatever they do together."
+    table = "\n".join([title, "", *lines, "", limit, ""])
     print(table)
-    write_results(out, table, {"model": shown(model), "pairs": pairs, "rank": rank, "rows": rows})
+    record = {"model": shown(model), **provenance(), "pairs": pairs, "rank": rank, "rows": rows}
+    write_results(out, table, {**record, "half": {"alone": alone["seconds"], "beside": beside}})
+
+
+def run_beside(commands: Sequence[Sequence[str]], places: Sequence[Path]) -> list[dict[str, Any]]:
+    """Workers at the same time, each with one thread; the figures that each leaves in its folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    running = []
+    for command, place in zip(commands, places, strict=True):
+        place.mkdir()
+        whole = [sys.executable, __file__, *command]
+        running.append(subprocess.Popen(whole, env=environment, stdout=subprocess.DEVNULL))
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise ThoughtError(f"a worker ended with exit code {next(filter(None, codes))}; its error is above.")
+    return [json.loads((place / "figures.json").read_text(encoding="utf-8")) for place in places]
 
 
 class _Timed(ThoughtCallback):

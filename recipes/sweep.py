@@ -124,7 +124,7 @@ def _write(out: Path, scores: dict[tuple, list[dict[str, Any]]]) -> None:
         lines.append("| " + " | ".join(cells) + " |")
     table = "\n".join(lines) + "\n"
     print(table)
-    write_results(out, table, rows)
+    write_results(out, table, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_thought.data_files import load_pairs
 from lit_thought.files import atomic_file
+from lit_thought.intervals import wilson
 from lit_thought.provenance import versions
 
 DATA = Path(__file__).parent / "data"
@@ -92,18 +94,48 @@ def shown(model: str) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """For a record: ``commit``, what git calls the recipes' checkout, or None without git, and ``versions``."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """For a record: ``commit``, what git calls the recipes' checkout, or None without git, and ``versions``.
+
+    Changed files make it dirty, but for results, of which one recipe writes some after another.
+    """
+    commit = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)recipes/results")
+    return {"commit": f"{commit}-dirty" if commit and changed else commit, "versions": versions()}
+
+
+def _git(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=DATA, check=False)
-        commit = done.stdout.strip() or None
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=DATA, check=False)
     except OSError:
-        commit = None
-    return {"commit": commit, "versions": versions()}
+        return None
+    return done.stdout.strip() or None
 
 
-def write_results(out: str | Path, table: str, record: Any) -> None:
-    """Write a Markdown table and a JSON record to ``out`` with the suffixes .md and .json."""
+def write_results(out: str | Path, table: str, record: dict[str, Any]) -> None:
+    """Write a Markdown table and a JSON record to ``out`` with the suffixes .md and .json; a record without
+    :func:`provenance` gets it, and the page a last line with it."""
+    if "commit" not in record:
+        about = provenance()
+        packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        record = {**about, **record}
+        table = f"{table.rstrip()}\n\nCommit {about['commit']}; {packages}.\n"
     for suffix, content in ((".md", table), (".json", json.dumps(record, indent=1) + "\n")):
         with atomic_file(Path(out).with_suffix(suffix)) as temporary:
             temporary.write_text(content, encoding="utf-8")
+
+
+def share(hits: Sequence[bool]) -> str:
+    """A share with its 95 % interval (Wilson), for a table."""
+    low, high = wilson(sum(hits), len(hits))
+    return f"{sum(hits) / len(hits):.2f} ({low:.2f} to {high:.2f})"
+
+
+def save_figure(figure: Any, out: str | Path) -> None:
+    """Write a matplotlib figure to ``out`` with the suffix .svg, the same bytes for the same figure."""
+    import matplotlib
+
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "lit_thought"}),
+        atomic_file(Path(out).with_suffix(".svg")) as temporary,
+    ):
+        figure.savefig(temporary, metadata={"Date": None})

@@ -25,6 +25,7 @@ import jsonargparse
 import matplotlib
 import numpy as np
 import torch
+from baselines import steering
 from matplotlib import pyplot
 from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, write_results
 from torch import Tensor
@@ -38,15 +39,7 @@ from lit_thought.runner import StreamRunner
 from lit_thought.solve import Prior, solve, solve_constrained
 from lit_thought.statistics import Statistics
 from lit_thought.streams import SitePatch
-from lit_thought.theory import (
-    best_block,
-    format_report,
-    thought_matrix,
-    thought_vector,
-    thought_vectors,
-    vector_patch,
-    verify_exact,
-)
+from lit_thought.theory import format_report, thought_matrix, thought_vector, thought_vectors, verify_exact
 from lit_thought.unrelated import load_texts
 
 matplotlib.use("Agg")
@@ -205,11 +198,7 @@ def comparison(
         evaluation = Evaluation(lm, tokenizer, pairs=split.test, unrelated=unrelated, progress=False, **common)
         for name in (*methods, "function vector"):
             if name == "function vector":
-                cut = 2 * len(split.fit) // 3  # the block is chosen on inputs that the vectors have not seen
-                chunk = {"instruction": split.instruction, "template": TEMPLATE}
-                vectors = thought_vectors(lm, tokenizer, pairs=split.fit[:cut], tokens="last", **chunk)
-                block, _ = best_block(lm, tokenizer, vectors, pairs=split.fit[cut:], **chunk)
-                patch = vector_patch(lm, {block: vectors[block]})
+                patch = steering(lm, tokenizer, split, strengths=(1.0,))
             else:
                 patch = transmute(lm, tokenizer, pairs=split.fit, progress=False, **common, **METHODS[name])
             result = evaluation.score(patch)

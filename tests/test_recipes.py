@@ -50,7 +50,7 @@ REDUCED = {
 SCRIPTS = {"word_tasks_gemma": "word_tasks", "word_tasks_auto": "word_tasks"}
 """Configs of another recipe's script."""
 
-ELSEWHERE = {"preservation_file", "system_prompt"}
+ELSEWHERE = {"arithmetic", "baselines", "compose", "limits", "preservation_file", "system_prompt", "translation"}
 """Recipes with a test in another file."""
 
 
@@ -151,7 +151,7 @@ def test_upcycling_without_noise_leaves_the_model_what_it_is() -> None:
 
 def test_sweep(tiny: Path) -> None:
     run("sweep", tiny, "--ranks=[4]", "--answer_weights=[1.0]", f"--out={tiny / 'sweep'}")
-    rows = json.loads((tiny / "sweep.json").read_text())
+    rows = json.loads((tiny / "sweep.json").read_text())["rows"]
     assert len(rows) == 2
     assert rows[0]["output_kl"] <= rows[-1]["output_kl"]
 

@@ -29,7 +29,6 @@ from lit_thought.patch import Factors
 from lit_thought.report import gather, write_report
 from lit_thought.report.content import singular_values
 from lit_thought.report.render import differences
-from lit_thought.timing import Stopwatch
 
 OUTPUTS = ("report.html", "report.md", "report.json")
 
@@ -476,14 +475,3 @@ def test_fit_evaluate_report(files: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["report", str(files / "other"), f"--evaluation={adapter / 'evaluation'}"])
     assert "another adapter" in capsys.readouterr().err
-
-
-def test_stopwatch_adds_up_how_far_each_stage_raised_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([100, 150, 150, 180, 170])
-    monkeypatch.setattr("lit_thought.timing.peak_memory", lambda: next(readings))
-    stopwatch = Stopwatch()
-    for name in ("solve", "forward", "solve", "forward"):
-        with stopwatch(name):
-            pass
-    assert stopwatch.raised == {"solve": 80, "forward": 0}
-    assert stopwatch.peak == 180

@@ -1,0 +1,236 @@
+"""What a patch cannot do, with an example each.
+
+    python recipes/limits.py --config recipes/limits.yaml
+
+1. *It knows what the fit showed of the chunk, and no more.* The chunk is a list of names with invented numbers. The
+   instructed model looks them up. The patch answers for the names it was fitted on, but a name that only the chunk
+   holds is out of its reach: there is nothing to attend to.
+2. *It belongs to a form of prompt.* A patch for antonyms, fitted on questions and answers, is asked in other forms.
+   The demonstrations are rewritten in the same form for the instructed run.
+3. *It copies mistakes.* Where the instructed model is mostly wrong, so is the patched one. Right outputs given for the
+   inputs can help, but then it is labels that teach, not the prompt.
+
+Writes a Markdown and a JSON table.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jsonargparse
+from tasks import DATA, TEMPLATE, load_split, provenance, shown, write_results
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought import load_model, transmute
+from lit_thought.data_files import load_pairs
+from lit_thought.evaluation import Evaluation
+from lit_thought.intervals import wilson
+
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Nora",
+    "Oscar",
+    "Paula",
+    "Quinn",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Ulf",
+    "Vera",
+    "Walter",
+    "Zoe",
+]
+FORMS = {
+    "Q: hot / A: …": TEMPLATE,
+    "Input: hot / Output: …": "Input: {input}\nOutput: {output}\n",
+    "hot -> …": "{input} -> {output}\n",
+    "The opposite of hot is …": "The opposite of {input} is {output}\n",
+}
+"""Forms of one task's prompts; the first is the one that is fitted."""
+
+
+def limits(
+    model: str = "smollm2",
+    seed: int = 0,
+    rank: int = 16,
+    names: int = 12,
+    shots: int = 10,
+    fit: int = 30,
+    test: int = 30,
+    max_new_tokens: int = 12,
+    out: str = "recipes/results/limits",
+) -> None:
+    """Fit and test each example.
+
+    Args:
+        model: "smollm2" (the embedded default), a hub id or a local directory.
+        seed: seed of the invented numbers and of the splits.
+        rank: rank of the adapters.
+        names: names in the list of the first example, half of which are fitted.
+        shots: demonstrations in the other examples.
+        fit: inputs to fit on in the other examples.
+        test: most words to test on in the other examples.
+        max_new_tokens: longest output.
+        out: path of the two result files, without suffix.
+    """
+    lm, tokenizer = load_model(model)
+    common = {"rank": rank, "max_new_tokens": max_new_tokens}
+    rows = look_up(lm, tokenizer, names, seed, **common)
+    rows += other_forms(lm, tokenizer, seed, shots, fit, test, **common)
+    rows += mistakes(lm, tokenizer, seed, shots, fit, test, **common)
+    settings = {"seed": seed, "names": names, "shots": shots, "fit": fit, "test": test, **common}
+    record = {"model": shown(model), **provenance(), "settings": settings, "rows": rows}
+    page = f"`python recipes/limits.py --config recipes/limits.yaml` on {shown(model)}, commit {record['commit']}; "
+    page += f"settings: `{json.dumps(settings)}`\n\n{table(rows)}"
+    print(page)
+    write_results(out, page, record)
+
+
+def code_list(names: Sequence[str], seed: int) -> list[dict[str, str]]:
+    """Names with different invented numbers of two digits."""
+    numbers = random.Random(seed).sample(range(10, 100), len(names))
+    return [{"input": name, "output": str(number)} for name, number in zip(names, numbers, strict=True)]
+
+
+def look_up(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: int, seed: int, rank: int, max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """A list in the chunk: the names that were fitted, and the others."""
+    entries = code_list(NAMES[:names], seed)
+    instruction = demonstrations(entries)
+    known, unknown = entries[::2], entries[1::2]
+    inputs = [{"input": entry["input"]} for entry in known]
+    patch = transmute(
+        model, tokenizer, instruction, inputs, TEMPLATE, rank=rank, max_new_tokens=max_new_tokens, progress=False
+    )
+    return [
+        {"example": "look up a number in the chunk", "case": case}
+        | measure(model, tokenizer, patch, instruction, pairs, TEMPLATE, max_new_tokens)
+        for case, pairs in (("names that were fitted", known), ("other names of the list", unknown))
+    ]
+
+
+def other_forms(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    shots: int,
+    fit: int,
+    test: int,
+    rank: int,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """A patch fitted on one form of prompt, asked in others."""
+    task = "common_words/antonym"
+    split = load_split(task, seed, shots, fit, test)
+    patch = transmute(
+        model,
+        tokenizer,
+        split.instruction,
+        split.fit,
+        TEMPLATE,
+        rank=rank,
+        max_new_tokens=max_new_tokens,
+        progress=False,
+    )
+    pairs = load_pairs(DATA / f"{task}.json")
+    random.Random(seed).shuffle(pairs)
+    return [
+        {"example": "antonyms, fitted in the first form", "case": case}
+        | measure(model, tokenizer, patch, demonstrations(pairs[:shots], form), split.test, form, max_new_tokens)
+        for case, form in FORMS.items()
+    ]
+
+
+def mistakes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    shots: int,
+    fit: int,
+    test: int,
+    rank: int,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """A task that the instructed model fails, from its own outputs and from right ones."""
+    task = "common_words/english-french"
+    split = load_split(task, seed, shots, fit, test)
+    right = {pair["input"]: pair["output"] for pair in load_pairs(DATA / f"{task}.json")}
+    labelled = [{**pair, "output": right[pair["input"]]} for pair in split.fit]
+    rows = []
+    for case, pairs in (("outputs of the instructed model", split.fit), ("right outputs", labelled)):
+        patch = transmute(
+            model,
+            tokenizer,
+            split.instruction,
+            pairs,
+            TEMPLATE,
+            rank=rank,
+            max_new_tokens=max_new_tokens,
+            progress=False,
+        )
+        row = measure(model, tokenizer, patch, split.instruction, split.test, TEMPLATE, max_new_tokens)
+        rows.append({"example": "French, which the model hardly knows", "case": f"fitted on {case}", **row})
+    return rows
+
+
+def demonstrations(pairs: Sequence[Mapping[str, str]], form: str = TEMPLATE) -> str:
+    """Pairs written in a form, one after the other."""
+    return "".join(form.replace("{input}", pair["input"]).replace("{output}", pair["output"]) for pair in pairs)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    patch: Any,
+    instruction: str,
+    pairs: Sequence[Mapping[str, str]],
+    template: str,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Accuracy of the three runs, fidelity and KL, with every output."""
+    result = Evaluation(
+        *(model, tokenizer),
+        instruction=instruction,
+        pairs=pairs,
+        template=template,
+        unrelated=None,
+        max_new_tokens=max_new_tokens,
+        progress=False,
+    ).score(patch)
+    return {key: result[key] for key in ("pairs", "accuracy", "fidelity", "output_kl", "items")}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each case."""
+    lines = [
+        "| example | case | n | plain | instructed | patched | fidelity | KL: plain | patched |",
+        "|---|---|" + "---:|" * 7,
+    ]
+    for row in rows:
+        n, accuracy, kl = row["pairs"], row["accuracy"], row["output_kl"]
+        low, high = wilson(round(accuracy["patched"] * n), n)
+        cells = [row["example"], row["case"], str(n), f"{accuracy['plain']:.2f}", f"{accuracy['instructed']:.2f}"]
+        cells += [f"{accuracy['patched']:.2f} ({low:.2f} to {high:.2f})", f"{row['fidelity']:.2f}"]
+        cells += [f"{kl['plain']:.2f}", f"{kl['patched']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(limits)
