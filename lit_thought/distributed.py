@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_thought.errors import ThoughtError
+from lit_thought.gram import packed, unpacked
 from lit_thought.statistics import Statistics, VectorStatistics
 
 __all__ = [
@@ -84,10 +85,13 @@ def reduce_statistics(stats: Statistics, owner: int, device: torch.device) -> St
         empty = (torch.zeros(0, d, dtype=stats.dtype, device=device) for d in (stats.d_in, stats.d_out))
         a, delta = (_gathered(x.to(device), counts, owner) for x in stats.rows() or empty)
         return Statistics.from_rows((a, delta), weight, tokens) if rank == owner else stats
-    gram, cross = (x.to(device).contiguous() for x in (stats.gram, stats.cross))
-    for total in (gram, cross):
-        dist.reduce(total, owner)
-    return Statistics.from_sums(gram, cross, energy.to(device), weight, tokens) if rank == owner else stats
+    gram, cross = stats.sums()
+    total = torch.cat([packed(gram), cross.flatten()]).to(device)
+    dist.reduce(total, owner)
+    if rank != owner:
+        return stats
+    upper, cross = total[: -cross.numel()], total[-cross.numel() :].view_as(cross)
+    return Statistics.from_sums(unpacked(upper, stats.d_in), cross, energy.to(device), weight, tokens)
 
 
 def _gathered(rows: Tensor, counts: Sequence[int], owner: int) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-__all__ = ["add_products", "mirror"]
+__all__ = ["add_products", "mirror", "packed", "products", "unpacked"]
 
 _NARROWEST, _MOST = 256, 8
 
@@ -18,8 +19,8 @@ def add_products(total: Tensor, a: Tensor) -> None:
         total: any floating dtype; the products are added in it.
         a: rows, (n, d); they are multiplied in their own dtype.
     """
-    for rows in _blocks(len(total)):
-        total[rows, rows.start :] += a[:, rows].T @ a[:, rows.start :]
+    for rows, block in zip(_blocks(len(total)), _upper(total), strict=True):
+        block += a[:, rows].T @ a[:, rows.start :]
 
 
 def mirror(total: Tensor) -> Tensor:
@@ -27,6 +28,31 @@ def mirror(total: Tensor) -> Tensor:
     for rows in _blocks(len(total)):
         total[rows.stop :, rows] = total[rows, rows.stop :].T
     return total
+
+
+def products(a: Tensor) -> Tensor:
+    """aᵀ a, (d, d), of rows (n, d)."""
+    total = a.new_zeros(a.shape[1], a.shape[1])
+    add_products(total, a)
+    return mirror(total)
+
+
+def packed(total: Tensor) -> Tensor:
+    """The blocks on and above the diagonal of a symmetric matrix, one after the other, to send them."""
+    return torch.cat([block.flatten() for block in _upper(total)])
+
+
+def unpacked(values: Tensor, size: int) -> Tensor:
+    """The matrix, (size, size), that :func:`packed` took apart."""
+    total = values.new_empty(size, size)
+    blocks = _upper(total)
+    for block, part in zip(blocks, values.split([block.numel() for block in blocks]), strict=True):
+        block.copy_(part.view_as(block))
+    return mirror(total)
+
+
+def _upper(total: Tensor) -> list[Tensor]:
+    return [total[rows, rows.start :] for rows in _blocks(len(total))]
 
 
 def _blocks(size: int) -> Iterator[slice]:

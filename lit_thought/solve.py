@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.gram import products
 from lit_thought.spectral import largest_eigenvalue, top_eigenvectors
 from lit_thought.statistics import Statistics
 
@@ -263,7 +264,6 @@ def check_terms(
 class _System(NamedTuple):
     """M of one layer and what it is made of."""
 
-    own: Tensor  # (1/w) Σ w a aᵀ, (d_in, d_in)
     cross: Tensor  # C, (d_out, d_in)
     matrix: Tensor  # M, (d_in, d_in)
     lower: Tensor  # Cholesky factor of M, (d_in, d_in)
@@ -274,8 +274,9 @@ class _System(NamedTuple):
 
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
     weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
-    own, cross = (total.double() / weight for total in stats.sums())
-    matrix = own.clone() if prior is None else own.add(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
+    matrix, cross = (total.double() / weight for total in stats.sums())
+    if prior is not None:
+        matrix.add_(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
     trace = float(matrix.diagonal().sum())
     scale = ridge_scale(name, trace, float(torch.linalg.vector_norm(matrix)) ** 2, float(stats.energy))
     matrix.diagonal().add_(ridge * scale)
@@ -284,7 +285,7 @@ def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, na
     worst = float((pivots.min() / pivots.max()) ** 2)
     if int(info) != 0 or not worst > stats.d_in * torch.finfo(torch.float64).eps:
         raise singular_system(stats, ridge, prior, name)
-    return _System(own, cross, matrix, lower, scale, trace, worst)
+    return _System(cross, matrix, lower, scale, trace, worst)
 
 
 def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: str) -> SingularSystemError:
@@ -299,12 +300,12 @@ def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: 
 def _solve_primal(
     stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
 ) -> Solution:
-    own, cross, matrix, lower, scale, trace, worst = _system(stats, ridge, prior, rho, name)
+    cross, matrix, lower, scale, trace, worst = _system(stats, ridge, prior, rho, name)
     half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
-    gains, basis = top_eigenvectors(half.T @ half, rank)
+    gains, basis = top_eigenvectors(products(half), rank)
     A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
     before = float(stats.energy) / stats.weight
-    after = before - 2 * float((basis.T @ cross * A).sum()) + float((A @ own * A).sum())
+    after = before - 2 * float((basis.T @ cross * A).sum()) + float(stats.projected(A).trace()) / stats.weight
     largest = largest_eigenvalue(lambda v: matrix @ v, stats.d_in, matrix)
     condition = largest / (ridge * scale) if ridge > 0 else 1 / worst
     lost = _lost(gains, half)

@@ -217,8 +217,8 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         f"Accuracy on up to {max(len(run['correct']) for run in runs)} unseen words by task, and on all of them with a "
         "95 % interval; then means over the tasks: fidelity (outputs equal to the instructed model's), KL to it along "
         "its own outputs, in nats, perplexity of unrelated text against the original model's, seconds from the "
-        "instructed model's outputs to the patch. Token-exact patches belong to one text and are made from the instructed "
-        "run of the tested words themselves: a bound, not a rival.",
+        "instructed model's outputs to the patch. Token-exact patches belong to one text and are made from the "
+        "instructed run of the tested words themselves: a bound, not a rival.",
         "",
         f"| method | {' | '.join(tasks)} | all words | fidelity | KL | perplexity × | seconds |",
         "|---|" + "---:|" * (len(tasks) + 5),

@@ -50,8 +50,8 @@ def benchmark(
     batch_size: int = 32,
     warmup_steps: int = 3,
     every: int = 5,
-    max_steps: int = 100,
-    max_seconds: float = 36.0,
+    max_steps: int = 300,
+    max_times: float = 10.5,
     seed: int = 0,
     test: int = 100,
     max_new_tokens: int = 12,
@@ -74,7 +74,7 @@ def benchmark(
         warmup_steps: over which the learning rate rises.
         every: steps of AdamW from one test to the next; there is one more when as much time is gone as our fit took.
         max_steps: most steps of AdamW at one learning rate.
-        max_seconds: of training at one learning rate, after which it stops.
+        max_times: how many times as long as our fit training may take at one learning rate.
         seed: seed of the split, of the LoRA factors and of the order of the pairs.
         test: most words to test on.
         max_new_tokens: longest output.
@@ -86,7 +86,7 @@ def benchmark(
     lm, tokenizer = load_model(model, dtype=dtype, device=device)
     common = {"template": TEMPLATE, "max_new_tokens": max_new_tokens}
     train = {"rank": rank, "targets": targets, "batch_size": batch_size, "warmup_steps": warmup_steps}
-    train |= {"every": every, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
+    train |= {"every": every, "max_steps": max_steps, "seed": seed}
     rows: list[dict[str, Any]] = []
     first = None
     with tempfile.TemporaryDirectory() as cache:
@@ -115,7 +115,8 @@ def benchmark(
                 fits = [run() for _ in range(repeats)]
                 ours = _figures(evaluation, fits[0][0])
                 ours |= {"seconds": median(taken for _, taken, _ in fits), "stages": fits[0][2]}
-                rival = partial(distil, lm, data.tokenised, held_out.score, **train, also_at=ours["seconds"])
+                limits = {"also_at": ours["seconds"], "max_seconds": max_times * ours["seconds"]}
+                rival = partial(distil, lm, data.tokenised, held_out.score, **train, **limits)
                 runs, patches = [], []
                 for rate in learning_rates:
                     found = rival(learning_rate=rate, finished=partial(reached, ours=ours))
@@ -135,7 +136,7 @@ def benchmark(
     environment = (
         f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     )
-    settings = {"model": shown(model), "dtype": dtype, **train}
+    settings = {"model": shown(model), "dtype": dtype, **train, "max_times": max_times}
     notes = f"Preservation statistics, once per model: {first:.1f} s. {environment}; {json.dumps(settings)}\n"
     table = _table(rows) + "\n" + notes
     print("\n" + table)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_thought.gram import add_products, mirror
+from lit_thought.gram import add_products, mirror, packed, products, unpacked
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 600, 2100])
@@ -30,3 +30,18 @@ def test_the_blocks_below_the_diagonal_are_not_computed() -> None:
     found = torch.zeros(1024, 1024)
     add_products(found, torch.ones(2, 1024))
     assert float(found.sum()) / 2 == 1024**2 * (0.5 + 1 / 8), "four blocks a side: ten of sixteen"
+
+
+@pytest.mark.parametrize("size", [1, 256, 700])
+def test_products_of_rows(size: int) -> None:
+    a = torch.randn(5, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    np.testing.assert_allclose(products(a), a.numpy().T @ a.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 256, 700, 2100])
+def test_a_symmetric_matrix_is_packed_and_unpacked_bit_for_bit(size: int) -> None:
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+    matrix = matrix + matrix.T
+    values = packed(matrix)
+    assert torch.equal(unpacked(values, size), matrix)
+    assert size <= 256 or len(values) < 0.8 * size * size

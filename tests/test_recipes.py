@@ -30,6 +30,7 @@ REDUCED = {
         "--learning_rates=[0.0001,0.01]",
         "--every=5",
         "--max_steps=12",
+        "--max_times=1000",
         "--test=3",
         "--max_new_tokens=3",
         "--repeats=1",
