@@ -9,22 +9,26 @@ Writes an SVG, a Markdown table and JSON.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import matplotlib
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from tasks import METHODS, TEMPLATE, load_split, write_results
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "lit_thought", "figure.figsize": (7, 3.5), "savefig.bbox": "tight"})
 LABELS = {"mlp_in": "ΔW and δ", "matrix": "ΔW alone", "vector": "δ alone"}
+Record = Mapping[str, Sequence[Mapping[str, float]]]
+"""By method, the validation pairs' figures after each step: ``ThoughtCallback.history``."""
 
 
 def accuracy_by_step(
@@ -67,28 +71,40 @@ def accuracy_by_step(
         data = PairDataModule(
             split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens, val_pairs=split.test
         )
-        trainer = Trainer(
-            accelerator="cpu" if lm.device.type == "cpu" else "auto",
-            devices=1,
-            max_epochs=-1,
-            callbacks=[callback],
-            logger=CSVLogger(logs, name=f"{split.name}_{name}"),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(ThoughtModule(lm, tokenizer), datamodule=data)
-        record[name] = callback.history
-        print(name, [f"{entry['accuracy']:.2f}" for entry in callback.history], flush=True)
+        record[name] = follow(lm, tokenizer, callback, data, CSVLogger(logs, name=f"{split.name}_{name}"))
+        print(name, [f"{entry['accuracy']:.2f}" for entry in record[name]], flush=True)
     _draw(record, split.name, Path(out).with_suffix(".svg"))
-    table = _table(record, split.name, Path(out).name)
+    table = step_table(record, split.name) + f"\n![Accuracy by step]({Path(out).name}.svg)\n"
     print("\n" + table)
     settings: dict[str, Any] = {"steps": steps, "step_size": step_size, "pairs_per_step": pairs_per_step}
     settings["methods"] = {name: METHODS[name] for name in methods}
     write_results(out, table, {"model": model, "task": task, "seed": seed, "settings": settings, "history": record})
 
 
-def _table(record: dict[str, list[dict[str, float]]], task: str, name: str) -> str:
+def follow(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    callback: ThoughtCallback,
+    data: PairDataModule,
+    logger: Logger | bool = False,
+) -> list[dict[str, float]]:
+    """Run one fit; how the data's validation pairs do before it and after each step."""
+    trainer = Trainer(
+        accelerator="cpu" if model.device.type == "cpu" else "auto",
+        devices=1,
+        max_epochs=-1,
+        callbacks=[callback],
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(ThoughtModule(model, tokenizer), datamodule=data)
+    return callback.history
+
+
+def step_table(record: Record, task: str) -> str:
+    """One line for each method."""
     first = next(iter(record.values()))
     steps = [int(entry["step"]) for entry in first]
     lines = [
@@ -99,11 +115,11 @@ def _table(record: dict[str, list[dict[str, float]]], task: str, name: str) -> s
     ]
     for method, history in record.items():
         lines.append(f"| {LABELS.get(method, method)} | " + " | ".join(f"{e['accuracy']:.2f}" for e in history) + " |")
-    return "\n".join([*lines, "", f"![Accuracy by step]({name}.svg)", ""])
+    return "\n".join(lines) + "\n"
 
 
-def _draw(record: dict[str, list[dict[str, float]]], task: str, file: Path) -> None:
-    figure, axes = pyplot.subplots()
+def plot_steps(axes: Axes, record: Record, task: str) -> None:
+    """One line for each method, and the instructed model's accuracy."""
     for method, history in record.items():
         accuracy = [entry["accuracy"] for entry in history]
         axes.plot([entry["step"] for entry in history], accuracy, "o-", label=LABELS.get(method, method))
@@ -111,6 +127,11 @@ def _draw(record: dict[str, list[dict[str, float]]], task: str, file: Path) -> N
     axes.axhline(instructed, color="grey", linestyle="--", label="instructed")
     axes.set(xlabel="step", ylabel="accuracy", ylim=(-0.02, 1.02), title=task)
     axes.legend(fontsize="small")
+
+
+def _draw(record: Record, task: str, file: Path) -> None:
+    figure, axes = pyplot.subplots()
+    plot_steps(axes, record, task)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
