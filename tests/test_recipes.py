@@ -51,7 +51,10 @@ REDUCED = {
 SCRIPTS = {"word_tasks_gemma": "word_tasks", "word_tasks_auto": "word_tasks"}
 """Configs of another recipe's script."""
 
-ELSEWHERE = {"arithmetic", "baselines", "compose", "limits", "preservation_file", "system_prompt", "translation"}
+ELSEWHERE = {
+    *("arithmetic", "baselines", "compose", "document", "limits", "preservation_file", "scorecard"),
+    *("system_prompt", "translation"),
+}
 """Recipes with a test in another file."""
 
 
