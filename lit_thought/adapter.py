@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +27,14 @@ from lit_thought.card import model_card
 from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder
 from lit_thought.patch import ThoughtPatch
+from lit_thought.reading import expanded, is_own_file
+from lit_thought.record import FORMAT_VERSION, read_object, read_record
 from lit_thought.weights import Factors, checked_vector
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["FORMAT_VERSION", "read_adapter", "to_peft", "write_adapter"]
-
-FORMAT_VERSION = 1
-"""Of ``thought.json``; rises when an older reader would misread the file."""
+__all__ = ["read_adapter", "to_peft", "write_adapter", "write_record"]
 
 CONFIG, WEIGHTS, THOUGHT, CARD = (
     "adapter_config.json",
@@ -52,6 +52,7 @@ _UNSUPPORTED = """
     trainable_token_indices alora_invocation_tokens megatron_config velora_config
     monteclora_config arrow_config kasa_config
 """.split()  # noqa: SIM905
+_HUGE = sys.float_info.max
 # initialisations that leave the base weights as they are
 _PLAIN_INIT = ("gaussian", "eva", "orthogonal")
 
@@ -153,12 +154,16 @@ def write_adapter(
         if not bool(torch.isfinite(value).all()):
             raise PatchError(f"dtype={dtype} cannot hold {key!r}: a value overflows. Use torch.float32.")
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    thought = {"format_version": FORMAT_VERSION, "provenance": patch.provenance}
     with atomic_folder(folder, overwrite) as out:
         save_file(state, out / WEIGHTS, metadata={"format": "pt"})
         _write_json(out / CONFIG, settings)
-        _write_json(out / THOUGHT, thought)
+        write_record(patch, out)
         (out / CARD).write_text(model_card(patch), encoding="utf-8")
+
+
+def write_record(patch: ThoughtPatch, folder: Path) -> None:
+    """Write the patch's provenance to ``thought.json`` in ``folder``."""
+    _write_json(folder / THOUGHT, {"format_version": FORMAT_VERSION, "provenance": patch.provenance})
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
@@ -172,10 +177,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
         PatchError: if a file is missing or damaged, if the config asks for more than plain LoRA (with or without
             ``lora_bias``), or if the tensors do not match the config.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder, "path")
     if not path.is_dir():
         raise PatchError(f"path={str(folder)!r} is not a folder; expected an adapter that save_adapter wrote.")
-    config = _read_json(path / CONFIG)
+    config = read_object(path / CONFIG)
     rank, scale = _check_config(config)
     parts = _PARTS if config.get("lora_bias") else _PARTS[:2]
     factors: dict[str, Factors] = {}
@@ -191,7 +196,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
             factors[target] = change
         else:
             d_in[target] = a.shape[1]
-    provenance = _read_provenance(path / THOUGHT)
+    provenance = read_record(path / THOUGHT)
     if provenance is None:
         known = {
             "base_model": config.get("base_model_name_or_path"),
@@ -225,9 +230,9 @@ def _check_config(config: dict[str, Any]) -> tuple[int, float]:
         raise PatchError(f"{CONFIG}: target_modules is {targets!r}; expected a list of names or one pattern.")
     _targets(config)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
         raise PatchError(f"{CONFIG}: r is {rank!r}; expected a whole number of at least 1.")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -_HUGE <= alpha <= _HUGE:
         raise PatchError(f"{CONFIG}: lora_alpha is {alpha!r}; expected a finite number.")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -237,8 +242,9 @@ def _targets(config: dict[str, Any]) -> list[str] | str:
     modules, parameters = config["target_modules"], config.get("target_parameters") or []
     if not parameters:
         return modules
-    paths = [name.removesuffix(".weight") for name in parameters if isinstance(name, str) and name.endswith(".weight")]
-    if len(paths) < len(parameters) or not isinstance(modules, list):
+    named = parameters if isinstance(parameters, list) else [None]
+    paths = [name.removesuffix(".weight") for name in named if isinstance(name, str) and name.endswith(".weight")]
+    if len(paths) < len(named) or not isinstance(modules, list):
         raise PatchError(
             f"{CONFIG} asks for target_parameters={parameters!r}; only the weights of linear layers can be read. Load "
             "this adapter with peft.PeftModel.from_pretrained."
@@ -283,7 +289,7 @@ def _are_targets(targets: Any) -> bool:
     if isinstance(targets, str):
         try:
             re.compile(targets)
-        except re.error:
+        except (re.error, OverflowError, RecursionError):
             return False
         return True
     return isinstance(targets, list) and all(isinstance(name, str) for name in targets)
@@ -295,6 +301,7 @@ def _factors(path: str, a: Tensor, b: Tensor, rank: int, scale: float) -> Factor
             f"{WEIGHTS}: {path!r} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected "
             f"({rank}, inputs) and (outputs, {rank}), since r={rank}. The folder mixes two adapters."
         )
+    _check_floating(path, a, b)
     a, b = a.float(), b.float() * scale
     used = (a.ne(0).any(dim=1) | b.ne(0).any(dim=0)).nonzero()
     kept = int(used[-1]) + 1 if len(used) else 1
@@ -304,6 +311,12 @@ def _factors(path: str, a: Tensor, b: Tensor, rank: int, scale: float) -> Factor
         raise PatchError(f"{WEIGHTS}: {path!r}: {error} Save or copy the adapter again.") from error
 
 
+def _check_floating(path: str, *tensors: Tensor) -> None:
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise PatchError(f"{WEIGHTS}: {path!r} has a tensor of {tensor.dtype}; expected floating-point numbers.")
+
+
 def _vector(path: str, bias: Tensor, d_out: int, scale: float) -> Tensor | None:
     """The thought vector (d_out,) of a ``lora_B.bias``, scaled as PEFT does; None where it is zero."""
     if bias.shape != (d_out,):
@@ -311,6 +324,7 @@ def _vector(path: str, bias: Tensor, d_out: int, scale: float) -> Tensor | None:
             f"{WEIGHTS}: {path!r} has a lora_B.bias {tuple(bias.shape)}; expected ({d_out},), its number of outputs. "
             "The folder mixes two adapters."
         )
+    _check_floating(path, bias)
     vector = bias.float() * scale
     if not vector.any():
         return None
@@ -321,43 +335,15 @@ def _vector(path: str, bias: Tensor, d_out: int, scale: float) -> Tensor | None:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
+    if not is_own_file(file):
         pickled = file.with_suffix(".bin").name if file.with_name("adapter_model.bin").is_file() else None
-        why = f"; {pickled} is a pickle, which could run code: convert it with PEFT first" if pickled else ""
+        why = f"; {pickled} is a pickle, which could run code: convert it with PEFT first" if pickled else " of its own"
         raise PatchError(f"{file.parent.name!r} has no {WEIGHTS}{why}. Expected a folder that save_adapter wrote.")
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:  # safetensors' own error is not a subclass of anything narrower
         raise PatchError(f"{WEIGHTS} in {file.parent.name!r} is damaged ({error}). Copy or save it again.") from error
     return tensors
-
-
-def _read_provenance(file: Path) -> dict[str, Any] | None:
-    if not file.exists():
-        return None
-    thought = _read_json(file)
-    version = thought.get("format_version")
-    if version != FORMAT_VERSION:
-        raise PatchError(
-            f"{THOUGHT}: format_version is {version!r}, this lit_thought reads {FORMAT_VERSION}. Upgrade "
-            "lit-thought, or delete the file to read the weights without their history."
-        )
-    provenance = thought.get("provenance", {})
-    if not isinstance(provenance, dict):
-        raise PatchError(f"{THOUGHT}: provenance is a {type(provenance).__name__}; expected an object.")
-    return provenance
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise PatchError(f"{file.parent.name!r} has no {file.name}. Expected a folder that save_adapter wrote.")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise PatchError(f"{file.name} in {file.parent.name!r} is not readable JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise PatchError(f"{file.name} in {file.parent.name!r} holds a {type(value).__name__}; expected an object.")
-    return value
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.callback import ThoughtCallback
 from lit_thought.data import PairDataModule
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, is_finite
 from lit_thought.fitting import fit
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import ThoughtPatch
@@ -56,6 +55,7 @@ def transmute(
     resume_dir: str | os.PathLike[str] | None = None,
     statistics_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    store_instruction: bool = True,
     progress: bool = True,
     seed: int = 0,
 ) -> ThoughtPatch:
@@ -104,6 +104,8 @@ def transmute(
         resume_dir: folder for the finished stages of this fit; interrupted, the same call goes on from there.
         statistics_dir: folder to keep the statistics of every stage in, to solve again at other settings.
         cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
+        store_instruction: keep the instruction in the patch's record, and so in adapter, statistics and report. False
+            keeps a salted hash of it, with which an evaluation checks the one that it is given. The template is kept.
         progress: show progress bars.
         seed: seed of the generated outputs, where they are sampled, and of which pairs "auto" holds back.
 
@@ -137,11 +139,12 @@ def transmute(
         "resume_dir": resume_dir,
         "statistics_dir": statistics_dir,
         "cache_dir": cache_dir,
+        "store_instruction": store_instruction,
     }
     choices = {**settings, "scale": scale}
     auto = [name for name in AUTO if isinstance(choices[name], str) and choices[name] == "auto"]
     callback = ThoughtCallback(**{name: value for name, value in settings.items() if name not in auto})
-    if scale != "auto" and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not isfinite(scale)):
+    if scale != "auto" and not is_finite(scale):
         raise ThoughtError(f'scale must be a finite number or "auto"; got {scale!r}.')
     data = PairDataModule(
         pairs,

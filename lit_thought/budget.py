@@ -5,7 +5,6 @@ Where they cannot, the fit is refused before any long work, with what it needs, 
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from lit_thought.batches import PairBatch
 from lit_thought.blocks import Block
 from lit_thought.distributed import gather_json
-from lit_thought.errors import MemoryBudgetError, ThoughtError
+from lit_thought.errors import MemoryBudgetError, ThoughtError, is_finite
 from lit_thought.estimate import (
     Estimate,
     Load,
@@ -54,8 +53,7 @@ def check_budget(memory_budget: Any) -> float | None:
     """
     if memory_budget is None:
         return None
-    real = isinstance(memory_budget, (int, float)) and not isinstance(memory_budget, bool)
-    if not (real and 0 < memory_budget < math.inf):
+    if not is_finite(memory_budget) or not 0 < memory_budget < 1e9:
         raise ThoughtError(f"memory_budget must be a number of GB above 0, or left out; got {memory_budget!r}.")
     return float(memory_budget)
 

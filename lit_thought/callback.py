@@ -25,7 +25,7 @@ from lit_thought.files import check_output_folder
 from lit_thought.models import fingerprint
 from lit_thought.module import ThoughtModule
 from lit_thought.patch import Factors, ThoughtPatch
-from lit_thought.preserve import WINDOW, Preservation, preservation, preservation_bar, unpack
+from lit_thought.preserve import WINDOW, Preservation, preservation, preservation_bar, site_sizes, unpack
 from lit_thought.preserve_file import PreservationFile, is_preservation_file
 from lit_thought.provenance import costs, describe, fit_settings
 from lit_thought.resume import FitProgress
@@ -93,6 +93,9 @@ class ThoughtCallback(Callback):
             left out.
         output_dir: folder to write the adapter to at the end; not written when left out.
         overwrite: replace ``output_dir`` if it exists.
+        store_instruction: keep the instruction in the patch's record, and so in what is written: adapter, statistics,
+            report. False keeps a salted hash of it, with which an evaluation checks the one that it is given, and no
+            generated outputs in ``resume_dir``. The template is kept either way.
 
     Attributes:
         patch: the :class:`~lit_thought.patch.ThoughtPatch`, once the fit has ended.
@@ -132,6 +135,7 @@ class ThoughtCallback(Callback):
         statistics_dir: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
+        store_instruction: bool = True,
     ) -> None:
         _refuse_auto(blocks=blocks, rank=rank, ridge=ridge, preserve_weight=preserve_weight)
         self._asked_sites = None if sites is None else check_sites(sites)
@@ -166,6 +170,9 @@ class ThoughtCallback(Callback):
             check_statistics_folder(statistics_dir, output_dir, resume_dir, overwrite)
         self.resume_dir, self.statistics_dir = resume_dir, statistics_dir
         self.output_dir, self.overwrite = output_dir, overwrite
+        if not isinstance(store_instruction, bool):
+            raise ThoughtError(f"store_instruction must be True or False; got {store_instruction!r}.")
+        self.store_instruction = store_instruction
         self.patch: ThoughtPatch | None = None
         self.stopwatch = Stopwatch()
         self.preserve_cached: bool | None = None
@@ -244,7 +251,7 @@ class ThoughtCallback(Callback):
             identity = fingerprint(model)
             if self.preservation_file is not None:
                 self.preservation_file.check_model(identity, model)
-                self.preservation_file.check_sites([block.stages(self.sites) for block in blocks])
+                self.preservation_file.check_sites(site_sizes(blocks, self.sites))
             if len(set(gather_json(identity, pl_module.device))) > 1:
                 raise ThoughtError("model: the processes of this fit hold different weights. Load the same in each.")
             first = trainer.local_rank == 0  # of each machine: it computes and writes
@@ -320,14 +327,14 @@ class ThoughtCallback(Callback):
             "batch_size": data.batch_size,
             "processes": trainer.world_size,
         }
-        return FitProgress(self.resume_dir, fit, write=trainer.is_global_zero)
+        return FitProgress(self.resume_dir, fit, trainer.is_global_zero, self.store_instruction)
 
     def _replay(self, trainer: Trainer, pl_module: ThoughtModule, progress: FitProgress) -> None:
         """Through the stages that are finished, but for the last one of the fit, with their patches: nothing is summed
         or solved, but the streams run as they did."""
         runner, self._replaying = _runner(pl_module), True
         for number in range(min(progress.stages, self.steps * runner.num_stages - 1)):
-            patch, record = progress.load(number, pl_module.device)
+            patch, record = progress.load(number, pl_module.device, runner.block.sites[runner.site])
             for batch in trainer.datamodule.batches:  # type: ignore[attr-defined]
                 runner.observe(batch)
             self._install(trainer, pl_module, patch, record["figures"])

@@ -133,6 +133,8 @@ def _part(known: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if known.get("instruction"):
         lines += ["The instruction that the adapter replaces:", "", *fenced(str(known["instruction"])), ""]
+    elif known.get("instruction_hash"):
+        lines += ["The adapter keeps no more than a hash of the instruction that it replaces.", ""]
     if known.get("template"):
         template = known["template"]
         text = template if isinstance(template, str) else json.dumps(template, indent=2, ensure_ascii=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from lit_thought.alignment import TokenisedPair, check_context
 from lit_thought.batches import PairBatch, make_batches
 from lit_thought.data_files import load_pairs, pair_instructions
 from lit_thought.distributed import gather_json, share
-from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.errors import ThoughtError, check_counts, is_finite
 from lit_thought.evaluation import Evaluation
 from lit_thought.generate import Generation, generate
 from lit_thought.models import context_window
@@ -84,12 +83,13 @@ class PairDataModule(LightningDataModule):
             self.val_instructions = pair_instructions(self.val_pairs, instruction)
         self.template = PromptTemplate.parse(template)
         check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
-        real = isinstance(answer_weight, (int, float)) and not isinstance(answer_weight, bool)
-        if answer_weight is not None and not (real and 0 < answer_weight < math.inf):
+        if answer_weight is not None and not (is_finite(answer_weight) and answer_weight > 0):
             raise ThoughtError(f"answer_weight must be a finite number above 0; got {answer_weight!r}.")
+        if generate is not None and not isinstance(generate, Mapping):
+            raise ThoughtError(f"generate must be options of model.generate by name; got {generate!r:.60}.")
         try:
             json.dumps(generate, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ThoughtError(f"generate must hold JSON values only, for the patch's record ({error}).") from error
         self.instruction = instruction
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from json import JSONDecodeError
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lit_thought.errors import ThoughtError
+from lit_thought.reading import expanded, parse_json
 
-__all__ = ["load_pairs", "pair_instructions"]
+__all__ = ["check_unicode", "load_pairs", "pair_instructions"]
 
 _KEYS = ("instruction", "input", "output")
 
@@ -35,7 +36,7 @@ def load_pairs(source: str | PathLike[str] | Sequence[Mapping[str, Any]]) -> lis
             line or item.
     """
     if isinstance(source, str | PathLike):
-        rows = _read(Path(source))
+        rows = _read(expanded(source, "pairs"))
         name = str(source)
     elif isinstance(source, list | tuple):
         rows = ((f"pairs[{index}]", row) for index, row in enumerate(source))
@@ -73,11 +74,15 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
 
 def _parse(text: str, where: str, first_line: int = 1) -> object:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ThoughtError(
             f"pairs: malformed JSON in {where}, line {line}, column {error.colno}: {error.msg}; correct it"
+        ) from error
+    except ValueError as error:
+        raise ThoughtError(
+            f"pairs: unreadable JSON in {where}, from line {first_line} on: {error}; correct it"
         ) from error
 
 
@@ -138,6 +143,7 @@ def _check(where: str, row: object) -> dict[str, str]:
             raise ThoughtError(
                 f"{where}: expected {key!r} to be a string, got {type(value).__name__} ({value!r}); quote it"
             )
+        check_unicode(f"{where}: {key!r}", value)
         if key != "output" and not value.strip():
             raise ThoughtError(
                 f"{where}: {key!r} is blank; give it some text"
@@ -146,6 +152,21 @@ def _check(where: str, row: object) -> dict[str, str]:
     if "input" not in pair:
         raise ThoughtError(f"{where}: the required key 'input' is missing; every pair needs an input")
     return pair
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Check that a text can be written as UTF-8, which tokenizers take.
+
+    Raises:
+        ThoughtError: when it holds half of a surrogate pair, which JSON escapes can make.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ThoughtError(
+            f"{name} holds {text[error.start]!r} at character {error.start}, half of a surrogate pair and no "
+            "character; save it as UTF-8 again"
+        ) from error
 
 
 def pair_instructions(pairs: Sequence[Mapping[str, str]], instruction: str | None) -> list[str]:
@@ -161,4 +182,5 @@ def pair_instructions(pairs: Sequence[Mapping[str, str]], instruction: str | Non
                 f"instruction must be a text that is not empty; pair {index} has {text!r}. "
                 "Pass instruction=..., or give each pair its own."
             )
+        check_unicode("instruction", text)
     return chosen  # type: ignore[return-value]

@@ -5,6 +5,9 @@ A message names the argument, what was expected, what came, and what to do.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 __all__ = [
     "MemoryBudgetError",
     "PatchError",
@@ -12,6 +15,7 @@ __all__ = [
     "ThoughtError",
     "UnsupportedModelError",
     "check_counts",
+    "is_finite",
 ]
 
 
@@ -33,6 +37,11 @@ class PatchError(ThoughtError):
 
 class MemoryBudgetError(ThoughtError):
     """A fit that needs more memory, or room on disk, than there is; says how much for what."""
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, not a bool, that float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_counts(**counts: int) -> None:

@@ -21,6 +21,7 @@ from lit_thought.data_files import load_pairs, pair_instructions
 from lit_thought.errors import check_counts
 from lit_thought.files import atomic_file
 from lit_thought.generate import Generation, generate
+from lit_thought.instruction_hash import check_instruction
 from lit_thought.metrics import TextMatch, TokenDivergence
 from lit_thought.models import context_window, evaluating
 from lit_thought.patch import ThoughtPatch
@@ -90,16 +91,19 @@ def evaluate(
         ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
 
     Raises:
-        ThoughtError: for bad input; PatchError when the patch does not fit the model.
+        ThoughtError: for bad input, such as another instruction than that of a patch that keeps a hash of it;
+            PatchError when the patch does not fit the model.
     """
     patch = patch if isinstance(patch, ThoughtPatch) else ThoughtPatch.load(patch)
+    rows = load_pairs(pairs)
+    check_instruction(patch.provenance, instruction, rows)
     patch.validate(model)
     with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first
         result = Evaluation(
             model,
             tokenizer,
             instruction=instruction,
-            pairs=pairs,
+            pairs=rows,
             template=template,
             unrelated=unrelated,
             max_new_tokens=max_new_tokens,

@@ -1,17 +1,34 @@
-"""Atomic output: a folder or file is there complete, or not at all."""
+"""Atomic output: a folder or file is there complete, or not at all.
+
+What is not complete has a hidden name beside it. A process that is killed cannot remove that; the next one that writes
+to the same place on the same machine does, of folders, for it can tell from a lock that their writer is gone.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lit_thought.errors import ThoughtError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked, and what a killed process left stays
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["atomic_file", "atomic_folder", "check_output_folder"]
+
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+"""In the names of temporary folders: on a shared file system another machine's lock need not be seen."""
+_LONGEST_NAME = 210
+"""Bytes; file systems allow 255, and a temporary name is longer."""
 
 
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -52,27 +69,34 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     ``overwrite`` an existing folder is replaced as a whole, and only once the new one is complete.
     """
     folder = check_output_folder(path, overwrite)
-    temporary = _sibling(folder, "tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _replace_folder(temporary, check_output_folder(path, overwrite))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    _remove_abandoned(folder)
+    temporary = _sibling(folder, f"{_HOST}.tmp")
+    fresh = temporary.with_suffix(".new")  # under which no one takes it for abandoned before it is locked
+    with ExitStack() as stack:
+        try:
+            fresh.mkdir()
+            stack.enter_context(_locked(fresh))
+            fresh.replace(temporary)
+            yield temporary
+            _replace_folder(temporary, check_output_folder(path, overwrite))
+        except BaseException:
+            for left in (fresh, temporary):
+                shutil.rmtree(left, ignore_errors=True)
+            raise
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
     """Yield the name of a temporary file beside ``path`` (same suffix) that becomes ``path`` at the end.
 
-    On any exception the temporary file is removed and ``path`` stays as it was.
+    On any exception the temporary file is removed and ``path`` stays as it was. A link at ``path`` is replaced, and
+    what it leads to stays as it was, too.
     """
-    file = _resolve(path)
+    file = _resolve(path, follow=False)
     if file.is_dir():
         raise ThoughtError(f"path={str(path)!r} is a folder; expected a file. Choose another path.")
-    if file.exists() and not overwrite:
+    if os.path.lexists(file) and not overwrite:
         raise ThoughtError(f"path={str(path)!r} exists. Choose another path, or pass overwrite=True.")
     _check_parent(path, file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +124,48 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _resolve(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().resolve()
+def _resolve(path: str | os.PathLike[str], follow: bool = True) -> Path:
+    """The path with ``~`` and links resolved, but for a link at its end unless to ``follow`` it."""
+    try:
+        given = Path(path).expanduser()
+        found = given.resolve() if follow or given.name in ("", "..") else given.parent.resolve() / given.name
+        found.exists()
+        long = len(os.fsencode(found.name)) > _LONGEST_NAME
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ThoughtError(f"path={path!r:.120} cannot be written to ({error}). Choose another path.") from error
+    if long:
+        raise ThoughtError(f"path={str(path)!r:.120}… has too long a name. Choose another path.")
+    return found
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, if it is free and the system has such; it ends with the process at the latest."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        yield handle is not None and _lock(handle)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove this machine's temporary folders for ``folder`` whose process is gone."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}\.{_HOST}\.tmp")
+    with suppress(OSError):
+        for found in [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)]:
+            if found.is_dir() and not found.is_symlink():
+                with _locked(found) as free:
+                    if free:
+                        shutil.rmtree(found, ignore_errors=True)
 
 
 def _sibling(path: Path, kind: str, keep_suffix: bool = False) -> Path:

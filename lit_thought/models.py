@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from lit_thought.errors import ThoughtError
+from lit_thought.reading import expanded
 from lit_thought.sharding import whole
 
 __all__ = ["SMOLLM2_NAME", "context_window", "evaluating", "fingerprint", "load_model", "model_name"]
@@ -62,7 +63,8 @@ def load_model(
             ``"float16"``, a torch dtype, or ``"auto"`` (as stored; float32 for GGUF).
         device: where to put the model; where it was loaded (the CPU, or with ``quantization`` CUDA) if None.
         revision: branch, tag or commit on the hub.
-        trust_remote_code: let a hub model run code of its own. Off by default.
+        trust_remote_code: let the code that a hub model brings along run. Off by default, and never for a ``tokenizer``
+            from elsewhere: load one that needs code yourself, and pass the object.
         tokenizer: another tokenizer, as an object, a hub id or a directory. The model's own if None.
         attn_implementation: passed to transformers, e.g. ``"eager"`` or ``"sdpa"``.
         gguf_file: the GGUF file to take from the directory or hub id ``name``. GGUF weights are unpacked to ``dtype``.
@@ -91,8 +93,7 @@ def load_model(
         chosen = tokenizer
     elif tokenizer is not None:
         location = os.fspath(tokenizer)
-        remote = {"trust_remote_code": trust_remote_code}
-        chosen = _from_pretrained(AutoTokenizer, location, "tokenizer", location, **remote)
+        chosen = _from_pretrained(AutoTokenizer, location, "tokenizer", location, trust_remote_code=False)
     elif source.gguf_file is None:
         chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, **hub)
     else:
@@ -143,8 +144,9 @@ def fingerprint(model: nn.Module) -> str:
     return fingerprint_with(model, {})
 
 
-def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor | None]) -> str:
-    """The fingerprint ``model`` would have with the parameters in ``replaced`` at these values; None: without it."""
+def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor | None], dtype: torch.dtype | None = None) -> str:
+    """The fingerprint ``model`` would have with the parameters in ``replaced`` at these values (None: without it), and
+    all of them in ``dtype``, if given."""
     digest = hashlib.sha256()
     digest.update(str(getattr(getattr(model, "config", None), "model_type", "")).encode())
     with torch.no_grad():
@@ -160,7 +162,7 @@ def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor | None]) ->
                 if other is None:
                     continue
                 value = other.to(device=value.device, dtype=value.dtype)
-            value = whole(value)
+            value = whole(value) if dtype is None else whole(value).to(dtype)
             for suffix, part in _parts(value):
                 digest.update(f"\n{name}{suffix} {tuple(part.shape)} {part.dtype} ".encode())
                 words = _as_words(part)
@@ -219,7 +221,7 @@ def _find_source(name: str, gguf_file: str | None, revision: str | None) -> _Sou
         file = _smollm2_file()
         _check_gguf(file, name)
         return _Source(str(file.parent), str(file), SMOLLM2_NAME)
-    path = Path(name).expanduser()
+    path = expanded(name, "name")
     if gguf_file is None:
         if name.strip() and path.is_file() and (path.suffix.lower() == ".gguf" or _starts_as_gguf(path)):
             _check_gguf(path, name)
@@ -339,7 +341,7 @@ def _check_location(name: str) -> str:
     """The hub id or directory to load ``name`` from, after the checks that need no loading."""
     if not name.strip():
         raise ThoughtError("name is empty; expected 'smollm2', a hub id, a directory or a GGUF file.")
-    path = Path(name).expanduser()
+    path = expanded(name, "name")
     if path.is_file():
         raise ThoughtError(
             f"name={name!r} is a file; expected 'smollm2', a hub id, a model's directory or a GGUF file."

@@ -219,7 +219,10 @@ class ThoughtPatch:
         """The patch times a finite number: of each target, ``B`` and the vector are scaled."""
         if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
-        number = float(factor)
+        try:
+            number = float(factor)
+        except OverflowError:  # an int that float cannot hold
+            number = math.inf
         if not math.isfinite(number):
             raise PatchError(f"factor={number}: a patch can be scaled by a finite number only.")
         scaled = {path: Factors(value.A, value.B * number) for path, value in self.factors.items()}

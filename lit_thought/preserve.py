@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,20 @@ from lit_thought.preserve_file import (
     config_hash,
     pack,
 )
+from lit_thought.reading import expanded, is_own_file, read_json
 from lit_thought.sharding import gathered, is_sharded
 from lit_thought.solve import Prior
 from lit_thought.streams import Stream
 
-__all__ = ["WINDOW", "Preservation", "default_cache_dir", "preservation", "preservation_bar", "unpack"]
+__all__ = [
+    "WINDOW",
+    "Preservation",
+    "default_cache_dir",
+    "preservation",
+    "preservation_bar",
+    "site_sizes",
+    "unpack",
+]
 
 WINDOW = 256
 """Tokens of each window of unrelated text."""
@@ -56,7 +65,7 @@ _PARTS = ("values", "vectors", "gram")
 def default_cache_dir() -> Path:
     """``$LIT_THOUGHT_CACHE``, else ``$XDG_CACHE_HOME/lit_thought``, else ``~/.cache/lit_thought``."""
     if chosen := os.environ.get("LIT_THOUGHT_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen, "LIT_THOUGHT_CACHE")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_thought"
 
 
@@ -104,7 +113,7 @@ class Preservation:
         chosen = check_sites(sites)
         for name in chosen if chosen != DEFAULT_SITES else ():
             require_site(blocks, name)
-        manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(self.folder / _MANIFEST)
         if "file" in manifest:
             raise ThoughtError("these preservation statistics are from a file and would lose again; copy that file.")
         matrices = {}
@@ -140,7 +149,7 @@ class Preservation:
         """
         file = PreservationFile(path)
         file.check_model(fingerprint(model), model)
-        file.check_sites([block.stages(sites) for block in blocks])
+        file.check_sites(site_sizes(blocks, sites))
         return unpack(file, next(model.parameters()).device, cache_dir, progress)[0]
 
 
@@ -190,7 +199,7 @@ def preservation(
         _compute(model, blocks, windows, folder, batch_size, progress)
 
     folder = _place(manifest, cache_dir)
-    cached = _valid(folder, manifest, [list(block.sites) for block in blocks])
+    cached = _valid(folder, manifest, [{name: site.d_in for name, site in block.sites.items()} for block in blocks])
     if is_sharded(model):
         cached = all(gather_json(cached, device))
     if not cached and write:
@@ -235,10 +244,15 @@ def unpack(
 
     manifest = {**file.manifest, "file": file.digest}
     folder = _place(manifest, cache_dir)
-    cached = _valid(folder, manifest, file.sites)
+    cached = _valid(folder, manifest, file.sizes)
     if not cached:
         _write(folder, manifest, fill)
     return Preservation(folder, device), cached
+
+
+def site_sizes(blocks: Sequence[Block], sites: Sequence[str]) -> list[dict[str, int]]:
+    """Of each block the sites of a fit, with their d_in."""
+    return [{name: block.sites[name].d_in for name in block.stages(sites)} for block in blocks]
 
 
 @contextmanager
@@ -253,7 +267,7 @@ def preservation_bar(blocks: int, show: bool) -> Iterator[Callable[[int], None]]
 def _place(manifest: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> Path:
     """The cache's folder for a manifest."""
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:24]
-    root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    root = expanded(cache_dir, "cache_dir") if cache_dir is not None else default_cache_dir()
     return root / f"preserve-{key}"
 
 
@@ -315,15 +329,21 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:04d}.safetensors"
 
 
-def _valid(folder: Path, manifest: dict[str, Any], sites: Sequence[Sequence[str]]) -> bool:
-    """Whether an entry is complete and is what its name says; a damaged one is made anew."""
+def _valid(folder: Path, manifest: dict[str, Any], sizes: Sequence[Mapping[str, int]]) -> bool:
+    """Whether an entry is complete, of these sizes, and is what its name says; a damaged one is made anew."""
     try:
-        found = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return found == manifest and all(_complete(folder, index, names) for index, names in enumerate(sites))
+        found = read_json(folder / _MANIFEST)
+        return found == manifest and all(_complete(folder, index, own) for index, own in enumerate(sizes))
     except (OSError, ValueError, SafetensorError):
         return False
 
 
-def _complete(folder: Path, index: int, sites: Sequence[str]) -> bool:
-    with safe_open(_file(folder, index), framework="pt") as content:  # refuses a truncated file
-        return set(content.keys()) == {f"{name}.{part}" for name in sites for part in _PARTS}
+def _complete(folder: Path, index: int, sizes: Mapping[str, int]) -> bool:
+    file = _file(folder, index)
+    if not is_own_file(file):
+        return False
+    shapes = {f"{name}.{part}": [d] if part == "values" else [d, d] for name, d in sizes.items() for part in _PARTS}
+    with safe_open(file, framework="pt") as content:  # refuses a truncated file
+        slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+        known = {name: part.get_shape() for name, part in slices.items() if part.get_dtype() in ("F32", "F64")}
+        return known == shapes

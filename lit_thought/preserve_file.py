@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from lit_thought.blocks import JOINT, SITES
 from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file
+from lit_thought.reading import expanded, parse_json
 
 __all__ = [
     "DEFAULT_RANK",
@@ -141,6 +142,8 @@ class PreservationFile:
     Attributes:
         manifest: which statistics these are: model, fingerprint, configuration, dtype, tokens and windows of the text,
             number of blocks, sites of each block, rank and storage.
+        sites: the sites of each block.
+        sizes: of each block, its sites with their d_in.
         digest: SHA-256 of the file.
 
     Raises:
@@ -148,14 +151,18 @@ class PreservationFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], argument: str = "path") -> None:
-        self.path, self.argument = Path(path).expanduser(), argument
+        self.path, self.argument = expanded(path, argument), argument
         self._name = f"{argument}={str(path)!r}"
         try:
+            if not self.path.is_file():
+                raise FileNotFoundError("there is no such file")
             with self.path.open("rb") as file:
                 self.digest = hashlib.file_digest(file, "sha256").hexdigest()
             with safe_open(self.path, framework="pt") as content:
                 metadata = (content.metadata() or {}).get(_METADATA)
-                shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+                slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                dtypes = {name: part.get_dtype() for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             raise ThoughtError(
                 f"{self._name} cannot be read as a file of preservation statistics ({error}). Get it anew, or write "
@@ -167,10 +174,13 @@ class PreservationFile:
                 "preserve wrote, or a text file with another suffix."
             )
         try:
-            self.manifest = _checked(json.loads(metadata), shapes)
-        except (KeyError, TypeError, ValueError) as error:
+            self.manifest = _checked(parse_json(metadata), shapes, dtypes)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ThoughtError(f"{self._name} is damaged or of another version: {error}. Get it anew.") from error
         self.sites: list[list[str]] = self.manifest["sites"]
+        self.sizes = [
+            {site: shapes[_key(block, site, "rest")][0] for site in there} for block, there in enumerate(self.sites)
+        ]
 
     @staticmethod
     def write(
@@ -219,12 +229,17 @@ class PreservationFile:
         if model is not None and config_hash(model) != mine["config"]:
             raise ThoughtError(f"{name}: the same weights, but another configuration. {remedy}")
 
-    def check_sites(self, needed: Sequence[Sequence[str]]) -> None:
-        """Refuse a fit at sites, by block, that the file does not hold.
+    def check_sites(self, needed: Sequence[Mapping[str, int]]) -> None:
+        """Refuse a fit at sites that the file does not hold, or holds in another size.
+
+        Args:
+            needed: of each block, the sites with their d_in.
 
         Raises:
             ThoughtError: naming them.
         """
+        if len(needed) != len(self.sites):
+            raise ThoughtError(f"{self._name} has {len(self.sites)} blocks; the model has {len(needed)}. Get it anew.")
         for block, (wanted, there) in enumerate(zip(needed, self.sites, strict=True)):
             lacking = [site for site in wanted if site not in there]
             if lacking:
@@ -232,13 +247,19 @@ class PreservationFile:
                     f"{self._name} has the sites {there} of block {block}; the fit needs {lacking}, too. Write a file "
                     "with them: lit-thought preserve --sites."
                 )
+            for site, d_in in wanted.items():
+                found = self.sizes[block][site]
+                if found != d_in:
+                    raise ThoughtError(
+                        f"{self._name}: block {block}, {site} has {found} inputs, not {d_in}. Get it anew."
+                    )
 
 
 def _key(block: int, site: str, part: str) -> str:
     return f"{block}.{site}.{part}"
 
 
-def _checked(manifest: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _checked(manifest: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> dict[str, Any]:
     """The manifest, if it is one and the tensors are those that it speaks of.
 
     Raises:
@@ -252,11 +273,17 @@ def _checked(manifest: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     check_settings(rank, storage)
     if type(manifest["tokens"]) is not int or type(manifest["blocks"]) is not int or len(sites) != manifest["blocks"]:
         raise ValueError("its numbers of tokens or blocks are wrong")
+    if not isinstance(sites, list) or not all(isinstance(there, list) for there in sites):
+        raise ValueError("its sites are not lists of names")
     names = [(block, site) for block, there in enumerate(sites) for site in there]
     if not all(site in (*SITES, JOINT) for _, site in names):
         raise ValueError("it names an unknown site")
     if shapes.keys() != {_key(block, site, part) for block, site in names for part in _PARTS}:
         raise ValueError("its matrices are not those that it names")
+    stored = {"factor": {"int8": "I8", "float16": "F16", "float32": "F32"}[storage], "scale": "F32", "rest": "F32"}
+    wrong = [name for name, dtype in dtypes.items() if dtype != stored[name.rpartition(".")[2]]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is of the dtype {dtypes[wrong[0]]}")
     for block, site in names:
         (entries,), scale, rest = (shapes[_key(block, site, part)] for part in _PARTS)
         (size,) = rest

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_thought.alignment import PromptTexts, TokenisedPair, align
 from lit_thought.chat import check_options, render_chat
+from lit_thought.data_files import check_unicode
 from lit_thought.errors import ThoughtError
 
 if TYPE_CHECKING:
@@ -264,3 +265,4 @@ class PromptTemplate:
 def _require_str(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise ThoughtError(f"{name}: expected a string, got {type(value).__name__} ({value!r})")
+    check_unicode(name, value)

@@ -12,6 +12,7 @@ import lit_thought
 from lit_thought.blocks import Block
 from lit_thought.data import PairDataModule
 from lit_thought.estimate import Estimate
+from lit_thought.instruction_hash import hash_text
 from lit_thought.models import model_name
 from lit_thought.timing import Stopwatch
 
@@ -38,11 +39,19 @@ def describe(
         "fingerprint": identity,
         "model_type": model.config.model_type,
         "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
-        "instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions)),
+        **_instructions(callback, data),
         "template": data.template.to_dict(),
         "settings": {**fit_settings(callback, data), "answer_weight": data.applied_answer_weight},
         "versions": versions(),
     }
+
+
+def _instructions(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
+    """The instruction, or those of the pairs; of one that is not to be stored a hash, of several nothing."""
+    if callback.store_instruction:
+        return {"instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions))}
+    every = set(data.instructions)
+    return {"instruction": None, "instruction_hash": hash_text(every.pop()) if len(every) == 1 else None}
 
 
 def versions() -> dict[str, str]:

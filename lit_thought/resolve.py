@@ -9,11 +9,9 @@ behind the patches of the original fit.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import EllipsisType, SimpleNamespace
 from typing import Any, cast
 
@@ -24,10 +22,12 @@ from transformers import PreTrainedModel
 
 from lit_thought.blocks import Block, Projection, Site
 from lit_thought.errors import PatchError, ThoughtError
+from lit_thought.layers import is_linear, layer_shape
 from lit_thought.models import fingerprint
 from lit_thought.patch import Factors, ThoughtPatch
 from lit_thought.preserve import Preservation, default_cache_dir, unpack
 from lit_thought.preserve_file import PreservationFile
+from lit_thought.reading import expanded, read_json
 from lit_thought.saved import SavedStatistics
 from lit_thought.saved_stage import SavedStage, StageHead
 from lit_thought.solve import Prior
@@ -247,8 +247,16 @@ def _site(stage: SavedStage, model: PreTrainedModel | None) -> Site:
     targets: dict[str, nn.Module] = {path: nn.Identity() for path in head.targets}
     if _needs_model(head):
         assert model is not None
-        targets = {path: model.get_submodule(path) for path in head.targets}
+        targets = {path: _layer(model, path, head.d_in) for path in head.targets}
     return Site(head.site, projections, targets, head.d_in, head.d_out, stage.gain)
+
+
+def _layer(model: PreTrainedModel, path: str, d_in: int) -> nn.Module:
+    """A linear layer of the model, of so many inputs."""
+    layer = dict(model.named_modules()).get(path)
+    if layer is None or not is_linear(layer) or layer_shape(layer)[1] != d_in:
+        raise PatchError(f"the statistics name {path!r}, which is no linear layer of {d_in} inputs of this model.")
+    return layer
 
 
 def _needs_model(head: StageHead) -> bool:
@@ -275,7 +283,7 @@ def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | N
         raise ThoughtError(
             "preserve_weight: the fit had no preservation statistics to weigh. Pass preserve_weight=0, or prior_of."
         )
-    root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    root = expanded(cache_dir, "cache_dir") if cache_dir is not None else default_cache_dir()
     folder = root / entry
     missing = (
         f"the preservation statistics of the fit, {entry}, are not in {str(root)!r}, or are damaged. Pass the "
@@ -283,7 +291,7 @@ def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | N
         "preserve, or preserve_weight=0."
     )
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "manifest.json")
     except (OSError, ValueError) as error:
         raise ThoughtError(missing) from error
     if not isinstance(found, dict) or found.get("fingerprint") != saved.manifest.provenance["fingerprint"]:
@@ -295,8 +303,12 @@ def _preservation_file(saved: SavedStatistics, path: str | os.PathLike[str]) -> 
     """A file of preservation statistics, checked to be of the fit's model and for its sites."""
     file = PreservationFile(path, "preserve")
     file.check_model(saved.manifest.provenance["fingerprint"])
-    blocks = range(file.manifest["blocks"])
-    file.check_sites([[head.site for head in saved.heads if head.block == index] for index in blocks])
+    needed: list[dict[str, int]] = [{} for _ in file.sites]
+    for head in saved.heads:
+        if head.block >= len(needed):
+            raise ThoughtError(f"preserve={str(path)!r} has {len(needed)} blocks; the statistics have {head.name}.")
+        needed[head.block][head.site] = head.d_in
+    file.check_sites(needed)
     return file
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import atomic_folder, check_output_folder
+from lit_thought.reading import expanded, is_own_file, read_json
 from lit_thought.saved_stage import Manifest, SavedStage, StageHead
 
 __all__ = [
@@ -155,7 +156,7 @@ class SavedStatistics:
         Raises:
             PatchError: when a file is missing, damaged, outside the folder, of another save or of another version.
         """
-        root, device = Path(folder).expanduser().resolve(), torch.device(device)
+        root, device = expanded(folder, "folder").absolute(), torch.device(device)
         value = _read_manifest(root)
         try:
             manifest = Manifest.from_json(value)
@@ -283,7 +284,7 @@ def _label(identity: Any, head: StageHead) -> dict[str, str]:
 def _find(folder: Path, name: str) -> Path:
     """A file of the folder; a link that leads elsewhere is none."""
     file = folder / name
-    if not file.is_file() or file.resolve().parent != folder:
+    if not is_own_file(file):
         raise PatchError(f"{folder.name!r} has no {name} of its own. Expected a folder of saved statistics.")
     return file
 
@@ -291,8 +292,8 @@ def _find(folder: Path, name: str) -> Path:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = _find(folder, MANIFEST)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        value = read_json(file)
+    except (ValueError, OSError) as error:
         raise PatchError(f"{MANIFEST} in {folder.name!r} is not readable JSON ({error}). Save it again.") from error
     version = value.get("format_version") if isinstance(value, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:

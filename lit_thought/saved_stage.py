@@ -8,18 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_thought.blocks import JOINT, SITES, Site
 from lit_thought.errors import ThoughtError
-from lit_thought.stage import PARTS
+from lit_thought.record import check_record
+from lit_thought.runner import ORDERS
+from lit_thought.stage import PARTS, check_solve_settings
 from lit_thought.statistics import Statistics, VectorStatistics
 from lit_thought.streams import LowRank, SitePatch
 
 __all__ = ["Manifest", "SavedStage", "StageHead"]
 
 _ENTRY = re.compile(r"preserve-[0-9a-f]{24}")
+_TOLD = ("instruction", "instruction_hash")
+"""What a provenance says of the instructions: the texts, or the hash of one that it must not tell."""
 _NEEDED = ("order", "rank", "ridge", "preserve_weight", "step_size", "passes", "statistics_dtype")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 _OF_THE_PAIRS = ("pairs", "generated_outputs")
 """Settings that count pairs: they add as the sums do."""
 _OF_THE_OUTPUTS = ("generate", "max_new_tokens", "seed")
@@ -176,9 +182,14 @@ class SavedStage:
             (None if shift is None else tuple(shift.shape), (head.d_out,)),
             (None if gain is None else tuple(gain.shape), (head.d_out,)),
         )
+        # without rows the sums would be zeros of the size that the head claims
+        empty = matrix is not None and not matrix.folded and matrix.num_rows != matrix.tokens
         flags = (gain is not None, A is not None or shift is not None, A is not None)
         parts = tuple(part for part, sums in zip(PARTS, (matrix, vector), strict=True) if sums is not None)
-        whole = not groups and not start and parts == head.parts and flags == (head.gain, head.start, B is not None)
+        whole = not (groups or start or empty) and parts == head.parts
+        whole = whole and flags == (head.gain, head.start, B is not None)
+        if not all(tensor.dtype in _DTYPES and bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise ThoughtError(f"the sums of {head.name} hold NaN or infinite values, or are no numbers.")
         if not whole or any(found is not None and found != wanted for found, wanted in sizes):
             raise ThoughtError(f"the tensors {sorted(tensors)} are not those of {head.name}, or have other sizes.")
         low_rank = LowRank(A, B) if A is not None and B is not None else None
@@ -230,6 +241,8 @@ class Manifest:
         lacking = [name for name in _NEEDED if name not in found.settings]
         if lacking or not isinstance(found.provenance.get("fingerprint"), str):
             raise ValueError(f"its provenance lacks {lacking[0] if lacking else 'the fingerprint'}")
+        check_record(found.provenance, "provenance")
+        _check_settings(found.settings)
         entry = found.preservation
         if entry is not None and not (isinstance(entry, str) and _ENTRY.fullmatch(entry)):
             raise ValueError(f"{entry!r} is no name of preservation statistics")
@@ -261,13 +274,37 @@ class Manifest:
             settings[key] = settings.get(key, 0) + sign * other.settings.get(key, 0)
         for key in _OF_THE_OUTPUTS:
             settings[key] = settings.get(key) if settings.get(key) == other.settings.get(key) else None
-        instruction = mine.get("instruction")
-        if sign > 0 and instruction != theirs.get("instruction"):
-            every = [x if isinstance(x, list) else [x] for x in (instruction, theirs.get("instruction"))]
-            instruction = sorted({*every[0], *every[1]})
+        told = {key: mine[key] for key in _TOLD if key in mine}
+        if sign > 0:
+            told = _both_told(told, {key: theirs[key] for key in _TOLD if key in theirs})
+        rest = {key: value for key, value in mine.items() if key not in _TOLD}
         return Manifest(
-            {**mine, "instruction": instruction, "settings": settings},
+            {**rest, **told, "settings": settings},
             self.preservation,
             max(0, self.uncompared + sign * other.uncompared),
             approximate or self.approximate or other.approximate,
         )
+
+
+def _both_told(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """What there is to say of the instructions of two sets of pairs; what either hides stays hidden."""
+    if mine == theirs:
+        return mine
+    every = [told.get("instruction") for told in (mine, theirs)]
+    if None in every:
+        return {"instruction": None}
+    one, two = (texts if isinstance(texts, list) else [texts] for texts in every)
+    return {"instruction": sorted({*one, *two})}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the settings that are used as they are read.
+
+    Raises:
+        ValueError: for one that is none of a fit.
+    """
+    check_solve_settings(*(settings[name] for name in ("ridge", "rank", "preserve_weight", "step_size")))
+    counts = [settings["passes"], *(settings[name] + 1 for name in _OF_THE_PAIRS if name in settings)]
+    wrong = not all(type(count) is int and count > 0 for count in counts)
+    if wrong or settings["order"] not in ORDERS or settings["statistics_dtype"] not in ("float32", "float64"):
+        raise ValueError("a setting of its provenance is out of range")

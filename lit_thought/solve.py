@@ -164,9 +164,15 @@ def solve(
     prior = check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
     check_rank(rank, min(stats.d_in, stats.d_out))
     rows = stats.rows()
-    if rows is not None and ridge > 0 and DUAL * len(rows[0]) < stats.d_in:
-        return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
-    return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
+    try:
+        if rows is not None and ridge > 0 and DUAL * len(rows[0]) < stats.d_in:
+            return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
+        return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
+    except torch.linalg.LinAlgError as error:
+        raise SingularSystemError(
+            f"{name}: the sums are out of the range of float64, or no decomposition of them was found ({error}). Check "
+            "the model's weights and dtype."
+        ) from error
 
 
 def solve_constrained(

@@ -14,7 +14,6 @@ gⱼ mⱼ / ((1 + ρ) gⱼ² + λ ḡ²), with m the mean of δᵢ / γᵢ weigh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -30,7 +29,7 @@ from lit_thought.distributed import (
     share_json,
     share_tensors,
 )
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, is_finite
 from lit_thought.gains import solve_with_gains
 from lit_thought.rank import reduce_rank
 from lit_thought.runner import Observation
@@ -107,7 +106,7 @@ def check_solve_settings(ridge: Any, rank: Any, preserve_weight: Any, step_size:
     """
     check_rank(rank, 10**9)
     for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not is_finite(value) or value < 0:
             raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
     if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
         raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")

@@ -413,6 +413,9 @@ def _check_names(tensors: Mapping[str, Tensor], own: set[str]) -> None:
     wrong = [name for name in single if tensors[name].ndim]
     if wrong:
         raise ThoughtError(f"statistics: {wrong[0]} must be a single number; got {tuple(tensors[wrong[0]].shape)}.")
+    kinds = tuple(tensors[name].dtype for name in ("weight", "tokens"))
+    if kinds != (torch.float64, torch.int64) or not tensors["energy"].is_floating_point():
+        raise ThoughtError(f"statistics: weight and tokens must be float64 and int64, energy a float; got {kinds}.")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

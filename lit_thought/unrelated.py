@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_thought.data_files import check_unicode
 from lit_thought.errors import ThoughtError
+from lit_thought.reading import expanded
 
 __all__ = ["load_texts", "text_windows"]
 
@@ -37,16 +38,20 @@ def load_texts(source: TextSource, part: Literal["preserve", "evaluate"], argume
     elif source == "default":
         texts = [files("lit_thought").joinpath("text", f"{part}.txt").read_text(encoding="utf-8")]
     else:
-        path = Path(source).expanduser()
+        path = expanded(source, argument)
         try:
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
             texts = [path.read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ThoughtError(
                 f"{argument}={str(source)!r} cannot be read as a UTF-8 text file ({error}). "
                 'Give a text file, a list of texts, or "default".'
             ) from error
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ThoughtError(f"{argument} must hold one or more texts that are not empty.")
+    for text in texts:
+        check_unicode(argument, text)
     return texts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from lit_thought.errors import ThoughtError
 from lit_thought.evaluation import RUNS
 from lit_thought.intervals import paired_difference, perplexity_ratio, wilson
 from lit_thought.patch import Factors, ThoughtPatch
+from lit_thought.reading import expanded, is_own_file, parse_json
+from lit_thought.record import are_figures, is_number
 
 __all__ = ["FORMAT_VERSION", "adapter_digest", "gather", "singular_values"]
 
@@ -27,7 +28,14 @@ FORMAT_VERSION = 1
 _EVALUATION = "evaluation"
 _RESULT, _ITEMS = "result.json", "items.jsonl"
 _RESULT_KEYS = ("pairs", "accuracy", "fidelity", "kl", "agreement", "perplexity", "prompt_tokens")
-_BLOCK = re.compile(r"\.(\d+)\.")
+_OPTIONAL = ("accuracy", "first_token_accuracy", "perplexity")
+_FIGURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("accuracy", "first_token_accuracy"), RUNS),
+    **dict.fromkeys(("kl", "agreement", "perplexity"), ()),
+    "prompt_tokens": ("plain", "instructed"),
+}
+"""Of a result, the keys that hold figures by name, and which of these there must be."""
+_BLOCK = re.compile(r"\.([0-9]{1,9})\.")
 _STAGES = ("preserve", "prepare", "resume", "forward", "statistics", "reduce", "save", "solve", "validate", "patch")
 _LAYER_FIGURES = (
     ("error_before", ("error_before", "vector_error_before")),
@@ -61,7 +69,7 @@ def gather(
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples!r}.")
-    folder = Path(run_dir).expanduser()
+    folder = expanded(run_dir, "run_dir")
     patch = ThoughtPatch.load(folder)
     digest = adapter_digest(folder)
     found = _evaluation_folder(folder, evaluation)
@@ -156,8 +164,8 @@ def _layer(label: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 def _evaluation_folder(run_dir: Path, evaluation: str | os.PathLike[str] | None) -> Path | None:
     if evaluation is None:
         default = run_dir / _EVALUATION
-        return default if default.is_dir() else None
-    folder = Path(evaluation).expanduser()
+        return default if default.is_dir() and default.resolve().parent == run_dir.resolve() else None
+    folder = expanded(evaluation, "evaluation")
     if not folder.is_dir():
         raise ThoughtError(
             f"evaluation={str(evaluation)!r} is not a folder; expected what lit-thought evaluate --out wrote."
@@ -168,19 +176,26 @@ def _evaluation_folder(run_dir: Path, evaluation: str | os.PathLike[str] | None)
 def _read_evaluation(folder: Path, digest: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """``result.json`` and ``items.jsonl``, checked."""
     try:
+        for name in (_RESULT, _ITEMS):
+            if not is_own_file(folder / name):
+                raise ValueError(f"it has no {name} of its own")
         text = (folder / _RESULT).read_text(encoding="utf-8")
-        result = json.loads(text, parse_constant=lambda name: None)  # NaN and infinities are no JSON
+        result = parse_json(text, parse_constant=lambda name: None)  # NaN and infinities are no JSON
         lines = (folder / _ITEMS).read_text(encoding="utf-8").split("\n")
-        items = [json.loads(line) for line in lines if line.strip()]
+        items = [parse_json(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise ThoughtError(
             f"evaluation: {folder.name!r} cannot be read ({error}). Expected the folder with {_RESULT} and {_ITEMS} "
             "that lit-thought evaluate --out wrote; run it again."
         ) from error
     result = _mapping(result)
+    wrong = _wrong_key(result)
+    if wrong is not None:
+        raise ThoughtError(
+            f"evaluation: {folder.name!r} is damaged: {wrong} is {result[wrong]!r:.60}. Run lit-thought evaluate again."
+        )
     lacking = [key for key in _RESULT_KEYS if key not in result]
-    texts = ("input", *RUNS)
-    bad = [i for i, item in enumerate(items) if not all(isinstance(_mapping(item).get(key), str) for key in texts)]
+    bad = [i for i, item in enumerate(items) if not _is_item(item)]
     if lacking or bad or len(items) != result["pairs"] or not items:
         wanted = f"{_ITEMS} does not hold the outputs of {result.get('pairs')} pairs"
         what = f"{_RESULT} lacks {lacking}" if lacking else wanted
@@ -191,6 +206,31 @@ def _read_evaluation(folder: Path, digest: str) -> tuple[dict[str, Any], list[di
             "lit-thought evaluate --adapter RUN_DIR --pairs test.jsonl --out RUN_DIR/evaluation"
         )
     return result, items
+
+
+def _wrong_key(result: Mapping[str, Any]) -> str | None:
+    """The first key whose value is none that an evaluation writes; keys that are missing pass."""
+    for key, names in _FIGURES.items():
+        absent = key not in result or (result[key] is None and key in _OPTIONAL)
+        if not absent and not are_figures(result[key], *names):
+            return key
+    if result.get("recovery") is not None and not is_number(result["recovery"]):
+        return "recovery"
+    windows = result.get("perplexity_windows")
+    lists = list(_mapping(windows).values())
+    whole = _mapping(windows).keys() == {"tokens", "original", "patched"} and all(isinstance(x, list) for x in lists)
+    whole = whole and len(set(map(len, lists))) == 1 and all(x is None or is_number(x) for own in lists for x in own)
+    return (
+        None
+        if windows is None or (whole and all(type(n) is int and n > 0 for n in windows["tokens"]))
+        else "perplexity_windows"
+    )
+
+
+def _is_item(value: Any) -> bool:
+    item = _mapping(value)
+    texts = [item.get(key) for key in ("input", *RUNS)]
+    return all(isinstance(text, str) for text in texts) and isinstance(item.get("reference"), str | None)
 
 
 def _evaluation(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lit_thought.card import model_card, with_results
 from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file
 from lit_thought.patch import ThoughtPatch
+from lit_thought.reading import expanded, is_own_file
 from lit_thought.report.content import gather
 
 __all__ = ["write_report"]
@@ -48,7 +49,7 @@ def write_report(
     _require("jinja2", "matplotlib")
     from lit_thought.report.render import render_html, render_markdown
 
-    run, folder = Path(run_dir).expanduser(), Path(run_dir if out is None else out).expanduser()
+    run, folder = expanded(run_dir, "run_dir"), expanded(run_dir if out is None else out, "out")
     if folder.exists() and not folder.is_dir():
         raise ThoughtError(f"out={str(out)!r} is a file; expected a folder. Choose another path.")
     content = gather(run, evaluation, samples)
@@ -65,7 +66,10 @@ def write_report(
 def _card(run: Path) -> str:
     """The adapter's card as it is; a new one where there is none."""
     file = run / _CARD
-    return file.read_text(encoding="utf-8") if file.is_file() else model_card(ThoughtPatch.load(run))
+    try:
+        return file.read_text(encoding="utf-8") if is_own_file(file) else model_card(ThoughtPatch.load(run))
+    except ValueError as error:
+        raise ThoughtError(f"{_CARD} in {run.name!r} is no UTF-8 text ({error}). Delete it.") from error
 
 
 def _require(*packages: str) -> None:
