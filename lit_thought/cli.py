@@ -9,14 +9,18 @@ from contextlib import nullcontext
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 from jsonargparse.typing import register_type
 
+from lit_thought.cli_export import export
 from lit_thought.errors import ThoughtError
 
-__all__ = ["evaluate", "fit", "inspect", "main", "preserve", "report", "solve", "verify"]
+__all__ = ["evaluate", "export", "fit", "inspect", "main", "preserve", "report", "solve", "verify"]
+
+_POSITIONAL = {"export": "adapter", "inspect": "model", "preserve": "model", "report": "run_dir"}
+"""The argument of a command that may stand right after it, without its name."""
 
 
 def fit(
@@ -119,6 +123,7 @@ def evaluate(
     from lit_thought.evaluation import evaluate as compare
     from lit_thought.evaluation import format_result
     from lit_thought.files import atomic_folder, check_output_folder
+    from lit_thought.instruction_hash import check_instruction
     from lit_thought.patch import ThoughtPatch
     from lit_thought.prompts import PromptTemplate
     from lit_thought.report.content import adapter_digest
@@ -140,6 +145,7 @@ def evaluate(
     else:
         raise ThoughtError(f"template: {adapter!r} does not say which one it was made with; pass --template.")
     rows = load_pairs(pairs)
+    check_instruction(patch.provenance, text, rows)
     pair_instructions(rows, text)
     if unrelated is not None:
         load_texts(unrelated, "evaluate", "unrelated")
@@ -422,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     register_type(os.PathLike, deserializer=_no_path, fail_already_registered=False)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    positional = {"inspect": "model", "preserve": "model", "report": "run_dir"}.get(given[0]) if given else None
+    positional = _POSITIONAL.get(given[0]) if given else None
     if positional is not None and len(given) > 1 and not given[1].startswith("-"):
         given[1] = f"--{positional}={given[1]}"  # lit-thought inspect MODEL
     try:
@@ -430,6 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {
                 "fit": fit,
                 "evaluate": evaluate,
+                "export": export,
                 "inspect": inspect,
                 "preserve": preserve,
                 "report": report,
@@ -442,17 +449,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description="Turn a prompt into weights, with no training.",
         )
     except ThoughtError as error:
-        print(f"lit-thought: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(str(error))
+    except UnicodeDecodeError as error:
+        _refuse(f"the config is no UTF-8 text ({error}). Save it as UTF-8.")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"lit-thought: error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def _instruction(text: str | None, file: str | None) -> str | None:
+    from lit_thought.reading import expanded
+
     if text is not None and file is not None:
         raise ThoughtError("instruction and instruction_file exclude each other; give one of them.")
     if file is None:
         return text
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return expanded(file, "instruction_file").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ThoughtError(f"instruction_file={file!r} cannot be read as a UTF-8 text file ({error}).") from error
 

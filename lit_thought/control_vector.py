@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_thought.blocks import Site, find_blocks, plain_outputs
-from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import atomic_file
+from lit_thought.errors import PatchError
+from lit_thought.gguf_files import gguf_architecture, gguf_writer, import_gguf
 from lit_thought.models import model_name
 from lit_thought.patch import ThoughtPatch
 
@@ -30,8 +29,6 @@ __all__ = ["load_control_vector", "save_control_vector"]
 
 _ARCHITECTURE = "controlvector"
 _DIRECTION = re.compile(r"direction\.([1-9][0-9]*)")
-_GGUF_NAMES = {"mistral": "llama"}
-"""``config.model_type`` -> llama.cpp's name of the architecture, where it differs."""
 
 
 def save_control_vector(
@@ -59,21 +56,13 @@ def save_control_vector(
         UnsupportedModelError: if the blocks of ``model`` cannot be told, or are not pre-norm.
         ThoughtError: if ``path`` cannot be written, or the ``gguf`` package is missing.
     """
-    gguf = _import_gguf()
     directions = _directions(patch, model)
     patch.validate(model, check)
-    with atomic_file(path, overwrite) as file:
-        writer = gguf.GGUFWriter(file, _ARCHITECTURE)
+    with gguf_writer(path, _ARCHITECTURE, overwrite) as writer:
         writer.add_string(f"{_ARCHITECTURE}.model_hint", _gguf_name(model))
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))
         for index, vector in sorted(directions.items()):
             writer.add_tensor(f"direction.{index}", vector.numpy())
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
 
 
 def load_control_vector(path: str | os.PathLike[str], model: PreTrainedModel) -> ThoughtPatch:
@@ -93,7 +82,7 @@ def load_control_vector(path: str | os.PathLike[str], model: PreTrainedModel) ->
         UnsupportedModelError: if the blocks of ``model`` cannot be told, or are not pre-norm.
         ThoughtError: if the ``gguf`` package is missing.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     sites = _sites(model)
     file = Path(path).expanduser()
     if not file.is_file():
@@ -167,15 +156,4 @@ def _sites(model: PreTrainedModel) -> dict[int, Site]:
 
 
 def _gguf_name(model: PreTrainedModel) -> str:
-    return _GGUF_NAMES.get(model.config.model_type, model.config.model_type)
-
-
-def _import_gguf() -> ModuleType:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ThoughtError(
-            "control vectors need the package that reads and writes GGUF files, which is not installed. "
-            'Run `pip install "lit-thought[demo]"`.'
-        ) from error
-    return gguf
+    return gguf_architecture(model.config.model_type) or model.config.model_type

@@ -172,7 +172,7 @@ def test_gguf_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pyte
     model = make_model("llama")
     monkeypatch.setitem(sys.modules, "gguf", None)
     for action in (make_steering(model).save_control_vector, load_control_vector):
-        with pytest.raises(ThoughtError, match=r'pip install "lit-thought\[demo\]"'):
+        with pytest.raises(ThoughtError, match=r'pip install "lit-thought\[gguf\]"'):
             action(tmp_path / "steer.gguf", model)
 
 
