@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,7 @@ def _is_claimed(path: str, model_type: Any) -> bool:
     """Whether PEFT takes a target for one of the fused experts: in some families (Qwen MoE, DeepSeek, GLM 4 MoE) it
     rewrites every ``…down_proj``, that of dense blocks and shared experts too, and then drops its weights."""
     try:
-        from peft.utils import transformers_weight_conversion as conversion
-
+        conversion: Any = import_module("peft.utils.transformers_weight_conversion")
         pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type or "")
         names = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern or "", {})
     except (ImportError, AttributeError):  # a PEFT that does not rewrite targets
@@ -239,7 +239,8 @@ def _check_config(config: dict[str, Any]) -> tuple[int, float]:
 
 def _targets(config: dict[str, Any]) -> list[str] | str:
     """The layers that a config names: its modules, and those whose weight it names as a parameter."""
-    modules, parameters = config["target_modules"], config.get("target_parameters") or []
+    modules: list[str] | str = config["target_modules"]
+    parameters = config.get("target_parameters") or []
     if not parameters:
         return modules
     named = parameters if isinstance(parameters, list) else [None]

@@ -203,7 +203,7 @@ class Block:
         (last,) = self.sites["mlp_out"].projections
         entry = self.sites["attn_out"].point
         assert entry is not None
-        found = self.mlp(residual if entry is self.mlp else entry(residual))
+        found: Tensor = self.mlp(residual if entry is self.mlp else entry(residual))
         found = found if last.norm is None else last.norm(found)
         return residual + (found if last.multiplier == 1 else last.multiplier * found)
 

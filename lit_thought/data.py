@@ -255,7 +255,7 @@ class PairDataModule(LightningDataModule):
         every = gather_json(own, model.device)
         return {i: Generation(text, finished) for part in every for i, text, finished in part}
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[PairBatch | None]:
         """The aligned batches, each lead before the batches that follow it, in the same order every epoch.
 
         Where another process has more, None fills up: Lightning's processes must take the same number of steps.
@@ -265,7 +265,7 @@ class PairDataModule(LightningDataModule):
         return DataLoader(_Batches(self.batches, self.num_batches), batch_size=None)
 
 
-class _Batches(IterableDataset):
+class _Batches(IterableDataset[PairBatch | None]):
     """Batches in order, then None up to a length. Iterable, so that Lightning adds no sampler that repeats some."""
 
     def __init__(self, batches: Sequence[PairBatch], length: int) -> None:

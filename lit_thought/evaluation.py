@@ -339,7 +339,7 @@ def batch_logits(
     if lead is not None:
         cache.batch_repeat_interleave(len(tokens.ids))
     inputs = forward_inputs(tokens.to(model.device), cache.get_seq_length())
-    logits = model(**inputs, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits
     if batch.lead is None:
         leads[batch.index] = cache
     return logits.flatten(0, 1)[rows.to(model.device)]

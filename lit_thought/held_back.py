@@ -88,7 +88,7 @@ class HeldBack:
             return float(token_kl(self.original, self._text_logits()).double().mean())
 
     def _text_logits(self) -> Tensor:
-        logits = self.model(**forward_inputs(self.text, 0), use_cache=False).logits
+        logits: Tensor = self.model(**forward_inputs(self.text, 0), use_cache=False).logits
         return logits[self.text.mask]
 
 

@@ -281,6 +281,7 @@ def _load_gguf(source: _Source, name: str, options: dict[str, Any]) -> PreTraine
     if hasattr(transformers, "GgufConfig"):  # without it, older releases unpack the weights anyway
         options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
     options |= {"gguf_file": source.gguf_file, "output_loading_info": True}
+    model: PreTrainedModel
     model, info = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options)
     if missing := sorted(info["missing_keys"]):
         raise ThoughtError(

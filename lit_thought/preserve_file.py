@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,7 +130,7 @@ def _entries(size: int, rank: int) -> int:
 
 def _rank(entries: int, size: int) -> int:
     """The k of a trapezoid with this many entries: the smaller root of k² − (2 d + 1) k + 2 n."""
-    return round((2 * size + 1 - ((2 * size + 1) ** 2 - 8 * entries) ** 0.5) / 2)
+    return round((2 * size + 1 - math.sqrt((2 * size + 1) ** 2 - 8 * entries)) / 2)
 
 
 class PreservationFile:

@@ -253,7 +253,7 @@ def _site(stage: SavedStage, model: PreTrainedModel | None) -> Site:
 
 def _layer(model: PreTrainedModel, path: str, d_in: int) -> nn.Module:
     """A linear layer of the model, of so many inputs."""
-    layer = dict(model.named_modules()).get(path)
+    layer: nn.Module | None = dict(model.named_modules()).get(path)
     if layer is None or not is_linear(layer) or layer_shape(layer)[1] != d_in:
         raise PatchError(f"the statistics name {path!r}, which is no linear layer of {d_in} inputs of this model.")
     return layer

@@ -301,7 +301,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{MANIFEST} in {folder.name!r}: format_version is {version!r}, this lit_thought reads {FORMAT_VERSION}. "
             "Upgrade lit-thought, or save the statistics again."
         )
-    return value
+    return dict(value)
 
 
 def _read_stage(

@@ -226,7 +226,8 @@ class Manifest:
     @property
     def settings(self) -> dict[str, Any]:
         """The fit's settings."""
-        return self.provenance["settings"]
+        found: dict[str, Any] = self.provenance["settings"]
+        return found
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:

@@ -168,7 +168,7 @@ def solve(
         if rows is not None and ridge > 0 and DUAL * len(rows[0]) < stats.d_in:
             return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
         return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise SingularSystemError(
             f"{name}: the sums are out of the range of float64, or no decomposition of them was found ({error}). Check "
             "the model's weights and dtype."

@@ -90,7 +90,7 @@ class _LeadLayer(DynamicLayer):
     the latest keys and values it saw when asked to, and never grows."""
 
     def __init__(self, lead_length: int, storage: Storage | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lead_length = lead_length
         self.storage = storage
         self.lead: _LeadLayer | None = None

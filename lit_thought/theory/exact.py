@@ -303,7 +303,7 @@ class TokenRuns:
         """One forward pass over one sequence, read at ``rows``."""
         trace = Trace([], [], [], [])
 
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             hidden = hidden_of(args, kwargs)
             if entrances is not None:
                 hidden = entrances[len(trace.entrances)][None]
@@ -314,7 +314,7 @@ class TokenRuns:
             trace.residuals.append(given[0][0, rows])
             trace.inputs.append(output[0, rows])
 
-        def leave(module: nn.Module, given: tuple, output: Any) -> None:
+        def leave(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
             trace.outputs.append(unwrapped(output)[0, rows])
 
         with ExitStack() as stack:

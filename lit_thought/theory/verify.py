@@ -104,7 +104,7 @@ class ExactReport:
                 return [plain(entry) for entry in value]
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        return plain(asdict(self))
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 @torch.no_grad()

@@ -1,0 +1,92 @@
+"""The wheel and the source distribution: what they hold, and that the wheel works where the source tree is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import make_model, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both distributions, built by the declared backend from a copy of the tree."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "lit_thought", source / "lit_thought", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta as b; print(b.build_sdist('..')); print(b.build_wheel('..'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {path.suffix: path for path in folder.iterdir() if path.is_file()}
+
+
+def test_both_hold_the_whole_package(built: dict[str, Path]) -> None:
+    wanted = {
+        f"lit_thought/{path.relative_to(ROOT / 'lit_thought')}"
+        for path in (ROOT / "lit_thought").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"lit_thought/py.typed", "lit_thought/text/preserve.txt"} <= wanted
+    with zipfile.ZipFile(built[".whl"]) as wheel:
+        names = set(wheel.namelist())
+        entry = next(name for name in names if name.endswith("entry_points.txt"))
+        assert "lit-thought = lit_thought.cli:main" in wheel.read(entry).decode()
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    with tarfile.open(built[".gz"]) as sdist:
+        inside = {name.partition("/")[2] for name in sdist.getnames()}
+    assert wanted | {"LICENSE", "README.md", "pyproject.toml"} <= inside
+
+
+def test_the_wheel_states_what_pyproject_does(built: dict[str, Path]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    with zipfile.ZipFile(built[".whl"]) as wheel:
+        lines = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode().splitlines()
+    assert f"Version: {project['version']}" in lines
+    assert "License-Expression: Apache-2.0" in lines
+    required = {
+        re.split(r"[\[<>=]", line.removeprefix("Requires-Dist: "))[0]
+        for line in lines
+        if "extra ==" not in line
+        if line.startswith("Requires-Dist: ")
+    }
+    assert required == {re.split(r"[\[<>=]", one)[0] for one in project["dependencies"]}
+
+
+def test_the_wheel_fits_a_model_without_the_source_tree(built: dict[str, Path], tmp_path: Path) -> None:
+    place = tmp_path / "site"
+    with zipfile.ZipFile(built[".whl"]) as wheel:
+        wheel.extractall(place)
+    make_model("llama").float().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    pairs = [{"input": "hot", "output": "cold"}, {"input": "big", "output": "small"}]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    command = [sys.executable, "-c", "import sys, lit_thought.cli as c; print(c.__file__); c.main(sys.argv[1:])", "fit"]
+    command += ["--pairs=pairs.json", "--instruction=up: down\n", "--model=model", "--rank=2", "--out=adapter"]
+    environment = {**os.environ, "PYTHONPATH": str(place), "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(str(place))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("module", ["lit_thought", "lit_thought.cli"])
+def test_an_import_is_cheap_until_something_is_used(module: str) -> None:
+    heavy = ["torch", "transformers", "lightning", "peft", "matplotlib"]
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
