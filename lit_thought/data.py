@@ -264,6 +264,12 @@ class PairDataModule(LightningDataModule):
             raise ThoughtError("PairDataModule has no batches yet. Give the Trainer a ThoughtCallback.")
         return DataLoader(_Batches(self.batches, self.num_batches), batch_size=None)
 
+    def transfer_batch_to_device(
+        self, batch: PairBatch | None, device: torch.device, dataloader_idx: int
+    ) -> PairBatch | None:
+        """Leave a batch where it is: the streams take its tokens to the device once, not once an epoch."""
+        return batch
+
 
 class _Batches(IterableDataset[PairBatch | None]):
     """Batches in order, then None up to a length. Iterable, so that Lightning adds no sampler that repeats some."""

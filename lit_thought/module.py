@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,10 +71,6 @@ class ThoughtModule(LightningModule):
         if batch is None:
             return None
         return {"observation": self.runner.observe(batch)}
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the batch where it is: the streams take its tokens to the device once, not once an epoch."""
-        return batch
 
     def teardown(self, stage: str) -> None:
         """Drop the streams and put the model back into the mode it came in."""

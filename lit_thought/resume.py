@@ -176,8 +176,8 @@ def _are_outputs(value: Any) -> bool:
 
 
 def _fits(tensors: Mapping[str, torch.Tensor], site: Site) -> bool:
-    """Whether these are the float32 tensors of a patch of the site."""
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()) or not tensors:
+    """Whether these are the tensors of a patch of the site, in float32 or better."""
+    if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors.values()) or not tensors:
         return False
     rank = len(tensors["A"]) if "A" in tensors and tensors["A"].ndim else 0
     wanted = {"A": (rank, site.d_in), "B": (site.d_out, rank), "vector": (site.d_out,)}

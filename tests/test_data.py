@@ -108,6 +108,8 @@ def test_batches_hold_every_compared_token_once() -> None:
     first, second = (list(data.train_dataloader()) for _ in range(2))
     assert [batch.index for batch in first] == [batch.index for batch in second] == list(range(len(data.batches)))
     assert all(batch.lead is None or batch.lead < batch.index for batch in first)
+    elsewhere = torch.device("meta")  # where Lightning would move every batch in every epoch
+    assert all(data.transfer_batch_to_device(batch, elsewhere, 0) is batch for batch in [*first, None])
 
 
 @pytest.mark.parametrize(
