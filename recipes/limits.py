@@ -2,9 +2,9 @@
 
     python recipes/limits.py --config recipes/limits.yaml
 
-1. *It knows what the fit showed of the chunk, and no more.* The chunk is a list of names with invented numbers. The
-   instructed model looks them up. The patch answers for the names it was fitted on, but a name that only the chunk
-   holds is out of its reach: there is nothing to attend to.
+1. *It knows what the fit showed of the chunk, and no more.* The chunk is a list of names with invented numbers, to look
+   up. A name that only the chunk holds is out of a patch's reach: there is nothing to attend to. (The embedded model
+   hardly looks them up itself; its patch repeats its guesses for the names that were fitted. Try a larger model.)
 2. *It belongs to a form of prompt.* A patch for antonyms, fitted on questions and answers, is asked in other forms.
    The demonstrations are rewritten in the same form for the instructed run.
 3. *It copies mistakes.* Where the instructed model is mostly wrong, so is the patched one. Right outputs given for the
