@@ -302,6 +302,7 @@ def _perplexity(losses: Sequence[float], windows: Sequence[Sequence[int]]) -> fl
     return float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite, not an error, where that is too large
 
 
+@torch.no_grad()
 def window_losses(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> list[float]:
     """Negative log-likelihood of each window: the sum over its tokens but the first, each given those before it."""
     losses: list[float] = []

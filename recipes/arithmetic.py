@@ -38,7 +38,7 @@ from arithmetic_model import (
 )
 from arithmetic_model import TEMPLATE as TINY_TEMPLATE
 from matplotlib import pyplot
-from tasks import METHODS, TEMPLATE, provenance, shown, write_results
+from tasks import METHODS, TEMPLATE, demonstrations, provenance, shown, write_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, PromptTemplate, ThoughtCallback, ThoughtPatch, load_model, transmute
@@ -200,9 +200,7 @@ def prepare_pretrained(name: str, shots: int, fit: int, test: int, seed: int) ->
     count = min(fit, len(rest) // 2)
     form = PromptTemplate(TEMPLATE)
     instructions = {
-        operation: "".join(
-            TEMPLATE.replace("{input}", question(pair)).replace("{output}", str(answer(*pair))) for pair in demonstrated
-        )
+        operation: demonstrations([{"input": question(pair), "output": str(answer(*pair))} for pair in demonstrated])
         for operation, answer in OPERATIONS.items()
     }
     tested = rest[count : count + test]

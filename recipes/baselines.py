@@ -32,7 +32,7 @@ from typing import Any
 import jsonargparse
 import torch
 from distillation import distil
-from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, provenance, shown, write_results
+from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, demonstrations, load_split, provenance, shown, write_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtPatch, load_model, transmute
@@ -170,7 +170,7 @@ def token_exact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval
     """
     equal, correct, divergences = [], [], []
     for (row, _, instructed), pair in zip(_written(evaluation), evaluation.completed, strict=True):
-        text = TEMPLATE.replace("{input}", row["input"]).replace("{output}", instructed)
+        text = demonstrations([{"input": row["input"], "output": instructed}])
         instruction = evaluation.instructions[0] or ""
         patches = token_patches(model, tokenizer, instruction, text)
         ids, places = patches[0].token_ids, patches[0].target_positions

@@ -107,7 +107,7 @@ def compose(
     settings |= {"answer_weight": answer_weight, "max_new_tokens": max_new_tokens}
     lm, tokenizer = load_model(model)
     windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
-    original = _perplexity(lm, windows)
+    original = unrelated_perplexity(lm, windows)
     tasks = {key: prepare(lm, tokenizer, entry, fit, test, seed, max_new_tokens) for key, entry in entries.items()}
     patches = combine(lm, tokenizer, tasks, settings)
     rules = (first, second)
@@ -228,7 +228,7 @@ def measure(
         found = {
             aim: divergence(tasks[aim].wanted, answer_logits(model, tasks[aim].evaluation.completed)) for aim in aims
         }
-        perplexity = _perplexity(model, windows)
+        perplexity = unrelated_perplexity(model, windows)
     return {
         "answers": [one.text for one in written],
         "kl": {aim: float(torch.cat(own.kl).mean()) for aim, own in found.items()},
@@ -267,11 +267,6 @@ def distance(patch: ThoughtPatch, reference: ThoughtPatch) -> float:
         return sum(float((own.B.double() @ own.A.double()).square().sum()) for own in factors.values())
 
     return math.sqrt(squares((patch - reference).factors) / squares(reference.factors))
-
-
-@torch.no_grad()
-def _perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> float:
-    return unrelated_perplexity(model, windows)
 
 
 def draw(

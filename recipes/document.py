@@ -128,7 +128,7 @@ def document(
     curves = [("rank", value) for value in ranks] + [("questions", value) for value in counts]
     lm, tokenizer = load_model(model)
     windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
-    original = _perplexity(lm, windows)
+    original = unrelated_perplexity(lm, windows)
     runs = []
     for own in chosen:
         tried: list[tuple[str, str | None, dict[str, Any]]] = [(tables.AS_SET, None, {})]
@@ -352,11 +352,6 @@ def token_f1(texts: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
         for i, forms in enumerate(accepted)
     ]
     return float(squad(given, wanted)["f1"]) / 100
-
-
-def _perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> float:
-    with torch.no_grad():
-        return unrelated_perplexity(model, windows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jsonargparse
-from tasks import DATA, TEMPLATE, load_split, provenance, shown, write_results
+from tasks import DATA, TEMPLATE, demonstrations, load_split, provenance, shown, write_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model, transmute
@@ -187,11 +187,6 @@ def mistakes(
         row = measure(model, tokenizer, patch, split.instruction, split.test, TEMPLATE, max_new_tokens)
         rows.append({"example": "French, which the model hardly knows", "case": f"fitted on {case}", **row})
     return rows
-
-
-def demonstrations(pairs: Sequence[Mapping[str, str]], form: str = TEMPLATE) -> str:
-    """Pairs written in a form, one after the other."""
-    return "".join(form.replace("{input}", pair["input"]).replace("{output}", pair["output"]) for pair in pairs)
 
 
 def measure(

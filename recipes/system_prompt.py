@@ -128,7 +128,7 @@ def system_prompt(
     chosen = [known[name] for name in instructions]
     lm, tokenizer = load_model(model)
     windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
-    original = _perplexity(lm, windows)
+    original = unrelated_perplexity(lm, windows)
     runs, variants = [], []
     for number, entry in enumerate(chosen):
         task = prepare(lm, tokenizer, entry, fit, test, seed, max_new_tokens)
@@ -266,7 +266,7 @@ def score(
     """How close a patch comes to the instructed run along its answers, and what it does to unrelated text."""
     with patch.applied(model):
         patched = divergence(task.wanted, answer_logits(model, task.evaluation.completed))
-        perplexity = _perplexity(model, windows)
+        perplexity = unrelated_perplexity(model, windows)
     found = {"plain": task.plain, "patched": patched}
     kl = {run: float(torch.cat(own.kl).mean()) for run, own in found.items()}
     return {
@@ -299,11 +299,6 @@ def follows(task: Task, items: Sequence[Mapping[str, str]], run: str) -> int:
     """How many of a run's answers follow the rule; outside a topic to refuse, those which it does not apply to."""
     rule = RULES[task.name]
     return sum(rule(item[run]) == (not task.topic or item["input"] in task.topic) for item in items)
-
-
-@torch.no_grad()
-def _perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> float:
-    return unrelated_perplexity(model, windows)
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:

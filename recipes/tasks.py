@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,14 @@ def load_split(task: str, seed: int, shots: int = 10, fit: int = 30, test: int =
     path = DATA / f"{task}.json"
     pairs = load_pairs(path if path.is_file() else task)
     random.Random(seed).shuffle(pairs)
-    instruction = "".join(
-        TEMPLATE.replace("{input}", pair["input"]).replace("{output}", pair["output"]) for pair in pairs[:shots]
-    )
     rest = pairs[shots:]
-    return Split(
-        Path(task).stem, instruction, [{"input": pair["input"]} for pair in rest[:fit]], rest[fit : fit + test]
-    )
+    fitted = [{"input": pair["input"]} for pair in rest[:fit]]
+    return Split(Path(task).stem, demonstrations(pairs[:shots]), fitted, rest[fit : fit + test])
+
+
+def demonstrations(pairs: Sequence[Mapping[str, str]], form: str = TEMPLATE) -> str:
+    """Pairs written in a form, one after the other."""
+    return "".join(form.replace("{input}", pair["input"]).replace("{output}", pair["output"]) for pair in pairs)
 
 
 def shown(model: str) -> str:

@@ -21,10 +21,9 @@ from statistics import mean
 from typing import Any
 
 import jsonargparse
-import torch
 from accuracy_by_step import Record, plot_steps, step_table
 from matplotlib import pyplot
-from tasks import DATA, METHODS, TEMPLATE, Split, save_figure, share, shown, write_results
+from tasks import DATA, METHODS, TEMPLATE, Split, demonstrations, save_figure, share, shown, write_results
 from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -91,7 +90,7 @@ def translation(
     }
     lm, tokenizer = load_model(model)
     windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
-    original = _perplexity(lm, windows)
+    original = unrelated_perplexity(lm, windows)
     runs = []
     for language, kind, seed in product(languages, kinds, seeds):
         split, accepted = tasks[language, kind, seed]
@@ -140,12 +139,9 @@ def load_translations(
         raise ThoughtError(f"shots={shots} and fit={fit} leave no test: {kind} has {len(entries)} entries. Lower them.")
     random.Random(seed).shuffle(entries)
     pairs = [{"input": entry["input"], "output": entry[language][0]} for entry in entries]
-    instruction = "".join(
-        TEMPLATE.replace("{input}", pair["input"]).replace("{output}", pair["output"]) for pair in pairs[:shots]
-    )
     rest = slice(shots + fit, shots + fit + test)
     fitted = [{"input": pair["input"]} for pair in pairs[shots : shots + fit]]
-    split = Split(f"{language} {kind}", instruction, fitted, pairs[rest])
+    split = Split(f"{language} {kind}", demonstrations(pairs[:shots]), fitted, pairs[rest])
     return split, [entry[language] for entry in entries[rest]]
 
 
@@ -165,7 +161,7 @@ def compare(
     patch = transmute(model, tokenizer, split.instruction, split.fit, rank=rank, **METHODS["both"], **common)
     result = evaluation.score(patch)
     with patch.applied(model):
-        perplexity = _perplexity(model, windows)
+        perplexity = unrelated_perplexity(model, windows)
     items = result["items"]
     return {
         "scores": {run: scores([item[run] for item in items], accepted) for run in RUNS},
@@ -191,11 +187,6 @@ def scores(texts: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str,
 def plainly(text: str) -> str:
     """A text without white space and marks at its ends, in one case and one form of accents and apostrophes."""
     return unicodedata.normalize("NFC", text).replace("’", "'").strip(" \t\n.,!?¿¡").casefold()
-
-
-@torch.no_grad()
-def _perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> float:
-    return unrelated_perplexity(model, windows)
 
 
 def _check_names(argument: str, names: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
