@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_thought.blocks import JOINT, SITES
+from lit_thought.checksum import check_hash, tensors_hash
 from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file
 from lit_thought.reading import expanded, parse_json
@@ -47,6 +48,8 @@ Storage = Literal["int8", "float16", "float32"]
 _FORMAT = 1
 _METADATA = "lit_thought_preservation"
 _PARTS = ("factor", "scale", "rest")
+_HASH = "sha256"
+"""Of each matrix, in the header; earlier versions wrote none."""
 _TEXTS = ("model", "fingerprint", "config", "dtype", "windows")
 
 
@@ -198,8 +201,12 @@ class PreservationFile:
         }
         sites = [[site for block, site in matrices if block == index] for index in range(manifest["blocks"])]
         record = {**manifest, "format": _FORMAT, "sites": sites}
+        hashes = {
+            _key(block, site, _HASH): tensors_hash({part: packed[part] for part in _PARTS})
+            for (block, site), packed in matrices.items()
+        }
         with atomic_file(path, overwrite) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA: json.dumps(record)})
+            save_file(tensors, temporary, metadata={_METADATA: json.dumps(record), **hashes})
 
     def gram(self, block: int, site: str, device: torch.device | str = "cpu") -> Tensor:
         """Z₀ of one site, (d_in, d_in), float64.
@@ -208,9 +215,14 @@ class PreservationFile:
             ThoughtError: when its numbers are not those of a Gram matrix.
         """
         with safe_open(self.path, framework="pt", device=str(device)) as content:
-            parts = [content.get_tensor(_key(block, site, part)) for part in _PARTS]
-        gram = expand(*parts)
-        if not bool(gram.isfinite().all()) or bool((parts[2] < 0).any()):
+            parts = {part: content.get_tensor(_key(block, site, part)) for part in _PARTS}
+            kept = (content.metadata() or {}).get(_key(block, site, _HASH))
+        try:
+            check_hash(parts, kept)
+        except ThoughtError as error:
+            raise ThoughtError(f"{self._name} is damaged: block {block}, {site}: {error} Get it anew.") from error
+        gram = expand(**parts)
+        if not bool(gram.isfinite().all()) or bool((parts["rest"] < 0).any()):
             raise ThoughtError(f"{self._name} is damaged: block {block}, {site} is no Gram matrix. Get it anew.")
         return gram
 

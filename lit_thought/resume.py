@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lit_thought.blocks import Site
+from lit_thought.checksum import check_hash, tensors_hash
 from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file
 from lit_thought.instruction_hash import hash_text, is_text_of
@@ -131,7 +132,7 @@ class FitProgress:
                 tensors["vector"] = patch.vector
             tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
             with atomic_file(self._stage_file(self.stages)) as file:
-                save_file(tensors, file, metadata={"record": json.dumps(record)})
+                save_file(tensors, file, metadata={"record": json.dumps(record), "sha256": tensors_hash(tensors)})
         self.stages += 1
 
     def load(self, stage: int, device: torch.device, site: Site) -> tuple[SitePatch, dict[str, Any]]:
@@ -144,13 +145,18 @@ class FitProgress:
         try:
             with safe_open(file, framework="pt", device=str(device)) as content:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-                record = parse_json((content.metadata() or {})["record"])
+                metadata = content.metadata() or {}
+            record = parse_json(metadata["record"])
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ThoughtError(f"resume_dir: {file.name} is damaged ({error}). Delete the folder.") from error
         if not _fits(tensors, site) or not _is_record(record):
             raise ThoughtError(
                 f"resume_dir: {file.name} is damaged, or not of this fit's {site.name}. Delete the folder."
             )
+        try:
+            check_hash(tensors, metadata.get("sha256"))
+        except ThoughtError as error:
+            raise ThoughtError(f"resume_dir: {file.name} is damaged: {error} Delete the folder.") from error
         matrix = LowRank(tensors["A"], tensors["B"]) if "A" in tensors else None
         return SitePatch(matrix, tensors.get("vector")), record
 

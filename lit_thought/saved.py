@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_thought.checksum import check_hash, tensors_hash
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import atomic_folder, check_output_folder
+from lit_thought.files import atomic_folder, check_output_folder, writing
 from lit_thought.reading import expanded, is_own_file, read_json
 from lit_thought.saved_stage import Manifest, SavedStage, StageHead
 
@@ -44,6 +45,8 @@ FORMAT_VERSION = 1
 """Of ``manifest.json``; rises when an older reader would misread the folder."""
 
 MANIFEST = "manifest.json"
+_HASH = "sha256"
+"""In a stage's header; earlier versions wrote none."""
 
 
 class _AbortedError(Exception):
@@ -83,6 +86,7 @@ class StatisticsWriter:
         Manifest.from_json(self._record)
         self._heads: dict[tuple[int, str], StageHead] = {}
         self._open = ExitStack()
+        self._target = folder
         self._folder = self._open.enter_context(atomic_folder(folder, overwrite))
 
     def add(self, stage: SavedStage) -> None:
@@ -90,7 +94,10 @@ class StatisticsWriter:
         head = stage.head
         self._heads[head.block, head.site] = head
         index = list(self._heads).index((head.block, head.site))
-        save_file(stage.to_tensors(), self._folder / _file_name(index), _label(self.id, head))
+        with writing(self._target, self._folder):
+            tensors = stage.to_tensors()
+            label = {**_label(self.id, head), _HASH: tensors_hash(tensors)}
+            save_file(tensors, self._folder / _file_name(index), label)
 
     def close(self) -> None:
         """Write the manifest, and put the folder where it belongs.
@@ -306,8 +313,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_stage(
     folder: Path, index: int, head: StageHead, identity: Any, device: torch.device | None
-) -> dict[str, Tensor]:
-    """A stage's tensors; none without a device, only the check that the file is whole and belongs here.
+) -> tuple[dict[str, Tensor], str | None]:
+    """A stage's tensors and their hash; none without a device, only the check that the file is whole and belongs here.
 
     They are copied out of the file's memory map: aligned as new tensors are, they give the same sums bit for bit.
     """
@@ -322,12 +329,15 @@ def _read_stage(
     label = _label(identity, head)
     if {key: found.get(key) for key in label} != label:
         raise PatchError(f"{file.name} in {folder.name!r} is not that of {head.name}: the folder mixes two saves.")
-    return tensors
+    return tensors, found.get(_HASH)
 
 
 def _stage(folder: Path, index: int, head: StageHead, identity: Any, device: torch.device) -> SavedStage:
     try:
-        return SavedStage.from_tensors(head, _read_stage(folder, index, head, identity, device))
+        tensors, kept = _read_stage(folder, index, head, identity, device)
+        stage = SavedStage.from_tensors(head, tensors)
+        check_hash(tensors, kept)
+        return stage
     except PatchError:
         raise
     except ThoughtError as error:
