@@ -35,7 +35,7 @@ from lit_thought.weights import Factors, checked_vector
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["read_adapter", "to_peft", "write_adapter", "write_record"]
+__all__ = ["json_text", "read_adapter", "record_of", "to_peft", "write_adapter", "write_record"]
 
 CONFIG, WEIGHTS, THOUGHT, CARD = (
     "adapter_config.json",
@@ -163,7 +163,12 @@ def write_adapter(
 
 def write_record(patch: ThoughtPatch, folder: Path) -> None:
     """Write the patch's provenance to ``thought.json`` in ``folder``."""
-    _write_json(folder / THOUGHT, {"format_version": FORMAT_VERSION, "provenance": patch.provenance})
+    _write_json(folder / THOUGHT, record_of(patch.provenance))
+
+
+def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What ``thought.json`` holds."""
+    return {"format_version": FORMAT_VERSION, "provenance": provenance}
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
@@ -179,7 +184,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
     """
     path = expanded(folder, "path")
     if not path.is_dir():
-        raise PatchError(f"path={str(folder)!r} is not a folder; expected an adapter that save_adapter wrote.")
+        raise PatchError(
+            f"path={str(folder)!r} is not a folder; expected an adapter that save_adapter wrote. For one on the "
+            "hub, use ThoughtPatch.from_pretrained."
+        )
     config = read_object(path / CONFIG)
     rank, scale = _check_config(config)
     parts = _PARTS if config.get("lora_bias") else _PARTS[:2]
@@ -348,5 +356,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    file.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """A JSON file of an adapter folder."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,30 +1,82 @@
-"""The README.md of an adapter folder, written from the patch's provenance."""
+"""The README.md of an adapter folder, written from the patch's provenance, with the header that the hub reads."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+from huggingface_hub import CardData, ModelCardData, RepoCard
+
+from lit_thought.errors import ThoughtError
 from lit_thought.patch import ThoughtPatch
 
-__all__ = ["fenced", "interval", "model_card", "number", "with_results"]
+__all__ = [
+    "fenced",
+    "for_hub",
+    "interval",
+    "is_hub_id",
+    "model_card",
+    "number",
+    "public_name",
+    "with_metadata",
+    "with_results",
+]
 
 _LONGEST = 4000
 _BEGIN, _END = "<!-- results, from lit-thought report -->", "<!-- end of results -->"
 _FENCE = re.compile(r"`{3,}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
+_INDEX = "lit_thought adapter"
+"""The name of our entry of a card's model index, until the adapter's repository has one."""
+_NO_BASE, _FOLDER = "the base model", "this folder"
+_BASE_LINE = "model = AutoModelForCausalLM.from_pretrained({!r})"
+_PEFT_LINE = 'model = PeftModel.from_pretrained(model, "{}")'
+_LOAD_LINE = 'With lit_thought, removable without a trace: `with ThoughtPatch.{}("{}").applied(model): ...`'
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is ``owner/name`` on the hub, and no file or folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders of the machine it was loaded on.
+
+    Args:
+        name: what :func:`lit_thought.models.model_name` gives: a hub id, a folder, a file, or one of the two with
+            ``(file.gguf)`` after it. Of a snapshot in the hub's cache, its hub id.
+    """
+    place, bracket, file = name.partition(" (")
+    cached = _SNAPSHOT.search(place)
+    if cached:
+        place = cached[1].replace("--", "/", 1)
+    elif not is_hub_id(place):
+        place = re.split(r"[/\\]", place.rstrip("/\\"))[-1]
+    return f"{place}{bracket}{file}"
 
 
 def model_card(patch: ThoughtPatch) -> str:
-    """Markdown with the hub's YAML header. No licence is claimed: it depends on the base model's."""
+    """Markdown with the hub's YAML header. No licence is claimed: it depends on the base model's.
+
+    Source:
+        https://huggingface.co/docs/hub/model-cards for the keys of the header.
+    """
     known = patch.provenance
-    base = str(known.get("base_model") or known.get("model") or "")
-    on_hub = _HUB_ID.fullmatch(base) is not None and not base.endswith(".gguf")
-    tags = ["peft", "lora", "lit-thought", "thought-patch"]
-    lines = ["---", *([f"base_model: {json.dumps(base)}"] if on_hub else []), "library_name: peft"]
-    lines += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    base = public_name(str(known.get("base_model") or known.get("model") or ""))
+    on_hub = is_hub_id(base)
+    header = ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "lit_thought", "thought-patch", "transformers"],
+    )
+    lines = ["---", header.to_yaml(), "---", ""]
     lines += [
         "# Instruction as weights",
         "",
@@ -59,11 +111,11 @@ def model_card(patch: ThoughtPatch) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({(base if on_hub else 'the base model')!r})",
-        'model = PeftModel.from_pretrained(model, "this folder")',
+        _BASE_LINE.format(base if on_hub else _NO_BASE),
+        _PEFT_LINE.format(_FOLDER),
         "```",
         "",
-        'With lit_thought, removable without a trace: `with ThoughtPatch.load("this folder").applied(model): ...`',
+        _LOAD_LINE.format("load", _FOLDER),
         "",
         "`thought.json` holds the whole record of how the adapter was made.",
         "",
@@ -72,13 +124,21 @@ def model_card(patch: ThoughtPatch) -> str:
 
 
 def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
-    """The card with a section of results, in place of the one it has; without an evaluation there is none.
+    """The card with a section of results, in place of the one it has, and with its figures in the header's model
+    index; without an evaluation there is neither.
 
     Args:
         card: Markdown that :func:`model_card` wrote, edited or not.
         evaluation: the ``evaluation`` of a report.
+
+    Raises:
+        ThoughtError: if the card's header cannot be read.
     """
-    lines = card.split("\n")
+    known = _model_index(card)
+    index = [entry for entry in known if entry.get("name") != _INDEX]
+    if evaluation is not None:
+        index.append(_index_entry(evaluation))
+    lines = (card if index == known else with_metadata(card, {"model-index": index or None})).split("\n")
     marks = [i for i in _outside_fences(lines) if lines[i] in (_BEGIN, _END)]
     if [lines[i] for i in marks[:2]] == [_BEGIN, _END]:
         place = marks[0]
@@ -87,6 +147,84 @@ def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
         place = next((i for i in _outside_fences(lines) if lines[i] == "## Use"), len(lines))
     section = [] if evaluation is None else [_BEGIN, *_results(evaluation), _END, ""]
     return "\n".join(lines[:place] + section + lines[place:])
+
+
+def with_metadata(card: str, entries: Mapping[str, Any]) -> str:
+    """The card with these entries in its YAML header; one that is None is taken out. The others stay as they are.
+
+    Raises:
+        ThoughtError: if the header cannot be read.
+    """
+    parsed = _parsed(card)
+    known = parsed.data.to_dict()
+    data = {key: value for key, value in {**known, **entries}.items() if value is not None}
+    if data == known:
+        return card
+    parsed.data = CardData(**data)
+    return str(parsed.content) if data else parsed.text
+
+
+def for_hub(card: str, repo_id: str, base_model: str | None = None, entries: Mapping[str, Any] | None = None) -> str:
+    """The card as it stands in a repository, whose name takes the place of the folder's.
+
+    Args:
+        card: Markdown that :func:`model_card` wrote, edited or not.
+        repo_id: ``owner/name``.
+        base_model: hub id of the base model, in the place of what the card says.
+        entries: more entries of the header, such as ``license``; those that are None leave the card's own.
+
+    Raises:
+        ThoughtError: if the card's header cannot be read.
+    """
+    place = {
+        _PEFT_LINE.format(_FOLDER): _PEFT_LINE.format(repo_id),
+        _LOAD_LINE.format("load", _FOLDER): _LOAD_LINE.format("from_pretrained", repo_id),
+    }
+    given = {key: value for key, value in (entries or {}).items() if value is not None}
+    if base_model is not None:
+        place[_BASE_LINE.format(_NO_BASE)] = _BASE_LINE.format(base_model)
+        given |= {"base_model": base_model, "base_model_relation": "adapter"}
+    if index := _model_index(card):
+        name = repo_id.partition("/")[2]
+        given["model-index"] = [{**own, "name": name} if own.get("name") == _INDEX else own for own in index]
+    return with_metadata("\n".join(place.get(line, line) for line in card.split("\n")), given)
+
+
+def _parsed(card: str) -> RepoCard:
+    if not card.lstrip().startswith("---"):
+        card = f"---\n\n---\n{card}"  # without a header the hub's library warns
+    try:
+        return RepoCard(card)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ThoughtError(f"README.md: its YAML header cannot be read ({cause}). Correct or delete it.") from error
+
+
+def _model_index(card: str) -> list[dict[str, Any]]:
+    """The entries of the card's model index; of anything else there, none."""
+    index = _parsed(card).data.get("model-index")
+    return index if isinstance(index, list) and all(isinstance(entry, dict) for entry in index) else []
+
+
+def _index_entry(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The patched model's figures, as the hub's model index has them.
+
+    Source:
+        https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    figures = [(row["key"], row["label"], row["runs"]["patched"]) for row in evaluation["table"]]
+    figures = [figure for figure in figures if figure[0] != "prompt_tokens"]
+    figures.append(
+        ("perplexity_ratio", "perplexity of unrelated text, patched / plain", evaluation["perplexity_ratio"])
+    )
+    metrics = [
+        {"type": key, "value": float(f"{cell['value']:.6g}"), "name": label}
+        for key, label, cell in figures
+        if cell is not None
+    ]
+    dataset = {"name": f"{evaluation['pairs']} held-out pairs", "type": "held-out-pairs"}
+    result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    return {"name": _INDEX, "results": [result]}
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_thought.cli_output import Result, say, timed
 from lit_thought.errors import ThoughtError
 
 __all__ = ["export"]
@@ -23,13 +23,13 @@ def export(
     trust_remote_code: bool = False,
     model_type: str | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Result:
     """Write an adapter for other programs: PEFT and vLLM, llama.cpp, or as a whole model.
 
     Example: lit-thought export antonym/ --format gguf --out antonym.gguf
 
     Args:
-        adapter: adapter folder that fit wrote.
+        adapter: adapter folder that fit wrote, or one on the hub, as OWNER/NAME.
         out: what to write: a folder (peft, merged) or a .gguf file (gguf, control-vector).
         format: peft (a folder for PEFT and vLLM, at a rank that vLLM takes), gguf (a LoRA file for llama.cpp's --lora),
             merged (the model with the patch in its weights, as safetensors) or control-vector (thought vectors alone,
@@ -50,6 +50,7 @@ def export(
     from lit_thought.export import export_adapter, export_merged
     from lit_thought.export_gguf import export_gguf
     from lit_thought.files import atomic_file, check_output_folder
+    from lit_thought.hub import adapter_folder
     from lit_thought.patch import ThoughtPatch
 
     source = {"model": model, "revision": revision, "gguf_file": gguf_file}
@@ -59,7 +60,7 @@ def export(
     for name, value in unused.items():
         if value is not None:
             raise ThoughtError(f"{name}={value!r} has no use for the format {format}. Leave it out.")
-    patch = ThoughtPatch.load(adapter)
+    patch = ThoughtPatch.load(adapter_folder(adapter, argument="adapter"))
     stored = torch.float32 if dtype is None else getattr(torch, dtype)
     if format == "peft":
         export_adapter(patch, out, rank, overwrite, stored)
@@ -73,15 +74,18 @@ def export(
         with atomic_file(out, overwrite) as file:  # checks its path first
             base, _ = _load(**source, dtype=dtype, trust_remote_code=trust_remote_code)
             patch.save_control_vector(file, base)
-    print(f"Wrote {_size(Path(out).expanduser()) / 1e6:.1f} MB to {out}", file=sys.stderr)
+    size = _size(Path(out).expanduser())
+    say(f"Wrote {size / 1e6:.1f} MB to {out}")
+    return Result({"out": out, "format": format, "bytes": size})
 
 
 def _load(model: str | None, **options: Any) -> Any:
     from lit_thought.models import load_model
 
     name = model or "smollm2"
-    print(f"Loading {name} …", file=sys.stderr)
-    return load_model(name, **options)
+    say(f"Loading {name} …")
+    with timed("loading the model"):
+        return load_model(name, **options)
 
 
 def _size(path: Path) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_thought.card import public_name
 from lit_thought.errors import PatchError, UnsupportedModelError
 from lit_thought.export import check_matrices_only, pad_rank
 from lit_thought.gguf_files import gguf_architecture, gguf_writer, import_gguf
@@ -71,7 +72,7 @@ def export_gguf(
         base = patch.provenance.get("base_model") or patch.provenance.get("model")
         if base:
             writer.add_base_model_count(1)
-            writer.add_base_model_name(0, str(base))
+            writer.add_base_model_name(0, public_name(str(base)))
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(patch.rank))
         for name, data in tensors.items():

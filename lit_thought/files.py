@@ -6,15 +6,19 @@ to the same place on the same machine does, of folders, for it can tell from a l
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lit_thought.errors import ThoughtError
 
@@ -23,12 +27,20 @@ try:
 except ImportError:  # Windows, where nothing is locked, and what a killed process left stays
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_file", "atomic_folder", "check_output_folder"]
+__all__ = ["atomic_file", "atomic_folder", "check_output_folder", "writing"]
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 """In the names of temporary folders: on a shared file system another machine's lock need not be seen."""
 _LONGEST_NAME = 210
 """Bytes; file systems allow 255, and a temporary name is longer."""
+_ELSEWHERE = "Choose a path where you may write, or change its permissions."
+_REMEDIES = {
+    errno.ENOSPC: "Make room there, or choose another path.",
+    errno.EDQUOT: "Make room within your quota, or choose another path.",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or choose another path.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ELSEWHERE),
+}
+"""What to do where the system cannot write."""
 
 
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -66,7 +78,12 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     """Yield an empty temporary folder beside ``path`` that becomes ``path`` when the block ends well.
 
     On any exception, KeyboardInterrupt included, the temporary is removed and ``path`` stays as it was. With
-    ``overwrite`` an existing folder is replaced as a whole, and only once the new one is complete.
+    ``overwrite`` an existing folder is replaced as a whole, and only once the new one is complete. Who may read and
+    write the files is what the umask says, whatever made them.
+
+    Raises:
+        ThoughtError: for a path that :func:`check_output_folder` refuses.
+        OSError: naming ``path`` and what to do, where the disk is full or there is no permission.
     """
     folder = check_output_folder(path, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +92,16 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     fresh = temporary.with_suffix(".new")  # under which no one takes it for abandoned before it is locked
     with ExitStack() as stack:
         try:
-            fresh.mkdir()
-            stack.enter_context(_locked(fresh))
-            fresh.replace(temporary)
-            yield temporary
-            _replace_folder(temporary, check_output_folder(path, overwrite))
+            with writing(folder, temporary):
+                fresh.mkdir()
+                mode = fresh.stat().st_mode & 0o666
+                stack.enter_context(_locked(fresh))
+                fresh.replace(temporary)
+                yield temporary
+                for file in temporary.rglob("*"):
+                    if file.is_file() and not file.is_symlink():
+                        file.chmod(mode)
+                _replace_folder(temporary, check_output_folder(path, overwrite))
         except BaseException:
             for left in (fresh, temporary):
                 shutil.rmtree(left, ignore_errors=True)
@@ -91,7 +113,11 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     """Yield the name of a temporary file beside ``path`` (same suffix) that becomes ``path`` at the end.
 
     On any exception the temporary file is removed and ``path`` stays as it was. A link at ``path`` is replaced, and
-    what it leads to stays as it was, too.
+    what it leads to stays as it was, too. Who may read and write the file is what the umask says, whatever made it.
+
+    Raises:
+        ThoughtError: for a path where no file can be written.
+        OSError: naming ``path`` and what to do, where the disk is full or there is no permission.
     """
     file = _resolve(path, follow=False)
     if file.is_dir():
@@ -102,11 +128,41 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(file, "tmp", keep_suffix=True)
     try:
-        yield temporary
-        os.replace(temporary, file)
+        with writing(file, temporary):
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            temporary.unlink()
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], temporary: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, an error of the system at ``temporary``, or at a place that it does not name, tells of ``path``.
+
+    safetensors' own exception for such an error becomes an OSError, too.
+
+    Raises:
+        OSError: of the same number, with what to do, where the disk is full or there is no permission.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _system_number(error)
+        place = getattr(error, "filename", None)
+        if number not in _REMEDIES or (place is not None and not Path(place).is_relative_to(temporary)):
+            raise
+        told = f"{os.strerror(number)}; nothing half-written is left. {_REMEDIES[number]}"
+        raise OSError(number, told, str(path)) from error
+
+
+def _system_number(error: SafetensorError) -> int:
+    found = re.search(r"\(os error ([0-9]+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

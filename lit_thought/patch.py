@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ from lit_thought.weights import (
     original_weights,
     take_off_change,
 )
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from lit_thought.hub import FetchOptions, PushOptions
 
 __all__ = ["Factors", "ThoughtPatch"]
 
@@ -312,6 +317,40 @@ class ThoughtPatch:
         from lit_thought.control_vector import save_control_vector
 
         save_control_vector(self, path, model, overwrite=overwrite, check=check)
+
+    def push_to_hub(
+        self, repo_id: str, dtype: torch.dtype = torch.float32, **options: Unpack[PushOptions]
+    ) -> CommitInfo:
+        """Share the patch as a PEFT adapter in a repository on the hub.
+
+        Args:
+            repo_id: ``owner/name``; made if there is none.
+            dtype: of the stored factors and vectors.
+            options: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, ``license``, ``language``,
+                ``base_model`` and ``evaluation``: see :func:`lit_thought.hub.push_adapter`, also for what is raised.
+        """
+        from lit_thought.hub import push_patch
+
+        return push_patch(self, repo_id, dtype, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_id_or_path: str | os.PathLike[str], model: nn.Module | None = None, **options: Unpack[FetchOptions]
+    ) -> ThoughtPatch:
+        """Read an adapter from a repository on the hub, or from a folder as ``load`` does.
+
+        Args:
+            repo_id_or_path: ``owner/name``, or a folder, which comes first.
+            model: also check that the patch fits it (see ``validate``).
+            options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``subfolder``: see
+                :func:`lit_thought.hub.adapter_folder`, also for what is raised.
+        """
+        from lit_thought.hub import load_adapter
+
+        patch = load_adapter(repo_id_or_path, **options)
+        if model is not None:
+            patch.validate(model)
+        return patch
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> ThoughtPatch:

@@ -31,15 +31,18 @@ def expanded(path: Any, argument: str) -> Path:
 
 def is_own_file(file: Path) -> bool:
     """Whether there is such a file, and it lies in its folder: no link may lead elsewhere, but for the hub's cache,
-    whose snapshots are links to the blobs of the same repository."""
+    whose snapshots are links to the blobs of the same repository, or through them to those that all repositories share
+    (in folders by the first digits of their hash)."""
     try:
         if not file.is_file():
             return False
         folder, target = file.parent.resolve(), file.resolve()
     except OSError:
         return False
-    snapshots = (parent for parent in folder.parents if parent.name == "snapshots")
-    return target.is_relative_to(folder) or any(target.parent == place.parent / "blobs" for place in snapshots)
+    repositories = [parent.parent for parent in folder.parents if parent.name == "snapshots"]
+    return target.is_relative_to(folder) or any(
+        target.parent == place / "blobs" or target.parent.parent == place.parent / "blobs" for place in repositories
+    )
 
 
 def parse_json(text: str, **options: Any) -> Any:

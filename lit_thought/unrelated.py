@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from lit_thought.data_files import check_unicode
 from lit_thought.errors import ThoughtError
 from lit_thought.reading import expanded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["load_texts", "text_windows"]
 

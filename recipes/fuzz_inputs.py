@@ -185,6 +185,8 @@ def _read_config(folder: Path) -> object:
         except SystemExit as error:
             if error.code == 2 and "error:" in said.getvalue():
                 raise ThoughtError(said.getvalue()) from error
+            if isinstance(error.__context__, Reached):  # the command takes it for a bug
+                raise error.__context__ from None
             raise RuntimeError(f"status {error.code}: {said.getvalue()}") from error
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, make_model
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_patch import IDS, make_patch, make_vectors, output_projections
@@ -108,8 +109,13 @@ def test_card(tmp_path: Path) -> None:
     }
     ThoughtPatch(factors, record).save_adapter(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "someone/base"\nlibrary_name: peft\n')
-    assert "license" not in card
+    assert ModelCard(card).data.to_dict() == {
+        "base_model": "someone/base",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lit_thought", "thought-patch", "transformers"],
+    }
     assert "````text\nUse ``` and\n~~~ freely.\n````" in card
     for row in (
         "| ridge | 0.01 |",
@@ -122,7 +128,9 @@ def test_card(tmp_path: Path) -> None:
     for place in ("/somewhere/on/this/disk", "models/tiny.gguf"):
         local = ThoughtPatch(factors, {"base_model": place})
         local.save_adapter(tmp_path / "local", overwrite=True)
-        assert "base_model:" not in (tmp_path / "local" / "README.md").read_text()
+        card = (tmp_path / "local" / "README.md").read_text()
+        assert "base_model" not in card
+        assert place not in card
     (local + ThoughtPatch(factors) * 0.5).truncate(1).save_adapter(tmp_path / "sum")
     card = (tmp_path / "sum" / "README.md").read_text()
     assert "## Part 2, times 0.5" in card

@@ -136,10 +136,10 @@ def test_help_explains_every_option() -> None:
 def test_null_is_nothing_and_no_path_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load(*args: Any) -> Any:
+    def load(*args: Any, **options: Any) -> Any:
         raise ThoughtError("all settings were read")
 
-    monkeypatch.setattr("lit_thought.cli._load", load)
+    monkeypatch.setattr("lit_thought.models.load_model", load)
     arguments = ["--instruction=Opposite.", "--preserve=null", "--statistics_dir=null", "--resume_dir=null"]
     (tmp_path / "pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
     with pytest.raises(SystemExit):

@@ -20,11 +20,13 @@ from lit_thought.patch import Factors, ThoughtPatch
 from lit_thought.reading import expanded, is_own_file, parse_json
 from lit_thought.record import are_figures, is_number
 
-__all__ = ["FORMAT_VERSION", "adapter_digest", "gather", "singular_values"]
+__all__ = ["FORMAT_VERSION", "RESULT_VERSION", "adapter_digest", "gather", "singular_values"]
 
 FORMAT_VERSION = 1
 """Of ``report.json``; rises when a key changes its meaning."""
 
+RESULT_VERSION = 1
+"""Of the ``result.json`` that an evaluation writes, there as ``format``; files without it are of version 1."""
 _EVALUATION = "evaluation"
 _RESULT, _ITEMS = "result.json", "items.jsonl"
 _RESULT_KEYS = ("pairs", "accuracy", "fidelity", "kl", "agreement", "perplexity", "prompt_tokens")
@@ -189,6 +191,12 @@ def _read_evaluation(folder: Path, digest: str) -> tuple[dict[str, Any], list[di
             "that lit-thought evaluate --out wrote; run it again."
         ) from error
     result = _mapping(result)
+    version = result.get("format", RESULT_VERSION)
+    if type(version) is not int or version != RESULT_VERSION:
+        raise ThoughtError(
+            f"evaluation: {folder.name!r}: the format of {_RESULT} is {version!r:.60}, this lit_thought reads "
+            f"{RESULT_VERSION}. Upgrade lit-thought, or run lit-thought evaluate again."
+        )
     wrong = _wrong_key(result)
     if wrong is not None:
         raise ThoughtError(

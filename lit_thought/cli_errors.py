@@ -1,0 +1,89 @@
+"""How the command ends: exit codes, and one line that says what went wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+
+from lit_thought.errors import ThoughtError
+
+__all__ = ["BUG", "DONE", "EXIT_CODES", "INPUT", "INTERRUPTED", "MACHINE", "exit_code", "tell"]
+
+DONE, MACHINE, INPUT, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+EXIT_CODES = {
+    DONE: "done",
+    MACHINE: "the machine failed: disk full, permission denied, out of memory, no network",
+    INPUT: "bad input: an argument, a file or a model that cannot be used",
+    BUG: "a bug in lit-thought",
+    INTERRUPTED: "interrupted (Ctrl-C)",
+}
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM}
+_NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
+_MEMORY_NAMES = {"MemoryError", "OutOfMemoryError"}  # the latter of torch, which need not be imported by now
+_NETWORK_NAMES = {"TransportError", "OfflineModeIsEnabled"}  # of httpx and huggingface_hub
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code for an exception; what a :class:`ThoughtError` was raised from decides whose fault it is."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, ThoughtError):
+        return MACHINE if any(map(_is_of_the_machine, _causes(error))) else INPUT
+    return MACHINE if isinstance(error, OSError) or _is_of_the_machine(error) else BUG
+
+
+def tell(error: BaseException, trace: bool = False) -> None:
+    """Say on standard error what went wrong, in one line; with ``trace`` after the stack trace."""
+    if trace:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"lit-thought: {_red('error:')} {' '.join(_message(error, trace).split())}", file=sys.stderr)
+
+
+def _message(error: BaseException, trace: bool) -> str:
+    code = exit_code(error)
+    if code == INTERRUPTED:
+        return "interrupted."
+    if code == INPUT or isinstance(error, ThoughtError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    text = str(error) or "no message"
+    if _is_memory(error):
+        return f"out of memory ({text}). Choose a smaller model, or a smaller --batch_size where there is one."
+    if code == MACHINE:
+        return text
+    hint = "" if trace else "; run the same command with --traceback, and"
+    return f"this is a bug in lit-thought ({type(error).__name__}: {text}){hint or ':'} send in the stack trace."
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in _FULL
+    return full or isinstance(error, _NETWORK) or bool(_names(error) & _NETWORK_NAMES) or _is_memory(error)
+
+
+def _is_memory(error: BaseException) -> bool:
+    return bool(_names(error) & _MEMORY_NAMES)
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, what it was raised from, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _red(text: str) -> str:
+    """The text in red where standard error is a terminal, and nobody objects (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    return text if plain else f"\x1b[31m{text}\x1b[0m"

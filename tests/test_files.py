@@ -1,0 +1,132 @@
+"""What writing leaves behind: permissions by the umask, and errors of the system that name the path."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lit_thought import transmute
+from lit_thought.files import atomic_file, atomic_folder
+
+posix = pytest.mark.skipif(os.name == "nt", reason="no umask")
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextmanager
+def masked(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """The system writes no file larger than this."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@posix
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o027, 0o077], ids=oct)
+def test_the_umask_says_who_may_read(mask: int, tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3)}
+    with masked(mask):
+        (tmp_path / "usual").touch()
+        with atomic_file(tmp_path / "one.safetensors") as file:
+            save_file(tensors, file)
+        with atomic_folder(tmp_path / "out") as folder:
+            save_file(tensors, folder / "two.safetensors")
+            (folder / "sub").mkdir()
+            save_file(tensors, folder / "sub" / "three.safetensors")
+            (folder / "text.txt").write_text("text")
+    assert mode(tmp_path / "usual") == 0o666 & ~mask
+    written = [tmp_path / "one.safetensors", *(path for path in (tmp_path / "out").rglob("*") if path.is_file())]
+    assert len(written) == 4
+    assert {mode(path) for path in written} == {0o666 & ~mask}
+    assert {mode(tmp_path / "out"), mode(tmp_path / "out" / "sub")} == {0o777 & ~mask}
+
+
+def test_a_file_that_is_not_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "nothing"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@posix
+@pytest.mark.parametrize("large", [lambda path: save_file({"a": torch.zeros(5_000)}, path), None], ids=["tensors", ""])
+def test_a_limit_of_the_system_names_the_path(large: Callable[[Path], None] | None, tmp_path: Path) -> None:
+    write = large or (lambda path: path.write_text("x" * 20_000))
+    with pytest.raises(OSError, match="ulimit") as raised, limited(3_000), atomic_file(tmp_path / "one") as file:
+        write(file)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "one"))
+    with (
+        pytest.raises(OSError, match="half-written") as raised,
+        limited(3_000),
+        atomic_folder(tmp_path / "b") as folder,
+    ):
+        write(folder / "two")
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [atomic_file, atomic_folder])
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "Make room"), (errno.EDQUOT, "quota"), (errno.EACCES, "permissions"), (errno.EROFS, "may write")],
+)
+def test_errors_at_the_temporary_name_the_path(kind: Callable, number: int, remedy: str, tmp_path: Path) -> None:
+    for inside in (True, False):  # the system does not always say where
+        with pytest.raises(OSError, match=remedy) as raised, kind(tmp_path / "out") as temporary:
+            raise OSError(number, os.strerror(number), *([str(temporary)] if inside else []))
+        assert (raised.value.errno, raised.value.filename) == (number, str(tmp_path / "out"))
+        assert isinstance(raised.value, PermissionError) == (number == errno.EACCES)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/elsewhere/file"),
+        OSError(errno.ENOENT, "No such file or directory"),
+        SafetensorError("Error while serializing: invalid shape"),
+        KeyError("x"),
+    ],
+    ids=repr,
+)
+def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as raised, atomic_folder(tmp_path / "out"):
+        raise error
+    assert raised.value is error
+
+
+@posix
+def test_a_fit_whose_statistics_find_no_room_names_their_folder(tmp_path: Path) -> None:
+    pairs = [{"input": "hot", "output": "cold"}, {"input": "up", "output": "down"}]
+    settings = {"preserve": None, "rank": 2, "statistics_dir": tmp_path / "sums", "progress": False}
+    with pytest.raises(OSError, match="ulimit") as raised, limited(3_000):
+        transmute(make_model("llama"), make_tokenizer(), "up: down\n", pairs, **settings)
+    assert raised.value.filename == str(tmp_path / "sums")
+    assert list(tmp_path.iterdir()) == []
