@@ -2,18 +2,18 @@
 
 A *site* is where the input a and the error δ of the least squares are read, and which weights its solution changes:
 
-================== ===================================== ================================== =======================
-site               a                                     δ                                  what changes
-================== ===================================== ================================== =======================
-attn_out           z, the concatenated heads: input of   error of the residual stream m     that projection
-                   attention's output projection         after attention
-mlp_in             norm(m), input of the MLP's first     error of norm(m)                   every first linear:
-                   linear layers (gate and up)                                              W ← W + W Δ
-mlp_out            f (d_ff), input of the MLP's output   error of the residual stream       that projection
-                   (down) projection                     after the MLP
-attn_out+mlp_out   [z; f], in blocks whose attention     error of the block's output        both projections
-                   and MLP are parallel
-================== ===================================== ================================== =======================
+    ================== ===================================== ================================== =======================
+    site               a                                     δ                                  what changes
+    ================== ===================================== ================================== =======================
+    attn_out           z, the concatenated heads: input of   error of the residual stream m     that projection
+                       attention's output projection         after attention
+    mlp_in             norm(m), input of the MLP's first     error of norm(m)                   every first linear:
+                       linear layers (gate and up)                                              W ← W + W Δ
+    mlp_out            f (d_ff), input of the MLP's output   error of the residual stream       that projection
+                       (down) projection                     after the MLP
+    attn_out+mlp_out   [z; f], in blocks whose attention     error of the block's output        both projections
+                       and MLP are parallel
+    ================== ===================================== ================================== =======================
 
 A thought *vector* is added to the bias of the site's output projection: attention's at attn_out, the MLP's at
 mlp_in and mlp_out; at mlp_in it is the error of m, as in the paper.

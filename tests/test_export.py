@@ -491,34 +491,3 @@ def test_what_is_there_is_kept_unless_asked(files: Path, capsys: pytest.CaptureF
         assert "Loading" not in error
     main(["export", str(files / "adapter"), "--format=gguf", f"--out={files / 'base/config.json'}", "--overwrite=true"])
     assert (files / "base" / "config.json").read_bytes()[:4] == b"GGUF"
-
-
-# The page on serving
-
-
-def test_the_python_of_the_page_on_serving_runs(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "recipes" / "serving.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) >= 2
-    monkeypatch.chdir(files)
-    for name, seed in (("antonym", 1), ("pirate", 5)):
-        uneven(make_model("llama", torch.bfloat16).float(), seed).save_adapter(files / name)
-    known: dict[str, Any] = {}
-    for block in blocks:
-        exec(block.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', '"base"'), known)
-    assert {"antonym", "pirate"} == set(known["model"].peft_config)
-
-
-def test_the_commands_of_the_page_on_serving_are_ours(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each ``lit-thought export`` line runs as it is, on a tiny base."""
-    page = (ROOT / "recipes" / "serving.md").read_text(encoding="utf-8")
-    lines = [line.split() for line in page.splitlines() if line.startswith("lit-thought export")]
-    assert {line[line.index("--format") + 1] for line in lines} == {"peft", "gguf", "merged", "control-vector"}
-    monkeypatch.chdir(files)
-    base = make_model("llama", torch.bfloat16).float()
-    uneven(base).save_adapter(files / "antonym")
-    uneven(base, 5).save_adapter(files / "pirate")
-    (files / "steering").rename(files / "cats")
-    for line in lines:
-        main(["base" if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in line[1:]])
-        assert (files / line[line.index("--out") + 1]).exists()

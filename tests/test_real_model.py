@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,21 +91,3 @@ def test_a_system_prompt_becomes_weights(smollm2: tuple[Any, Any]) -> None:
         unrelated=None,
     ).score(patch)  # fmt: skip
     assert result["kl"]["patched"] < 0.5 * result["kl"]["plain"]
-
-
-def test_the_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(blocks[0], names)
-    assert (tmp_path / "antonym" / "adapter_config.json").is_file()
-    assert 0 <= names["result"]["fidelity"] <= 1
-    exec(blocks[2], names)
-    assert names["callback"].patch.rank == 16
-    assert (tmp_path / "antonym_too" / "adapter_config.json").is_file()
-    exec(blocks[3], names)
-    assert names["steering"].targets == ("model.layers.10.mlp.down_proj",)
-    assert (tmp_path / "cats" / "adapter_config.json").is_file()
-    assert (tmp_path / "cats.gguf").is_file()
-    exec(blocks[1], names)  # last, since PEFT changes the model in place
-    assert isinstance(names["model"], PeftModel)

