@@ -2,9 +2,9 @@
 
     python recipes/limits.py --config recipes/limits.yaml
 
-1. *It knows what the fit showed of the chunk, and no more.* The chunk is a list of names with invented numbers, to look
-   up. A name that only the chunk holds is out of a patch's reach: there is nothing to attend to. (The embedded model
-   hardly looks them up itself; its patch repeats its guesses for the names that were fitted. Try a larger model.)
+1. *It knows what the fit showed of the chunk, and no more.* The chunk is a passage about a town that does not exist. A
+   patch fitted to questions about every other fact knows these; the rest is out of its reach, for there is nothing left
+   to attend to.
 2. *It belongs to a form of prompt.* A patch for antonyms, fitted on questions and answers, is asked in other forms.
    The demonstrations are rewritten in the same form for the instructed run.
 3. *It copies mistakes.* Where the instructed model is mostly wrong, so is the patched one. Right outputs given for the
@@ -21,40 +21,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jsonargparse
+from self_study import Document, contains, load_document
 from tasks import DATA, TEMPLATE, demonstrations, load_split, provenance, shown, write_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model, transmute
 from lit_thought.data_files import load_pairs
-from lit_thought.evaluation import Evaluation
+from lit_thought.evaluation import RUNS, Evaluation
 from lit_thought.intervals import wilson
 
-NAMES = [
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Iris",
-    "Jack",
-    "Karen",
-    "Leo",
-    "Maria",
-    "Nora",
-    "Oscar",
-    "Paula",
-    "Quinn",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Ulf",
-    "Vera",
-    "Walter",
-    "Zoe",
-]
 FORMS = {
     "Q: hot / A: …": TEMPLATE,
     "Input: hot / Output: …": "Input: {input}\nOutput: {output}\n",
@@ -68,7 +43,7 @@ def limits(
     model: str = "smollm2",
     seed: int = 0,
     rank: int = 16,
-    names: int = 12,
+    document: str = "harrowick",
     shots: int = 10,
     fit: int = 30,
     test: int = 30,
@@ -79,21 +54,22 @@ def limits(
 
     Args:
         model: "smollm2" (the embedded default), a hub id or a local directory.
-        seed: seed of the invented numbers and of the splits.
+        seed: seed of the splits.
         rank: rank of the adapters.
-        names: names in the list of the first example, half of which are fitted.
+        document: name below recipes/data/documents, or a file of that form, for the first example.
         shots: demonstrations in the other examples.
         fit: inputs to fit on in the other examples.
         test: most words to test on in the other examples.
         max_new_tokens: longest output.
         out: path of the two result files, without suffix.
     """
+    passage = load_document(document)
     lm, tokenizer = load_model(model)
     common = {"rank": rank, "max_new_tokens": max_new_tokens}
-    rows = look_up(lm, tokenizer, names, seed, **common)
+    rows = look_up(lm, tokenizer, passage, **common)
     rows += other_forms(lm, tokenizer, seed, shots, fit, test, **common)
     rows += mistakes(lm, tokenizer, seed, shots, fit, test, **common)
-    settings = {"seed": seed, "names": names, "shots": shots, "fit": fit, "test": test, **common}
+    settings = {"seed": seed, "document": passage.name, "shots": shots, "fit": fit, "test": test, **common}
     record = {"model": shown(model), **provenance(), "settings": settings, "rows": rows}
     page = f"`python recipes/limits.py --config recipes/limits.yaml` on {shown(model)}, commit {record['commit']}; "
     page += f"settings: `{json.dumps(settings)}`\n\n{table(rows)}"
@@ -101,28 +77,25 @@ def limits(
     write_results(out, page, record)
 
 
-def code_list(names: Sequence[str], seed: int) -> list[dict[str, str]]:
-    """Names with different invented numbers of two digits."""
-    numbers = random.Random(seed).sample(range(10, 100), len(names))
-    return [{"input": name, "output": str(number)} for name, number in zip(names, numbers, strict=True)]
-
-
 def look_up(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: int, seed: int, rank: int, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, rank: int, max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """A list in the chunk: the names that were fitted, and the others."""
-    entries = code_list(NAMES[:names], seed)
-    instruction = demonstrations(entries)
-    known, unknown = entries[::2], entries[1::2]
-    inputs = [{"input": entry["input"]} for entry in known]
-    patch = transmute(
-        model, tokenizer, instruction, inputs, TEMPLATE, rank=rank, max_new_tokens=max_new_tokens, progress=False
-    )
-    return [
-        {"example": "look up a number in the chunk", "case": case}
-        | measure(model, tokenizer, patch, instruction, pairs, TEMPLATE, max_new_tokens)
-        for case, pairs in (("names that were fitted", known), ("other names of the list", unknown))
-    ]
+    """Questions about a passage in the chunk: those that were fitted, and the others; an answer holds a right form."""
+    asked, others = document.questions[::2], document.questions[1::2]
+    inputs = [{"input": row["input"]} for row in asked]
+    common = {"rank": rank, "max_new_tokens": max_new_tokens, "progress": False}
+    patch = transmute(model, tokenizer, document.chunk, inputs, "chat", **common)
+    rows = []
+    for case, questions in (("facts that were fitted", asked), ("other facts of it", others)):
+        pairs = [{"input": row["input"]} for row in questions]
+        row = measure(model, tokenizer, patch, document.chunk, pairs, "chat", max_new_tokens)
+        row["accuracy"] = {
+            run: sum(contains(item[run], own["outputs"]) for item, own in zip(row["items"], questions, strict=True))
+            / len(questions)
+            for run in RUNS
+        }
+        rows.append({"example": "a passage in the chunk", "case": case, **row})
+    return rows
 
 
 def other_forms(
