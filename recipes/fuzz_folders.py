@@ -1,4 +1,5 @@
-"""Kinds of input for recipes/fuzzing.py that the library keeps: adapters, statistics, preservation, unfinished fits."""
+"""Kinds of input for recipes/fuzzing.py that the library keeps: adapters, statistics, preservation, unfinished fits,
+control vectors."""
 
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 from fuzzing import Kind, spoil_some_file
+from mutations import dumped, spoil_bytes, spoil_value
 from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch
 from lit_thought.api import fit
 from lit_thought.blocks import find_blocks
 from lit_thought.card import model_card
+from lit_thought.control_vector import load_control_vector
+from lit_thought.instruction_hash import check_instruction
 from lit_thought.models import fingerprint
 from lit_thought.preserve import WINDOW, preservation, site_sizes
 from lit_thought.preserve_file import PreservationFile
@@ -64,6 +68,38 @@ def _read_adapter(folder: Path) -> object:
     patch.validate(MODEL, check=False)
     content = gather(folder)
     return repr(patch), model_card(patch), render_markdown(content), 0.5 * patch + patch
+
+
+def _spoil_hash(folder: Path, draw: Random) -> str:
+    """The hash that stands in the place of the instruction."""
+    file = folder / "thought.json"
+    value = json.loads(file.read_text(encoding="utf-8"))
+    record = value["provenance"]
+    change, record["instruction_hash"] = spoil_value(record["instruction_hash"], draw)
+    file.write_bytes(dumped(value, draw).encode("utf-8", "surrogatepass"))
+    return change
+
+
+def _read_hash(folder: Path) -> object:
+    patch = ThoughtPatch.load(folder)
+    return check_instruction(patch.provenance, INSTRUCTION, PAIRS), model_card(patch), render_markdown(gather(folder))
+
+
+def _write_control_vector(folder: Path) -> None:
+    site = BLOCKS[1].sites["mlp_out"]
+    patch = ThoughtPatch({}, {"fingerprint": fingerprint(MODEL)}, {site.path: torch.ones(site.d_out)})
+    patch.save_control_vector(folder / "steer.gguf", MODEL)
+
+
+def _spoil_control_vector(folder: Path, draw: Random) -> str:
+    file = folder / "steer.gguf"
+    change, data = spoil_bytes(file.read_bytes(), draw)
+    file.write_bytes(data)
+    return change
+
+
+def _read_control_vector(folder: Path) -> object:
+    return repr(load_control_vector(folder / "steer.gguf", MODEL))
 
 
 def _write_evaluation(root: Path) -> None:
@@ -175,6 +211,8 @@ def _read_unfinished(folder: Path) -> object:
 FOLDERS: dict[str, Kind] = {
     "adapter folders": Kind(_write_adapter(), _read_adapter, spoil_some_file),
     "adapter folders with vectors": Kind(_write_adapter(sites=["mlp_in"]), _read_adapter, spoil_some_file),
+    "adapter folders without the instruction": Kind(_write_adapter(store_instruction=False), _read_hash, _spoil_hash),
+    "control vectors": Kind(_write_control_vector, _read_control_vector, _spoil_control_vector),
     "evaluations": Kind(_moved(_write_evaluation, "run"), _read_run, _spoil_evaluation),
     "statistics": Kind(_write_statistics(), _read_statistics, spoil_some_file),
     "statistics with vectors": Kind(_write_statistics(sites=["mlp_in"], steps=1), _read_statistics, spoil_some_file),

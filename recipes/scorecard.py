@@ -2,22 +2,25 @@
 
     python recipes/scorecard.py --config recipes/scorecard.yaml
 
-Two parts, on a tiny random model. *Malformed input* (recipes/fuzzing.py): examples of everything that the library
-reads are spoilt in a seeded way, thousands of times, and each reading must end in the library's own error with a
-message, or do no harm; nothing else may escape and no file be left behind. *Faults* (recipes/faults.py): a fit is
-struck by a full disk, a missing permission, Ctrl-C, SIGKILL, weights that are not finite and a forward pass that
-raises; the model must be left bit for bit as it was, without hooks, and no partial output be there.
+Four parts, the first two on a tiny random model. *Malformed input* (recipes/fuzzing.py): examples of everything that
+the library reads are spoilt in a seeded way, thousands of times, and each reading must end in the library's own error
+with a message, or do no harm; nothing else may escape and no file be left behind. *Faults* (recipes/faults.py): a fit
+is struck by a full disk, a missing permission, Ctrl-C, SIGKILL, weights that are not finite and a forward pass that
+raises; the model must be left bit for bit as it was, without hooks, and no partial output be there. *Serving*: for each
+way to serve a patch the tests are run that put it to use; of those that did not run, for what they need is not
+installed, the reason is told. *Versions*: the table that recipes/versions.py has written.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,9 @@ from fuzz_folders import FOLDERS
 from fuzz_inputs import INPUTS
 from fuzzing import Tally, fuzz
 from jsonargparse import auto_cli
+from junit import Case, count, run_tests
 from tasks import provenance, write_results
+from versions import table as versions_table
 
 from lit_thought.errors import ThoughtError
 
@@ -37,6 +42,8 @@ KINDS = {**INPUTS, **FOLDERS}
 def main(
     cases: dict[str, int],
     faults: list[str],
+    serving: dict[str, list[str]],
+    versions: str = "recipes/results/versions.json",
     seed: int = 0,
     out: str = "recipes/results/scorecard",
 ) -> None:
@@ -45,6 +52,8 @@ def main(
     Args:
         cases: how many spoilt copies to try of each kind of input, of those in recipes/fuzz_*.py.
         faults: which faults to try, of those in recipes/faults.py.
+        serving: for each way to serve a patch the tests that do, as pytest takes them.
+        versions: the record of recipes/versions.py.
         seed: seed of the changes.
         out: path of the two result files, without suffix.
     """
@@ -62,20 +71,40 @@ def main(
             print(f"{name} …", flush=True)
             outcomes += FAULTS[name]()
     logging.disable(logging.NOTSET)
-    record = scorecard(tallies, outcomes)
+    served: dict[str, list[Case] | None] = {}
+    for name, tests in serving.items():
+        print(f"serving: {name} …", flush=True)
+        served[name] = run_tests(tests)
+    tried = read_versions(versions)
+    record = scorecard(tallies, outcomes, served, tried)
     record |= {
-        "settings": {"cases": cases, "faults": faults, "seed": seed},
+        "settings": {"cases": cases, "faults": faults, "serving": serving, "seed": seed},
         "system": platform.system(),
         **provenance(),
     }
-    page = table(tallies, outcomes, _cpu_seconds() - started)
+    seconds = _cpu_seconds() - started
+    page = "\n".join([table(tallies, outcomes, seconds), *serving_lines(served), *version_lines(tried)])
     print(page)
     write_results(out, f"{page}\nCommit {record['commit']}, {record['system']}.\n", record)
 
 
-def scorecard(tallies: dict[str, Tally], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def read_versions(path: str) -> dict[str, Any] | None:
+    """The record of recipes/versions.py, None where there is none yet."""
+    file = Path(path)
+    record: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return record
+
+
+def scorecard(
+    tallies: dict[str, Tally],
+    outcomes: Sequence[Outcome],
+    served: Mapping[str, Sequence[Case] | None],
+    tried: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     """All figures, as JSON values."""
     return {
+        "serving": {name: None if cases is None else list(map(asdict, cases)) for name, cases in served.items()},
+        "versions_tried": None if tried is None else {key: tried[key] for key in ("commit", "combinations")},
         "malformed": {name: {**asdict(tally), "changes": dict(tally.changes)} for name, tally in tallies.items()},
         "faults": [{**asdict(outcome), "fine": outcome.fine} for outcome in outcomes],
     }
@@ -125,6 +154,38 @@ def table(tallies: dict[str, Tally], outcomes: Sequence[Outcome], seconds: float
     wrong += [f"- {name}: {entry['change']}, case {entry['number']}: left {entry['files']}" for name, entry in left]
     wrong += [f"- {outcome.fault}, {outcome.where}: {outcome}" for outcome in bad]
     return "\n".join([*lines, *(["## Missed", "", *wrong, ""] if wrong else [])])
+
+
+def serving_lines(served: Mapping[str, Sequence[Case] | None]) -> list[str]:
+    """The part on ways to serve a patch."""
+    rows, reasons = [], []
+    for name, cases in served.items():
+        end = verdict(cases)
+        numbers = ["–"] * 3 if cases is None else [str(count(cases, end)) for end in ("passed", "failed", "skipped")]
+        rows.append(f"| {name} | {end} | {' | '.join(numbers)} |")
+        reasons += [f"- {name}: {reason}" for reason in dict.fromkeys(case.reason for case in cases or ()) if reason]
+    if not rows:
+        return []
+    verified = sum(verdict(cases) == "verified" for cases in served.values())
+    head = [f"{verified} of {len(rows)} ways to serve a patch verified, by tests that use them.", ""]
+    table = ["| way | verdict | tests passed | failed | skipped |", "|---|---|---:|---:|---:|", *rows, ""]
+    return ["## Serving", "", *head, *table, *(["Skipped for:", "", *reasons, ""] if reasons else [])]
+
+
+def verdict(cases: Sequence[Case] | None) -> str:
+    """``verified`` where tests passed and none failed, ``failed`` where one did or they did not come to their end,
+    ``not run`` where all were skipped."""
+    if cases is None or count(cases, "failed"):
+        return "failed"
+    return "verified" if count(cases, "passed") else "not run"
+
+
+def version_lines(tried: Mapping[str, Any] | None) -> list[str]:
+    """The part on versions."""
+    head = ["## Versions", "", "`python recipes/versions.py --config recipes/versions.yaml`", ""]
+    if tried is None:
+        return [*head, "Not run.", ""]
+    return [*head, *versions_table(tried), "", f"Of commit {tried['commit']}.", ""]
 
 
 def _cpu_seconds() -> float:

@@ -29,6 +29,7 @@ from lit_thought.record import check_record  # noqa: E402
 
 CASES = dict.fromkeys(KINDS, 110) | {"configs": 15, "unfinished fits": 30, "preservation caches": 40}
 CASES |= {"adapter folders": 80, "adapter folders with vectors": 60, "evaluations": 60}
+CASES |= {"adapter folders without the instruction": 40}
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 TEXT = st.text(max_size=20) | st.text(alphabet="{}inputotc \n\ud800\x00", max_size=30)
 JSON = st.recursive(

@@ -53,7 +53,7 @@ SCRIPTS = {"word_tasks_gemma": "word_tasks", "word_tasks_auto": "word_tasks"}
 
 ELSEWHERE = {
     *("arithmetic", "baselines", "compose", "document", "limits", "preservation_file", "scorecard"),
-    *("system_prompt", "translation"),
+    *("system_prompt", "translation", "versions"),
 }
 """Recipes with a test in another file."""
 
