@@ -67,7 +67,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         folder = tmp_path_factory.mktemp(f"{strategy}-{devices}")
         plan |= {"devices": devices, "strategy": strategy, "fits": fits}
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if torchrun else []
-        return Run(folder, *script.run_script(script.__file__, folder, plan, 120, *launcher))
+        return Run(folder, *script.run_script(script.__file__, folder, plan, 300, *launcher))
 
     return start
 

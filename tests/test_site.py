@@ -236,7 +236,8 @@ def test_pictures_are_what_their_script_draws(tmp_path: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(str(SITE))
     import pictures
 
-    pictures.pictures(str(tmp_path))
+    with matplotlib.rc_context({"savefig.bbox": "tight", "font.size": 20}):  # as other recipes may have it
+        pictures.pictures(str(tmp_path))
     kept = {path.name: path.read_text("utf-8") for path in (SITE / "pages" / "pictures").iterdir()}
     drawn = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
     assert kept.keys() == drawn.keys()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-from matplotlib import rc_context
+from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -51,12 +52,21 @@ def pictures(out: str = str(HERE / "pages" / "pictures")) -> None:
             temporary.write_text(draw(), encoding="utf-8")
 
 
+@contextmanager
+def style() -> Iterator[None]:
+    """Inside, matplotlib's own settings with ours, whatever others have set; afterwards theirs again."""
+    with rc_context():
+        rcdefaults()
+        rcParams.update(SETTINGS)
+        yield
+
+
 def drawing(width: float, height: float) -> Callable[[Callable[[Axes], None]], Callable[[], str]]:
     """Makes a function that draws on axes without frame, in tenths of an inch, one that returns an SVG."""
 
     def decorate(draw: Callable[[Axes], None]) -> Callable[[], str]:
         def render() -> str:
-            with rc_context(SETTINGS):
+            with style():
                 figure = Figure(figsize=(width / 10, height / 10))
                 axes = figure.add_axes((0, 0, 1, 1))
                 axes.set(xlim=(0, width), ylim=(0, height))
@@ -73,7 +83,7 @@ def chart(draw: Callable[[Figure], None]) -> Callable[[], str]:
     """Makes a function that draws on a figure one that returns an SVG."""
 
     def render() -> str:
-        with rc_context(SETTINGS):
+        with style():
             figure = Figure(figsize=(7, 3.2), layout="constrained")
             draw(figure)
             return svg(figure)
