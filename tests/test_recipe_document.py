@@ -94,7 +94,10 @@ def test_what_stands_for_nothing_is_refused_before_the_model_is_loaded(tmp_path:
         ({"curved": ["moon"]}, "curved: expected some of brindlemark"),
         ({"variants": ["rank -1"]}, r"variants: expected some of .* got \['rank -1'\]"),
         ({"documents": ["quillow"], "curved": [], "analysed": [], "source": "given"}, "quillow has no given questions"),
-        ({"documents": ["quillow"], "curved": [], "analysed": ["quillow"]}, "quillow has no given questions"),
+        (
+            {"documents": ["quillow"], "curved": [], "analysed": ["quillow"], "variants": ["given questions"]},
+            "quillow has no given questions",
+        ),
     ]:
         with pytest.raises(ThoughtError, match=message):
             document(model="there/is none", **arguments)
