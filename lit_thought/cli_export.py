@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_thought.cli_output import Result, say, timed
+from lit_thought.cli_model import Loading
+from lit_thought.cli_output import Result, say
 from lit_thought.errors import ThoughtError
 
 __all__ = ["export"]
@@ -61,6 +63,9 @@ def export(
         if value is not None:
             raise ThoughtError(f"{name}={value!r} has no use for the format {format}. Leave it out.")
     patch = ThoughtPatch.load(adapter_folder(adapter, argument="adapter"))
+    loading = partial(
+        Loading, model or "smollm2", revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code
+    )
     stored = torch.float32 if dtype is None else getattr(torch, dtype)
     if format == "peft":
         export_adapter(patch, out, rank, overwrite, stored)
@@ -68,24 +73,15 @@ def export(
         export_gguf(patch, out, model_type, stored, overwrite)
     elif format == "merged":
         check_output_folder(out, overwrite)
-        base, tokenizer = _load(**source, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+        base, tokenizer = loading(dtype=dtype or "auto").load()
         export_merged(patch, base, out, tokenizer, overwrite=overwrite)
     else:
         with atomic_file(out, overwrite) as file:  # checks its path first
-            base, _ = _load(**source, dtype=dtype, trust_remote_code=trust_remote_code)
+            base, _ = loading(dtype=dtype).load()
             patch.save_control_vector(file, base)
     size = _size(Path(out).expanduser())
     say(f"Wrote {size / 1e6:.1f} MB to {out}")
     return Result({"out": out, "format": format, "bytes": size})
-
-
-def _load(model: str | None, **options: Any) -> Any:
-    from lit_thought.models import load_model
-
-    name = model or "smollm2"
-    say(f"Loading {name} …")
-    with timed("loading the model"):
-        return load_model(name, **options)
 
 
 def _size(path: Path) -> int:
