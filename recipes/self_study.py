@@ -91,8 +91,10 @@ REQUESTS = (
 
 
 NUMBERS = frozenset(
-    ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    + ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand"]
+    (
+        *("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+        *("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand"),
+    )
 )
 """Words that :func:`clozes` asks for with "how many"."""
 
@@ -236,7 +238,7 @@ def clozes(document: Document) -> list[dict[str, str]]:
 
     "Mount Sarn is 812 metres high." answers "Mount Sarn is how many metres high?" and "Mount Sarn is 812 what high?".
     Names are runs of words with a capital; words of the title, and what a sentence begins with, are not asked for. The
-    title stands before a question that :func:`about` does not see the subject in.
+    title stands before a question in which :func:`about` finds neither the subject nor a name.
     """
     title = set(re.findall(r"\w+", document.title))
     pairs = []
