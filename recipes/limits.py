@@ -38,6 +38,9 @@ FORMS = {
 }
 """Forms of one task's prompts; the first is the one that is fitted."""
 
+STUDY = {"rank": 64, "ridge": 0.001, "preserve_weight": 0.3, "answer_weight": 1.0}
+"""What a passage is fitted with: facts want a higher rank and a lower ridge than rules (document.py)."""
+
 
 def limits(
     model: str = "smollm2",
@@ -55,7 +58,7 @@ def limits(
     Args:
         model: "smollm2" (the embedded default), a hub id or a local directory.
         seed: seed of the splits.
-        rank: rank of the adapters.
+        rank: rank of the adapters in the other examples.
         document: name below recipes/data/documents, or a file of that form, for the first example.
         shots: demonstrations in the other examples.
         fit: inputs to fit on in the other examples.
@@ -66,10 +69,18 @@ def limits(
     passage = load_document(document)
     lm, tokenizer = load_model(model)
     common = {"rank": rank, "max_new_tokens": max_new_tokens}
-    rows = look_up(lm, tokenizer, passage, **common)
+    rows = look_up(lm, tokenizer, passage, max_new_tokens)
     rows += other_forms(lm, tokenizer, seed, shots, fit, test, **common)
     rows += mistakes(lm, tokenizer, seed, shots, fit, test, **common)
-    settings = {"seed": seed, "document": passage.name, "shots": shots, "fit": fit, "test": test, **common}
+    settings = {
+        "seed": seed,
+        "document": passage.name,
+        "shots": shots,
+        "fit": fit,
+        "test": test,
+        "study": STUDY,
+        **common,
+    }
     record = {"model": shown(model), **provenance(), "settings": settings, "rows": rows}
     page = f"`python recipes/limits.py --config recipes/limits.yaml` on {shown(model)}, commit {record['commit']}; "
     page += f"settings: `{json.dumps(settings)}`\n\n{table(rows)}"
@@ -78,12 +89,12 @@ def limits(
 
 
 def look_up(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, rank: int, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """Questions about a passage in the chunk: those that were fitted, and the others; an answer holds a right form."""
     asked, others = document.questions[::2], document.questions[1::2]
     inputs = [{"input": row["input"]} for row in asked]
-    common = {"rank": rank, "max_new_tokens": max_new_tokens, "progress": False}
+    common: dict[str, Any] = {**STUDY, "max_new_tokens": max_new_tokens, "progress": False}
     patch = transmute(model, tokenizer, document.chunk, inputs, "chat", **common)
     rows = []
     for case, questions in (("facts that were fitted", asked), ("other facts of it", others)):
