@@ -38,8 +38,8 @@ FORMS = {
 }
 """Forms of one task's prompts; the first is the one that is fitted."""
 
-STUDY = {"rank": 64, "ridge": 0.001, "preserve_weight": 0.3, "answer_weight": 1.0}
-"""What a passage is fitted with: facts want a higher rank and a lower ridge than rules (document.py)."""
+STUDY = {"ridge": 0.001, "preserve_weight": 0.3, "answer_weight": 1.0}
+"""What a passage is fitted with: facts want a lower ridge, and a higher rank, than rules (document.py)."""
 
 
 def limits(
@@ -47,6 +47,7 @@ def limits(
     seed: int = 0,
     rank: int = 16,
     document: str = "harrowick",
+    document_rank: int = 64,
     shots: int = 10,
     fit: int = 30,
     test: int = 30,
@@ -60,6 +61,7 @@ def limits(
         seed: seed of the splits.
         rank: rank of the adapters in the other examples.
         document: name below recipes/data/documents, or a file of that form, for the first example.
+        document_rank: rank of its adapter.
         shots: demonstrations in the other examples.
         fit: inputs to fit on in the other examples.
         test: most words to test on in the other examples.
@@ -69,18 +71,11 @@ def limits(
     passage = load_document(document)
     lm, tokenizer = load_model(model)
     common = {"rank": rank, "max_new_tokens": max_new_tokens}
-    rows = look_up(lm, tokenizer, passage, max_new_tokens)
+    rows = look_up(lm, tokenizer, passage, document_rank, max_new_tokens)
     rows += other_forms(lm, tokenizer, seed, shots, fit, test, **common)
     rows += mistakes(lm, tokenizer, seed, shots, fit, test, **common)
-    settings = {
-        "seed": seed,
-        "document": passage.name,
-        "shots": shots,
-        "fit": fit,
-        "test": test,
-        "study": STUDY,
-        **common,
-    }
+    settings: dict[str, Any] = {"seed": seed, "document": passage.name, "document_rank": document_rank, "study": STUDY}
+    settings |= {"shots": shots, "fit": fit, "test": test, **common}
     record = {"model": shown(model), **provenance(), "settings": settings, "rows": rows}
     page = f"`python recipes/limits.py --config recipes/limits.yaml` on {shown(model)}, commit {record['commit']}; "
     page += f"settings: `{json.dumps(settings)}`\n\n{table(rows)}"
@@ -89,12 +84,12 @@ def limits(
 
 
 def look_up(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, rank: int, max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """Questions about a passage in the chunk: those that were fitted, and the others; an answer holds a right form."""
     asked, others = document.questions[::2], document.questions[1::2]
     inputs = [{"input": row["input"]} for row in asked]
-    common: dict[str, Any] = {**STUDY, "max_new_tokens": max_new_tokens, "progress": False}
+    common: dict[str, Any] = {**STUDY, "rank": rank, "max_new_tokens": max_new_tokens, "progress": False}
     patch = transmute(model, tokenizer, document.chunk, inputs, "chat", **common)
     rows = []
     for case, questions in (("facts that were fitted", asked), ("other facts of it", others)):

@@ -25,7 +25,7 @@ def test_limits(tmp_path: Path) -> None:
     out = tmp_path / "limits"
     command = [sys.executable, "recipes/limits.py", "--config=recipes/limits.yaml", f"--model={tmp_path / 'model'}"]
     command += [f"--document={tmp_path / 'town.json'}", f"--out={out}"]
-    command += ["--shots=3", "--fit=4", "--test=3", "--rank=4", "--max_new_tokens=3"]
+    command += ["--shots=3", "--fit=4", "--test=3", "--rank=4", "--document_rank=4", "--max_new_tokens=3"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
