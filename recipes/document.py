@@ -4,12 +4,11 @@
 
 The chunk is a passage, most of them about things that do not exist, so that no model knows the answers. The model
 itself writes questions about it, sentence by sentence, and answers them with the passage in front of it (self-study,
-in self_study.py); the patch is fitted to these, to the same questions answered by their sentences, and to the sentences
-turned into questions. It is tested on other questions, worded by hand: how many answers contain an accepted form, token
-F1 against it, and the divergence from the instructed model along its own answers. The measure is patched ÷ instructed
-right answers, over the rank, the number of questions and the length of the passage. The analysis says which questions
-go wrong: whether self-study covered the fact, where in the answer the distributions differ, and what other settings do.
-Writes a Markdown and a JSON table and an SVG.
+in self_study.py); the patch is fitted to these. It is tested on other questions, worded by hand: how many answers
+contain an accepted form, token F1 against it, and the divergence from the instructed model along its own answers. The
+measure is patched ÷ instructed right answers, over the rank, the number of questions and the length of the passage.
+The analysis says which questions go wrong: whether self-study covered the fact, where in the answer the distributions
+differ, and what other settings do. Writes a Markdown and a JSON table and an SVG.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import document_tables as tables
 import jsonargparse
 import torch
-from self_study import Document, clozes, contains, coverage, load_document, recite, requests, write_questions
+from self_study import Document, contains, coverage, load_document, recite, requests, write_questions
 from system_prompt import Divergence, by_place, divergence
 from tasks import provenance, shown, write_results
 from torch import Tensor
@@ -45,12 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "given and self-study questions": {"source": "both"},
     "no requests besides questions": {"requests": False},
     "passage not recited": {"recited": False},
-    "sentences not turned into questions": {"clozes": False},
-    "questions not answered by their sentences": {"quoted": False},
-    "questions not answered by the model": {"answered": False},
     "two sampled answers to each question": {"sampled": 2},
-    "answer weight 3": {"answer_weight": 3.0},
-    "answer weight 10": {"answer_weight": 10.0},
+    "answer weight 1": {"answer_weight": 1.0},
+    "answer weight 30": {"answer_weight": 30.0},
     "ridge 0.0003": {"ridge": 0.0003},
     "ridge 0.01": {"ridge": 0.01},
     "ridge 0.1": {"ridge": 0.1},
@@ -68,14 +64,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Task(NamedTuple):
     """A document, pairs about it to fit to, and the plain and the instructed answers to the tested questions.
 
-    The pairs have the model's own answers: to questions that it wrote, to given ones, and to other requests; ``quoted``
-    has the questions that it wrote again, answered by the sentences that they are about.
+    The pairs have the model's own answers: to questions that it wrote, to given ones, and to other requests.
     """
 
     document: Document
     tokens: int
     studied: list[dict[str, str]]
-    quoted: list[dict[str, str]]
     given: list[dict[str, str]]
     requests: list[dict[str, str]]
     evaluation: Evaluation
@@ -93,7 +87,7 @@ def document(
     rank: int = 64,
     ridge: float = 0.001,
     preserve_weight: float = 0.3,
-    answer_weight: float = 1.0,
+    answer_weight: float = 10.0,
     max_new_tokens: int = 24,
     request_tokens: int = 96,
     unrelated_windows: int = 2,
@@ -208,7 +202,7 @@ def prepare(
     request_tokens: int,
 ) -> Task:
     """Let the model study a document, and answer the questions to test with as the plain and the instructed run."""
-    quoted = write_questions(model, tokenizer, own, questions, seed) if questions else []
+    asked = write_questions(model, tokenizer, own, questions, seed) if questions else []
     evaluation = Evaluation(
         model,
         tokenizer,
@@ -225,8 +219,7 @@ def prepare(
     return Task(
         own,
         len(tokenizer(own.passage)["input_ids"]),
-        answer(model, tokenizer, own.chunk, [pair["input"] for pair in quoted], max_new_tokens),
-        quoted,
+        answer(model, tokenizer, own.chunk, asked, max_new_tokens),
         answer(model, tokenizer, own.chunk, own.given, max_new_tokens),
         answer(model, tokenizer, own.chunk, requests(own), request_tokens),
         evaluation,
@@ -246,15 +239,15 @@ def study(
     """The pairs that a setting asks for, and what is left of it for ``transmute``."""
     arguments = dict(settings)
     source, count = arguments.pop("source"), arguments.pop("questions")
-    own = {part: arguments.pop(part, True) for part in ("answered", "quoted", "clozes", "recited", "requests")}
-    count = 0 if source == "given" else count
-    pairs = (task.studied[:count] if own["answered"] else []) + (task.given if source != "self-study" else [])
-    if sampled := arguments.pop("sampled", 0):
+    sampled, requested = arguments.pop("sampled", 0), arguments.pop("requests", True)
+    recited = recite(task.document) if arguments.pop("recited", True) else []
+    pairs = task.studied[:count] if source != "given" else []
+    if source != "self-study":
+        pairs = pairs + task.given
+    if sampled:
         inputs = [pair["input"] for pair in pairs]
         pairs = answer(model, tokenizer, task.document.chunk, inputs, max_new_tokens, sampled)
-    pairs = pairs + (task.quoted[:count] if own["quoted"] else [])
-    pairs += (clozes(task.document) if own["clozes"] else []) + (recite(task.document) if own["recited"] else [])
-    return pairs + (task.requests if own["requests"] else []), arguments
+    return pairs + recited + (task.requests if requested else []), arguments
 
 
 def answer(

@@ -1,5 +1,4 @@
-"""Self-study: questions about a passage, sentence by sentence, written by a model or made of the sentences; see
-document.py."""
+"""Self-study: a model writes questions about a passage itself, sentence by sentence; see document.py."""
 
 from __future__ import annotations
 
@@ -90,14 +89,6 @@ REQUESTS = (
 """Inputs that are no questions about one fact."""
 
 
-NUMBERS = frozenset(
-    (
-        *("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-        *("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand"),
-    )
-)
-"""Words that :func:`clozes` asks for with "how many"."""
-
 LEAD = "Answer each question in one short sentence, using this text:\n\n"
 """What stands before the passage in the prompt, and is part of the chunk."""
 
@@ -179,15 +170,14 @@ def keep_questions(written: Iterable[str], document: Document, taken: Iterable[s
 
 def write_questions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, count: int, seed: int
-) -> list[dict[str, str]]:
+) -> list[str]:
     """Questions that the model writes about the passage, of each sentence as many, shuffled.
 
     Each round draws questions about the sentences that have fewer than their share of ``count``, with the next of
     :data:`FORMS`; after :data:`ROUNDS` of them what is there must do.
 
     Returns:
-        Pairs of a question and the sentence that it is about; at most ``count``, fewer where a sentence did not get
-        its share.
+        At most ``count`` questions: fewer where a sentence did not get its share.
 
     Raises:
         ThoughtError: The model writes no question that can be kept.
@@ -212,7 +202,7 @@ def write_questions(
         )
         for i, written in zip(wanting, drawn, strict=True):
             kept[i] = (kept[i] + keep_questions([written.text], document, chain(*kept)))[:share]
-    questions = [{"input": text, "output": part} for part, own in zip(parts, kept, strict=True) for text in own]
+    questions = list(chain(*kept))
     if not questions:
         raise ThoughtError(
             f"questions: expected the model to write some about {document.name}, got none to keep in {ROUNDS} rounds; "
@@ -231,26 +221,6 @@ def recite(document: Document) -> list[dict[str, str]]:
     """The passage's sentences, each as an answer to the first of :data:`REQUESTS`."""
     asked = REQUESTS[0].format(title=document.title)
     return [{"input": asked, "output": part} for part in sentences(document.passage)]
-
-
-def clozes(document: Document) -> list[dict[str, str]]:
-    """The passage's sentences, each as an answer to itself as a question, with one name, number or long word asked for.
-
-    "Mount Sarn is 812 metres high." answers "Mount Sarn is how many metres high?" and "Mount Sarn is 812 what high?".
-    Names are runs of words with a capital; words of the title, and what a sentence begins with, are not asked for. The
-    title stands before a question in which :func:`about` finds neither the subject nor a name.
-    """
-    title = set(re.findall(r"\w+", document.title))
-    pairs = []
-    for part in sentences(document.passage):
-        lead = "" if about(part, document) else f"{document.title}: "
-        for found in re.finditer(r"\d[\d.,]*\b|[A-Z]\w*(?: [A-Z]\w*)*|\w+", part):
-            word = found.group()
-            number = word[0].isdigit() or word in NUMBERS
-            if found.start() and not title & set(word.split()) and (number or word[0].isupper() or len(word) > 4):
-                asked = part[: found.start()] + ("how many" if number else "what") + part[found.end() :]
-                pairs.append({"input": lead + asked.rstrip(".!?") + "?", "output": part})
-    return pairs
 
 
 def coverage(questions: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[int]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import document_tables as tables  # noqa: E402
 import self_study  # noqa: E402
 from document import TEMPLATE, VARIANTS, answer_logits, document, mean_interval, token_f1  # noqa: E402
-from self_study import Document, clozes, contains, coverage, keep_questions, load_document, sentences  # noqa: E402
+from self_study import Document, contains, coverage, keep_questions, load_document, sentences  # noqa: E402
 
 PASSAGE = "Oz is a land. Its queen is Ada."
 QUESTIONS = ["Who rules Oz?", "What is Oz?", "Who is Ada?", "Is Oz a land?", "Is Ada a queen?", "Where is Ada?"]
@@ -53,10 +53,7 @@ def test_document(tmp_path: Path) -> None:
         "--analysed=[oz]",
         f"--out={out}",
     ]
-    command += [
-        "--variants=[answer weight 10,no requests besides questions,two sampled answers to each question,"
-        "sentences not turned into questions]"
-    ]
+    command += ["--variants=[answer weight 1,no requests besides questions,two sampled answers to each question]"]
     command += ["--rank=4", "--ranks=[1,2]", "--counts=[]", "--max_new_tokens=3", "--request_tokens=3"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -75,13 +72,12 @@ def test_document(tmp_path: Path) -> None:
     assert main["output_kl"]["patched"] < runs["rank 1"]["output_kl"]["patched"] < main["output_kl"]["plain"]
     low, high = main["output_kl_interval"]["patched"]
     assert low < main["output_kl"]["patched"] < high
-    assert [main["pairs"], runs["no requests besides questions"]["pairs"]] == [10, 6], "given, made, recited, requests"
-    assert runs["two sampled answers to each question"]["pairs"] == 12
-    assert runs["sentences not turned into questions"]["pairs"] == 8
+    assert [main["pairs"], runs["no requests besides questions"]["pairs"]] == [8, 4]
+    assert runs["two sampled answers to each question"]["pairs"] == 10
     assert len({run["output_kl"]["patched"] for run in runs.values()}) == len(runs), "the changes must reach the fit"
     page = out.with_suffix(".md").read_text(encoding="utf-8")
     assert page.startswith("`python recipes/document.py` on model, commit ")
-    assert "| oz, answer weight 10 |" in page
+    assert "| oz, answer weight 1 |" in page
     assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
 
 
@@ -125,9 +121,7 @@ def test_questions_are_written_about_the_sentences_that_want_some(monkeypatch: p
     monkeypatch.setattr(self_study, "generate", fake)
     asked = self_study.write_questions(None, make_tokenizer(), LAND, 5, 7)
     first = [f"{word} is land number {number}?" for number in (0, 1) for word in ("What", "Where")]
-    wanted = {**dict.fromkeys(first[:3], "Oz is a land."), "Who is the land's queen?": "Its queen is Ada."}
-    assert {pair["input"]: pair["output"] for pair in asked} == wanted
-    assert len(asked) == 4
+    assert sorted(asked) == sorted([*first[:3], "Who is the land's queen?"])
     shares = [sum("Text: Its queen is Ada.\nQuestion:" in own[-60:] for own in prompts) for prompts in rounds]
     assert shares == [24, 24] + [48] * 6, "the first sentence has its share of three after two rounds"
     assert all(len(prompts) == 48 for prompts in rounds)
@@ -149,20 +143,6 @@ def test_sentences_and_questions() -> None:
     ]
     longest = "What land is " + "so " * 21 + "?"
     assert keep_questions([longest, longest.replace("so ?", "so so ?")], LAND) == [longest]
-
-
-def test_sentences_are_turned_into_questions() -> None:
-    passage = "Mount Sarn is 1,812.5 metres high! Queen Marit of Oz has ruled it for eleven years. It has seals."
-    made = clozes(Document("oz", "Oz", passage, (), ()))
-    first, second, third = sentences(passage)
-    assert made == [
-        {"input": "Mount Sarn is how many metres high?", "output": first},
-        {"input": "Mount Sarn is 1,812.5 what high?", "output": first},
-        {"input": "Queen Marit of Oz has what it for eleven years?", "output": second},
-        {"input": "Queen Marit of Oz has ruled it for how many years?", "output": second},
-        {"input": "Queen Marit of Oz has ruled it for eleven what?", "output": second},
-        {"input": "Oz: It has what?", "output": third},
-    ]
 
 
 @pytest.mark.parametrize(
