@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
@@ -23,14 +24,15 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import document_tables as tables  # noqa: E402
 import self_study  # noqa: E402
-from document import TEMPLATE, VARIANTS, answer_logits, document, mean_interval, token_f1  # noqa: E402
+from document import TEMPLATE, VARIANTS, answer_logits, check, document, mean_interval, token_f1  # noqa: E402
 from self_study import Document, contains, coverage, keep_questions, load_document, sentences  # noqa: E402
 
 PASSAGE = "Oz is a land. Its queen is Ada."
 QUESTIONS = ["Who rules Oz?", "What is Oz?", "Who is Ada?", "Is Oz a land?", "Is Ada a queen?", "Where is Ada?"]
 
 
-def test_document(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["document", "document_variants"])
+def test_document(config: str, tmp_path: Path) -> None:
     model, tokenizer = make_model("llama").float(), make_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -45,7 +47,12 @@ def test_document(tmp_path: Path) -> None:
     (tmp_path / "oz.json").write_text(json.dumps(data), encoding="utf-8")
 
     out = tmp_path / "result"
-    command = [sys.executable, "recipes/document.py", "--config=recipes/document.yaml", f"--model={tmp_path / 'model'}"]
+    command = [
+        sys.executable,
+        "recipes/document.py",
+        f"--config=recipes/{config}.yaml",
+        f"--model={tmp_path / 'model'}",
+    ]
     command += [
         f"--documents=[{tmp_path / 'oz.json'}]",
         "--source=given",
@@ -79,6 +86,15 @@ def test_document(tmp_path: Path) -> None:
     assert page.startswith("`python recipes/document.py` on model, commit ")
     assert "| oz, answer weight 1 |" in page
     assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
+
+
+@pytest.mark.parametrize("config", ["document", "document_variants"])
+def test_configs_ask_for_what_there_is(config: str) -> None:
+    values = yaml.safe_load((ROOT / f"recipes/{config}.yaml").read_text(encoding="utf-8"))
+    parts = {argument: values[argument] for argument in ("curved", "analysed")}
+    chosen = check(values["documents"], parts, values["variants"], values["source"])
+    assert [own.name for own in chosen] == values["documents"]
+    assert values["variants"]
 
 
 def test_what_stands_for_nothing_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -48,12 +48,12 @@ REDUCED = {
 }
 
 
-SCRIPTS = {"word_tasks_gemma": "word_tasks", "word_tasks_auto": "word_tasks"}
+SCRIPTS = {"word_tasks_gemma": "word_tasks", "word_tasks_auto": "word_tasks", "document_variants": "document"}
 """Configs of another recipe's script."""
 
 ELSEWHERE = {
-    *("arithmetic", "baselines", "compose", "document", "limits", "preservation_file", "scorecard"),
-    *("system_prompt", "translation", "versions"),
+    *("arithmetic", "baselines", "compose", "document", "document_variants", "limits"),
+    *("preservation_file", "scorecard", "system_prompt", "translation", "versions"),
 }
 """Recipes with a test in another file."""
 
