@@ -52,8 +52,6 @@ def test_document(config: str, tmp_path: Path) -> None:
         "recipes/document.py",
         f"--config=recipes/{config}.yaml",
         f"--model={tmp_path / 'model'}",
-    ]
-    command += [
         f"--documents=[{tmp_path / 'oz.json'}]",
         "--source=given",
         "--curved=[oz]",
