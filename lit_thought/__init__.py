@@ -9,28 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_thought.api import transmute as transmute
-    from lit_thought.callback import ThoughtCallback as ThoughtCallback
-    from lit_thought.data import PairDataModule as PairDataModule
     from lit_thought.errors import ThoughtError as ThoughtError
-    from lit_thought.evaluation import evaluate as evaluate
-    from lit_thought.models import load_model as load_model
-    from lit_thought.module import ThoughtModule as ThoughtModule
-    from lit_thought.patch import ThoughtPatch as ThoughtPatch
-    from lit_thought.prompts import PromptTemplate as PromptTemplate
+    from lit_thought.evaluation.compare import evaluate as evaluate
+    from lit_thought.fit.api import transmute as transmute
+    from lit_thought.fit.callback import ThoughtCallback as ThoughtCallback
+    from lit_thought.fit.data import PairDataModule as PairDataModule
+    from lit_thought.fit.module import ThoughtModule as ThoughtModule
+    from lit_thought.model.loading import load_model as load_model
+    from lit_thought.patch.patch import ThoughtPatch as ThoughtPatch
+    from lit_thought.prompts.template import PromptTemplate as PromptTemplate
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "transmute": "api",
-    "ThoughtModule": "module",
-    "ThoughtCallback": "callback",
-    "PairDataModule": "data",
-    "PromptTemplate": "prompts",
-    "ThoughtPatch": "patch",
+    "transmute": "fit.api",
+    "ThoughtModule": "fit.module",
+    "ThoughtCallback": "fit.callback",
+    "PairDataModule": "fit.data",
+    "PromptTemplate": "prompts.template",
+    "ThoughtPatch": "patch.patch",
     "ThoughtError": "errors",
-    "load_model": "models",
-    "evaluate": "evaluation",
+    "load_model": "model.loading",
+    "evaluate": "evaluation.compare",
 }
 __all__ = sorted(_HOMES)
 

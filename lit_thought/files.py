@@ -1,4 +1,4 @@
-"""Atomic output: a folder or file is there complete, or not at all.
+"""Files that come from anyone are read with care, and what is written is there complete, or not at all.
 
 What is not complete has a hidden name beside it. A process that is killed cannot remove that; the next one that writes
 to the same place on the same machine does, of folders, for it can tell from a lock that their writer is gone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -27,7 +29,16 @@ try:
 except ImportError:  # Windows, where nothing is locked, and what a killed process left stays
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_file", "atomic_folder", "check_output_folder", "writing"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "check_output_folder",
+    "expanded",
+    "is_own_file",
+    "parse_json",
+    "read_json",
+    "writing",
+]
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 """In the names of temporary folders: on a shared file system another machine's lock need not be seen."""
@@ -239,3 +250,67 @@ def _check_parent(path: str | os.PathLike[str], resolved: Path) -> None:
     else:
         return
     raise ThoughtError(f"path={str(path)!r}: {problem}. Choose another path.")
+
+
+def expanded(path: Any, argument: str) -> Path:
+    """A path with ``~`` resolved, that the system can be asked about.
+
+    Raises:
+        ThoughtError: when it is no path, its name is too long, its user is unknown, or a folder above it cannot be
+            entered; names ``argument``.
+    """
+    try:
+        found = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(found)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ThoughtError(f"{argument}={_shortened(path)} cannot be looked up ({_cause(error)}). Check it.") from error
+    return found
+
+
+def is_own_file(file: Path) -> bool:
+    """Whether there is such a file, and it lies in its folder: no link may lead elsewhere, but for the hub's cache,
+    whose snapshots are links to the blobs of the same repository, or through them to those that all repositories share
+    (in folders by the first digits of their hash)."""
+    try:
+        if not file.is_file():
+            return False
+        folder, target = file.parent.resolve(), file.resolve()
+    except OSError:
+        return False
+    repositories = [parent.parent for parent in folder.parents if parent.name == "snapshots"]
+    return target.is_relative_to(folder) or any(
+        target.parent == place / "blobs" or target.parent.parent == place.parent / "blobs" for place in repositories
+    )
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """The value of a JSON text; ``options`` are those of :func:`json.loads`.
+
+    Raises:
+        ValueError: whatever is wrong with the text, values nested too deep for Python among it.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deep") from error
+
+
+def read_json(file: Path) -> Any:
+    """The value in a UTF-8 file.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, or is something else, such as a pipe, which might never end.
+    """
+    if not file.is_file():
+        raise FileNotFoundError("there is no such file")
+    return parse_json(file.read_text(encoding="utf-8"))
+
+
+def _cause(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _shortened(path: Any) -> str:
+    text = repr(os.fspath(path) if isinstance(path, os.PathLike) else path)
+    return text if len(text) <= 120 else f"{text[:120]}…"

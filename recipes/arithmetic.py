@@ -43,10 +43,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, PromptTemplate, ThoughtCallback, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation import RUNS, Evaluation
+from lit_thought.evaluation.compare import RUNS, Evaluation
+from lit_thought.evaluation.intervals import paired_difference, wilson
 from lit_thought.files import atomic_file
-from lit_thought.generate import generate
-from lit_thought.intervals import paired_difference, wilson
+from lit_thought.runs.generate import generate
 
 TINY = "tiny"
 BAR = 0.95

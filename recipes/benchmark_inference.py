@@ -29,10 +29,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lit_thought import ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.models import context_window
-from lit_thought.streams import lead_cache
+from lit_thought.model.loading import context_window
+from lit_thought.prompts.unrelated import load_texts
+from lit_thought.runs.streams import lead_cache
 from lit_thought.timing import Stopwatch
-from lit_thought.unrelated import load_texts
 
 QUESTION = "\nQ: What is the opposite of hot?\nA:"
 

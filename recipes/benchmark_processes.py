@@ -26,9 +26,9 @@ from lightning.pytorch import LightningModule, Trainer
 from tasks import TEMPLATE, load_split, provenance, shown, write_results
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
-from lit_thought.data_files import load_pairs
-from lit_thought.distributed import gather_json
 from lit_thought.errors import ThoughtError
+from lit_thought.prompts.pairs import load_pairs
+from lit_thought.statistics.distributed import gather_json
 
 
 def benchmark(

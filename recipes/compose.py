@@ -31,12 +31,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation import unrelated_perplexity
-from lit_thought.generate import generate
-from lit_thought.patch import Factors
-from lit_thought.resolve import solve_saved
-from lit_thought.saved import SavedStatistics
-from lit_thought.unrelated import load_texts, text_windows
+from lit_thought.evaluation.compare import unrelated_perplexity
+from lit_thought.patch.patch import Factors
+from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.runs.generate import generate
+from lit_thought.statistics.saved import SavedStatistics
+from lit_thought.statistics.saved_solve import solve_saved
 
 matplotlib.use("Agg")
 WAYS = {

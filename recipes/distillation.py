@@ -26,15 +26,15 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_thought import ThoughtPatch
-from lit_thought.alignment import TokenisedPair
-from lit_thought.batches import common_prefix, pad
-from lit_thought.blocks import DEFAULT_SITES, find_blocks
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation import Evaluation
-from lit_thought.generate import generate
-from lit_thought.metrics import TextMatch
-from lit_thought.patch import Factors
-from lit_thought.streams import forward_inputs, lead_cache
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.evaluation.metrics import TextMatch
+from lit_thought.model.blocks import DEFAULT_SITES, find_blocks
+from lit_thought.patch.patch import Factors
+from lit_thought.prompts.alignment import TokenisedPair
+from lit_thought.prompts.batches import common_prefix, pad
+from lit_thought.runs.generate import generate
+from lit_thought.runs.streams import forward_inputs, lead_cache
 from lit_thought.timing import Stopwatch
 
 
@@ -226,7 +226,7 @@ class Follow(Callback):
 
 
 class HeldOut:
-    """What an :class:`~lit_thought.evaluation.Evaluation` says of a patch, for a student, in less time.
+    """What an :class:`~lit_thought.evaluation.compare.Evaluation` says of a patch, for a student, in less time.
 
     Args:
         evaluation: of pairs with outputs.

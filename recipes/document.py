@@ -30,12 +30,12 @@ from torchmetrics.functional.text import squad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
-from lit_thought.batches import PairBatch
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation import RUNS, Evaluation, batch_logits, output_batches, unrelated_perplexity
-from lit_thought.generate import generate
-from lit_thought.intervals import perplexity_ratio
-from lit_thought.unrelated import load_texts, text_windows
+from lit_thought.evaluation.compare import RUNS, Evaluation, batch_logits, output_batches, unrelated_perplexity
+from lit_thought.evaluation.intervals import perplexity_ratio
+from lit_thought.prompts.batches import PairBatch
+from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.runs.generate import generate
 
 TEMPLATE = PromptTemplate.chat()
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}

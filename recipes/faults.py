@@ -29,13 +29,13 @@ from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch
-from lit_thought.api import fit
 from lit_thought.errors import ThoughtError
-from lit_thought.saved import SavedStatistics
+from lit_thought.fit.api import fit
+from lit_thought.statistics.saved import SavedStatistics
 
 TOKENIZER = tiny_tokenizer()
 _NOBODY = 65534
-_CALLBACK = "lit_thought.callback.ThoughtCallback."
+_CALLBACK = "lit_thought.fit.callback.ThoughtCallback."
 _HOOKS = (
     "setup",
     "on_fit_start",
@@ -46,12 +46,12 @@ _HOOKS = (
 )
 _STAGES = (
     *(f"{_CALLBACK}{name}" for name in _HOOKS),
-    "lit_thought.data.generate",
-    "lit_thought.callback.preservation",
-    "lit_thought.runner.StreamRunner.open",
-    "lit_thought.runner.StreamRunner.finish",
-    "lit_thought.stage.StageSums.solve",
-    "lit_thought.adapter.model_card",
+    "lit_thought.fit.data.generate",
+    "lit_thought.fit.callback.preservation",
+    "lit_thought.runs.runner.StreamRunner.open",
+    "lit_thought.runs.runner.StreamRunner.finish",
+    "lit_thought.statistics.stage.StageSums.solve",
+    "lit_thought.patch.adapter.model_card",
     "lit_thought.files._replace_folder",
 )
 """What is called at every stage of a fit: the callback's hooks, and the steps that take long or write."""

@@ -16,22 +16,22 @@ from mutations import dumped, spoil_bytes, spoil_value
 from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch
-from lit_thought.api import fit
-from lit_thought.blocks import find_blocks
-from lit_thought.card import model_card
-from lit_thought.control_vector import load_control_vector
-from lit_thought.instruction_hash import check_instruction
-from lit_thought.models import fingerprint
-from lit_thought.preserve import WINDOW, preservation, site_sizes
-from lit_thought.preserve_file import PreservationFile
-from lit_thought.report.content import adapter_digest, gather
-from lit_thought.report.render import render_markdown
-from lit_thought.resolve import solve_saved
-from lit_thought.resume import FitProgress
-from lit_thought.saved import SavedStatistics
-from lit_thought.solve import Prior
-from lit_thought.streams import LowRank, SitePatch
-from lit_thought.unrelated import text_windows
+from lit_thought.evaluation.report.content import adapter_digest, gather
+from lit_thought.evaluation.report.render import render_markdown
+from lit_thought.fit.api import fit
+from lit_thought.model.blocks import find_blocks
+from lit_thought.model.loading import fingerprint
+from lit_thought.patch.card import model_card
+from lit_thought.patch.control_vector import load_control_vector
+from lit_thought.prompts.instruction_hash import check_instruction
+from lit_thought.prompts.unrelated import text_windows
+from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.solve.least_squares import Prior
+from lit_thought.statistics.preserve import WINDOW, preservation, site_sizes
+from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.saved import SavedStatistics
+from lit_thought.statistics.saved_solve import solve_saved
 
 MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
 BLOCKS = find_blocks(MODEL)

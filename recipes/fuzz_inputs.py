@@ -19,14 +19,14 @@ from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
 
 from lit_thought import PairDataModule, PromptTemplate, ThoughtCallback, ThoughtPatch, transmute
 from lit_thought.cli import main
-from lit_thought.data_files import load_pairs
 from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.report.content import gather
 from lit_thought.files import check_output_folder
-from lit_thought.preserve_file import PreservationFile
-from lit_thought.report.content import gather
-from lit_thought.resume import FitProgress
-from lit_thought.saved import SavedStatistics
-from lit_thought.unrelated import load_texts, text_windows
+from lit_thought.prompts.pairs import load_pairs
+from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.saved import SavedStatistics
 
 MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
 
@@ -178,7 +178,7 @@ def _read_config(folder: Path) -> object:
         contextlib.chdir(folder),
         contextlib.redirect_stderr(said),
         contextlib.redirect_stdout(said),
-        mock.patch("lit_thought.models.load_model", _stop),
+        mock.patch("lit_thought.model.loading.load_model", _stop),
     ):
         try:
             main(["fit", "--config", "fit.yaml", "--progress", "false"])

@@ -22,7 +22,7 @@ from tasks import SIX_TASKS, TEMPLATE, load_split, shown, write_results
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lit_thought import PromptTemplate, load_model, transmute
-from lit_thought.evaluation import Evaluation
+from lit_thought.evaluation.compare import Evaluation
 
 _SAME = (
     "vocab_size",

@@ -21,10 +21,10 @@ import jsonargparse
 from tasks import SIX_TASKS, TEMPLATE, load_split, shown, write_results
 
 from lit_thought import load_model, transmute
-from lit_thought.blocks import find_blocks
-from lit_thought.evaluation import Evaluation
-from lit_thought.preserve import WINDOW, Preservation, preservation
-from lit_thought.unrelated import load_texts, text_windows
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.model.blocks import find_blocks
+from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.statistics.preserve import WINDOW, Preservation, preservation
 
 
 def preservation_file(

@@ -17,7 +17,7 @@ from peft import PeftModel
 from tasks import TEMPLATE, load_split
 
 from lit_thought import evaluate, load_model, transmute
-from lit_thought.evaluation import format_result
+from lit_thought.evaluation.compare import format_result
 
 
 def quickstart(

@@ -14,7 +14,7 @@ from tasks import DATA
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
-from lit_thought.generate import generate
+from lit_thought.runs.generate import generate
 
 FOLDER = DATA / "documents"
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0}

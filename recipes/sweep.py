@@ -21,7 +21,7 @@ import jsonargparse
 from tasks import METHODS, SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import load_model, transmute
-from lit_thought.evaluation import Evaluation
+from lit_thought.evaluation.compare import Evaluation
 
 
 def sweep(

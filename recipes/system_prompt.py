@@ -26,13 +26,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
-from lit_thought.alignment import TokenisedPair
-from lit_thought.data_files import load_pairs
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation import RUNS, Evaluation, unrelated_perplexity
-from lit_thought.generate import generate
-from lit_thought.metrics import token_kl
-from lit_thought.unrelated import load_texts, text_windows
+from lit_thought.evaluation.compare import RUNS, Evaluation, unrelated_perplexity
+from lit_thought.evaluation.metrics import token_kl
+from lit_thought.prompts.alignment import TokenisedPair
+from lit_thought.prompts.pairs import load_pairs
+from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.runs.generate import generate
 
 FOLDER = DATA / "system_prompts"
 TEMPLATE = PromptTemplate.chat()

@@ -32,15 +32,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, load_model, transmute
-from lit_thought.blocks import SITES, find_blocks
 from lit_thought.errors import SingularSystemError
-from lit_thought.evaluation import Evaluation
-from lit_thought.runner import StreamRunner
-from lit_thought.solve import Prior, solve, solve_constrained
-from lit_thought.statistics import Statistics
-from lit_thought.streams import SitePatch
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.model.blocks import SITES, find_blocks
+from lit_thought.prompts.unrelated import load_texts
+from lit_thought.runs.runner import StreamRunner
+from lit_thought.runs.streams import SitePatch
+from lit_thought.solve.least_squares import Prior, solve, solve_constrained
+from lit_thought.solve.sums import Statistics
 from lit_thought.theory import format_report, thought_matrix, thought_vector, thought_vectors, verify_exact
-from lit_thought.unrelated import load_texts
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "lit_thought", "figure.figsize": (7, 3.5), "savefig.bbox": "tight"})

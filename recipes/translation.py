@@ -29,9 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation import RUNS, Evaluation, unrelated_perplexity
-from lit_thought.intervals import paired_difference
-from lit_thought.unrelated import load_texts, text_windows
+from lit_thought.evaluation.compare import RUNS, Evaluation, unrelated_perplexity
+from lit_thought.evaluation.intervals import paired_difference
+from lit_thought.prompts.unrelated import load_texts, text_windows
 
 FOLDER = DATA / "translation"
 LANGUAGES = ("french", "german", "spanish")

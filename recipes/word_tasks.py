@@ -26,8 +26,8 @@ import jsonargparse
 from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, provenance, shown, write_results
 
 from lit_thought import PairDataModule, PromptTemplate, load_model, transmute
-from lit_thought.evaluation import RUNS, Evaluation
-from lit_thought.intervals import paired_difference, wilson
+from lit_thought.evaluation.compare import RUNS, Evaluation
+from lit_thought.evaluation.intervals import paired_difference, wilson
 
 
 def word_tasks(

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_fit import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
 from transformers import PreTrainedModel
 
-from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, adapter, evaluate, load_model, transmute
-from lit_thought.api import fit
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, evaluate, load_model, transmute
 from lit_thought.errors import PatchError, SingularSystemError, ThoughtError, UnsupportedModelError
-from lit_thought.patch import ThoughtPatch
+from lit_thought.fit.api import fit
+from lit_thought.patch import adapter
+from lit_thought.patch.patch import ThoughtPatch
 
 TOKENIZER = make_tokenizer()
 DECODER = type(make_model().get_decoder())

@@ -18,12 +18,12 @@ sys.path.insert(0, str(FIXTURES))
 
 import make  # noqa: E402
 
-from lit_thought.blocks import find_blocks  # noqa: E402
 from lit_thought.checksum import check_hash, tensors_hash  # noqa: E402
 from lit_thought.errors import ThoughtError  # noqa: E402
-from lit_thought.preserve_file import PreservationFile  # noqa: E402
-from lit_thought.resume import FitProgress  # noqa: E402
-from lit_thought.saved import SavedStatistics  # noqa: E402
+from lit_thought.model.blocks import find_blocks  # noqa: E402
+from lit_thought.statistics.preserve_file import PreservationFile  # noqa: E402
+from lit_thought.statistics.resume import FitProgress  # noqa: E402
+from lit_thought.statistics.saved import SavedStatistics  # noqa: E402
 
 
 def test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names() -> None:

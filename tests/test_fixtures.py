@@ -20,10 +20,10 @@ from make import IDENTITY, OUTPUTS, numbers  # noqa: E402
 
 from lit_thought import ThoughtPatch  # noqa: E402
 from lit_thought.errors import ThoughtError  # noqa: E402
-from lit_thought.instruction_hash import is_text_of  # noqa: E402
-from lit_thought.preserve_file import PreservationFile  # noqa: E402
-from lit_thought.resume import FitProgress  # noqa: E402
-from lit_thought.saved import SavedStatistics  # noqa: E402
+from lit_thought.prompts.instruction_hash import is_text_of  # noqa: E402
+from lit_thought.statistics.preserve_file import PreservationFile  # noqa: E402
+from lit_thought.statistics.resume import FitProgress  # noqa: E402
+from lit_thought.statistics.saved import SavedStatistics  # noqa: E402
 
 VERSIONS = sorted(path for path in FIXTURES.iterdir() if (path / "numbers.json").is_file())
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from lit_thought import ThoughtPatch, load_model, transmute
-from lit_thought.evaluation import Evaluation
+from lit_thought.evaluation.compare import Evaluation
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))

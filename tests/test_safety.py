@@ -19,21 +19,22 @@ from conftest import make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, cli, evaluate, models, transmute
-from lit_thought.api import fit
-from lit_thought.blocks import find_blocks
-from lit_thought.cli_parser import command_parser
-from lit_thought.data_files import load_pairs
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, cli, evaluate, transmute
+from lit_thought.cli.parser import command_parser
 from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.report import write_report
 from lit_thought.files import atomic_file
-from lit_thought.generate import Generation
-from lit_thought.instruction_hash import check_instruction, hash_text, is_text_of
-from lit_thought.preserve import Preservation, preservation
-from lit_thought.preserve_file import PreservationFile
-from lit_thought.report import write_report
-from lit_thought.resume import FitProgress
-from lit_thought.saved import SavedStatistics
-from lit_thought.stage import StageSums
+from lit_thought.fit.api import fit
+from lit_thought.model import loading as models
+from lit_thought.model.blocks import find_blocks
+from lit_thought.prompts.instruction_hash import check_instruction, hash_text, is_text_of
+from lit_thought.prompts.pairs import load_pairs
+from lit_thought.runs.generate import Generation
+from lit_thought.statistics.preserve import Preservation, preservation
+from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.saved import SavedStatistics
+from lit_thought.statistics.stage import StageSums
 
 PACKAGE = Path(cli.__file__).parent
 SECRET = "The password is swordfish.\n"
@@ -72,7 +73,8 @@ def told(folder: Path) -> set[str]:
 def everything_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: bool) -> None:
     """Whatever a fit, its evaluation and its report write, an interrupted fit's folder among it."""
     monkeypatch.setattr(
-        "lit_thought.data.generate", lambda model, tokenizer, prompts, **_: [Generation(GENERATED, True)] * len(prompts)
+        "lit_thought.fit.data.generate",
+        lambda model, tokenizer, prompts, **_: [Generation(GENERATED, True)] * len(prompts),
     )
     written = tmp_path / f"store {store}"
     patch = small_fit(tmp_path, statistics_dir=written / "sums", output_dir=written / "run", store_instruction=store)
@@ -198,7 +200,9 @@ def test_a_fit_that_hides_its_outputs_is_resumed_with_the_same_ones(
         small_fit(tmp_path, resume_dir="unfinished", store_instruction=False)
     assert json.loads(Path("unfinished/fit.json").read_text())["outputs"] is None
     with monkeypatch.context() as patching:
-        patching.setattr("lit_thought.data.generate", lambda m, t, prompts, **_: [Generation("x", True)] * len(prompts))
+        patching.setattr(
+            "lit_thought.fit.data.generate", lambda m, t, prompts, **_: [Generation("x", True)] * len(prompts)
+        )
         with pytest.raises(ThoughtError, match="writes other outputs than before it was interrupted"):
             small_fit(tmp_path, resume_dir="unfinished", store_instruction=False)
     resumed = small_fit(tmp_path, resume_dir="unfinished", store_instruction=False)

@@ -292,7 +292,7 @@ def test_roles_become_references(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rewritten(":meth:`two`", method) == reference.format("package.A.two", "two")
         assert rewritten(":meth:`A.two`", module) == reference.format("package.A.two", "A.two")
         assert rewritten(":func:`free`", method) == reference.format("package.free", "free")
-        long = "lit_thought.patch.ThoughtPatch"
+        long = "lit_thought.patch.patch.ThoughtPatch"
         assert rewritten(f":class:`~{long}`", method) == reference.format(long, "ThoughtPatch")
         assert rewritten(f":class:`{long}`", method) == reference.format(long, long)
         assert rewritten(":func:`elsewhere`", method) == reference.format("elsewhere", "elsewhere")

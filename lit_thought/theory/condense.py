@@ -10,7 +10,8 @@ means. The matrix is the only one if and only if Z is invertible. It is also the
 tokens' own rank-1 operators Δᵢ = δᵢ aᵢᵀ / ‖aᵢ‖² on their own inputs, as Δᵢ aᵢ = δᵢ.
 
 Source: "Transmuting prompts into weights" (Mazzawi et al. 2025, arXiv 2510.08734), Theorem 3.1. What a fit installs
-comes from :mod:`lit_thought.solve`, which adds a ridge, preservation and a low rank to the same least squares.
+comes from :mod:`lit_thought.solve.least_squares`, which adds a ridge, preservation and a low rank to the same least
+squares.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.solve import check_finite, solve
-from lit_thought.statistics import Statistics, VectorStatistics
+from lit_thought.solve.least_squares import check_finite, solve
+from lit_thought.solve.sums import Statistics, VectorStatistics
 
 __all__ = ["SOLVERS", "thought_matrix", "thought_vector"]
 
@@ -73,7 +74,8 @@ def thought_matrix(
 
     - ``"exact"``: C Z⁻¹, the only minimiser of Σ wᵢ ‖Δ aᵢ − δᵢ‖²; needs activations that span all of d_in;
     - ``"min_norm"``: C Z⁺, of all minimisers the one of least norm; zero on directions that no token has;
-    - ``"ridge"``: C (Z + λ s I)⁻¹ with s = ‖Z‖_F² / tr Z, as :func:`lit_thought.solve.solve` at full rank;
+    - ``"ridge"``: C (Z + λ s I)⁻¹ with s = ‖Z‖_F² / tr Z, as :func:`lit_thought.solve.least_squares.solve` at full
+    rank;
     - ``"isotropic"``: d_in C / tr Z, as if Z = (tr Z / d_in) I, with no inverse: off by O(√(d_in / n)) for n spherical
       activations;
     - ``"orthogonal"``: Σ wᵢ δᵢ aᵢᵀ / ‖aᵢ‖², the sum of the tokens' rank-1 operators: the same as ``"min_norm"`` for

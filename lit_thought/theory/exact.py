@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.blocks import Block, check_indices, find_blocks
-from lit_thought.discovery import wider
 from lit_thought.errors import ThoughtError, UnsupportedModelError
-from lit_thought.layers import weight_of
-from lit_thought.models import context_window, evaluating
-from lit_thought.prompts import PromptTemplate
-from lit_thought.replay import find_decoder, hidden_of, unwrapped
+from lit_thought.model.blocks import Block, check_indices, find_blocks
+from lit_thought.model.calls import find_decoder, hidden_of, unwrapped
+from lit_thought.model.discovery import wider
+from lit_thought.model.layers import weight_of
+from lit_thought.model.loading import context_window, evaluating
+from lit_thought.prompts.template import PromptTemplate
 
 __all__ = ["TokenPatches", "TokenRuns", "Trace", "apply_token_patches", "check_texts", "token_patches"]
 
@@ -88,7 +88,7 @@ class TokenPatches:
         """The change of one first linear for one token: ΔW = u vᵀ with u = W δᵃ_x and v = a_x / ‖a_x‖².
 
         Args:
-            weight: W, (d_ff, d), any floating dtype: :func:`~lit_thought.layers.weight_of` a layer.
+            weight: W, (d_ff, d), any floating dtype: :func:`~lit_thought.model.layers.weight_of` a layer.
             index: the token, among the n.
 
         Returns:
@@ -145,7 +145,7 @@ def token_patches(
     any other here; its counterpart is the token right after the chunk.
 
     Args:
-        model: a causal LM of a family that :func:`~lit_thought.blocks.find_blocks` knows; left as it was.
+        model: a causal LM of a family that :func:`~lit_thought.model.blocks.find_blocks` knows; left as it was.
         tokenizer: its tokenizer, a fast one.
         instruction: the chunk I, with any separator that is to stand before the text.
         text: at least two tokens.

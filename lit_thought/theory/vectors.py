@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.alignment import TokenisedPair, check_context
-from lit_thought.batches import PairBatch, make_batches
-from lit_thought.blocks import find_blocks, plain_outputs
-from lit_thought.data_files import load_pairs, pair_instructions
 from lit_thought.errors import ThoughtError, check_counts
-from lit_thought.evaluation import batch_logits
-from lit_thought.metrics import token_kl
-from lit_thought.models import context_window, evaluating, fingerprint, model_name
-from lit_thought.patch import ThoughtPatch
-from lit_thought.prompts import DEFAULT_TEMPLATE, PromptTemplate
-from lit_thought.runner import StreamRunner
-from lit_thought.statistics import VectorStatistics
-from lit_thought.streams import SitePatch
+from lit_thought.evaluation.compare import batch_logits
+from lit_thought.evaluation.metrics import token_kl
+from lit_thought.model.blocks import find_blocks, plain_outputs
+from lit_thought.model.loading import context_window, evaluating, fingerprint, model_name
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.prompts.alignment import TokenisedPair, check_context
+from lit_thought.prompts.batches import PairBatch, make_batches
+from lit_thought.prompts.pairs import load_pairs, pair_instructions
+from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.runs.runner import StreamRunner
+from lit_thought.runs.streams import SitePatch
+from lit_thought.solve.sums import VectorStatistics
 from lit_thought.theory.condense import thought_vector
 
 __all__ = ["best_block", "thought_vectors", "vector_patch"]
@@ -56,7 +56,7 @@ def thought_vectors(
         model: a causal LM with pre-norm blocks; left as it was.
         tokenizer: its tokenizer.
         instruction: the chunk I⁺ (a pair's own ``instruction`` overrides it).
-        pairs: inputs, with outputs where their tokens should count too, as in :func:`~lit_thought.api.transmute`.
+        pairs: inputs, with outputs where their tokens should count too, as in :func:`~lit_thought.fit.api.transmute`.
         contrast: the chunk I⁻ in its place; left out, the plain run without a chunk.
         template: how chunk, input and output make a prompt.
         tokens: ``"all"``: every token that both runs share, but for the attention sink at position 0 of a plain run;

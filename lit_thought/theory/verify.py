@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.blocks import Block
-from lit_thought.layers import weight_of
-from lit_thought.metrics import token_kl
-from lit_thought.models import evaluating, model_name
+from lit_thought.evaluation.metrics import token_kl
+from lit_thought.model.blocks import Block
+from lit_thought.model.layers import weight_of
+from lit_thought.model.loading import evaluating, model_name
 from lit_thought.theory.exact import Output, TokenPatches, TokenRuns, Trace, apply_token_patches
 from lit_thought.timing import Stopwatch
 

@@ -1,0 +1,136 @@
+"""``lit-thought evaluate`` and ``lit-thought report``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from json import dumps
+from typing import Any
+
+from lit_thought.cli.model import Loading, read_instruction
+from lit_thought.cli.output import Result, say, timed
+from lit_thought.errors import ThoughtError
+
+__all__ = ["evaluate_adapter", "report"]
+
+
+def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the package, and would import torch
+    adapter: str,
+    pairs: str,
+    out: str | None = None,
+    instruction: str | None = None,
+    instruction_file: str | None = None,
+    template: str | None = None,
+    unrelated: str | None = "default",
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    samples: int = 5,
+    progress: bool = True,
+    *,
+    loading: Loading,
+) -> Result:
+    """Compare the plain, the instructed and the patched model on held-out pairs.
+
+    Example: lit-thought evaluate --adapter antonym/ --pairs test.jsonl --out result/
+
+    Args:
+        adapter: adapter folder that fit wrote, or one on the hub, as OWNER/NAME.
+        pairs: JSON, JSONL or CSV file with the keys input and output (optional).
+        out: folder for result.json and items.jsonl (each pair's three outputs); not written when left out.
+        instruction: the instruction; the one the adapter was made from when left out.
+        instruction_file: a UTF-8 text file to read it from instead.
+        template: as for fit; the adapter's own when left out.
+        unrelated: text file to measure perplexity on; "default" for text that the package ships, null to skip.
+        max_new_tokens: longest output.
+        batch_size: pairs a batch.
+        samples: how many pairs to print with their three outputs.
+        progress: show progress bars.
+        loading: the model.
+    """
+    from lit_thought.evaluation.compare import evaluate, format_result
+    from lit_thought.evaluation.report.content import RESULT_VERSION, adapter_digest
+    from lit_thought.files import check_output_folder
+    from lit_thought.patch.hub import adapter_folder
+    from lit_thought.patch.patch import ThoughtPatch
+    from lit_thought.prompts.instruction_hash import check_instruction
+    from lit_thought.prompts.pairs import load_pairs, pair_instructions
+    from lit_thought.prompts.template import PromptTemplate
+    from lit_thought.prompts.unrelated import load_texts
+
+    if out is not None:
+        check_output_folder(out)
+    place = adapter_folder(adapter, argument="adapter")
+    patch = ThoughtPatch.load(place)
+    text = None
+    if instruction is not None or instruction_file is not None:
+        text = read_instruction(instruction, instruction_file)
+    elif isinstance(patch.provenance.get("instruction"), str):
+        text = patch.provenance["instruction"]
+    stored = patch.provenance.get("template")
+    if template is not None:
+        chosen = PromptTemplate.parse(template)
+    elif stored is not None:
+        chosen = PromptTemplate.from_dict(stored)
+    else:
+        raise ThoughtError(f"template: {adapter!r} does not say which one it was made with; pass --template.")
+    rows = load_pairs(pairs)
+    check_instruction(patch.provenance, text, rows)
+    pair_instructions(rows, text)
+    if unrelated is not None:
+        load_texts(unrelated, "evaluate", "unrelated")
+    lm, tokenizer = loading.load()
+    with timed("comparing the three models"):
+        result = evaluate(
+            lm,
+            tokenizer,
+            patch,
+            instruction=text,
+            pairs=rows,
+            template=chosen,
+            unrelated=unrelated,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    record = {"format": RESULT_VERSION, **result, "adapter": adapter_digest(place)}
+    table = format_result(result, samples)
+    if out is not None:
+        try:
+            _write(record, out)
+        except OSError:
+            print(table)  # what took long is not lost with the disk
+            raise
+        say(f"Wrote result.json and items.jsonl to {out}")
+    return Result(record, table)
+
+
+def _write(record: Mapping[str, Any], out: str) -> None:
+    from lit_thought.files import atomic_folder
+
+    figures = {name: value for name, value in record.items() if name != "items"}
+    with atomic_folder(out) as folder:
+        lines = (dumps(item, ensure_ascii=False) + "\n" for item in record["items"])
+        (folder / "items.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / "result.json").write_text(dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def report(run_dir: str, evaluation: str | None = None, out: str | None = None, samples: int = 20) -> Result:
+    """Write report.html, report.md and report.json of a fit, and its results into the adapter's README.md.
+
+    Example: lit-thought report antonym/
+
+    Args:
+        run_dir: adapter folder that fit wrote.
+        evaluation: folder that evaluate --out wrote; RUN_DIR/evaluation, if it is there, when left out.
+        out: folder for the report; RUN_DIR when left out.
+        samples: how many of the evaluation's pairs to show with their three outputs.
+    """
+    from lit_thought.evaluation.report import write_report
+
+    with timed("the report"):
+        written = write_report(run_dir, evaluation, out, samples)
+    place = run_dir if out is None else out
+    say(f"Wrote report.html, report.md and report.json to {place}")
+    if written["evaluation"] is None:
+        say(f"There is no evaluation yet; lit-thought evaluate --out {run_dir}/evaluation makes one.")
+    files = [f"{place.rstrip('/')}/report.{suffix}" for suffix in ("html", "md", "json")]
+    return Result({"files": files, "report": written})

@@ -1,0 +1,192 @@
+"""``lit-thought fit``, ``solve`` and ``preserve``: what makes adapters, and what they need."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_thought.cli.model import Loading, read_instruction
+from lit_thought.cli.output import Result, say, timed
+
+__all__ = ["fit", "preserve", "solve"]
+
+_log = logging.getLogger("lit_thought")
+
+
+def fit(
+    pairs: str,
+    out: str,
+    instruction: str | None = None,
+    instruction_file: str | None = None,
+    template: str = "Q: {input}\nA: {output}\n",
+    overwrite: bool = False,
+    *,
+    loading: Loading,
+    settings: Mapping[str, Any],
+) -> Result:
+    """Turn an instruction into a PEFT LoRA adapter.
+
+    Example: lit-thought fit --pairs pairs.jsonl --instruction "Answer with the opposite." --out antonym/
+
+    Args:
+        pairs: JSON, JSONL or CSV file with the keys input, output (optional) and instruction (optional).
+        out: folder to write the adapter to.
+        instruction: the removable chunk of the prompt.
+        instruction_file: a UTF-8 text file to read it from instead.
+        template: text with {input} and {output} (and {instruction} where the chunk is not at the start), "chat"
+            (instruction as system message) or "chat-user" (inside the user message).
+        overwrite: replace the folder if it exists.
+        loading: the model.
+        settings: of :func:`lit_thought.fit.api.transmute`.
+    """
+    from lit_thought.files import check_output_folder
+
+    check_output_folder(out, overwrite)
+    text = read_instruction(instruction, instruction_file)
+    from lit_thought.fit.api import transmute
+    from lit_thought.fit.selection import format_selection
+
+    patch = transmute(loading.load, None, text, pairs, template, **settings)
+    seconds, selection = patch.provenance["seconds"], patch.provenance.get("selection")
+    for stage, value in seconds.items():
+        _log.debug("%s took %.2f s", stage, value)
+    patch.save_adapter(out, overwrite=overwrite)
+    size = _size(out)
+    say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
+    record = {"adapter": out, "rank": patch.rank, "bytes": size, "parameters": patch.num_parameters}
+    record |= {"seconds": seconds, "memory": patch.provenance["memory"], "selection": selection}
+    return Result(record, "" if selection is None else format_selection(selection))
+
+
+def solve(
+    statistics: str,
+    out: str,
+    ridge: float | None = None,
+    rank: int | float | Literal["full"] | None = None,
+    preserve_weight: float | None = None,
+    step_size: float | None = None,
+    preserve: str | None = None,
+    approximate: bool = False,
+    cache_dir: str | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Result:
+    """Make an adapter of a fit's saved statistics, at its settings or at others, without running the model.
+
+    Example: lit-thought solve --statistics sums/ --ridge 0.1 --rank 8 --out antonym-8/
+
+    Args:
+        statistics: folder that fit wrote with --statistics_dir.
+        out: folder to write the adapter to.
+        ridge: the ridge, relative to the mean eigenvalue of the Gram matrix; the fit's when left out.
+        rank: an integer, a fraction of explained energy in (0, 1), or full; the fit's when left out.
+        preserve_weight: weight of the unrelated text against the pairs; the fit's when left out.
+        step_size: how much of the (last) step's solution is added, in (0, 1]; the fit's when left out.
+        preserve: file of preservation statistics to use instead of the cache (lit-thought preserve).
+        approximate: allow other settings where sums depend on the patches that the fit solved before them.
+        cache_dir: where the fit kept its preservation statistics ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
+        model: the model of the fit, needed for matrices at mlp_in alone: smollm2, a hub id, a local directory or a
+            .gguf file.
+        dtype: dtype to load it in, that of the fit; float32 when left out.
+        device: where to solve, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        trust_remote_code: run code that a hub model brings along.
+        overwrite: replace the folder if it exists.
+    """
+    from lit_thought.files import check_output_folder
+
+    check_output_folder(out, overwrite)
+    from lit_thought.statistics.saved import SavedStatistics
+    from lit_thought.statistics.saved_solve import solve_saved
+
+    saved = SavedStatistics.load(statistics, device or "cpu")
+    lm = None
+    if model is not None:
+        lm, _ = Loading(model, dtype, device, revision, gguf_file, None, trust_remote_code).load()
+    chosen: Any = {} if rank is None else {"rank": None if rank == "full" else rank}
+    with timed("solving"):
+        patch = solve_saved(
+            saved,
+            ridge=ridge,
+            preserve_weight=preserve_weight,
+            step_size=step_size,
+            preserve=preserve,
+            cache_dir=cache_dir,
+            model=lm,
+            approximate=approximate,
+            **chosen,
+        )
+    patch.save_adapter(out, overwrite=overwrite)
+    say(f"Wrote a rank-{patch.rank} adapter of {len(saved)} stages to {out}")
+    record = {"adapter": out, "rank": patch.rank, "bytes": _size(out), "parameters": patch.num_parameters}
+    return Result({**record, "stages": len(saved)})
+
+
+def preserve(
+    output: str,
+    texts: str = "default",
+    preserve_tokens: int = 12_000,
+    sites: list[str] | None = None,
+    rank: int | Literal["full"] | None = None,
+    storage: Literal["int8", "float16", "float32"] = "int8",
+    cache_dir: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    *,
+    loading: Loading,
+) -> Result:
+    """Write a model's preservation statistics to one small file, for fit --preserve on any machine.
+
+    Example: lit-thought preserve smollm2 --output smollm2-preserve.safetensors
+
+    Args:
+        output: the file, ending in .safetensors.
+        texts: a UTF-8 text file of what patches should leave alone; "default" for text that the package ships.
+        preserve_tokens: most tokens of it to use.
+        sites: attn_out, mlp_in, mlp_out or several, where fits can use it; when left out, attn_out and mlp_out
+            wherever a block has them.
+        rank: how many directions of each matrix are kept, and of the others what they add to the diagonal, or full; 768
+            when left out.
+        storage: numbers in the file: int8, float16 or float32.
+        cache_dir: where each model's statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
+        overwrite: replace the file if it exists.
+        progress: show a progress bar.
+        loading: the model.
+    """
+    from lit_thought.errors import check_counts
+    from lit_thought.files import atomic_file
+    from lit_thought.model.blocks import DEFAULT_SITES, check_sites, find_blocks
+    from lit_thought.prompts.unrelated import load_texts, text_windows
+    from lit_thought.statistics.preserve import WINDOW, preservation, preservation_bar
+    from lit_thought.statistics.preserve_file import DEFAULT_RANK, check_settings, check_suffix
+
+    kept = None if rank == "full" else DEFAULT_RANK if rank is None else rank
+    check_settings(kept, storage)
+    check_suffix(output, "output")
+    check_counts(preserve_tokens=preserve_tokens)
+    chosen = DEFAULT_SITES if sites is None else check_sites(sites)
+    read = load_texts(texts, "preserve", "texts")
+    with atomic_file(output, overwrite) as file:  # checks its path first
+        lm, tokenizer = loading.load()
+        blocks = find_blocks(lm)
+        windows = text_windows(tokenizer, read, WINDOW, preserve_tokens)
+        with timed("the preservation statistics"), preservation_bar(len(blocks), progress) as advance:
+            entry, _ = preservation(lm, blocks, windows, cache_dir, progress=advance)
+        with timed("reducing and writing them"):
+            entry.save(file, lm, blocks, chosen, kept, storage)
+    size = Path(output).expanduser().stat().st_size
+    say(f"Wrote {size / 1e6:.1f} MB of preservation statistics to {output}")
+    tokens = sum(len(window) for window in windows)
+    return Result({"file": output, "bytes": size, "tokens": tokens, "rank": kept, "storage": storage})
+
+
+def _size(adapter: str) -> int:
+    return (Path(adapter).expanduser() / "adapter_model.safetensors").stat().st_size

@@ -1,0 +1,66 @@
+"""What several commands need: the model to load, and the instruction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lit_thought.cli.output import say, timed
+from lit_thought.errors import ThoughtError
+
+__all__ = ["Loading", "read_instruction"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model
+
+    Args:
+        model: smollm2 (the embedded default), a hub id, a local directory or a .gguf file.
+        dtype: dtype to load the model in; float32, or bfloat16 with quantization, when left out.
+        device: where to put it, such as cuda; the CPU when left out.
+        revision: revision of a hub model.
+        gguf_file: the GGUF file to take from a hub id or a directory.
+        quantization: 8bit or 4bit, by bitsandbytes on a CUDA device.
+        trust_remote_code: run code that a hub model brings along.
+    """
+
+    model: str = "smollm2"
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+    gguf_file: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    trust_remote_code: bool = False
+
+    def load(self) -> Any:
+        """The model and its tokenizer; not annotated so, since jsonargparse would import transformers for it.
+
+        Raises:
+            ThoughtError: if the model cannot be had.
+        """
+        from lit_thought.model.loading import load_model
+
+        options = asdict(self)
+        name = options.pop("model")
+        say(f"Loading {name} …")
+        with timed("loading the model"):
+            return load_model(name, **options)
+
+
+def read_instruction(text: str | None, file: str | None) -> str | None:
+    """The instruction, given as text or as the name of a UTF-8 file.
+
+    Raises:
+        ThoughtError: for both, or a file that cannot be read.
+    """
+    from lit_thought.files import expanded
+
+    if text is not None and file is not None:
+        raise ThoughtError("instruction and instruction_file exclude each other; give one of them.")
+    if file is None:
+        return text
+    try:
+        return expanded(file, "instruction_file").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ThoughtError(f"instruction_file={file!r} cannot be read as a UTF-8 text file ({error}).") from error

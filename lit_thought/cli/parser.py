@@ -1,0 +1,206 @@
+"""The parser of ``lit-thought``: flags from the commands' signatures, their help from the docstrings.
+
+Only the command that was asked for gets its flags, and torch is not imported for them, so that ``--help``, a typing
+mistake and completion in the shell take no longer than Python itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import jsonargparse
+from jsonargparse.typing import register_type
+
+import lit_thought
+from lit_thought.cli.errors import EXIT_CODES
+from lit_thought.cli.model import Loading
+from lit_thought.cli.output import Output, Result
+from lit_thought.prompts.unrelated import TextSource
+
+__all__ = ["Command", "build_parser", "call", "command_parser", "complete", "positional"]
+
+Command = Callable[..., Result]
+_CONFIG = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # which it exports, by other means
+_GROUPS: dict[str, type] = {"loading": Loading}
+"""Arguments of a command that stand for a group of flags."""
+_SETTINGS = "settings"
+"""The argument of a command that takes the settings of :func:`lit_thought.fit.api.transmute`."""
+
+
+class _Help(RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the lines of examples and exit codes."""
+
+
+def build_parser(commands: Mapping[str, Command], wanted: str | None, show_versions: bool) -> Any:
+    """The parser of all commands, with the flags of the ``wanted`` one; of all where a config may name it.
+
+    Args:
+        commands: the functions by name.
+        wanted: the first word of the command line.
+        show_versions: whether it asks for ``--version``.
+    """
+    register_type(os.PathLike, deserializer=_no_path, fail_already_registered=False)
+    parser = _new(
+        prog="lit-thought",
+        description="Turn a prompt into weights, with no training.",
+        epilog=_epilog(commands),
+        version=_versions() if show_versions else lit_thought.__version__,
+    )
+    subcommands = parser.add_subcommands(required=True)
+    for name, command in commands.items():
+        summary = _description(command).partition("\n\n")[0].replace("\n", " ")
+        asked = wanted is not None and (name == wanted or wanted.startswith(("--config", "--print_config")))
+        subcommands.add_subcommand(name, command_parser(command) if asked else _new(), help=summary)
+    return parser
+
+
+def command_parser(command: Command) -> Any:
+    """The parser of one command: its own flags, those of the groups that it takes, and those of :class:`Output`."""
+    parser = _new(description=_description(command))
+    own = {name for name in inspect.signature(command).parameters if name in (*_GROUPS, _SETTINGS)}
+    parser.add_function_arguments(command, as_group=False, as_positional=False, skip=own)
+    if _SETTINGS in own:
+        parser.add_function_arguments(_settings(), as_group=False, as_positional=False)
+    for group in (*(_GROUPS[name] for name in own & _GROUPS.keys()), Output):
+        parser.add_class_arguments(group, as_group=True)
+    for action in parser._actions:
+        if isinstance(action.default, bool) and action.nargs is None:  # --overwrite is --overwrite true
+            action.nargs, action.const = "?", True
+    return parser
+
+
+def complete(commands: Mapping[str, Command]) -> None:
+    """Answer a shell that asks, in the variables of argcomplete, how the word at the cursor may go on; then end.
+
+    argcomplete is told to begin at the command, whose parser it gets: it knows nothing of jsonargparse's subcommands.
+    """
+    start, line = int(os.environ["_ARGCOMPLETE"]), os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    *whole, _ = f"{line}|".split()  # the last one is being typed
+    if len(whole) > start and whole[start] in commands:
+        os.environ["_ARGCOMPLETE"] = str(start + 1)
+        parser = command_parser(commands[whole[start]])
+        for action in parser._actions:
+            if hasattr(action, "_typehint"):
+                action.completer = _completer(action._typehint)
+        parser.parse_args([])
+    build_parser(commands, None, False).parse_args([])
+
+
+def _completer(hint: Any) -> Callable[..., list[str]]:
+    """What a flag's value may be: one of the words that its type names, else a file, if it may be text at all."""
+    from argcomplete.completers import FilesCompleter
+
+    words = list(_words(hint))
+    return FilesCompleter() if "" in words and len(words) == 1 else lambda **_: [word for word in words if word]
+
+
+def _words(hint: Any) -> Iterator[str]:
+    """The words of literals and truth values; the empty one stands for any text."""
+    if get_origin(hint) is Literal:
+        yield from map(str, get_args(hint))
+    elif hint in (bool, str):
+        yield from {bool: ("true", "false"), str: ("",)}[hint]
+    elif get_origin(hint) in (Union, UnionType):
+        for part in get_args(hint):
+            yield from _words(part)
+
+
+def call(command: Command, values: Mapping[str, Any]) -> Result:
+    """Call a command with the values of its flags, those of :class:`Output` left out."""
+    given = {name: value for name, value in values.items() if name != "config"}
+    parameters = inspect.signature(command).parameters
+    for argument, group in _GROUPS.items():
+        if argument in parameters:
+            given[argument] = group(**{name: given.pop(name) for name in _names(group)})
+    if _SETTINGS in parameters:
+        given[_SETTINGS] = {name: given.pop(name) for name in list(given) if name not in parameters}
+    return command(**given)
+
+
+def positional(words: Sequence[str], names: Mapping[str, Sequence[str]]) -> list[str]:
+    """The command line with the words right after the command as the flags that they stand for.
+
+    Args:
+        words: the command line.
+        names: by command, which flags may be given by place, in their order.
+    """
+    given = list(words)
+    for place, name in enumerate(names.get(given[0], ()) if given else (), start=1):
+        if place >= len(given) or given[place].startswith("-"):
+            break
+        given[place] = f"--{name}={given[place]}"
+    return given
+
+
+def _new(**options: Any) -> Any:
+    parser = jsonargparse.ArgumentParser(formatter_class=_Help, exit_on_error=False, allow_abbrev=False, **options)
+    parser.add_argument("--config", action=_CONFIG, help="a YAML file with values of the flags.")
+    return parser
+
+
+@cache
+def _settings() -> Callable[..., None]:
+    """A function with the settings of :func:`lit_thought.fit.api.transmute`, read off its source: to import it takes
+    seconds, for the flags of ``fit`` are needed at every press of the tab key."""
+    tree = ast.parse(files("lit_thought").joinpath("fit", "api.py").read_text(encoding="utf-8"))
+    node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "transmute")
+
+    def settings(**values: Any) -> None: ...
+
+    arguments = node.args.kwonlyargs
+    settings.__annotations__ = {one.arg: ast.unparse(one.annotation) for one in arguments if one.annotation is not None}
+    known = {"os": os, "Any": Any, "Literal": Literal, "Mapping": Mapping, "Sequence": Sequence}
+    hints = get_type_hints(settings, {**known, "TextSource": TextSource})
+    defaults = (ast.literal_eval(value) for value in node.args.kw_defaults if value is not None)
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, default in zip(hints, defaults, strict=True)
+    ]
+    settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    settings.__doc__ = ast.get_docstring(node)
+    return settings
+
+
+def _names(group: type) -> list[str]:
+    return [field.name for field in fields(group)]
+
+
+def _description(command: Command) -> str:
+    """What the docstring says before its arguments."""
+    return (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+
+
+def _epilog(commands: Mapping[str, Command]) -> str:
+    examples = [line for one in commands.values() for line in _description(one).splitlines() if "Example:" in line]
+    codes = [f"  {code:<4}{meaning}" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(
+        [
+            "examples:",
+            *(f"  {line.removeprefix('Example: ')}" for line in examples),
+            "",
+            "Every command takes --config FILE, --json, --quiet, --verbose and --traceback.",
+            "",
+            "exit codes:",
+            *codes,
+        ]
+    )
+
+
+def _versions() -> str:
+    packages = ("torch", "transformers", "peft", "lightning")
+    return "\n".join([lit_thought.__version__, *(f"{name} {version(name)}" for name in packages)])
+
+
+def _no_path(value: Any) -> Any:
+    """Leave it to the other types of an argument: jsonargparse would make the path "None" of null."""
+    raise ValueError(f"expected a string, got {value!r}")

@@ -1,0 +1,1 @@
+"""Plain, instructed and patched, side by side, and the report of it."""

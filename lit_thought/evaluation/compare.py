@@ -1,0 +1,393 @@
+"""Plain, instructed and patched, side by side on held-out pairs and on unrelated text."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.errors import check_counts
+from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
+from lit_thought.files import atomic_file
+from lit_thought.model.loading import context_window, evaluating
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.prompts.alignment import TokenisedPair, check_context
+from lit_thought.prompts.batches import PairBatch, make_batches, pad
+from lit_thought.prompts.instruction_hash import check_instruction
+from lit_thought.prompts.pairs import load_pairs, pair_instructions
+from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.prompts.unrelated import TextSource, load_texts, text_windows
+from lit_thought.runs.generate import Generation, generate
+from lit_thought.runs.streams import forward_inputs
+
+__all__ = [
+    "RUNS",
+    "Evaluation",
+    "batch_logits",
+    "evaluate",
+    "format_result",
+    "output_batches",
+    "unrelated_perplexity",
+    "window_losses",
+]
+
+RUNS = ("plain", "instructed", "patched")
+_WINDOW = 512
+"""Tokens of each window of unrelated text whose perplexity is measured."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    patch: ThoughtPatch | str | os.PathLike[str],
+    *,
+    instruction: str | None = None,
+    pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
+    template: str | PromptTemplate = DEFAULT_TEMPLATE,
+    unrelated: TextSource | None = "default",
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    items_file: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare the plain, the instructed and the patched model on pairs that the patch has not seen.
+
+    Outputs are greedy. Divergences are measured on the instructed model's own outputs, fed to all three.
+
+    Args:
+        model: the model the patch was made for, without the patch; left bit for bit as it was.
+        tokenizer: its tokenizer.
+        patch: a patch, or an adapter folder.
+        instruction, pairs, template: as in :func:`~lit_thought.fit.api.transmute`; outputs are the reference answers.
+        unrelated: text whose perplexity should not change: a text file, a list of texts, ``"default"`` (text
+            that the package ships, other than what it preserves by default), or None to skip.
+        max_new_tokens: longest output.
+        batch_size: pairs a batch.
+        items_file: where to write each pair's three outputs, as JSONL.
+        progress: show a progress bar.
+
+    Returns:
+        A JSON-able dict:
+        ``accuracy``, ``first_token_accuracy``: by run, share of exact matches with the reference output and of
+        outputs that begin with its first token; only over pairs that have one, None without any.
+        ``recovery``: (patched − plain) ÷ (instructed − plain) accuracy; None where the latter two are equal.
+        ``fidelity``: share of patched outputs equal to the instructed ones, right or wrong; ``fidelity_plain``:
+        the same for the plain outputs.
+        ``kl``, ``agreement``: of plain and patched with the instructed run, KL(instructed ‖ ·) in nats and
+        share of equal top-1 tokens, mean over all compared tokens; ``output_kl``, ``output_agreement``: the
+        same over the tokens that predict the output or its end.
+        ``perplexity``: of the unrelated text, original and patched; ``perplexity_ratio``: patched ÷ original;
+        ``perplexity_windows``: of each of its windows the tokens, and the losses (see :func:`window_losses`).
+        ``prompt_tokens``: mean per query, plain and instructed, and ``saved``.
+        ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
+
+    Raises:
+        ThoughtError: for bad input, such as another instruction than that of a patch that keeps a hash of it;
+            PatchError when the patch does not fit the model.
+    """
+    patch = patch if isinstance(patch, ThoughtPatch) else ThoughtPatch.load(patch)
+    rows = load_pairs(pairs)
+    check_instruction(patch.provenance, instruction, rows)
+    patch.validate(model)
+    with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first
+        result = Evaluation(
+            model,
+            tokenizer,
+            instruction=instruction,
+            pairs=rows,
+            template=template,
+            unrelated=unrelated,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        ).score(patch)
+        if file is not None:
+            lines = (json.dumps(item, ensure_ascii=False) for item in result["items"])
+            file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return result
+
+
+class Evaluation:
+    """What does not depend on the patch, done once for several patches; the arguments are :func:`evaluate`'s.
+
+    Creating one writes the plain and the instructed outputs and measures the original perplexity.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        instruction: str | None = None,
+        pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
+        template: str | PromptTemplate = DEFAULT_TEMPLATE,
+        unrelated: TextSource | None = "default",
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.rows = load_pairs(pairs)
+        self.instructions = pair_instructions(self.rows, instruction)
+        self.template = PromptTemplate.parse(template)
+        check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
+        texts = load_texts(unrelated, "evaluate", "unrelated") if unrelated is not None else None
+        self.prompts = [
+            self.template.tokenise(tokenizer, instruction, row["input"])
+            for instruction, row in zip(self.instructions, self.rows, strict=True)
+        ]
+        for index, prompt in enumerate(self.prompts):
+            check_context(prompt, context_window(model), index, max_new_tokens)
+        self.windows = (
+            text_windows(tokenizer, texts, min(_WINDOW, context_window(model))) if texts is not None else None
+        )
+        with evaluating(model):
+            self.plain = self._write("plain", [prompt.plain_ids for prompt in self.prompts])
+            self.instructed = self._write_instructed()
+            self.losses = window_losses(model, self.windows) if self.windows else None
+        self.completed = [
+            self.template.tokenise(tokenizer, instruction, row["input"], output.text, output.finished)
+            for instruction, row, output in zip(self.instructions, self.rows, self.instructed, strict=True)
+        ]
+
+    @torch.no_grad()
+    def score(self, patch: ThoughtPatch) -> dict[str, Any]:
+        """The comparison that :func:`evaluate` returns, for one patch."""
+        with evaluating(self.model):
+            with patch.applied(self.model):
+                patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
+                losses = window_losses(self.model, self.windows) if self.windows else None
+            divergence = self._divergences(patch)
+        outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
+        texts = {run: [output.text for output in outputs[run]] for run in RUNS}
+        answered = [i for i, row in enumerate(self.rows) if "output" in row]
+        accuracy = first_accuracy = None
+        if answered:
+            references = [self.rows[i]["output"] for i in answered]
+            accuracy = {run: _match([texts[run][i] for i in answered], references) for run in RUNS}
+            firsts = [self._first_token(i, self.rows[i]["output"]) for i in answered]
+            first_accuracy = {
+                run: sum(
+                    self._first_token(i, texts[run][i]) == first for i, first in zip(answered, firsts, strict=True)
+                )
+                / len(answered)
+                for run in RUNS
+            }
+        lengths: dict[str, float] = {
+            "plain": sum(len(prompt.plain_ids) for prompt in self.prompts) / len(self.prompts),
+            "instructed": sum(len(prompt.instructed_ids) for prompt in self.prompts) / len(self.prompts),
+        }
+        original, perplexity = self._perplexity(self.losses), self._perplexity(losses)
+        ratio = perplexity / original if perplexity and original else None
+        return {
+            "pairs": len(self.rows),
+            "accuracy": accuracy,
+            "first_token_accuracy": first_accuracy,
+            "recovery": _recovery(accuracy),
+            "fidelity": _match(texts["patched"], texts["instructed"]),
+            "fidelity_plain": _match(texts["plain"], texts["instructed"]),
+            **divergence,
+            "perplexity": {"original": original, "patched": perplexity} if self.windows else None,
+            "perplexity_ratio": ratio,
+            "perplexity_windows": {
+                "tokens": [len(window) - 1 for window in self.windows],
+                "original": self.losses,
+                "patched": losses,
+            }
+            if self.windows
+            else None,
+            "prompt_tokens": {**lengths, "saved": lengths["instructed"] - lengths["plain"]},
+            "items": [
+                {
+                    "input": row["input"],
+                    "reference": row.get("output"),
+                    **{run: texts[run][i] for run in RUNS},
+                }
+                for i, row in enumerate(self.rows)
+            ],
+        }
+
+    def _perplexity(self, losses: Sequence[float] | None) -> float | None:
+        return None if losses is None or self.windows is None else _perplexity(losses, self.windows)
+
+    def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
+        """Greedy outputs of the model as it is now."""
+        with tqdm(
+            total=len(prompts),
+            desc=f"Evaluating {run}",
+            unit="output",
+            disable=not self.progress,
+            leave=False,
+        ) as bar:
+            return generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                stop=self.template.stop,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                progress=lambda done: bar.update(done - bar.n) and None,
+                keep_special=self.template.is_chat,
+            )
+
+    def _write_instructed(self) -> list[Generation]:
+        """The pairs of each instruction together, so that they share one run of it."""
+        outputs: dict[int, Generation] = {}
+        for instruction in dict.fromkeys(self.instructions):
+            members = [i for i, own in enumerate(self.instructions) if own == instruction]
+            written = self._write("instructed", [self.prompts[i].instructed_ids for i in members])
+            outputs |= zip(members, written, strict=True)
+        return [outputs[i] for i in range(len(self.rows))]
+
+    def _first_token(self, index: int, output: str) -> int | None:
+        """The first token of an output's own text (some tokenizers make a token of the space before a digit)."""
+        pair = self.template.tokenise(self.tokenizer, self.instructions[index], self.rows[index]["input"], output)
+        start, stop = pair.output_span
+        return pair.plain_ids[start] if start < stop else None
+
+    def _divergences(self, patch: ThoughtPatch) -> dict[str, dict[str, float]]:
+        """KL and agreement of the plain and the patched run with the instructed one, over all compared tokens and
+        over those that predict the output or its end (the tokens that ``answer_weight`` makes heavier)."""
+        batches = output_batches(self.tokenizer, self.completed, self.instructions, self.batch_size)
+        runs = ("plain", "patched")
+        metrics = {(run, part): TokenDivergence(sync_on_compute=False) for run in runs for part in ("all", "output")}
+        leads: dict[str, dict[int, Any]] = {run: {} for run in RUNS}
+        for batch, output in batches:
+            wanted = batch_logits(self.model, batch, "target", leads["instructed"])
+            for run in runs:
+                with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
+                    got = batch_logits(self.model, batch, "plain", leads[run])
+                for part, weights in (("all", batch.weights), ("output", output)):
+                    metrics[run, part].to(wanted.device).update(wanted, got, weights.to(wanted.device))
+        computed = {key: metric.compute() for key, metric in metrics.items()}
+        return {
+            prefix + name: {run: float(computed[run, part][name]) for run in runs}
+            for part, prefix in (("all", ""), ("output", "output_"))
+            for name in ("kl", "agreement")
+        }
+
+
+def output_batches(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenisedPair], instructions: Sequence[str], batch_size: int
+) -> list[tuple[PairBatch, Tensor]]:
+    """Batches of completed pairs, and how many pairs' outputs, or their ends, each compared token predicts, (n,).
+
+    These are the tokens that ``answer_weight`` makes heavier. Attention sinks, which the instructed run does not have,
+    are left out.
+    """
+    common = (pairs, batch_size, tokenizer.pad_token_id or 0, "right", instructions)
+    batches, heavier = make_batches(*common), make_batches(*common, answer_weight=2.0)
+    every = zip(batches, heavier, strict=True)
+    return [(batch, heavy.weights - batch.weights) for batch, heavy in every if batch.plain is not batch.target]
+
+
+def unrelated_perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> float:
+    """exp of the mean negative log-likelihood of each token given those before it in its window."""
+    return _perplexity(window_losses(model, windows, batch_size), windows)
+
+
+def _perplexity(losses: Sequence[float], windows: Sequence[Sequence[int]]) -> float:
+    mean = sum(losses) / sum(len(window) - 1 for window in windows)
+    return float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite, not an error, where that is too large
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> list[float]:
+    """Negative log-likelihood of each window: the sum over its tokens but the first, each given those before it."""
+    losses: list[float] = []
+    for start in range(0, len(windows), batch_size):
+        tokens = pad(windows[start : start + batch_size], 0, "right").to(model.device)
+        labels = tokens.ids.masked_fill(~tokens.mask, -100)[:, 1:]
+        logits = model(**forward_inputs(tokens, 0), use_cache=False).logits[:, :-1]
+        each = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        losses += each.double().sum(1).tolist()
+    return losses
+
+
+def _match(texts: Sequence[str], references: Sequence[str]) -> float:
+    metric = TextMatch(sync_on_compute=False)
+    metric.update(texts, references)
+    return float(metric.compute())
+
+
+def _recovery(accuracy: dict[str, float] | None) -> float | None:
+    if accuracy is None or accuracy["instructed"] == accuracy["plain"]:
+        return None
+    return (accuracy["patched"] - accuracy["plain"]) / (accuracy["instructed"] - accuracy["plain"])
+
+
+def batch_logits(
+    model: PreTrainedModel, batch: PairBatch, side: Literal["plain", "target"], leads: dict[int, Any]
+) -> Tensor:
+    """Logits of the compared tokens of one run of a batch, (n, vocabulary); keeps a lead's KV cache in ``leads``."""
+    tokens = batch.plain if side == "plain" else batch.target
+    rows = batch.plain_rows if side == "plain" else batch.target_rows
+    if tokens is None:
+        return torch.zeros(0, model.config.get_text_config().vocab_size, device=model.device)
+    lead = leads.get(batch.lead) if batch.lead is not None else None
+    cache = DynamicCache() if lead is None else copy.deepcopy(lead)
+    if lead is not None:
+        cache.batch_repeat_interleave(len(tokens.ids))
+    inputs = forward_inputs(tokens.to(model.device), cache.get_seq_length())
+    logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits
+    if batch.lead is None:
+        leads[batch.index] = cache
+    return logits.flatten(0, 1)[rows.to(model.device)]
+
+
+def format_result(result: Mapping[str, Any], samples: int = 5) -> str:
+    """The comparison as a small Markdown table, with a few three-way samples."""
+
+    def cell(value: float | None, form: str = ".2f") -> str:
+        return "–" if value is None else format(value, form)
+
+    def row(label: str, values: Mapping[str, float | None] | None, form: str = ".2f") -> str:
+        return f"| {label} | " + " | ".join(cell((values or {}).get(run), form) for run in RUNS) + " |"
+
+    perplexity = result["perplexity"] or {}
+    lines = [
+        f"| {result['pairs']} held-out pairs | " + " | ".join(RUNS) + " |",
+        "|---|" + "---:|" * len(RUNS),
+        row("accuracy (exact match)", result["accuracy"]),
+        row("first-token accuracy", result["first_token_accuracy"]),
+        row(
+            "output equal to the instructed one",
+            {"plain": result["fidelity_plain"], "patched": result["fidelity"]},
+        ),
+        row("KL(instructed ‖ ·), nats a token", result["kl"], ".3f"),
+        row("top-1 agreement with instructed", result["agreement"]),
+        row(
+            "perplexity of unrelated text",
+            {"plain": perplexity.get("original"), "patched": perplexity.get("patched")},
+        ),
+        row(
+            "prompt tokens a query",
+            {**result["prompt_tokens"], "patched": result["prompt_tokens"]["plain"]},
+            ".1f",
+        ),
+        "",
+        f"recovery {cell(result['recovery'])}, fidelity {cell(result['fidelity'])}, "
+        f"unrelated perplexity × {cell(result['perplexity_ratio'], '.3f')}",
+    ]
+    if samples and result["items"]:
+        lines += ["", "| input | " + " | ".join(RUNS) + " |", "|---|" + "---|" * len(RUNS)]
+        for item in result["items"][:samples]:
+            cells = [item["input"], *(item[run] for run in RUNS)]
+            lines.append("| " + " | ".join(_one_line(text) for text in cells) + " |")
+    return "\n".join(lines)
+
+
+def _one_line(text: str, width: int = 60) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,113 @@
+"""What a patch does on pairs that are held back from a fit, and to unrelated text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.compare import batch_logits, output_batches
+from lit_thought.evaluation.metrics import token_kl
+from lit_thought.model.loading import context_window, evaluating
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.prompts.alignment import TokenisedPair
+from lit_thought.prompts.batches import PairBatch, pad
+from lit_thought.prompts.unrelated import text_windows
+from lit_thought.runs.streams import forward_inputs
+
+__all__ = ["HeldBack"]
+
+_WINDOW, _WINDOWS = 128, 2
+"""Tokens of a window of unrelated text, and how many of them."""
+
+
+class HeldBack:
+    """Held-back pairs, and what the instructed model makes of them; unrelated text, and what the original one does.
+
+    Their logits are kept: of the tokens that predict the outputs, and of 256 tokens of text.
+
+    Args:
+        model: the model, without a patch.
+        tokenizer: its tokenizer.
+        pairs: the pairs, outputs included.
+        instructions: the instruction of each.
+        texts: unrelated text.
+        batch_size: pairs a batch.
+
+    Raises:
+        ThoughtError: when no pair has an output.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[TokenisedPair],
+        instructions: Sequence[str],
+        texts: Sequence[str],
+        batch_size: int,
+    ) -> None:
+        self.model = model
+        every = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
+        self.text = pad(every[:: max(1, len(every) // _WINDOWS)][:_WINDOWS], 0, "right").to(model.device)
+        self.batches = output_batches(tokenizer, pairs, instructions, batch_size)
+        self.owners = _owners(self.batches)
+        if not any(bool(weights.any()) for _, weights in self.batches):
+            raise ThoughtError('the held-back pairs have empty outputs, on which "auto" could compare nothing.')
+        leads: dict[int, Any] = {}
+        with evaluating(model):
+            self.wanted = [
+                batch_logits(model, batch, "target", leads)[(weights > 0).to(model.device)]
+                for batch, weights in self.batches
+            ]
+            self.original = self._text_logits()
+
+    @torch.no_grad()
+    def divergences(self, patch: ThoughtPatch) -> Tensor:
+        """KL(instructed ‖ patched) of each pair, (pairs,) float64: the mean over the tokens that predict the output or
+        its end, in nats."""
+        total = torch.zeros(1 + max(int(owner.max()) for owner in self.owners if len(owner)), dtype=torch.float64)
+        count, leads = torch.zeros_like(total), {}  # type: tuple[Tensor, dict[int, Any]]
+        with evaluating(self.model), patch.applied(self.model, check=False):
+            for (batch, weights), owner, wanted in zip(self.batches, self.owners, self.wanted, strict=True):
+                own = weights > 0
+                got = batch_logits(self.model, batch, "plain", leads)[own.to(self.model.device)]
+                total.index_add_(0, owner[own], token_kl(wanted, got).double().cpu() * weights[own])
+                count.index_add_(0, owner[own], weights[own])
+        return (total / count)[count > 0]
+
+    @torch.no_grad()
+    def drift(self, patch: ThoughtPatch) -> float:
+        """KL(original ‖ patched) in nats, the mean over the tokens of the unrelated text."""
+        with evaluating(self.model), patch.applied(self.model, check=False):
+            return float(token_kl(self.original, self._text_logits()).double().mean())
+
+    def _text_logits(self) -> Tensor:
+        logits: Tensor = self.model(**forward_inputs(self.text, 0), use_cache=False).logits
+        return logits[self.text.mask]
+
+
+def _owners(batches: Sequence[tuple[PairBatch, Tensor]]) -> list[Tensor]:
+    """Of each batch's compared tokens, (n,), the number of the pair that they are of.
+
+    A pair alone in its group is nearly all in its lead; its last token, in the batch that follows, is of the same pair.
+    What several pairs share with the lead counts as a pair of its own.
+    """
+    owners: list[Tensor] = []
+    leads: dict[int, int] = {}
+    free = 0
+    for batch, weights in batches:
+        rows, width = batch.plain.ids.shape if batch.plain is not None else (1, 1)
+        first = free
+        if rows == 1 and batch.lead in leads:
+            first = leads[batch.lead]
+        elif batch.lead is None and bool(weights.any()):
+            leads[batch.index] = first
+        free = max(free, first + rows)
+        owners.append(first + batch.plain_rows // width)
+    return owners

@@ -1,0 +1,163 @@
+"""The content of a report as HTML and as Markdown."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lit_thought.evaluation.compare import RUNS
+from lit_thought.evaluation.report.figures import draw_figures
+from lit_thought.fit.estimate import format_bytes, format_duration
+from lit_thought.patch.card import fenced, interval, number
+from lit_thought.prompts.template import PromptTemplate
+
+__all__ = ["differences", "render_html", "render_markdown"]
+
+_NONE = "–"
+_SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
+_LAYER_COLUMNS = (
+    ("error_before", "error before"),
+    ("error_after", "error after"),
+    ("error_left", "error left"),
+    ("effective_rank", "effective rank"),
+    ("condition", "condition"),
+    ("truncation_loss", "lost to the rank"),
+)
+_ADVICE = "lit-thought evaluate --adapter RUN_DIR --pairs test.jsonl --out RUN_DIR/evaluation"
+
+
+def render_html(content: Mapping[str, Any]) -> str:
+    """One page, whole in itself: no scripts, no requests; all text from prompts and models is escaped."""
+    return _render("report.html.j2", content, figures=draw_figures(content))
+
+
+def render_markdown(content: Mapping[str, Any]) -> str:
+    """The same as Markdown, with tables in place of the figures."""
+    return _render("report.md.j2", content)
+
+
+def differences(text: str, reference: str) -> list[tuple[str, str]]:
+    """What turns ``reference`` into ``text``, by words: (equal, insert or delete, words) in order.
+
+    White space is part of the word before it. The equal and inserted words make up ``text``, up to the white space at
+    its ends. Where the two have no word in common, nothing is said to be deleted: ``text`` is another one altogether.
+    """
+    words, known = (re.findall(r"\S+\s*|^\s+", side.strip()) for side in (text, reference))
+    parts: list[tuple[str, str]] = []
+    # compared without their white space, so that a word at the end is the same word
+    matcher = difflib.SequenceMatcher(None, [w.strip() for w in known], [w.strip() for w in words], autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind in ("delete", "replace"):
+            parts.append(("delete", "".join(known[a:b])))
+        if kind in ("insert", "replace"):
+            parts.append(("insert", "".join(words[c:d])))
+        if kind == "equal":
+            parts.append(("equal", "".join(words[c:d])))
+    if not words or any(kind == "equal" for kind, _ in parts):
+        return parts
+    return [(kind, part) for kind, part in parts if kind == "insert"]
+
+
+def _render(template: str, content: Mapping[str, Any], **more: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("lit_thought.evaluation.report"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "bytes": format_bytes,
+        "cell": _markdown_cell,
+        "duration": format_duration,
+        "fenced": lambda text: Markup("\n".join(fenced(text))),
+        "figure": _figure,
+        "interval": interval,
+        "number": number,
+        "signed": _signed,
+        "template_text": _template_text,
+    }
+    return environment.get_template(template).render(
+        **content,
+        **more,
+        runs=RUNS,
+        advice=_ADVICE,
+        differences=differences,
+        layer_columns=_LAYER_COLUMNS,
+        rows_of=lambda table: list(_flat(table)),
+        summary=_summary(content["evaluation"]),
+        step_columns=_step_columns,
+    )
+
+
+def _summary(evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The few figures that say most: what, how much, and what to compare it with."""
+    if evaluation is None:
+        return []
+    rows = {row["key"]: row for row in evaluation["table"]}
+    found = []
+    if "accuracy" in rows:
+        runs = rows["accuracy"]["runs"]
+        note = f"instructed {number(runs['instructed']['value'])}, plain {number(runs['plain']['value'])}"
+        found.append({"label": "accuracy, patched", "value": number(runs["patched"]["value"]), "note": note})
+    fidelity = rows["fidelity"]["runs"]["patched"]
+    found.append(
+        {"label": "same output as instructed", "value": number(fidelity["value"]), "note": f"95 % {interval(fidelity)}"}
+    )
+    if (ratio := evaluation["perplexity_ratio"]) is not None:
+        value, bounds = f"× {number(ratio['value'], 3)}", interval(ratio, 3)
+        note = f"95 % {bounds}" if bounds else "1 is unchanged"
+        found.append({"label": "perplexity of unrelated text", "value": value, "note": note})
+    saved = number(evaluation["tokens_saved"], 0)
+    found.append({"label": "prompt tokens saved", "value": saved, "note": "in each query"})
+    return found
+
+
+def _step_columns(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that any step has, the step itself first."""
+    return sorted({key for step in steps for key in step}, key=lambda key: (key != "step", key))
+
+
+def _signed(value: float) -> str:
+    """A difference, with a minus as wide as the plus."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _figure(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return _NONE
+    return f"{value:,.0f}" if abs(value) >= 1000 and abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """One row a value; a nested table's keys are joined by dots."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", ", ".join(map(str, value)) or _NONE
+        else:
+            yield f"{prefix}{key}", _NONE if value is None else str(value)
+
+
+def _template_text(template: Any) -> str:
+    """A prompt template as its author wrote it, or as JSON where it is more than a text."""
+    text = template.get("text") if isinstance(template, Mapping) else template
+    if isinstance(text, str) and template in (text, PromptTemplate(text).to_dict()):
+        return text
+    return json.dumps(template, indent=2, ensure_ascii=False)
+
+
+def _markdown_cell(value: Any) -> str:
+    """A text as one cell of a table that shows it as it is."""
+    text = html.escape(" ".join(str(_NONE if value is None else value).split()), quote=False)
+    return _SPECIAL.sub(r"\\\1", text)

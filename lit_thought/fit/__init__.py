@@ -1,0 +1,1 @@
+"""The Lightning side: module, callback, data module, strategy; one call around them, and settings chosen by it."""

@@ -1,0 +1,358 @@
+"""What a fit costs before it starts: bytes by part, seconds by stage, and where its streams fit.
+
+Bytes follow from sizes alone: those of the blocks' sites and of the batches. They count what is kept; the activations
+of the one batch that is in a block come on top. Seconds are operations over the speed of a few products of matrices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_thought.model.blocks import Block, Site
+from lit_thought.prompts.batches import PairBatch
+from lit_thought.runs.runner import Stage, goes_on_from
+from lit_thought.runs.storage import Place
+
+__all__ = [
+    "Estimate",
+    "Load",
+    "ModelSizes",
+    "estimate_bytes",
+    "estimate_seconds",
+    "fit_operations",
+    "format_bytes",
+    "format_duration",
+    "lead_bytes",
+    "plain_runs",
+    "solve_bytes",
+    "statistics_bytes",
+    "stream_bytes",
+    "timed",
+]
+
+
+_SLOWER = {"forward": 3.0, "statistics": 1.3, "solve": 3.0}
+"""Than products of large square matrices; measured on SmolLM2-135M, one CPU thread."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Tokens that a fit runs through the model, padding included.
+
+    Attributes:
+        compared: tokens that the sums take.
+        target, plain: tokens of the two runs.
+        leads: of these, tokens of batches whose keys and values others read.
+        looks: pairs of a token and one that it may attend to, in both runs.
+    """
+
+    compared: int
+    target: int
+    plain: int
+    leads: int
+    looks: int
+
+    @classmethod
+    def of(cls, batches: Sequence[PairBatch]) -> Load:
+        """The load of these batches."""
+        compared = target = plain = leads = looks = 0
+        ahead = {batch.index: batch for batch in batches}
+        for batch in batches:
+            compared += len(batch.plain_rows)
+            lead = None if batch.lead is None else ahead[batch.lead]
+            runs = [
+                (batch.target, None if lead is None else lead.target),
+                (batch.plain, None if lead is None else lead.plain),
+            ]
+            target += batch.target.ids.numel()
+            plain += 0 if batch.plain is None else batch.plain.ids.numel()
+            for tokens, before in runs:
+                if tokens is None:
+                    continue
+                rows, length = tokens.ids.shape
+                looks += rows * length * (length + (0 if before is None else before.ids.shape[1]))
+                leads += length if batch.lead is None and rows == 1 else 0
+        return cls(compared, target, plain, leads, looks)
+
+    @classmethod
+    def typical(cls, tokens: int, chunk_tokens: int) -> Load:
+        """That of short pairs with ``tokens`` compared tokens and one chunk that all share."""
+        return cls(tokens, tokens + chunk_tokens, tokens, chunk_tokens, tokens * chunk_tokens)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model's streams.
+
+    Attributes:
+        element: bytes of a number in the residual stream.
+        keys_values: numbers of a token's keys and values in one block.
+        tables: bytes of a token's rotary tables and position.
+        mask: bytes of the masks for one pair of tokens.
+        active: share of a mixture's experts that a token goes through.
+    """
+
+    element: int
+    keys_values: int
+    tables: int
+    mask: int
+    active: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelSizes:
+        """Those of a model, from its configuration."""
+        config = model.config.get_text_config()
+        layers = getattr(config, "per_layer_config", None)  # where layers differ: the one with the widest heads
+        config = max(layers, key=lambda layer: getattr(layer, "head_dim", None) or 0) if layers else config
+
+        def first(*names: str, default: Any = None) -> Any:
+            return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+
+        element = torch.empty((), dtype=model.dtype).element_size()
+        heads = first("num_attention_heads", "n_head", default=1)
+        size = first("head_dim", default=first("hidden_size", "n_embd", default=0) // heads)
+        keys_values = 2 * first("num_key_value_heads", default=heads) * size
+        if first("kv_lora_rank") is not None:  # DeepSeek's keys and values are wider than what is cached of them
+            size = first("qk_rope_head_dim")
+            keys_values = heads * (first("qk_nope_head_dim") + size + first("v_head_dim"))
+        kinds = len(set(first("layer_types", default=("full",))))
+        rotary = first("rope_parameters")
+        turned = 0 if rotary is None else int(size * rotary.get("partial_rotary_factor", 1.0))
+        attention = getattr(config, "_attn_implementation", "sdpa")
+        mask = {"sdpa": 1, "eager": element}.get(attention, 0)
+        experts = first("num_local_experts", "num_experts", "n_routed_experts", default=1)
+        active = first("num_experts_per_tok", default=experts) / max(experts, 1)
+        return cls(element, keys_values, kinds * 2 * turned * element + 8, kinds * mask, min(active, 1.0))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a fit takes besides the model.
+
+    Attributes:
+        tokens: compared tokens.
+        widest: the site with the most to sum and solve, as name and number of inputs.
+        streams_bytes: both residual streams of all batches, their masks and rotary tables, the errors' targets and
+            what was seen of one block.
+        lead_bytes: keys and values of what prompts have in common, of one block at a time.
+        statistics_bytes: Z and C, or the tokens where these are few, of the widest site.
+        solve_bytes: work space of its solve.
+        seconds: by stage: forward, statistics and solve; empty for a fit that is too short to ask.
+        place: where what can be kept elsewhere than on the device is kept.
+    """
+
+    tokens: int
+    widest: tuple[str, int]
+    streams_bytes: int
+    lead_bytes: int
+    statistics_bytes: int
+    solve_bytes: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    place: Place = "device"
+
+    def __str__(self) -> str:
+        place = {"device": "", "cpu": "; streams in main memory", "disk": "; streams on disk"}[self.place]
+        after = f"about {format_duration(sum(self.seconds.values()))} and " if self.seconds else ""
+        return f"This fit takes {after}{format_bytes(self.total_bytes)} besides the model: {self.parts()}{place}."
+
+    @property
+    def held_bytes(self) -> int:
+        """What can be kept elsewhere than on the device."""
+        return self.streams_bytes + self.lead_bytes
+
+    @property
+    def work_bytes(self) -> int:
+        """What has to be on the device."""
+        return self.statistics_bytes + self.solve_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Both together."""
+        return self.held_bytes + self.work_bytes
+
+    def parts(self) -> str:
+        """Bytes by part, in words."""
+        name, inputs = self.widest
+        return (
+            f"streams of {self.tokens:,} compared tokens {format_bytes(self.streams_bytes)}, keys and values of what "
+            f"prompts share {format_bytes(self.lead_bytes)}, statistics of the widest site ({name}, {inputs:,} inputs) "
+            f"{format_bytes(self.statistics_bytes)}, its solve {format_bytes(self.solve_bytes)}"
+        )
+
+
+def stream_bytes(blocks: Sequence[Block], stages: Sequence[Stage], load: Load, sizes: ModelSizes) -> int:
+    """The most that :class:`~lit_thought.runs.runner.StreamRunner` keeps of the streams between two batches."""
+    element = sizes.element
+    width = blocks[stages[0].block].sites[stages[0].site].d_out
+    target, plain, compared = (count * width * element for count in (load.target, load.plain, load.compared))
+    tables = (load.target + load.plain) * sizes.tables + load.looks * sizes.mask
+    most = target + plain
+    for index, group in groupby(stages, key=lambda stage: stage.block):
+        turns, sites, middle = list(group), blocks[index].sites, 0
+        inputs = load.compared * element
+        goals = {s.site: compared + (inputs * sites[s.site].d_in if s.site == "mlp_in" else 0) for s in turns}
+        for number, stage in enumerate(turns):
+            site, rest = sites[stage.site], turns[number + 1 :]
+            if number > 0:
+                most = max(most, target + plain + middle + sum(goals.values()))
+            if all(other.site != stage.site for other in rest):
+                del goals[stage.site]
+            after, output = 0, False
+            if goes_on_from(blocks[index], stage.site, last=not rest):
+                wide = element if site.plain else max(element, 4)  # times γ, in float32 or better
+                after, output = load.plain * (width * element + site.d_in * wide), site.point is None
+            most = max(most, target + (0 if output else plain + middle) + sum(goals.values()) + after)
+            middle = plain if after else middle
+    return most + tables
+
+
+def lead_bytes(stages: Sequence[Stage], load: Load, sizes: ModelSizes) -> int:
+    """Keys and values of the leads: of one block, and at the start of all blocks before the first that is patched."""
+    return load.leads * sizes.keys_values * sizes.element * (1 + stages[0].block)
+
+
+def statistics_bytes(site: Site, tokens: int, element: int = 8) -> int:
+    """Z and C of one site, or its tokens while they are fewer than d_in / 2, at ``element`` bytes a number."""
+    sums = site.d_in * (site.d_in + site.d_out)
+    return element * (sums if 2 * tokens >= site.d_in else tokens * (site.d_in + site.d_out))
+
+
+def solve_bytes(site: Site, tokens: int, preserve: bool) -> int:
+    """Work space of one solve, the matrices of the unrelated text included; float64 throughout."""
+    d, out, rows = site.d_in, site.d_out, tokens
+    few, prior = 2 * tokens < d, d * d if preserve else 0  # the prior: Z₀ and its eigenvectors, float32
+    if site.gain is not None:
+        return 8 * (5 * d * rows + 4 * rows * rows if few and not preserve else 6 * d * d + 2 * d * out + prior)
+    if few:
+        return 8 * (3 * rows * d + 2 * rows * out + 4 * rows * rows + 2 * prior)
+    return 8 * (3 * d * d + 2 * d * out + out * out + prior)
+
+
+def estimate_bytes(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    stages: Sequence[Stage],
+    load: Load,
+    tokens: int,
+    statistics_dtype: torch.dtype = torch.float64,
+    preserve: bool = True,
+) -> Estimate:
+    """The bytes of a fit.
+
+    Args:
+        model: the model, with its ``blocks``.
+        stages: what the fit goes through.
+        load: what this process runs.
+        tokens: compared tokens of all processes together, which one of them solves from.
+        statistics_dtype: of the sums.
+        preserve: whether unrelated text is preserved.
+    """
+    sizes = ModelSizes.of(model)
+    sites = [blocks[stage.block].sites[stage.site] for stage in stages]
+
+    def work(site: Site) -> tuple[int, int]:
+        return statistics_bytes(site, tokens, statistics_dtype.itemsize), solve_bytes(site, tokens, preserve)
+
+    widest = max(sites, key=lambda site: sum(work(site)))
+    return Estimate(
+        load.compared,
+        (widest.name, widest.d_in),
+        stream_bytes(blocks, stages, load, sizes),
+        lead_bytes(stages, load, sizes),
+        *work(widest),
+    )
+
+
+def plain_runs(block: Block, names: Sequence[str]) -> float:
+    """How often a fit of these sites runs the plain stream through a block, parts of it added up."""
+    sites = [block.sites[name] for name in names]
+    if not sites:
+        return 1.0
+    halves = sites[0].name == "attn_out" and goes_on_from(block, "attn_out", last=False)  # which the others go on from
+    seen = sum(0.5 if site.point is not None or halves else 1.0 for site in sites)
+    return seen + (0 if sites[-1].point is None and sites[-1].linear else 1)
+
+
+def fit_operations(
+    model: PreTrainedModel, blocks: Sequence[Block], stages: Sequence[Stage], load: Load, tokens: int, preserve: bool
+) -> dict[str, float]:
+    """Multiplications and additions of a fit by stage: forward, statistics, solve; attention's own are left out."""
+    active, spent = ModelSizes.of(model).active, {"forward": 0.0, "statistics": 0.0, "solve": 0.0}
+    for block in blocks:
+        names = [stage.site for stage in stages if stage.block == block.index]
+        spent["forward"] += 2 * _weights(block, active) * (load.target + load.plain * plain_runs(block, names))
+        for site in (block.sites[name] for name in names):
+            d, out, few = site.d_in, site.d_out, 2 * tokens < site.d_in
+            spent["statistics"] += 0.0 if few else 2.0 * load.compared * d * (d + out)
+            if site.gain is not None:
+                spent["solve"] += 8 * d**3
+            elif few:
+                spent["solve"] += 2 * tokens * d * (d if preserve else tokens) + 4 * tokens**3
+            else:
+                spent["solve"] += d**3 / 3 + d * d * out + 2 * d * out * out + 4 * out**3
+    return spent
+
+
+def _weights(block: Block, active: float) -> float:
+    """Weights that a token meets in a block."""
+    every = sum(weight.numel() for weight in block.module.parameters())
+    if block.experts is None:
+        return every
+    name = block.experts.partition(f".{block.index}.")[2]
+    return every - (1 - active) * sum(weight.numel() for weight in block.module.get_submodule(name).parameters())
+
+
+def estimate_seconds(operations: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Seconds for :func:`fit_operations` at the speed of two products of matrices on this machine.
+
+    Good to about a factor of two. Nothing where these products would take more than a twentieth of the fit themselves.
+
+    Args:
+        operations: by stage.
+        dtype: of the model.
+        device: where it is.
+    """
+    size = 2048 if device.type == "cuda" else 512
+    if sum(operations.values()) < 20 * 2 * 2 * 2 * size**3:
+        return {}
+    model, wide = (_speed(size, kind, device) for kind in (dtype, torch.float64))
+    return {name: _SLOWER[name] * count / (wide if name == "solve" else model) for name, count in operations.items()}
+
+
+def _speed(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications and additions a second."""
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / max(timed(lambda: matrix @ matrix), 1e-9)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of the second of two runs."""
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - start
+    return spent
+
+
+def format_bytes(count: float) -> str:
+    """In GB, MB or kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def format_duration(seconds: float) -> str:
+    """In minutes, seconds or milliseconds."""
+    if seconds >= 90:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"

@@ -1,0 +1,80 @@
+"""The LightningModule around a frozen causal LM."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.errors import ThoughtError
+from lit_thought.fit.strategy import shard_model
+from lit_thought.model.loading import evaluating
+from lit_thought.model.sharding import is_sharded
+from lit_thought.prompts.batches import PairBatch
+from lit_thought.runs.runner import Observation, StreamRunner
+
+__all__ = ["ThoughtModule"]
+
+
+class ThoughtModule(LightningModule):
+    """A frozen causal LM that observes itself with and without an instruction; it trains nothing.
+
+    ``training_step`` runs one site of one block on one batch through :class:`~lit_thought.runs.runner.StreamRunner`
+    and returns the :class:`~lit_thought.runs.runner.Observation`; what to do with it is the callback's business.
+
+    Args:
+        model: a causal LM that :func:`~lit_thought.model.blocks.find_blocks` knows.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ThoughtError: when ``model`` is not a transformers model, or there is no tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise ThoughtError(
+                f"model must be a transformers causal LM; got {type(model).__name__}. "
+                "load_model(name) returns one with its tokenizer."
+            )
+        if tokenizer is None:
+            raise ThoughtError("tokenizer is missing; give the model's own. load_model(name) returns both.")
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.model = model
+        self.tokenizer = tokenizer
+        self.runner: StreamRunner | None = None
+        self._mode = ExitStack()
+
+    def configure_optimizers(self) -> None:
+        """No optimizer: the patch is solved, not trained."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Empty: the frozen model is not worth a checkpoint."""
+        return {}
+
+    def configure_model(self) -> None:
+        """Under a strategy with a device mesh (``"thought_fsdp"``), shard the model over it, in place and for good."""
+        if self.device_mesh is not None and not is_sharded(self.model):
+            shard_model(self.model, self.device_mesh)
+
+    def setup(self, stage: str) -> None:
+        """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it."""
+        self._mode.enter_context(evaluating(self.model))
+
+    def training_step(self, batch: PairBatch | None, batch_idx: int) -> dict[str, Observation] | None:
+        """Observe the current site of the current block on one batch; nothing where another process has more."""
+        if self.runner is None:
+            raise ThoughtError("ThoughtModule has no streams. Give the Trainer a ThoughtCallback.")
+        if batch is None:
+            return None
+        return {"observation": self.runner.observe(batch)}
+
+    def teardown(self, stage: str) -> None:
+        """Drop the streams and put the model back into the mode it came in."""
+        if self.runner is not None:
+            self.runner.close()
+        self.runner = None
+        self._mode.close()

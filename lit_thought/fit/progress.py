@@ -1,0 +1,63 @@
+"""A progress bar that counts a fit's stages: one site of one block each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm.auto import tqdm
+
+from lit_thought.fit.callback import ThoughtCallback
+from lit_thought.fit.module import ThoughtModule
+from lit_thought.runs.runner import StreamRunner
+
+__all__ = ["StageProgressBar"]
+
+
+class StageProgressBar(ProgressBar):
+    """One bar for the whole fit, instead of one for each epoch; shows what the latest solve left of the error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Any = None
+
+    def disable(self) -> None:
+        """Lightning calls this on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Lightning calls this on the first rank."""
+        self._enabled = True
+
+    _enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar."""
+        runner = _runner(pl_module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        steps = sum(callback.steps for callback in callbacks if isinstance(callback, ThoughtCallback))
+        total = steps * runner.num_stages if runner is not None else None
+        self._bar = tqdm(total=total, desc="Solving", unit="site", disable=not self._enabled)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the block and the site at work."""
+        runner = _runner(pl_module)
+        if runner is not None and self._bar is not None:
+            self._bar.set_description(f"Block {runner.block.index + 1} of {len(runner.blocks)}, {runner.site:8s}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the stage."""
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{float(v):.2f}" for name, v in trainer.callback_metrics.items()})
+            self._bar.update(1)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the bar, also after an error."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _runner(pl_module: LightningModule) -> StreamRunner | None:
+    return pl_module.runner if isinstance(pl_module, ThoughtModule) else None

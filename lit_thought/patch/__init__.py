@@ -1,0 +1,1 @@
+"""The thought patch: the change of a model, its algebra, and its file forms."""

@@ -1,0 +1,323 @@
+"""The README.md of an adapter folder, written from the patch's provenance, with the header that the hub reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+from huggingface_hub import CardData, ModelCardData, RepoCard
+
+from lit_thought.errors import ThoughtError
+from lit_thought.patch.patch import ThoughtPatch
+
+__all__ = [
+    "fenced",
+    "for_hub",
+    "interval",
+    "is_hub_id",
+    "model_card",
+    "number",
+    "public_name",
+    "with_metadata",
+    "with_results",
+]
+
+_LONGEST = 4000
+_BEGIN, _END = "<!-- results, from lit-thought report -->", "<!-- end of results -->"
+_FENCE = re.compile(r"`{3,}")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
+_INDEX = "lit_thought adapter"
+"""The name of our entry of a card's model index, until the adapter's repository has one."""
+_NO_BASE, _FOLDER = "the base model", "this folder"
+_BASE_LINE = "model = AutoModelForCausalLM.from_pretrained({!r})"
+_PEFT_LINE = 'model = PeftModel.from_pretrained(model, "{}")'
+_LOAD_LINE = 'With lit_thought, removable without a trace: `with ThoughtPatch.{}("{}").applied(model): ...`'
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is ``owner/name`` on the hub, and no file or folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders of the machine it was loaded on.
+
+    Args:
+        name: what :func:`lit_thought.model.loading.model_name` gives: a hub id, a folder, a file, or one of the two
+            with ``(file.gguf)`` after it. Of a snapshot in the hub's cache, its hub id.
+    """
+    place, bracket, file = name.partition(" (")
+    cached = _SNAPSHOT.search(place)
+    if cached:
+        place = cached[1].replace("--", "/", 1)
+    elif not is_hub_id(place):
+        place = re.split(r"[/\\]", place.rstrip("/\\"))[-1]
+    return f"{place}{bracket}{file}"
+
+
+def model_card(patch: ThoughtPatch) -> str:
+    """Markdown with the hub's YAML header. No licence is claimed: it depends on the base model's.
+
+    Source:
+        https://huggingface.co/docs/hub/model-cards for the keys of the header.
+    """
+    known = patch.provenance
+    base = public_name(str(known.get("base_model") or known.get("model") or ""))
+    on_hub = is_hub_id(base)
+    header = ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "lit_thought", "thought-patch", "transformers"],
+    )
+    lines = ["---", header.to_yaml(), "---", ""]
+    lines += [
+        "# Instruction as weights",
+        "",
+        f"A LoRA adapter for {f'`{base}`' if base else 'a causal language model'} that stands in for an "
+        "instruction in the prompt: give the model with the adapter the prompt *without* the instruction. "
+        "It was solved for in closed form by lit_thought, with no gradient training.",
+        "",
+        f"Rank {patch.rank}, {len(patch.factors)} weights changed, {patch.num_parameters:,} parameters.",
+        "",
+    ]
+    if patch.vectors:
+        lines += [
+            f"It also adds {len(patch.vectors)} thought vectors to the outputs of layers, as PEFT's `lora_bias`. PEFT "
+            "reads this; vLLM and llama.cpp refuse the adapter. PEFT can merge it only where the base layers have "
+            "biases (GPT-2); otherwise (Llama, Qwen) `merge_and_unload` raises an error: keep the adapter unmerged.",
+            "",
+        ]
+    parts = known.get("parts", [known])
+    if len(parts) > 1:
+        lines += [f"It is the sum of {len(parts)} patches.", ""]
+    for number, part in enumerate(parts, start=1):
+        if len(parts) > 1:
+            lines += [f"## Part {number}, times {part.get('scale', 1.0):g}", ""]
+        lines += _part(part)
+    if "truncated" in known:
+        cut = known["truncated"]
+        lines += [f"Truncated to rank {cut['rank']}; relative error {cut['relative_error']:.2e}.", ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        _BASE_LINE.format(base if on_hub else _NO_BASE),
+        _PEFT_LINE.format(_FOLDER),
+        "```",
+        "",
+        _LOAD_LINE.format("load", _FOLDER),
+        "",
+        "`thought.json` holds the whole record of how the adapter was made.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
+    """The card with a section of results, in place of the one it has, and with its figures in the header's model
+    index; without an evaluation there is neither.
+
+    Args:
+        card: Markdown that :func:`model_card` wrote, edited or not.
+        evaluation: the ``evaluation`` of a report.
+
+    Raises:
+        ThoughtError: if the card's header cannot be read.
+    """
+    known = _model_index(card)
+    index = [entry for entry in known if entry.get("name") != _INDEX]
+    if evaluation is not None:
+        index.append(_index_entry(evaluation))
+    lines = (card if index == known else with_metadata(card, {"model-index": index or None})).split("\n")
+    marks = [i for i in _outside_fences(lines) if lines[i] in (_BEGIN, _END)]
+    if [lines[i] for i in marks[:2]] == [_BEGIN, _END]:
+        place = marks[0]
+        del lines[place : marks[1] + 2]  # and the blank line after it
+    else:
+        place = next((i for i in _outside_fences(lines) if lines[i] == "## Use"), len(lines))
+    section = [] if evaluation is None else [_BEGIN, *_results(evaluation), _END, ""]
+    return "\n".join(lines[:place] + section + lines[place:])
+
+
+def with_metadata(card: str, entries: Mapping[str, Any]) -> str:
+    """The card with these entries in its YAML header; one that is None is taken out. The others stay as they are.
+
+    Raises:
+        ThoughtError: if the header cannot be read.
+    """
+    parsed = _parsed(card)
+    known = parsed.data.to_dict()
+    data = {key: value for key, value in {**known, **entries}.items() if value is not None}
+    if data == known:
+        return card
+    parsed.data = CardData(**data)
+    return str(parsed.content) if data else parsed.text
+
+
+def for_hub(card: str, repo_id: str, base_model: str | None = None, entries: Mapping[str, Any] | None = None) -> str:
+    """The card as it stands in a repository, whose name takes the place of the folder's.
+
+    Args:
+        card: Markdown that :func:`model_card` wrote, edited or not.
+        repo_id: ``owner/name``.
+        base_model: hub id of the base model, in the place of what the card says.
+        entries: more entries of the header, such as ``license``; those that are None leave the card's own.
+
+    Raises:
+        ThoughtError: if the card's header cannot be read.
+    """
+    place = {
+        _PEFT_LINE.format(_FOLDER): _PEFT_LINE.format(repo_id),
+        _LOAD_LINE.format("load", _FOLDER): _LOAD_LINE.format("from_pretrained", repo_id),
+    }
+    given = {key: value for key, value in (entries or {}).items() if value is not None}
+    if base_model is not None:
+        place[_BASE_LINE.format(_NO_BASE)] = _BASE_LINE.format(base_model)
+        given |= {"base_model": base_model, "base_model_relation": "adapter"}
+    if index := _model_index(card):
+        name = repo_id.partition("/")[2]
+        given["model-index"] = [{**own, "name": name} if own.get("name") == _INDEX else own for own in index]
+    return with_metadata("\n".join(place.get(line, line) for line in card.split("\n")), given)
+
+
+def _parsed(card: str) -> RepoCard:
+    if not card.lstrip().startswith("---"):
+        card = f"---\n\n---\n{card}"  # without a header the hub's library warns
+    try:
+        return RepoCard(card)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ThoughtError(f"README.md: its YAML header cannot be read ({cause}). Correct or delete it.") from error
+
+
+def _model_index(card: str) -> list[dict[str, Any]]:
+    """The entries of the card's model index; of anything else there, none."""
+    index = _parsed(card).data.get("model-index")
+    return index if isinstance(index, list) and all(isinstance(entry, dict) for entry in index) else []
+
+
+def _index_entry(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The patched model's figures, as the hub's model index has them.
+
+    Source:
+        https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    figures = [(row["key"], row["label"], row["runs"]["patched"]) for row in evaluation["table"]]
+    figures = [figure for figure in figures if figure[0] != "prompt_tokens"]
+    figures.append(
+        ("perplexity_ratio", "perplexity of unrelated text, patched / plain", evaluation["perplexity_ratio"])
+    )
+    metrics = [
+        {"type": key, "value": float(f"{cell['value']:.6g}"), "name": label}
+        for key, label, cell in figures
+        if cell is not None
+    ]
+    dataset = {"name": f"{evaluation['pairs']} held-out pairs", "type": "held-out-pairs"}
+    result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    return {"name": _INDEX, "results": [result]}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure of an evaluation with as many decimals."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def interval(cell: Mapping[str, float] | None, digits: int = 2) -> str:
+    """The bounds of a figure's confidence interval, or nothing."""
+    return "" if not cell or "low" not in cell else f"{cell['low']:.{digits}f}–{cell['high']:.{digits}f}"
+
+
+def _results(evaluation: Mapping[str, Any]) -> list[str]:
+    """A table of the figures that a reader asks for first."""
+    lines = ["## Results", "", f"On {evaluation['pairs']} held-out pairs, with 95 % intervals:", ""]
+    lines += ["| | plain | instructed | patched |", "|---|---:|---:|---:|"]
+    for row in evaluation["table"]:
+        cells = (_figure(row["runs"][run], row["digits"]) for run in ("plain", "instructed", "patched"))
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    ratio = evaluation["perplexity_ratio"]
+    return [*lines, "", *([f"Perplexity of unrelated text × {_figure(ratio, 3)}.", ""] if ratio is not None else [])]
+
+
+def _figure(cell: Mapping[str, float] | None, digits: int) -> str:
+    bounds = interval(cell, digits)
+    return f"{number(cell['value'] if cell else None, digits)}{f' ({bounds})' if bounds else ''}"
+
+
+def _outside_fences(lines: Sequence[str]) -> Iterator[int]:
+    """Indices of the lines that are in no literal block: what instructions quote is never a mark."""
+    fence = ""
+    for index, line in enumerate(lines):
+        match = _FENCE.match(line)
+        if fence:
+            if match and len(match[0]) >= len(fence) and line == match[0]:
+                fence = ""
+        elif match:
+            fence = match[0]
+        else:
+            yield index
+
+
+def _part(known: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    if known.get("instruction"):
+        lines += ["The instruction that the adapter replaces:", "", *fenced(str(known["instruction"])), ""]
+    elif known.get("instruction_hash"):
+        lines += ["The adapter keeps no more than a hash of the instruction that it replaces.", ""]
+    if known.get("template"):
+        template = known["template"]
+        text = template if isinstance(template, str) else json.dumps(template, indent=2, ensure_ascii=False)
+        lines += ["Prompt template:", "", *fenced(text), ""]
+    settings, diagnostics = known.get("settings"), known.get("diagnostics")
+    if isinstance(diagnostics, Mapping) and diagnostics and all(isinstance(v, Mapping) for v in diagnostics.values()):
+        lines += ["Figures of the fit, by layer:", "", *_by_layer(diagnostics), ""]
+        diagnostics = None
+    for title, table in (("Settings", settings), ("Figures of the fit", diagnostics)):
+        rows = list(_rows(table)) if isinstance(table, Mapping) else []
+        if rows:
+            lines += [f"{title}:", "", "| | |", "|---|---|", *rows, ""]
+    record = {key: known[key] for key in ("date", "versions", "fingerprint") if known.get(key)}
+    if record:
+        lines += ["| | |", "|---|---|", *_rows(record), ""]
+    return lines
+
+
+def _by_layer(diagnostics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One row a layer and one column a figure that tells how good its patch is; the rest stays in thought.json."""
+    columns = ("error_before", "error_after", "effective_rank", "condition", "truncation_loss")
+    lines = [f"| layer | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for layer, figures in diagnostics.items():
+        cells = (f"{figures[c]:.3g}" if isinstance(figures.get(c), (int, float)) else "" for c in columns)
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return lines
+
+
+def _rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """One row per value; a nested table's keys are joined by dots; long lists stay in thought.json."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _rows(value, f"{prefix}{key}.")
+        elif not isinstance(value, list) or len(value) <= 8:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            shown = " ".join(shown.split())
+            if len(shown) <= 200:
+                escaped = shown.replace("\\", "\\\\").replace("|", "\\|")
+                yield f"| {prefix}{key} | {escaped} |"
+
+
+def fenced(text: str) -> list[str]:
+    """The text as a literal block, whatever backticks it holds; a very long one is cut, and says so."""
+    longest_run = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest_run + 1)
+    cut = text[:_LONGEST]
+    note = [] if cut == text else ["", f"(the first {_LONGEST} of {len(text)} characters; all of it in thought.json)"]
+    return [f"{fence}text", cut, fence, *note]

@@ -1,0 +1,209 @@
+"""Padded, aligned batches from tokenised pairs.
+
+Each :class:`PairBatch` carries the token ids of two runs of the same texts, the *target* run (instructed,
+original weights) and the *plain* run (patched weights), and which rows of one are compared with which rows
+of the other. Tokens that all sequences of a run begin with are split off into one *lead* batch of batch size
+one, whose rows weigh as much as the pairs that share them; so the chunk costs its tokens once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lit_thought.errors import ThoughtError
+from lit_thought.prompts.alignment import TokenisedPair
+from lit_thought.runs.streams import TokenBatch
+
+__all__ = ["PairBatch", "make_batches", "pad"]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """One batch of both runs.
+
+    Attributes:
+        index: place in the list of batches.
+        lead: index of the lead batch that comes before these tokens, or None.
+        plain: tokens of the plain run; None where a lead has no plain tokens.
+        target: tokens of the run to copy.
+        plain_rows: compared tokens, (n,), as flat indices into (batch × length) of ``plain``.
+        target_rows: their counterparts in ``target``, (n,).
+        weights: weight of each compared token, (n,) float64.
+    """
+
+    index: int
+    lead: int | None
+    plain: TokenBatch | None
+    target: TokenBatch
+    plain_rows: Tensor
+    target_rows: Tensor
+    weights: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> PairBatch:
+        """Move every tensor, as ``Tensor.to``, but the weights, whose sum the host wants without waiting."""
+        return replace(
+            self,
+            plain=self.plain and self.plain.to(*args, **kwargs),
+            target=self.target.to(*args, **kwargs),
+            plain_rows=self.plain_rows.to(*args, **kwargs),
+            target_rows=self.target_rows.to(*args, **kwargs),
+        )
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> TokenBatch:
+    """Pad token sequences to one length on the given side."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        at = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        ids[row, at] = torch.tensor(list(sequence))
+        mask[row, at] = True
+    return TokenBatch(ids, mask)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all sequences share, leaving each at least one token of its own."""
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(shared, min(map(len, sequences)) - 1)
+
+
+def make_batches(
+    pairs: Sequence[TokenisedPair],
+    batch_size: int,
+    pad_id: int,
+    padding_side: str = "right",
+    groups: Sequence[Any] | None = None,
+    answer_weight: float = 1.0,
+) -> list[PairBatch]:
+    """Sort pairs by length, split off what they share, and pad the rest.
+
+    Args:
+        pairs: tokenised pairs.
+        batch_size: pairs a batch.
+        pad_id: any token id.
+        padding_side: on which side of the shorter sequences the padding goes, always the right one after a lead;
+            the patch does not depend on it.
+        groups: one hashable key a pair (its instruction); only pairs of one group share a lead.
+        answer_weight: weight of the output's tokens and of the token before them; others weigh 1.
+
+    Raises:
+        ThoughtError: when ``padding_side`` is neither "left" nor "right".
+
+    Returns:
+        Batches in the order in which they must run: each lead before the batches that follow it.
+    """
+    if padding_side not in ("left", "right"):
+        raise ThoughtError(f'padding_side must be "left" or "right"; got {padding_side!r}.')
+    side = cast(Literal["left", "right"], padding_side)
+    keys = list(groups) if groups is not None else [None] * len(pairs)
+    batches: list[PairBatch] = []
+    _add_sinks(batches, pairs, pad_id)
+    for key in dict.fromkeys(keys):
+        members = [pair for pair, k in zip(pairs, keys, strict=True) if k == key]
+        _add_group(batches, members, batch_size, pad_id, side, answer_weight)
+    return batches
+
+
+def _add_sinks(batches: list[PairBatch], pairs: Sequence[TokenisedPair], pad_id: int) -> None:
+    """Attention sinks without BOS should stay what the original model makes of them, alone at position 0."""
+    counts = Counter(pair.plain_ids[0] for pair in pairs if pair.sink)
+    if counts:
+        tokens = pad([[token] for token in counts], pad_id, "right")
+        rows = torch.arange(len(counts))
+        weights = torch.tensor([float(n) for n in counts.values()], dtype=torch.float64)
+        batches.append(PairBatch(len(batches), None, tokens, tokens, rows, rows, weights))
+
+
+def _add_group(
+    batches: list[PairBatch],
+    pairs: list[TokenisedPair],
+    batch_size: int,
+    pad_id: int,
+    side: Literal["left", "right"],
+    answer_weight: float,
+) -> None:
+    plain_lead, target_lead = _lead_lengths(pairs)
+    lead = len(batches) if target_lead else None
+    if target_lead:
+        side = "right"  # padding between a lead and its followers would use up a sliding window
+        shared = [(p, q) for p, q in _matches(pairs[0]) if p < plain_lead]
+        weights = [sum(_weight(pair, p, answer_weight) for pair in pairs) for p, _ in shared]
+        batches.append(
+            PairBatch(
+                len(batches),
+                None,
+                pad([pairs[0].plain_ids[:plain_lead]], pad_id, side) if plain_lead else None,
+                pad([pairs[0].instructed_ids[:target_lead]], pad_id, side),
+                torch.tensor([p for p, _ in shared], dtype=torch.long),
+                torch.tensor([q for _, q in shared], dtype=torch.long),
+                torch.tensor(weights, dtype=torch.float64),
+            )
+        )
+    ordered = sorted(pairs, key=lambda pair: (len(pair.instructed_ids), pair.instructed_ids))
+    for start in range(0, len(ordered), batch_size):
+        members = ordered[start : start + batch_size]
+        plain = pad([pair.plain_ids[plain_lead:] for pair in members], pad_id, side)
+        target = pad([pair.instructed_ids[target_lead:] for pair in members], pad_id, side)
+        plain_rows, target_rows, weights = [], [], []
+        for row, pair in enumerate(members):
+            plain_start = row * plain.ids.shape[1] + int(plain.mask[row].long().argmax()) - plain_lead
+            target_start = row * target.ids.shape[1] + int(target.mask[row].long().argmax()) - target_lead
+            for p, q in _matches(pair):
+                if p >= plain_lead:
+                    plain_rows.append(plain_start + p)
+                    target_rows.append(target_start + q)
+                    weights.append(_weight(pair, p, answer_weight))
+        batches.append(
+            PairBatch(
+                len(batches),
+                lead,
+                plain,
+                target,
+                torch.tensor(plain_rows, dtype=torch.long),
+                torch.tensor(target_rows, dtype=torch.long),
+                torch.tensor(weights, dtype=torch.float64),
+            )
+        )
+
+
+def _matches(pair: TokenisedPair) -> list[tuple[int, int]]:
+    return list(zip(pair.plain_positions, pair.instructed_positions, strict=True))
+
+
+def _weight(pair: TokenisedPair, position: int, answer_weight: float) -> float:
+    start, stop = pair.output_span
+    return answer_weight if start < stop and start - 1 <= position < stop else 1.0
+
+
+def _lead_lengths(pairs: list[TokenisedPair]) -> tuple[int, int]:
+    """How many leading tokens of the plain and of the instructed run to share.
+
+    Both leads shrink until each compared token has its counterpart on the same side of the cut and all
+    pairs agree on the counterparts inside the lead.
+    """
+    plain = common_prefix([pair.plain_ids for pair in pairs])
+    target = common_prefix([pair.instructed_ids for pair in pairs])
+    reference = dict(_matches(pairs[0]))
+    changed = True
+    while changed:
+        changed = False
+        for pair in pairs:
+            matches = dict(_matches(pair))
+            for p, q in matches.items():
+                if p < plain and q >= target:
+                    plain, changed = p, True
+                elif p >= plain and q < target:
+                    target, changed = q, True
+            for p in range(plain):
+                if matches.get(p) != reference.get(p):
+                    plain, changed = p, True
+                    break
+    return (plain, target) if target else (0, 0)

@@ -1,0 +1,425 @@
+"""From the statistics of one layer to its low-rank patch, in closed form.
+
+The patch ΔW of a linear layer minimises the mean squared error of the residual stream, with a ridge and
+with a Gram matrix Z₀ of inputs that should go on producing what they produced (preservation):
+
+    min_ΔW  (1/w) Σ wᵢ ‖ΔW aᵢ − δᵢ‖²  +  ρ tr(ΔW Z₀ ΔWᵀ)  +  λ s ‖ΔW‖²
+
+    ΔW = C M⁻¹,   M = Z + λ s I,   Z = (1/w) Σ wᵢ aᵢaᵢᵀ + ρ Z₀,   C = (1/w) Σ wᵢ δᵢaᵢᵀ
+
+``s = ‖Z‖_F² / tr Z`` is a weighted mean of Z's eigenvalues, so that one λ serves all layers and models.
+The best patch of rank r in the same metric is ΔW projected on the top eigenvectors U of
+``ΔW M ΔWᵀ = C M⁻¹ Cᵀ`` (reduced-rank regression): ``B = U``, ``A = Uᵀ ΔW``.
+
+"Transmuting prompts into weights" (Mazzawi et al. 2025, arXiv 2510.08734), Theorem 3.1, is the case
+ρ = λ = 0 at full rank; the preservation term is MEMIT's covariance term (Meng et al. 2023). With equality
+constraints ΔW kⱼ = vⱼ besides (:func:`solve_constrained`), ROME's rank-1 edit (Meng et al. 2022) is the case
+of one key and no tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.solve.gram import products
+from lit_thought.solve.spectral import largest_eigenvalue, top_eigenvectors
+from lit_thought.solve.sums import Statistics
+
+__all__ = [
+    "COARSE_RIDGE",
+    "DUAL",
+    "Prior",
+    "Solution",
+    "check_finite",
+    "check_rank",
+    "check_terms",
+    "describe",
+    "ridge_scale",
+    "singular_system",
+    "solve",
+    "solve_constrained",
+]
+
+
+COARSE_RIDGE = 1e-3
+"""From this ridge λ on, float32 rounding of Z (1e-7 of its largest entries) makes no difference to a solution."""
+
+
+DUAL = 3
+"""How many times more input dimensions than tokens there must be for the n × n dual to be faster."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Mean Gram matrix of inputs to preserve, by its eigendecomposition: Z₀ = Q diag(values) Qᵀ.
+
+    Attributes:
+        values: (d_in,), non-negative.
+        vectors: Q, (d_in, d_in), one eigenvector a column; None for I, where the inputs are in that basis already.
+        matrix: Z₀ itself, (d_in, d_in), where it is at hand; the n × n dual needs the decomposition, the primal Z₀.
+    """
+
+    values: Tensor
+    vectors: Tensor | None
+    matrix: Tensor | None = None
+
+    @classmethod
+    def from_gram(cls, gram: Tensor) -> Prior:
+        """Decompose a mean Gram matrix, (d_in, d_in)."""
+        values, vectors = torch.linalg.eigh(gram.double())
+        return cls(values.clamp_min(0), vectors)
+
+    def gram(self, rounded: bool = False) -> Tensor:
+        """Z₀, (d_in, d_in), float64; ``rounded`` takes :attr:`matrix` as it is if it is there, in float32, whose
+        rounding can leave it not quite positive semi-definite."""
+        if rounded and self.matrix is not None:
+            return self.matrix
+        if self.vectors is None:
+            return self.values.double().diag()
+        vectors = self.vectors.double()
+        return (vectors * self.values.double()) @ vectors.T
+
+
+@dataclass
+class Solution:
+    """A low-rank patch ΔW = B A of one layer and what is known about its quality.
+
+    Attributes:
+        A: (r, d_in), float64.
+        B: (d_out, r), float64, orthonormal columns.
+        diagnostics: plain numbers:
+            ``error_before``: mean squared error of the residual stream, (1/w) Σ w ‖δ‖²;
+            ``error_after``: the same predicted with the patch of rank r;
+            ``rank``: r; ``tokens``; ``ridge_scale``: s;
+            ``effective_rank``: tr Z / s, the participation ratio of Z's eigenvalues;
+            ``condition``: of M: Z's largest eigenvalue (Rayleigh–Ritz) over the ridge λ s, an upper bound that is
+            sharp where Z is singular; without a ridge a lower bound, from the Cholesky pivots;
+            ``truncation_loss``: share of the full-rank patch's gain that rank r gives up;
+            ``norm``: ‖ΔW‖_F.
+    """
+
+    A: Tensor
+    B: Tensor
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+def check_rank(rank: int | float | None, limit: int) -> None:
+    """Check a rank setting.
+
+    Args:
+        rank: an int in 1..limit, a fraction of explained energy in (0, 1), or None for full rank.
+        limit: the largest rank that the layers allow, min(d_in, d_out).
+
+    Raises:
+        ThoughtError: for anything else.
+    """
+    if rank is None:
+        return
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if whole and not 1 <= rank <= limit:
+        raise ThoughtError(
+            f"rank must be between 1 and {limit}, the largest rank these layers allow; got {rank}. "
+            "Use None for full rank."
+        )
+    if not whole and not (isinstance(rank, float) and 0 < rank < 1):
+        raise ThoughtError(
+            f"rank must be an integer, a fraction of explained energy between 0 and 1, or None; got {rank!r}."
+        )
+
+
+def solve(
+    stats: Statistics,
+    ridge: float,
+    prior: Prior | None = None,
+    prior_weight: float = 0.0,
+    rank: int | float | None = None,
+    name: str = "layer",
+) -> Solution:
+    """Solve one layer's patch; the formula is at the top of this module.
+
+    The n × n dual is used while ``stats`` keeps its tokens as rows and there are fewer than d_in / 3 of them, where it
+    is the faster form; the d_in × d_in primal otherwise. Both give the same patch to rounding. All arithmetic is
+    float64.
+
+    Args:
+        stats: sums over the compared tokens.
+        ridge: λ ≥ 0, relative to s.
+        prior: inputs to preserve, with ``prior_weight`` ρ ≥ 0 relative to one mean token of ``stats``.
+        rank: int, fraction of explained energy in (0, 1), or None for full rank.
+        name: the layer's name, for error messages.
+
+    Returns:
+        The patch as factors with its diagnostics.
+
+    Raises:
+        SingularSystemError: when M is singular or a sum is not finite.
+        ThoughtError: when a setting is out of range or no token was added.
+    """
+    prior = check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
+    check_rank(rank, min(stats.d_in, stats.d_out))
+    rows = stats.rows()
+    try:
+        if rows is not None and ridge > 0 and DUAL * len(rows[0]) < stats.d_in:
+            return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
+        return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise SingularSystemError(
+            f"{name}: the sums are out of the range of float64, or no decomposition of them was found ({error}). Check "
+            "the model's weights and dtype."
+        ) from error
+
+
+def solve_constrained(
+    keys: Tensor,
+    values: Tensor,
+    *,
+    prior: Prior | None,
+    stats: Statistics | None = None,
+    ridge: float = 0.0,
+    prior_weight: float = 1.0,
+    name: str = "layer",
+) -> Tensor:
+    """The patch that minimises the objective of :func:`solve` among those with ΔW kⱼ = vⱼ for every key.
+
+        ΔW = ΔW₀ + (V − ΔW₀ K) (Kᵀ M⁻¹ K)⁻¹ Kᵀ M⁻¹,   ΔW₀ = C M⁻¹ (zero without ``stats``)
+
+    with the keys as columns of K and the values as columns of V. M is that of :func:`solve`, or ρ Z₀ + λ s I
+    without ``stats``; one key, no ``stats`` and λ = 0 is ROME: ΔW = v (Z₀⁻¹ k)ᵀ / (kᵀ Z₀⁻¹ k), whatever ρ.
+    MEMIT's softer R Kᵀ (μ Z₀ + K Kᵀ)⁻¹, with n keys as the tokens, is :func:`solve` with ``ridge=0`` and
+    ``prior_weight=μ / n``.
+
+    Args:
+        keys: inputs of the layer, (k, d_in), linearly independent, any floating dtype.
+        values: the wanted change of the layer's output at each key, v − W k, (k, d_out).
+        prior: inputs to preserve, with weight ρ = ``prior_weight`` ≥ 0; may be None if ``stats`` is given.
+        stats: sums over tokens whose errors the patch should correct as well, as far as the constraints let it.
+        ridge: λ ≥ 0, relative to s.
+        name: the layer's name, for error messages.
+
+    Returns:
+        ΔW, (d_out, d_in), float64.
+
+    Raises:
+        SingularSystemError: when M is singular, the keys are dependent or a sum is not finite.
+        ThoughtError: when shapes or settings are wrong, or there is neither ``stats`` nor a prior.
+
+    Source:
+        Meng et al. 2022 (ROME, arXiv 2202.05262), equation 2; Meng et al. 2023 (MEMIT, arXiv 2210.07229).
+    """
+    if keys.ndim != 2 or values.ndim != 2 or len(keys) != len(values) or len(keys) == 0:
+        raise ThoughtError(
+            f"{name}: keys and values must be (k, d_in) and (k, d_out) with k ≥ 1; got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)}."
+        )
+    d_in = keys.shape[1]
+    prior = check_terms(stats, ridge, prior, prior_weight, d_in, name)
+    if stats is not None and (stats.d_in, stats.d_out) != (d_in, values.shape[1]):
+        raise ThoughtError(
+            f"{name}: keys and values must be (k, {stats.d_in}) and (k, {stats.d_out}), the sizes of stats; got "
+            f"{tuple(keys.shape)} and {tuple(values.shape)}."
+        )
+    if stats is None:
+        if prior is None:
+            raise ThoughtError(f"{name}: there is nothing to minimise; give stats, or a prior with prior_weight > 0.")
+        stats = Statistics(d_in, values.shape[1], energy=prior.values.new_zeros(()))
+    system = _system(stats, ridge, prior, prior_weight, name)
+    keys, values = keys.to(system.lower), values.to(system.lower)
+    for argument, rows in (("keys", keys), ("values", values)):
+        if not bool(rows.isfinite().all()):
+            raise ThoughtError(f"{name}: {argument} contains NaN or infinite values; check where it was computed.")
+    norms = keys.norm(dim=1, keepdim=True)
+    if not bool(norms.all()):
+        raise SingularSystemError(f"{name}: key {int(norms.argmin())} is zero, which no patch can act on; drop it.")
+    keys, values = keys / norms, values / norms
+    rank = int(torch.linalg.matrix_rank(keys))
+    if rank < len(keys):
+        raise SingularSystemError(
+            f"{name}: the keys are linearly dependent ({len(keys)} keys span {rank} dimensions), so their values "
+            "cannot be chosen freely. Drop keys that repeat or combine others, or give them to solve as tokens."
+        )
+    # the left inverse of K, (Kᵀ M⁻¹ K)⁻¹ Kᵀ M⁻¹ = R⁻¹ Qᵀ L⁻¹ with M = L Lᵀ and L⁻¹ K = Q R
+    orthogonal, upper = torch.linalg.qr(torch.linalg.solve_triangular(system.lower, keys.T, upper=False))
+    inverse = torch.linalg.solve_triangular(system.lower.T, orthogonal, upper=True)
+    inverse = torch.linalg.solve_triangular(upper, inverse.T, upper=True)
+    patch = torch.cholesky_solve(system.cross.T, system.lower).T
+    for _ in range(2):  # the second time takes off the rounding of the first
+        patch = patch + (values.T - patch @ keys.T) @ inverse
+    return patch
+
+
+def check_terms(
+    stats: Statistics | None, ridge: float, prior: Prior | None, rho: float, d_in: int, name: str
+) -> Prior | None:
+    """Check the terms of an objective; the prior, or None where its weight is zero."""
+    if not (ridge >= 0 and rho >= 0 and math.isfinite(ridge) and math.isfinite(rho)):
+        raise ThoughtError(f"ridge and prior_weight must be finite and ≥ 0; got {ridge!r} and {rho!r}.")
+    if stats is not None and stats.weight <= 0:
+        raise ThoughtError(f"{name}: there is no token to solve from; the statistics are empty.")
+    prior = prior if rho > 0 else None
+    if prior is not None and len(prior.values) != d_in:
+        raise ThoughtError(f"{name}: prior has size {len(prior.values)}; expected {d_in}.")
+    return prior
+
+
+class _System(NamedTuple):
+    """M of one layer and what it is made of."""
+
+    cross: Tensor  # C, (d_out, d_in)
+    matrix: Tensor  # M, (d_in, d_in)
+    lower: Tensor  # Cholesky factor of M, (d_in, d_in)
+    scale: float  # s
+    trace: float  # tr Z
+    worst: float  # smallest over largest squared pivot, at least 1 / condition of M
+
+
+def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
+    weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
+    matrix, cross = (total.double() / weight for total in stats.sums())
+    if prior is not None:
+        matrix.add_(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
+    trace = float(matrix.diagonal().sum())
+    scale = ridge_scale(name, trace, float(torch.linalg.vector_norm(matrix)) ** 2, float(stats.energy))
+    matrix.diagonal().add_(ridge * scale)
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    pivots = lower.diagonal()
+    worst = float((pivots.min() / pivots.max()) ** 2)
+    if int(info) != 0 or not worst > stats.d_in * torch.finfo(torch.float64).eps:
+        raise singular_system(stats, ridge, prior, name)
+    return _System(cross, matrix, lower, scale, trace, worst)
+
+
+def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: str) -> SingularSystemError:
+    """The error of a layer whose M is singular, for the caller to raise."""
+    also, where = ("", "") if prior is None else (" and a prior", ", in the statistics or the prior")
+    return SingularSystemError(
+        f"{name}: the system is singular ({stats.tokens} tokens{also} for {stats.d_in} input dimensions, "
+        f"ridge {ridge}). Use ridge > 0, or more tokens than dimensions{where}."
+    )
+
+
+def _solve_primal(
+    stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
+) -> Solution:
+    cross, matrix, lower, scale, trace, worst = _system(stats, ridge, prior, rho, name)
+    half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
+    gains, basis = top_eigenvectors(products(half), rank)
+    A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
+    before = float(stats.energy) / stats.weight
+    after = before - 2 * float((basis.T @ cross * A).sum()) + float(stats.projected(A).trace()) / stats.weight
+    largest = largest_eigenvalue(lambda v: matrix @ v, stats.d_in, matrix)
+    condition = largest / (ridge * scale) if ridge > 0 else 1 / worst
+    lost = _lost(gains, half)
+    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
+
+
+def _solve_dual(
+    stats: Statistics,
+    rows: tuple[Tensor, Tensor],
+    ridge: float,
+    prior: Prior | None,
+    rho: float,
+    rank: int | float | None,
+    name: str,
+) -> Solution:
+    """The same patch from n rows a, δ: with D = ρ Z₀ + λ s I and G = a D⁻¹ aᵀ (n × n),
+
+    C M⁻¹ = δᵀ (I + G)⁻¹ a D⁻¹  and  C M⁻¹ Cᵀ = δᵀ (I − (I + G)⁻¹) δ.  (Woodbury and push-through)
+    """
+    root = math.sqrt(stats.weight)
+    a, delta = rows[0].double() / root, rows[1].double() / root
+    inner = a @ a.T
+    own_trace, own_square = float(inner.diagonal().sum()), float(inner.square().sum())
+    vectors = None if prior is None or prior.vectors is None else prior.vectors.to(a)
+    rotated = a if vectors is None else a @ vectors
+    if prior is None:
+        trace, square = own_trace, own_square
+        values = a.new_zeros(stats.d_in)
+    else:
+        values = rho * prior.values.to(a)
+        trace = own_trace + float(values.sum())
+        square = own_square + 2 * float((rotated.square() @ values).sum()) + float(values.square().sum())
+    scale = ridge_scale(name, trace, square, float(stats.energy))
+    weighted = rotated / (values + ridge * scale)
+    dual_values, dual_vectors = torch.linalg.eigh(rotated @ weighted.T)
+    shrink = dual_values.clamp_min(0)
+    turned = dual_vectors.T @ delta
+    half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * turned
+    if len(half) < stats.d_out:
+        gains, left = top_eigenvectors(half @ half.T, rank)
+        # a left singular vector of half with gain g belongs to the basis vector halfᵀ left / √g; what is
+        # numerically zero has no direction and is dropped
+        keep = gains > gains[0] * len(half) * torch.finfo(torch.float64).eps
+        left = left[:, keep]
+        basis = (half.T @ left) / gains[keep].sqrt()
+    else:
+        gains, basis = top_eigenvectors(half.T @ half, rank)
+    A = ((turned @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
+    if vectors is not None:
+        A = A @ vectors.T
+    before = float(stats.energy) / stats.weight
+    after = float((delta - a @ A.T @ basis.T).square().sum())
+
+    def matmul(v: Tensor) -> Tensor:
+        return rotated.T @ (rotated @ v) + values.unsqueeze(1) * v
+
+    largest = largest_eigenvalue(matmul, stats.d_in, a)
+    condition = (largest + ridge * scale) / (ridge * scale)
+    lost = _lost(gains, half)
+    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
+
+
+def check_finite(name: str, *sums: float) -> None:
+    """Check numbers that are finite exactly when what they sum is.
+
+    Raises:
+        SingularSystemError: when one is NaN or infinite.
+    """
+    if not all(map(math.isfinite, sums)):
+        raise SingularSystemError(
+            f"{name}: the activations contain NaN or infinite values, so there is nothing to solve. Check the "
+            "model's weights and dtype (float16 overflows easily; bfloat16 or float32 do not)."
+        )
+
+
+def ridge_scale(name: str, trace: float, square: float, energy: float) -> float:
+    """s = ‖Z‖_F² / tr Z, once the sums are known to be finite and not all zero."""
+    check_finite(name, trace, square, energy)
+    if trace <= 0:
+        raise SingularSystemError(f"{name}: all inputs of the layer are zero; there is no direction to patch.")
+    return square / trace
+
+
+def _lost(kept: Tensor, half: Tensor) -> float:
+    """The share of the full-rank patch's gain, ‖half‖_F², that is beyond the gains kept."""
+    total = float(half.square().sum())
+    return max(0.0, 1 - float(kept.sum()) / total) if total > 0 else 0.0
+
+
+def describe(
+    A: Tensor,
+    stats: Statistics,
+    scale: float,
+    trace: float,
+    condition: float,
+    before: float,
+    after: float,
+    truncation_loss: float,
+) -> dict[str, float]:
+    """``Solution.diagnostics`` of a patch ΔW = B A, B with orthonormal columns; ``scale`` is s, ``trace`` tr Z."""
+    return {
+        "error_before": before,
+        "error_after": after,
+        "rank": len(A),
+        "tokens": stats.tokens,
+        "ridge_scale": scale,
+        "effective_rank": trace / scale,
+        "condition": condition,
+        "truncation_loss": truncation_loss,
+        "norm": float(A.norm()),
+    }

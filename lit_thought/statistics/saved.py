@@ -1,0 +1,344 @@
+"""The statistics of a whole fit, kept in a folder: ``manifest.json`` and one safetensors file a stage.
+
+A stage is one site of one block; of several steps or passes the last one's is kept, with the patch that was there when
+its sums were taken. Stages are read one by one when they are asked for: at d_ff 14336 a single Gram matrix is 1.6 GB.
+
+Sums add over sets of pairs, Z = Z₁ + Z₂ and C = C₁ + C₂, and subtract (:meth:`SavedStatistics.merge`,
+:meth:`SavedStatistics.subtract`). That is exact where no stage's sums depend on patches that the fit solved before it,
+which :meth:`SavedStatistics.coupling` looks into. :func:`lit_thought.statistics.saved_solve.solve_saved` makes patches
+of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_thought.checksum import check_hash, tensors_hash
+from lit_thought.errors import PatchError, ThoughtError
+from lit_thought.files import atomic_folder, check_output_folder, expanded, is_own_file, read_json, writing
+from lit_thought.statistics.saved_stage import Manifest, SavedStage, StageHead
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Manifest",
+    "SavedStage",
+    "SavedStatistics",
+    "StageHead",
+    "StatisticsWriter",
+    "check_statistics_folder",
+]
+
+FORMAT_VERSION = 1
+"""Of ``manifest.json``; rises when an older reader would misread the folder."""
+
+MANIFEST = "manifest.json"
+_HASH = "sha256"
+"""In a stage's header; earlier versions wrote none."""
+
+
+class _AbortedError(Exception):
+    """Ends the writer's temporary folder."""
+
+
+def check_statistics_folder(folder: Any, output_dir: Any, resume_dir: Any, overwrite: bool) -> None:
+    """Refuse, before anything runs, a folder for statistics that would fail at the end.
+
+    Raises:
+        ThoughtError: when it cannot be written, holds or lies in ``output_dir``, or goes with a ``resume_dir``.
+    """
+    place = check_output_folder(folder, overwrite)
+    other = check_output_folder(output_dir, overwrite) if output_dir is not None else None
+    if other is not None and (place == other or place in other.parents or other in place.parents):
+        raise ThoughtError("statistics_dir and output_dir must be folders of their own, neither in the other.")
+    if resume_dir is not None:
+        raise ThoughtError("statistics_dir and resume_dir exclude each other: a resumed fit does not sum anew.")
+
+
+class StatisticsWriter:
+    """Writes the stages of a fit one after another; the folder is there once :meth:`close` has run, or not at all.
+
+    As a context manager it closes at the end of the block, and aborts on an exception.
+
+    Args:
+        folder: where to.
+        manifest: which fit it is.
+        overwrite: replace the folder if it exists.
+
+    Raises:
+        ThoughtError: when the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, overwrite: bool = False) -> None:
+        self.id, self._record = uuid.uuid4().hex, asdict(manifest)  # a copy: the provenance grows as the fit goes on
+        Manifest.from_json(self._record)
+        self._heads: dict[tuple[int, str], StageHead] = {}
+        self._open = ExitStack()
+        self._target = folder
+        self._folder = self._open.enter_context(atomic_folder(folder, overwrite))
+
+    def add(self, stage: SavedStage) -> None:
+        """Write a stage; one of the same block and site takes the place of the one before."""
+        head = stage.head
+        self._heads[head.block, head.site] = head
+        index = list(self._heads).index((head.block, head.site))
+        with writing(self._target, self._folder):
+            tensors = stage.to_tensors()
+            label = {**_label(self.id, head), _HASH: tensors_hash(tensors)}
+            save_file(tensors, self._folder / _file_name(index), label)
+
+    def close(self) -> None:
+        """Write the manifest, and put the folder where it belongs.
+
+        Raises:
+            ThoughtError: without a stage; nothing is left then.
+        """
+        if not self._heads:
+            self.abort()
+            raise ThoughtError("there are no statistics to save: no stage was added.")
+        stages = [asdict(head) for head in self._heads.values()]
+        value = {"format_version": FORMAT_VERSION, "id": self.id, **self._record, "stages": stages}
+        with self._open:
+            text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+            (self._folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    def abort(self) -> None:
+        """Leave nothing behind. Does nothing once the writer is closed."""
+        self._open.__exit__(_AbortedError, _AbortedError(), None)
+
+    def __enter__(self) -> StatisticsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class SavedStatistics:
+    """The statistics of a fit, read stage by stage when they are needed.
+
+    Attributes:
+        manifest: which fit it was.
+        heads: its stages, in order.
+        device: where stages are put.
+
+    Example:
+        >>> both = SavedStatistics.load("first/") + SavedStatistics.load("second/")  # doctest: +SKIP
+        >>> both.save("both/")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        heads: tuple[StageHead, ...],
+        read: Callable[[int], SavedStage],
+        device: torch.device,
+    ) -> None:
+        self.manifest, self.heads, self.device, self._read = manifest, heads, device, read
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> SavedStatistics:
+        """Open a folder that :class:`StatisticsWriter` or :meth:`save` wrote, and check that it is whole.
+
+        Args:
+            folder: the folder.
+            device: where to put the stages, and to solve.
+
+        Raises:
+            PatchError: when a file is missing, damaged, outside the folder, of another save or of another version.
+        """
+        root, device = expanded(folder, "folder").absolute(), torch.device(device)
+        value = _read_manifest(root)
+        try:
+            manifest = Manifest.from_json(value)
+            heads = tuple(map(StageHead.from_json, value["stages"]))
+            if not heads or len({(head.block, head.site) for head in heads}) < len(heads):
+                raise ValueError("it names no stage, or one of them twice")
+        except (KeyError, TypeError, ValueError) as error:
+            raise PatchError(f"{MANIFEST} in {root.name!r} is damaged ({error}). Copy or save it again.") from error
+        for index, head in enumerate(heads):
+            _read_stage(root, index, head, value.get("id"), None)
+        return cls(manifest, heads, lambda index: _stage(root, index, heads[index], value.get("id"), device), device)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __repr__(self) -> str:
+        name, order = self.manifest.provenance.get("model"), self.manifest.settings["order"]
+        tokens = max(head.tokens for head in self.heads)
+        return f"SavedStatistics(model={name!r}, stages={len(self)}, tokens={tokens}, order={order!r})"
+
+    def stage(self, index: int) -> SavedStage:
+        """Read one stage.
+
+        Raises:
+            PatchError: when its file is damaged.
+        """
+        return self._read(index)
+
+    def stages(self) -> Iterator[SavedStage]:
+        """Read one stage after the other."""
+        return map(self.stage, range(len(self)))
+
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the statistics to a folder of their own.
+
+        Raises:
+            ThoughtError: when the folder cannot be written.
+        """
+        with StatisticsWriter(folder, self.manifest, overwrite) as writer:
+            for stage in self.stages():
+                writer.add(stage)
+
+    def coupling(self) -> str | None:
+        """Why sums of one stage depend on patches that the fit solved, or None where they depend on the pairs alone.
+
+        Then other pairs or other settings of the solve would have given other sums, at the same tokens.
+        """
+        settings, uncompared = self.manifest.settings, self.manifest.uncompared
+        if any(head.start for head in self.heads):
+            return "the fit took several steps, and each starts from the patch of the one before"
+        if settings["passes"] != 1 and any(head.gain for head in self.heads):
+            return f"the fit took {settings['passes']} passes, and each reads the norms with the last one's patch"
+        if len(self.heads) == 1:
+            return None
+        if settings["order"] != "teacher-forced":
+            return f"order={settings['order']!r}: only the first stage's inputs have not gone through a patch"
+        if len({head.block for head in self.heads}) < len(self.heads):
+            return "a block's second site reads what has gone through the patch of its first one"
+        if uncompared:
+            return (
+                f"{uncompared} tokens of the plain runs have no counterpart in the instructed ones (such as a first "
+                "token where the tokenizer puts no BOS), so that they reach a block through the patches before it"
+            )
+        return None
+
+    def merge(self, other: SavedStatistics, approximate: bool = False) -> SavedStatistics:
+        """The statistics of two sets of pairs that share none; stages are read and added when they are asked for.
+
+        Args:
+            other: of the same model, sites, order and settings.
+            approximate: add sums, too, that depend on the patches of the fit that they come from. Exact are those of a
+                single stage, and with order="teacher-forced" those of one site a block.
+
+        Raises:
+            ThoughtError: when they do not belong together, or are not exact without ``approximate``.
+        """
+        return self._combined(other, 1, approximate)
+
+    def subtract(self, other: SavedStatistics, approximate: bool = False) -> SavedStatistics:
+        """The statistics of the pairs that ``other`` lacks, to rounding; its pairs must be among these.
+
+        Args:
+            other: as for :meth:`merge`.
+            approximate: as for :meth:`merge`.
+
+        Raises:
+            ThoughtError: as for :meth:`merge`, and when nothing is left.
+        """
+        return self._combined(other, -1, approximate)
+
+    __add__ = merge
+    __sub__ = subtract
+
+    def _combined(self, other: SavedStatistics, sign: int, approximate: bool) -> SavedStatistics:
+        reason = self.coupling() or other.coupling()
+        manifest = self.manifest.combined(other.manifest, sign, reason is not None)
+        mine, theirs = ([head.layer for head in each.heads] for each in (self, other))
+        if mine != theirs:
+            named = [", ".join(f"{head.name} ({'+'.join(head.parts)})" for head in heads) for heads in (mine, theirs)]
+            raise ThoughtError(f"statistics of different stages cannot be combined: {named[0]}; and {named[1]}.")
+        if any(head.start for head in self.heads):
+            raise ThoughtError(f"these statistics cannot be combined: {reason}. Fit with steps=1.")
+        if reason is not None and not approximate:
+            raise ThoughtError(
+                f"these statistics do not add exactly: {reason}. Exact are fits of one site a block with "
+                'order="teacher-forced", or of a single block. Pass approximate=True (merge, subtract) to do it anyway.'
+            )
+        heads = tuple(a.combined(b, sign) for a, b in zip(self.heads, other.heads, strict=True))
+        if any(head.weight <= 0 for head in heads):
+            raise ThoughtError("nothing is left: the statistics to subtract hold as many tokens, or more.")
+        return SavedStatistics(
+            manifest, heads, lambda index: self.stage(index).combined(other.stage(index), sign), self.device
+        )
+
+
+def _file_name(index: int) -> str:
+    return f"stage-{index:04d}.safetensors"
+
+
+def _label(identity: Any, head: StageHead) -> dict[str, str]:
+    """What a stage's file says of itself."""
+    return {"statistics": str(identity), "block": str(head.block), "site": head.site}
+
+
+def _find(folder: Path, name: str) -> Path:
+    """A file of the folder; a link that leads elsewhere is none."""
+    file = folder / name
+    if not is_own_file(file):
+        raise PatchError(f"{folder.name!r} has no {name} of its own. Expected a folder of saved statistics.")
+    return file
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = _find(folder, MANIFEST)
+    try:
+        value = read_json(file)
+    except (ValueError, OSError) as error:
+        raise PatchError(f"{MANIFEST} in {folder.name!r} is not readable JSON ({error}). Save it again.") from error
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise PatchError(
+            f"{MANIFEST} in {folder.name!r}: format_version is {version!r}, this lit_thought reads {FORMAT_VERSION}. "
+            "Upgrade lit-thought, or save the statistics again."
+        )
+    return dict(value)
+
+
+def _read_stage(
+    folder: Path, index: int, head: StageHead, identity: Any, device: torch.device | None
+) -> tuple[dict[str, Tensor], str | None]:
+    """A stage's tensors and their hash; none without a device, only the check that the file is whole and belongs here.
+
+    They are copied out of the file's memory map: aligned as new tensors are, they give the same sums bit for bit.
+    """
+    file = _find(folder, _file_name(index))
+    try:
+        with safe_open(file, framework="pt") as content:
+            found = content.metadata() or {}
+            names = list(content.keys()) if device is not None else []
+            tensors = {name: content.get_tensor(name).to(device, copy=True) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise PatchError(f"{file.name} in {folder.name!r} is damaged ({error}). Copy or save it again.") from error
+    label = _label(identity, head)
+    if {key: found.get(key) for key in label} != label:
+        raise PatchError(f"{file.name} in {folder.name!r} is not that of {head.name}: the folder mixes two saves.")
+    return tensors, found.get(_HASH)
+
+
+def _stage(folder: Path, index: int, head: StageHead, identity: Any, device: torch.device) -> SavedStage:
+    try:
+        tensors, kept = _read_stage(folder, index, head, identity, device)
+        stage = SavedStage.from_tensors(head, tensors)
+        check_hash(tensors, kept)
+        return stage
+    except PatchError:
+        raise
+    except ThoughtError as error:
+        raise PatchError(f"{_file_name(index)} in {folder.name!r} is damaged: {error} Save it again.") from error

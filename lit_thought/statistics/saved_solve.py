@@ -1,0 +1,327 @@
+"""Patches from saved statistics, at the settings of their fit or at others, without a forward pass.
+
+The sums Z and C of a stage hold all that its solve needs: any ridge λ, rank, preservation weight ρ and step size η can
+be tried on them. That gives what a new fit would wherever a stage's sums do not depend on patches, which
+:meth:`~lit_thought.statistics.saved.SavedStatistics.coupling` looks into; elsewhere a stage's sums stay those that were
+taken behind the patches of the original fit.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import EllipsisType, SimpleNamespace
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_thought.errors import PatchError, ThoughtError
+from lit_thought.files import expanded, read_json
+from lit_thought.model.blocks import Block, Projection, Site
+from lit_thought.model.layers import is_linear, layer_shape
+from lit_thought.model.loading import fingerprint
+from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.solve.least_squares import Prior
+from lit_thought.solve.sums import Statistics
+from lit_thought.statistics.preserve import Preservation, default_cache_dir, unpack
+from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.saved import SavedStatistics
+from lit_thought.statistics.saved_stage import SavedStage, StageHead
+from lit_thought.statistics.stage import StageSettings, StageSums, check_solve_settings, target_changes, vector_inputs
+
+__all__ = ["PriorOf", "solve_saved", "solve_several"]
+
+PriorOf = Callable[[int, str], Prior]
+"""From a block's index and a site's name to the inputs to preserve there."""
+
+
+def solve_saved(
+    saved: SavedStatistics,
+    *,
+    ridge: float | None = None,
+    rank: int | float | EllipsisType | None = ...,
+    preserve_weight: float | None = None,
+    step_size: float | None = None,
+    prior_of: PriorOf | None = None,
+    preserve: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    model: PreTrainedModel | None = None,
+    approximate: bool = False,
+) -> ThoughtPatch:
+    """Solve every stage of a fit again; left-out settings are those of the fit.
+
+    With all of them left out, and on the same kind of device, it is the patch of the fit bit for bit. Otherwise it is
+    the patch that a new fit would find, to rounding, unless the statistics are coupled.
+
+    Args:
+        saved: the statistics; stages are read one by one, and solved on ``saved.device``.
+        ridge: λ ≥ 0, relative to s (:mod:`lit_thought.solve.least_squares`).
+        rank: an int, a fraction of explained energy in (0, 1), or None for full rank.
+        preserve_weight: ρ ≥ 0.
+        step_size: η in (0, 1]; of several steps, that of the last.
+        prior_of: the inputs to preserve; left out, ``preserve`` or the cache entry that the fit used.
+        preserve: a file of the model's preservation statistics to use instead (``lit-thought preserve``).
+        cache_dir: where the fit kept its entry; :func:`~lit_thought.statistics.preserve.default_cache_dir` when left
+            out.
+        model: the fit's model, for statistics of a matrix at mlp_in (whose change is W Δ); otherwise not needed.
+        approximate: solve at other settings where the statistics are coupled, too.
+
+    Returns:
+        The patch. Its provenance is the fit's, without its history and with the new settings; ``approximate`` in it
+        says why it is not what a new fit would find, or is None.
+
+    Raises:
+        ThoughtError: for a setting out of range, for other settings than the fit's with coupled statistics, when the
+            preservation statistics are not in the cache or the file does not fit, or when the model is needed and
+            missing.
+        PatchError: when ``model`` is another one than the fit's, or a stage's file is damaged.
+        SingularSystemError: when a stage's system is singular.
+
+    Example:
+        >>> saved = SavedStatistics.load("statistics/")  # doctest: +SKIP
+        >>> solve_saved(saved, ridge=0.1, rank=8).save_adapter("antonym-8/")  # doctest: +SKIP
+    """
+    fitted = saved.manifest.settings
+    asked = {"ridge": ridge, "preserve_weight": preserve_weight, "step_size": step_size}
+    chosen = {name: fitted[name] if value is None else value for name, value in asked.items()}
+    chosen["rank"] = fitted["rank"] if isinstance(rank, EllipsisType) else rank
+    check_solve_settings(**chosen)
+    file = None if preserve is None else _preservation_file(saved, preserve)
+    if file is not None:
+        chosen |= {"preserve_file": file.digest, "preserve_tokens": file.manifest["tokens"]}
+    settings = _settings({**chosen, "statistics_dtype": fitted["statistics_dtype"]})
+    changed = [name for name, value in chosen.items() if value != fitted.get(name)]
+    coupled = saved.coupling() if changed else None
+    if coupled is not None and not approximate:
+        raise ThoughtError(
+            f"another {', '.join(changed)} than the fit's would change the sums of these statistics too: {coupled}. "
+            "Fit anew, or pass approximate=True to keep the sums as they are."
+        )
+    _check_model(saved, model)
+    if settings.prior_weight == 0:
+        prior_of = None
+    elif prior_of is None:
+        if file is not None:
+            prior_of = _priors(unpack(file, saved.device, cache_dir)[0], "the cache is damaged; delete it.")
+        else:
+            prior_of = _cached_priors(saved, cache_dir)
+    patches: dict[tuple[int, str], SitePatch] = {}
+    sites: dict[tuple[int, str], Site] = {}
+    diagnostics: dict[str, dict[str, float]] = {}
+    for stage in saved.stages():
+        key = (stage.head.block, stage.head.site)
+        site = sites[key] = _site(stage, model)
+        prior = prior_of(*key) if prior_of is not None else None
+        patches[key], figures = _solve(stage, site, settings, prior)
+        diagnostics[site.label] = {name: round(value, 8) for name, value in figures.items()}
+    with torch.no_grad():
+        changes, vectors = target_changes(sites, patches)
+    provenance: dict[str, Any] = {
+        **saved.manifest.provenance,
+        "settings": {**fitted, **chosen},
+        "approximate": coupled or (saved.coupling() if saved.manifest.approximate else None),
+        "diagnostics": diagnostics,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if vectors:
+        provenance["d_in"] = vector_inputs(sites.values(), vectors)
+    return ThoughtPatch({path: Factors(A, B) for path, (A, B) in changes.items()}, provenance, vectors)
+
+
+@torch.no_grad()
+def solve_several(
+    saved: SavedStatistics,
+    candidates: Sequence[Mapping[str, Any]],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    model: PreTrainedModel | None = None,
+) -> list[ThoughtPatch]:
+    """Patches at several settings, close to what new fits would find where :func:`solve_saved` is not.
+
+    Each stage is read once, and its rows a turned once into the basis in which the preservation term is diagonal.
+
+    Where a stage's inputs have gone through the patches before it, a candidate that changes the residual stream less
+    than the fit did would leave more for that stage to correct. To first order the difference stays in the stream:
+    with T the fit's matrices and T' the candidate's, δₖ becomes δₖ + Σ (Tⱼ − T'ⱼ) aⱼ, over the stages j before k. That
+    needs the rows; of stages that keep sums alone, or are at mlp_in, nothing is carried on.
+
+    Args:
+        saved: the statistics.
+        candidates: ridge, rank and preserve_weight of each patch; those of the fit where left out.
+        cache_dir: as for :func:`solve_saved`.
+        model: the fit's model, as for :func:`solve_saved`; not checked again.
+
+    Returns:
+        A patch for each candidate, without provenance.
+
+    Raises:
+        ThoughtError, SingularSystemError: as for :func:`solve_saved`.
+    """
+    fitted = _settings(saved.manifest.settings)
+    every = [_settings({**saved.manifest.settings, **candidate}) for candidate in candidates]
+    prior_of = _cached_priors(saved, cache_dir) if any(each.prior_weight for each in [fitted, *every]) else None
+    solved: list[dict[tuple[int, str], SitePatch]] = [{} for _ in every]
+    left: list[torch.Tensor | None] = [None] * len(every)
+    sites: dict[tuple[int, str], Site] = {}
+    for stage in saved.stages():
+        key = (stage.head.block, stage.head.site)
+        if saved.manifest.settings["order"] == "teacher-forced" and not any(block == key[0] for block, _ in sites):
+            left = [None] * len(every)  # each block starts from the instructed stream
+        site = sites[key] = _site(stage, model)
+        turned, prior, basis = _turned(stage, prior_of(*key) if prior_of is not None else None)
+        usual = _effect(turned, _solve(turned, site, fitted, prior if fitted.prior_weight else None)[0])
+        for number, settings in enumerate(every):
+            own = _carrying(turned, left[number])
+            patch, _ = _solve(own, site, settings, prior if settings.prior_weight else None)
+            effect = _effect(turned, patch)
+            if usual is not None and effect is not None:
+                before = left[number]
+                left[number] = usual - effect if before is None else before + usual - effect
+            if basis is not None and patch.matrix is not None:
+                A = (patch.matrix.A.to(basis) @ basis.T).to(patch.matrix.A)
+                patch = replace(patch, matrix=LowRank(A, patch.matrix.B))
+            solved[number][key] = patch
+    changes = [target_changes(sites, patches) for patches in solved]
+    return [ThoughtPatch({path: Factors(*pair) for path, pair in found.items()}, {}, own) for found, own in changes]
+
+
+def _turned(stage: SavedStage, prior: Prior | None) -> tuple[SavedStage, Prior | None, torch.Tensor | None]:
+    """A stage and its prior in the basis in which the prior is diagonal, and that basis; all as they are, and None,
+    where nothing is gained or a patch that was there is in the way."""
+    rows = stage.matrix.rows() if stage.matrix is not None else None
+    if rows is None or stage.gain is not None or stage.head.start or prior is None or prior.vectors is None:
+        return stage, prior, None
+    assert stage.matrix is not None
+    basis = prior.vectors.double()
+    turned = (rows[0].double() @ basis, rows[1].double())
+    matrix = Statistics.from_rows(turned, stage.matrix.weight, stage.matrix.tokens)
+    return replace(stage, matrix=matrix), Prior(prior.values, None), basis
+
+
+def _effect(stage: SavedStage, patch: SitePatch) -> torch.Tensor | None:
+    """What a patch adds to the residual stream at the stage's rows, (n, d_out); None without them."""
+    rows = stage.matrix.rows() if stage.matrix is not None and stage.head.site != "mlp_in" else None
+    if rows is None or patch.matrix is None:
+        return None
+    added = rows[0].double() @ patch.matrix.A.double().T @ patch.matrix.B.double().T
+    return added if stage.gain is None else added * stage.gain.double()
+
+
+def _carrying(stage: SavedStage, left: torch.Tensor | None) -> SavedStage:
+    """The stage with more error to correct at its rows."""
+    rows = stage.matrix.rows() if stage.matrix is not None and stage.head.site != "mlp_in" else None
+    if left is None or rows is None or rows[1].shape != left.shape:
+        return stage
+    assert stage.matrix is not None
+    more = (rows[0].double(), rows[1].double() + left)
+    return replace(stage, matrix=Statistics.from_rows(more, stage.matrix.weight, stage.matrix.tokens))
+
+
+def _settings(chosen: Mapping[str, Any]) -> StageSettings:
+    return StageSettings(
+        chosen["rank"],
+        float(chosen["ridge"]),
+        float(chosen["preserve_weight"]),
+        float(chosen["step_size"]),
+        getattr(torch, chosen["statistics_dtype"]),
+    )
+
+
+def _solve(
+    stage: SavedStage, site: Site, settings: StageSettings, prior: Prior | None
+) -> tuple[SitePatch, dict[str, float]]:
+    sums = StageSums(site, stage.head.parts, settings, stage.head.name)
+    sums.matrix, sums.vector = stage.matrix, stage.vector
+    return sums.solve(stage.start, prior)
+
+
+def _site(stage: SavedStage, model: PreTrainedModel | None) -> Site:
+    """As much of the site as the solve and :func:`~lit_thought.statistics.stage.target_changes` read; layers at
+    mlp_in alone.
+    """
+    head = stage.head
+    projections = tuple(Projection(path, nn.Identity(), d_in) for path, d_in in head.projections.items())
+    targets: dict[str, nn.Module] = {path: nn.Identity() for path in head.targets}
+    if _needs_model(head):
+        assert model is not None
+        targets = {path: _layer(model, path, head.d_in) for path in head.targets}
+    return Site(head.site, projections, targets, head.d_in, head.d_out, stage.gain)
+
+
+def _layer(model: PreTrainedModel, path: str, d_in: int) -> nn.Module:
+    """A linear layer of the model, of so many inputs."""
+    layer: nn.Module | None = dict(model.named_modules()).get(path)
+    if layer is None or not is_linear(layer) or layer_shape(layer)[1] != d_in:
+        raise PatchError(f"the statistics name {path!r}, which is no linear layer of {d_in} inputs of this model.")
+    return layer
+
+
+def _needs_model(head: StageHead) -> bool:
+    return head.site == "mlp_in" and "matrix" in head.parts
+
+
+def _check_model(saved: SavedStatistics, model: PreTrainedModel | None) -> None:
+    name = saved.manifest.provenance.get("model")
+    if model is None:
+        needing = [head.name for head in saved.heads if _needs_model(head)]
+        if needing:
+            raise ThoughtError(
+                f"model is missing: the matrix of {needing[0]} changes the weights W of the MLP's first layers by W Δ. "
+                f"Pass the model of the fit, {name!r}."
+            )
+    elif fingerprint(model) != saved.manifest.provenance["fingerprint"]:
+        raise PatchError(f"model is not the one that the statistics were taken from, {name!r}: its weights differ.")
+
+
+def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | None) -> PriorOf:
+    """The preservation statistics that the fit used, read block by block."""
+    entry = saved.manifest.preservation
+    if entry is None:
+        raise ThoughtError(
+            "preserve_weight: the fit had no preservation statistics to weigh. Pass preserve_weight=0, or prior_of."
+        )
+    root = expanded(cache_dir, "cache_dir") if cache_dir is not None else default_cache_dir()
+    folder = root / entry
+    missing = (
+        f"the preservation statistics of the fit, {entry}, are not in {str(root)!r}, or are damaged. Pass the "
+        "cache_dir of the fit; a fit of the same model and text (or file) writes them anew; or pass a file of them as "
+        "preserve, or preserve_weight=0."
+    )
+    try:
+        found = read_json(folder / "manifest.json")
+    except (OSError, ValueError) as error:
+        raise ThoughtError(missing) from error
+    if not isinstance(found, dict) or found.get("fingerprint") != saved.manifest.provenance["fingerprint"]:
+        raise ThoughtError(missing)
+    return _priors(Preservation(folder, saved.device), missing)
+
+
+def _preservation_file(saved: SavedStatistics, path: str | os.PathLike[str]) -> PreservationFile:
+    """A file of preservation statistics, checked to be of the fit's model and for its sites."""
+    file = PreservationFile(path, "preserve")
+    file.check_model(saved.manifest.provenance["fingerprint"])
+    needed: list[dict[str, int]] = [{} for _ in file.sites]
+    for head in saved.heads:
+        if head.block >= len(needed):
+            raise ThoughtError(f"preserve={str(path)!r} has {len(needed)} blocks; the statistics have {head.name}.")
+        needed[head.block][head.site] = head.d_in
+    file.check_sites(needed)
+    return file
+
+
+def _priors(preservation: Preservation, missing: str) -> PriorOf:
+    """What is read of a cache entry, stage by stage; ``missing`` is the message where it cannot be."""
+
+    def prior_of(block: int, site: str) -> Prior:
+        try:
+            return preservation.prior(cast(Block, SimpleNamespace(index=block)), site)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ThoughtError(missing) from error
+
+    return prior_of

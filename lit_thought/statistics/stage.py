@@ -1,0 +1,282 @@
+"""What a fit sums and solves at one stage: one site of one block, its thought matrix, its thought vector or both.
+
+Every site shares these lines; only where a and δ are read differs (:mod:`lit_thought.runs.streams`). With T the matrix
+and v the vector that are there already, δ the error that they leave, and η the step size,
+
+    T ← T + η · argmin_Δ Σ wᵢ ‖Δ aᵢ − δᵢ‖² + …        (the terms of :mod:`lit_thought.solve.least_squares`)
+    v ← v + η · argmin_u (1/w) Σ wᵢ ‖u − δᵢ‖² + ρ ‖u‖²  =  v + η Σ wᵢ δᵢ / (w (1 + ρ))
+
+the second being the least-squares constant, with a token of unrelated text wishing for zero. Where a norm with the
+scale g follows the projection, both are solved with that gain (:mod:`lit_thought.solve.gains`); the vector's row j is
+then gⱼ mⱼ / ((1 + ρ) gⱼ² + λ ḡ²), with m the mean of δᵢ / γᵢ weighted by wᵢ γᵢ² and ḡ² the median of g². Mazzawi et al.
+2025, arXiv 2510.08734: the thought matrix (Theorem 3.1), the thought vector, and their steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from lit_thought.errors import ThoughtError, is_finite
+from lit_thought.model.blocks import Site
+from lit_thought.runs.runner import Observation
+from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.solve.gains import solve_with_gains
+from lit_thought.solve.least_squares import COARSE_RIDGE, Prior, check_finite, check_rank, solve
+from lit_thought.solve.rank import reduce_rank
+from lit_thought.solve.sums import Statistics, VectorStatistics
+from lit_thought.statistics.distributed import (
+    more_threads,
+    rank_and_size,
+    reduce_statistics,
+    reduce_vector,
+    share_json,
+    share_tensors,
+)
+
+__all__ = [
+    "PARTS",
+    "Defaults",
+    "StageSettings",
+    "StageSums",
+    "check_parts",
+    "check_solve_settings",
+    "site_defaults",
+    "target_changes",
+    "vector_inputs",
+]
+
+PARTS = ("matrix", "vector")
+
+
+class Defaults(NamedTuple):
+    """Settings that depend on the sites: ρ, the weight of the output's tokens, the number of steps and their size η."""
+
+    preserve_weight: float
+    answer_weight: float
+    steps: int
+    step_size: float
+
+
+def site_defaults(sites: Sequence[str]) -> Defaults:
+    """What did best on held-back inputs of the word tasks (recipes/results/sweep*.md).
+
+    A vector cannot tell inputs apart: at mlp_in alone it has to come from the tokens that matter, preservation can only
+    shrink it, and it takes more than one step, since no block can undo what the others have added.
+    """
+    return Defaults(1.0, 100.0, 2, 0.5) if tuple(sites) == ("mlp_in",) else Defaults(3.0, 10.0, 1, 1.0)
+
+
+def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What to solve for at each site.
+
+    Args:
+        parts: ``"matrix"``, ``"vector"`` or both; None for each site's own form: a matrix, and at mlp_in, where the
+            matrix corrects norm(m) but not m itself, a vector too.
+        sites: the sites of the fit.
+
+    Raises:
+        ThoughtError: for an unknown part, or for both at an output projection, where both explain the same error.
+    """
+    if parts is None:
+        return {site: PARTS if site == "mlp_in" else ("matrix",) for site in sites}
+    names = (parts,) if isinstance(parts, str) or not isinstance(parts, Iterable) else tuple(parts)
+    if not names or any(name not in PARTS for name in names) or len(set(names)) != len(names):
+        raise ThoughtError(
+            f"parts must name one or both of {list(PARTS)}, each once; got {list(names)!r}. "
+            "Leave it out for each site's own form."
+        )
+    outputs = [site for site in sites if site != "mlp_in"]
+    if len(names) == 2 and outputs:
+        raise ThoughtError(
+            f"parts={list(names)!r} with sites={list(sites)!r}: at {outputs[0]} a matrix and a vector explain the same "
+            "error. Choose one of them, or leave parts out."
+        )
+    return {site: tuple(name for name in PARTS if name in names) for site in sites}
+
+
+def check_solve_settings(ridge: Any, rank: Any, preserve_weight: Any, step_size: Any) -> None:
+    """Check what can be checked of a solve's settings without a model.
+
+    Raises:
+        ThoughtError: for one out of range.
+    """
+    check_rank(rank, 10**9)
+    for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
+        if not is_finite(value) or value < 0:
+            raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
+    if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
+        raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How stages are solved: see :class:`~lit_thought.fit.callback.ThoughtCallback`."""
+
+    rank: int | float | None
+    ridge: float
+    prior_weight: float
+    step_size: float
+    dtype: torch.dtype
+
+
+class StageSums:
+    """The sums of one stage.
+
+    Args:
+        site: the site.
+        parts: what to solve for.
+        settings: how.
+        name: the stage's name, for error messages.
+    """
+
+    def __init__(self, site: Site, parts: Sequence[str], settings: StageSettings, name: str) -> None:
+        self.site, self.settings, self.name = site, settings, name
+        products = torch.float32 if settings.ridge >= COARSE_RIDGE else None
+        matrix = Statistics(site.d_in, site.d_out, settings.dtype, product_dtype=products)
+        self.matrix = matrix if "matrix" in parts else None
+        self.vector = VectorStatistics(site.d_out, settings.dtype) if "vector" in parts else None
+
+    def update(self, seen: Observation) -> None:
+        """Add one batch's compared tokens."""
+        if self.matrix is not None:
+            self.matrix.update(seen.a, seen.delta, seen.weights)
+        if self.vector is not None and seen.scale is None:
+            self.vector.update(seen.shift, seen.weights)
+        elif self.vector is not None and seen.scale is not None:
+            scale = seen.scale.double()
+            shift = seen.shift / scale.masked_fill(scale == 0, 1)
+            self.vector.update(shift, seen.weights.to(scale) * scale.squeeze(1).square())
+
+    def reduce(self, owner: int, device: torch.device) -> None:
+        """Add up what all processes have summed, on the process that will solve."""
+        if self.matrix is not None:
+            self.matrix = reduce_statistics(self.matrix, owner, device)
+        if self.vector is not None:
+            reduce_vector(self.vector, owner, device)
+
+    def solve(self, start: SitePatch, prior: Prior | None) -> tuple[SitePatch, dict[str, float]]:
+        """The site's patch after this stage, in float32 as it will be exported, and figures of its quality.
+
+        Args:
+            start: what was there when the sums were taken.
+            prior: inputs to preserve.
+        """
+        matrix, vector = start.matrix, start.vector
+        figures: dict[str, float] = {}
+        if self.matrix is not None:
+            matrix, figures = self._solve_matrix(self.matrix, matrix, prior)
+        if self.vector is not None:
+            check_finite(self.name, float(self.vector.energy))
+            step = self.settings.step_size * self._constant(self.vector, prior is not None)
+            vector = (step if vector is None else vector.to(step) + step).float()
+            figures |= self._vector_figures(self.vector, step)
+        return SitePatch(matrix, vector), figures
+
+    def solve_at(
+        self, owner: int, device: torch.device, start: SitePatch, prior: Prior | None, neighbours: int = 1
+    ) -> tuple[SitePatch, dict[str, float]]:
+        """:meth:`solve` on one process, whose patch and figures, or error, all processes get.
+
+        Args:
+            owner: rank of the process that has the sums (:meth:`reduce`).
+            device: where the process group's tensors live.
+            start: what was there when the sums were taken.
+            prior: inputs to preserve; needed by ``owner`` alone.
+            neighbours: processes on each machine; their cores, idle meanwhile, help to solve.
+        """
+        rank, size = rank_and_size()
+        if size == 1:
+            return self.solve(start, prior)
+        patch, solved = SitePatch(), cast(Any, None)
+        if rank == owner:
+            try:
+                with more_threads(neighbours):
+                    patch, solved = self.solve(start, prior)
+            except ThoughtError as error:
+                solved = error
+        figures = share_json(solved, owner, device)
+        parts = [] if patch.matrix is None else [patch.matrix.A, patch.matrix.B]
+        parts = share_tensors([*parts, *([] if patch.vector is None else [patch.vector])], owner, device)
+        matrix = LowRank(parts[0], parts[1]) if self.matrix is not None else None
+        return SitePatch(matrix, parts[-1] if self.vector is not None else None), figures
+
+    def _constant(self, sums: VectorStatistics, preserve: bool) -> torch.Tensor:
+        """The vector of this step, (d_out,)."""
+        keep = 1 + (self.settings.prior_weight if preserve else 0.0)
+        if self.site.gain is None:
+            return sums.mean() / keep
+        gain = self.site.gain.to(sums.total)
+        ridge = self.settings.ridge * gain[gain != 0].square().quantile(0.5)
+        return gain * sums.mean() / (keep * gain.square() + ridge)
+
+    def _solve_matrix(
+        self, sums: Statistics, start: LowRank | None, prior: Prior | None
+    ) -> tuple[LowRank, dict[str, float]]:
+        settings = self.settings
+        weight = settings.prior_weight
+        gain = self.site.gain
+        if gain is None:
+            solution = solve(sums, settings.ridge, prior, weight, settings.rank, self.name)
+        else:
+            solution = solve_with_gains(sums, gain, settings.ridge, prior, weight, settings.rank, self.name)
+        A, B, figures = solution.A, settings.step_size * solution.B, solution.diagnostics
+        if start is not None:
+            A, B = torch.cat([start.A.to(A), A]), torch.cat([start.B.to(B), B], dim=1)
+            ridge = settings.ridge * solution.diagnostics["ridge_scale"]
+            A, B = reduce_rank(A, B, sums, ridge, prior, weight, settings.rank, gain)
+        if start is not None or settings.step_size != 1:  # the figures of what is installed, not of the full step
+            after = _error_after(LowRank(A, B), start, sums, gain)
+            figures |= {"error_after": after, "rank": len(A), "norm": _norm(A, B)}
+        if A.shape[0] == 0:  # a patch of nothing has rank 1 and is zero
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        return LowRank(A.float().contiguous(), B.float().contiguous()), figures
+
+    def _vector_figures(self, sums: VectorStatistics, step: torch.Tensor) -> dict[str, float]:
+        before = float(sums.energy) / sums.weight
+        moved = step if self.site.gain is None else self.site.gain.to(step) * step
+        after = before - 2 * float(moved @ sums.mean()) + float(moved @ moved)
+        if self.matrix is None:
+            return {"error_before": before, "error_after": after, "tokens": sums.tokens, "norm": float(step.norm())}
+        return {"vector_error_before": before, "vector_error_after": after, "vector_norm": float(step.norm())}
+
+
+def _error_after(matrix: LowRank, start: LowRank | None, sums: Statistics, gain: torch.Tensor | None = None) -> float:
+    """(1/w) Σ w ‖δ − g ⊙ (T − T₀) a‖², with δ measured while T₀ was there."""
+    A, B = matrix.A, matrix.B
+    if start is not None:
+        A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
+    if gain is not None:
+        B = gain.to(B).unsqueeze(1) * B
+    explained = float((B.T @ sums.cross.to(B) * A).sum())
+    change = float(((B.T @ B) * sums.projected(A)).sum())
+    return (float(sums.energy) - 2 * explained + change) / sums.weight
+
+
+def _norm(A: torch.Tensor, B: torch.Tensor) -> float:
+    """‖B A‖_F."""
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def target_changes(
+    sites: Mapping[tuple[int, str], Site], patches: Mapping[tuple[int, str], SitePatch]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The weights' factors (A, B) and the biases' vectors that patches of sites come to, by module path."""
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    vectors: dict[str, torch.Tensor] = {}
+    for key, patch in patches.items():
+        site = sites[key]
+        if patch.matrix is not None:
+            factors |= site.factors(patch.matrix.A, patch.matrix.B)
+        if patch.vector is not None:
+            vectors[site.path] = vectors[site.path] + patch.vector if site.path in vectors else patch.vector
+    return factors, vectors
+
+
+def vector_inputs(sites: Iterable[Site], vectors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Number of inputs, by path, of the layers that take a vector: an adapter has a matrix for each of them, too."""
+    written = (projection for site in sites for projection in site.projections)
+    return {projection.path: projection.d_in for projection in written if projection.path in vectors}

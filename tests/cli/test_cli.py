@@ -1,0 +1,147 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import make_model, make_tokenizer
+
+from lit_thought import ThoughtPatch
+from lit_thought.cli import main
+from lit_thought.errors import ThoughtError
+
+DEMONSTRATIONS = "Q: hot\nA: cold\nQ: big\nA: small\n"
+INPUTS = ["up", "good", "fox", "dog", "brown"]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model, a pairs file, a test file and an instruction file."""
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    make_model("llama").float().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"input": word, "output": "down"} for word in INPUTS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "test.json").write_text(json.dumps(rows[:2]), encoding="utf-8")
+    (tmp_path / "instruction.txt").write_text(DEMONSTRATIONS, encoding="utf-8")
+    return tmp_path
+
+
+def fit_arguments(files: Path, out: str = "adapter") -> list[str]:
+    return [
+        "fit",
+        f"--model={files / 'model'}",
+        f"--pairs={files / 'pairs.jsonl'}",
+        f"--instruction_file={files / 'instruction.txt'}",
+        f"--out={files / out}",
+        "--rank=4",
+        "--preserve_tokens=300",
+        "--progress=false",
+    ]
+
+
+def test_fit_then_evaluate(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(fit_arguments(files))
+    patch = ThoughtPatch.load(files / "adapter")
+    assert patch.rank == 4
+    assert patch.provenance["instruction"] == DEMONSTRATIONS
+    assert patch.provenance["settings"]["preserve_tokens"] == 300
+    # the adapter knows its instruction and template, so that only held-out pairs are needed
+    main(
+        [
+            "evaluate",
+            f"--model={files / 'model'}",
+            f"--adapter={files / 'adapter'}",
+            f"--pairs={files / 'test.json'}",
+            f"--out={files / 'result'}",
+            "--max_new_tokens=4",
+            "--progress=false",
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "| accuracy (exact match) |" in printed
+    result = json.loads((files / "result" / "result.json").read_text())
+    assert result["pairs"] == 2
+    assert result["prompt_tokens"]["saved"] > 10
+    items = [json.loads(line) for line in (files / "result" / "items.jsonl").read_text().splitlines()]
+    assert [item["input"] for item in items] == INPUTS[:2]
+
+
+def test_a_config_file_means_the_same_as_flags(files: Path) -> None:
+    main(fit_arguments(files))
+    flags = [argument.removeprefix("--").split("=", 1) for argument in fit_arguments(files, "from_file")[1:]]
+    config = {name: yaml.safe_load(value) for name, value in flags}
+    (files / "recipe.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    main(["fit", f"--config={files / 'recipe.yaml'}"])
+    one, two = ThoughtPatch.load(files / "adapter"), ThoughtPatch.load(files / "from_file")
+    assert all(
+        one.factors[t].A.equal(two.factors[t].A) and one.factors[t].B.equal(two.factors[t].B) for t in one.targets
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--pairs=missing.jsonl", "missing.jsonl"),
+        ("--instruction=two of them", "exclude each other"),
+        ("--instruction_file=missing.txt", "instruction_file='missing.txt'"),
+        ("--rank=0", "rank must be"),
+        ("--template=no field", "{input}"),
+        ("--sites=[mlp_middle]", "mlp_middle"),
+        ("--dtype=int8", "dtype"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    files: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*fit_arguments(files), change])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lit-thought: error: ")
+    assert message in error
+    assert not (files / "adapter").exists()
+
+
+def test_an_existing_folder_is_refused_before_the_model_is_loaded(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files / "adapter").mkdir()
+    (files / "adapter" / "mine.txt").write_text("keep")
+    with pytest.raises(SystemExit):
+        main(fit_arguments(files))
+    error = capsys.readouterr().err
+    assert "not empty" in error
+    assert "Loading" not in error
+    assert (files / "adapter" / "mine.txt").read_text() == "keep"
+
+
+def test_help_explains_every_option() -> None:
+    command = [sys.executable, "-m", "lit_thought", "fit", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    options = text.split("options:")[1].split("\n  --")[1:]
+    assert len(options) > 20
+    for option in options:
+        flag, explanation = re.split(r"\s{2,}", option, maxsplit=1)
+        assert not explanation.startswith("(type:"), f"an option without explanation: --{flag}"
+
+
+def test_null_is_nothing_and_no_path_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*args: Any, **options: Any) -> Any:
+        raise ThoughtError("all settings were read")
+
+    monkeypatch.setattr("lit_thought.model.loading.load_model", load)
+    arguments = ["--instruction=Opposite.", "--preserve=null", "--statistics_dir=null", "--resume_dir=null"]
+    (tmp_path / "pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
+    with pytest.raises(SystemExit):
+        main(["fit", f"--pairs={tmp_path / 'pairs.jsonl'}", f"--out={tmp_path / 'out'}", *arguments])
+    assert "all settings were read" in capsys.readouterr().err

@@ -1,0 +1,378 @@
+"""What ``lit-thought`` prints, and how it ends: JSON, quiet, verbose, exit codes, errors of the machine."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import make_model, make_tokenizer
+from test_files import limited, posix
+
+from lit_thought import ThoughtPatch
+from lit_thought.cli import COMMANDS, main
+from lit_thought.cli.errors import exit_code, tell
+from lit_thought.cli.output import Output, Result, console, give
+from lit_thought.errors import MemoryBudgetError, ThoughtError
+
+WORDS = ["up", "good", "fox", "dog"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a tiny model, pairs, and what fit and evaluate wrote of them, as JSON they printed too."""
+    folder = tmp_path_factory.mktemp("made")
+    make_model("llama").float().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    rows = [{"input": word, "output": "down"} for word in WORDS]
+    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("LIT_THOUGHT_CACHE", str(folder / "cache"))
+        patching.chdir(folder)
+        yield folder
+
+
+FIT = ["fit", "--model=model", "--pairs=pairs.json", "--instruction=up: down\n", "--rank=4", "--preserve=text.txt"]
+EVALUATE = ["evaluate", "--model=model", "--adapter=adapter", "--pairs=pairs.json", "--max_new_tokens=3"]
+
+
+@pytest.fixture(scope="module")
+def fitted(made: Path) -> Path:
+    main([*FIT, "--out=adapter", "--statistics_dir=sums", "--quiet"])
+    return made
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
+
+
+# --- json ---------------------------------------------------------------------------------------------------------
+
+
+def check_fit(record: dict[str, Any], folder: Path) -> None:
+    patch = ThoughtPatch.load(folder / "new")
+    assert (record["adapter"], record["rank"], record["parameters"]) == ("new", 4, patch.num_parameters)
+    assert record["bytes"] == (folder / "new" / "adapter_model.safetensors").stat().st_size
+    assert record["selection"] is None
+    assert {"forward", "statistics", "solve"} <= record["seconds"].keys()
+
+
+def check_evaluate(record: dict[str, Any], folder: Path) -> None:
+    written = json.loads((folder / "new" / "result.json").read_text())
+    items = [json.loads(line) for line in (folder / "new" / "items.jsonl").read_text().splitlines()]
+    assert record == {**written, "items": items}
+    assert (written["format"], written["pairs"], len(items)) == (1, 4, 4)
+
+
+def check_report(record: dict[str, Any], folder: Path) -> None:
+    assert record["files"] == ["new/report.html", "new/report.md", "new/report.json"]
+    assert all((folder / file).is_file() for file in record["files"])
+    assert record["report"] == json.loads((folder / "new" / "report.json").read_text())
+
+
+def check_export(record: dict[str, Any], folder: Path) -> None:
+    assert record == {"out": "new", "format": "peft", "bytes": size(folder / "new")}
+
+
+def check_solve(record: dict[str, Any], folder: Path) -> None:
+    assert (record["adapter"], record["rank"], record["stages"]) == ("new", 4, 6)
+    assert ThoughtPatch.load(folder / "new").num_parameters == record["parameters"]
+
+
+def check_preserve(record: dict[str, Any], folder: Path) -> None:
+    assert (record["file"], record["rank"], record["storage"]) == ("new.safetensors", 8, "int8")
+    assert record["bytes"] == size(folder / "new.safetensors")
+    assert 0 < record["tokens"] <= 50
+
+
+def check_verify(record: dict[str, Any], folder: Path) -> None:
+    assert record == json.loads((folder / "new").read_text())
+    assert record["patched"]["agreement"] == 1
+
+
+def check_inspect(record: dict[str, Any], folder: Path) -> None:
+    assert record["tokens"] == 40
+
+
+CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
+    "fit": ([*FIT, "--out=new"], check_fit),
+    "evaluate": ([*EVALUATE, "--out=new"], check_evaluate),
+    "report": (["report", "adapter", "--out=new"], check_report),
+    "export": (["export", "adapter", "--out=new"], check_export),
+    "solve": (["solve", "--statistics=sums", "--out=new"], check_solve),
+    "preserve": (
+        ["preserve", "model", "--texts=text.txt", "--output=new.safetensors", "--rank=8", "--preserve_tokens=50"],
+        check_preserve,
+    ),
+    "verify": (["verify", "--model=model", "--tokens=20", "--text_file=text.txt", "--out=new"], check_verify),
+    "inspect": (["inspect", "model", "--tokens=40"], check_inspect),
+}
+
+
+@pytest.fixture
+def clean(fitted: Path) -> Iterator[Path]:
+    yield fitted
+    shutil.rmtree(fitted / "new", ignore_errors=True)
+    for name in ("new", "new.safetensors"):
+        if (fitted / name).is_file():
+            (fitted / name).unlink()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_json_is_all_there_is_and_quiet_is_quiet(name: str, clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "report":
+        pytest.importorskip("matplotlib")
+    words, check = CASES[name]
+    main([*words, "--json", "--quiet"])
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith("{\n")
+    check(json.loads(said.out), clean)
+
+
+def test_every_command_that_needs_no_network_is_tried() -> None:
+    assert CASES.keys() == COMMANDS.keys() - {"push"}
+
+
+def test_messages_and_bars_go_to_standard_error(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*FIT, "--out=new", "--json"])
+    said = capsys.readouterr()
+    json.loads(said.out)
+    for text in ("Loading model", "Block 1 of 3", "Wrote a rank-4 adapter"):
+        assert text in said.err
+
+
+def test_what_a_library_prints_does_not_get_into_the_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chatty(samples: int = 3) -> Result:
+        print("a library's banner")
+        return Result({"nan": float("nan"), "list": [float("inf"), 1.5, True]}, "a table")
+
+    for flags, out, err in ((["--json"], None, "a library's banner\n"), ([], "a library's banner\na table\n", "")):
+        monkeypatch.setitem(COMMANDS, "report", chatty)
+        main(["report", *flags])
+        said = capsys.readouterr()
+        assert said.err == err
+        if out is None:
+            assert json.loads(said.out) == {"nan": None, "list": [None, 1.5, True]}
+            assert "NaN" not in said.out
+        else:
+            assert said.out == out
+
+
+def test_common_flags_in_a_config(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model": "model", "tokens": 40, "json": True, "quiet": True}
+    (fitted / "inspect.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    main(["inspect", "--config=inspect.yaml"])
+    said = capsys.readouterr()
+    assert (json.loads(said.out)["tokens"], said.err) == (40, "")
+
+
+# --- quiet and verbose --------------------------------------------------------------------------------------------
+
+
+def test_quiet_keeps_the_result_and_the_errors(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", "model", "--tokens=40", "--quiet"])
+    said = capsys.readouterr()
+    assert "* attn_out" in said.out
+    assert said.err == ""
+    with pytest.raises(SystemExit):
+        main(["inspect", "nowhere/at/all", "--quiet"])
+    assert re.fullmatch(r"lit-thought: error: .*nowhere/at/all.*\n", capsys.readouterr().err)
+
+
+def test_verbose_tells_the_time_of_each_part(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, own = logging.getLogger(), logging.getLogger("lit_thought")
+    before = (root.level, own.level, list(root.handlers))
+    main([*FIT, "--out=new", "--verbose", "--progress=false"])
+    told = capsys.readouterr().err
+    for part in ("loading the model", "forward", "solve", "lit-thought fit"):
+        assert re.search(rf"^lit_thought: {part} took \d+\.\d+ s$", told, flags=re.MULTILINE), part
+    assert (root.level, own.level, list(root.handlers)) == before
+    main([*FIT, "--out=new", "--overwrite", "--progress=false"])
+    assert "took" not in capsys.readouterr().err
+
+
+def test_verbose_shows_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with console(Output(verbose=True)):
+        logging.getLogger("lit_thought").debug("detail")
+        logging.getLogger("other").info("of another")
+        logging.getLogger("other").debug("too much")
+    assert capsys.readouterr().err == "lit_thought: detail\nother: of another\n"
+
+
+# --- how it ends --------------------------------------------------------------------------------------------------
+
+
+class TransportError(Exception):
+    """As the hub's client has it, under one name or another."""
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ThoughtError("rank must be"), 2),
+        (MemoryBudgetError("memory_budget: needs more"), 2),
+        (caused(ThoughtError("cannot be read"), FileNotFoundError(2, "No such file", "x")), 2),
+        (caused(ThoughtError("could not load"), caused(OSError("connect"), TransportError("no name"))), 1),
+        (caused(ThoughtError("could not load"), TimeoutError("slow")), 1),
+        (caused(ThoughtError("streams"), OSError(errno.ENOSPC, "No space left on device")), 1),
+        (PermissionError(13, "Permission denied", "x"), 1),
+        (ConnectionResetError(104, "reset"), 1),
+        (MemoryError(), 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (KeyError("x"), 70),
+        (ValueError("x"), 70),
+        (RuntimeError("x"), 70),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=repr,
+)
+def test_exit_codes(
+    error: BaseException, code: int, fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(error) == code
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("lit_thought.model.loading.load_model", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "model"])
+    assert stop.value.code == code
+    said = capsys.readouterr()
+    line = said.err.splitlines()[-1]
+    assert said.out == ""
+    assert said.err == f"Loading model …\n{line}\n"
+    assert line.startswith("lit-thought: error: ")
+    assert ("bug in lit-thought" in line) == ("--traceback" in line) == (code == 70)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "model", "--traceback"])
+    assert stop.value.code == code
+    told = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in told
+    assert "in fail" in told
+    assert told.splitlines()[-1].startswith("lit-thought: error: ")
+
+
+def test_a_config_asks_for_the_trace_too(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (fitted / "trace.yaml").write_text("model: nowhere/at/all\ntraceback: true\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["inspect", "--config=trace.yaml"])
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "red"),
+    [
+        (Terminal, {"TERM": "xterm"}, True),
+        (Terminal, {"TERM": "xterm", "NO_COLOR": ""}, True),
+        (Terminal, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (Terminal, {"TERM": "dumb"}, False),
+        (io.StringIO, {"TERM": "xterm"}, False),
+    ],
+)
+def test_colour_is_for_terminals(
+    stream: type[io.StringIO], environment: dict[str, str], red: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", stream())
+    tell(ThoughtError("one\n  two"))
+    word = "\x1b[31merror:\x1b[0m" if red else "error:"
+    assert sys.stderr.getvalue() == f"lit-thought: {word} one two\n"
+
+
+@posix
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size_of_text in (10, 100_000):  # less and more than the buffer holds
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            give(Result(text="x" * size_of_text), Output())
+            monkeypatch.undo()
+
+
+# --- the disk -----------------------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("name", ["export", "solve"])
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(
+    name: str, clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(clean.rglob("*"))
+    with pytest.raises(SystemExit) as stop, limited(1_000):
+        main(CASES[name][0])
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"lit-thought: error: {clean / 'new'}: File too large; nothing half-written is left. Raise")
+    assert sorted(clean.rglob("*")) == before
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed(
+    clean: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "new")
+
+    monkeypatch.setattr("lit_thought.cli.evaluate._write", full)
+    with pytest.raises(SystemExit) as stop:
+        main([*EVALUATE, "--unrelated=null", "--out=new"])
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    assert "| accuracy (exact match) |" in said.out
+    assert said.err.splitlines()[-1] == "lit-thought: error: new: No space left on device"
+
+
+# --- the format of an evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "fine"), [(1, True), (None, True), (2, False), ("1", False), (True, False), (1.0, False)]
+)
+def test_report_reads_the_format_of_an_evaluation(
+    version: Any, fine: bool, clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    if not (clean / "evaluation").exists():
+        main([*EVALUATE, "--unrelated=null", "--out=evaluation", "--quiet"])
+    file = clean / "evaluation" / "result.json"
+    record = {**json.loads(file.read_text()), "format": version}
+    if version is None:
+        del record["format"]  # as before there were formats
+    file.write_text(json.dumps(record))
+    command = ["report", "adapter", "--evaluation=evaluation", "--out=new"]
+    if fine:
+        main(command)
+        assert (clean / "new" / "report.html").is_file()
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert f"format of result.json is {version!r}, this lit_thought reads 1" in capsys.readouterr().err

@@ -1,0 +1,342 @@
+"""The three-way comparison against brute force: one prompt at a time, whole forward passes, NumPy in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, make_model, make_tokenizer
+from scipy.special import log_softmax
+from test_fit import INSTRUCTION, PAIRS, TEXTS, Untouched, make_patch, mixed_model, readable, written
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lit_thought.errors import PatchError, ThoughtError
+from lit_thought.evaluation import compare as evaluation
+from lit_thought.evaluation.compare import Evaluation, evaluate, format_result, unrelated_perplexity
+from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.prompts.template import PromptTemplate
+
+LIMIT = 6
+INPUTS = ["good", "the lazy dog", "Antonyms", "up", "capital of France"]
+RUNS = ("plain", "instructed", "patched")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, patch: Any, **settings: Any) -> dict[str, Any]:
+    usual = {
+        "instruction": INSTRUCTION,
+        "pairs": [{"input": text} for text in INPUTS],
+        "unrelated": None,
+        "max_new_tokens": LIMIT,
+        "batch_size": 2,
+        "progress": False,
+    }
+    return evaluate(model, tokenizer, patch, **{**usual, **settings})
+
+
+def brute_force(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    patch: ThoughtPatch,
+    instructions: Sequence[str],
+    inputs: Sequence[str] = INPUTS,
+) -> dict[str, Any]:
+    """The outputs, whether they are finished, and the divergences, by the plainest means there are."""
+    found: dict[str, Any] = {run: [] for run in RUNS}
+    sums = {(run, part): np.zeros(3) for run in ("plain", "patched") for part in ("all", "output")}
+    for instruction, text in zip(instructions, inputs, strict=True):
+        query = f"Q: {text}\nA:"
+        found["plain"].append(written(model, tokenizer, query, LIMIT)[0])
+        output, finished = written(model, tokenizer, instruction + query, LIMIT)
+        found["instructed"].append(output)
+        with patch.applied(model):
+            found["patched"].append(written(model, tokenizer, query, LIMIT)[0])
+        tokens = PromptTemplate().tokenise(tokenizer, instruction, text, output, finished)
+        wanted = log_probabilities(model, tokens.instructed_ids)[list(tokens.instructed_positions)]
+        start, stop = tokens.output_span
+        inside = [start < stop and start - 1 <= p < stop for p in tokens.plain_positions]
+        for run in ("plain", "patched"):
+            if run == "patched":
+                patch.apply_(model)
+            got = log_probabilities(model, tokens.plain_ids)[list(tokens.plain_positions)]
+            if run == "patched":
+                patch.remove_(model)
+            kl = (np.exp(wanted) * (wanted - got)).sum(-1)
+            agree = wanted.argmax(-1) == got.argmax(-1)
+            for part, weights in (("all", np.ones(len(kl))), ("output", np.array(inside, dtype=float))):
+                sums[run, part] += [(kl * weights).sum(), (agree * weights).sum(), weights.sum()]
+    for part, prefix in (("all", ""), ("output", "output_")):
+        for place, name in enumerate(("kl", "agreement")):
+            found[prefix + name] = {run: sums[run, part][place] / sums[run, part][2] for run in ("plain", "patched")}
+    return found
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: Sequence[int]) -> np.ndarray:
+    logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return log_softmax(logits.double().numpy(), axis=-1)
+
+
+def share(one: Sequence[str], other: Sequence[str]) -> float:
+    return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_brute_force(family: str, bos: bool) -> None:
+    model, tokenizer = readable(make_model(family)), make_tokenizer(bos=bos)
+    patch = make_patch(model, tokenizer, rank=4)
+    wanted = brute_force(model, tokenizer, patch, [INSTRUCTION] * len(INPUTS))
+    # two answers right by construction, two as the plain model writes them, and one without a reference
+    references = [*wanted["instructed"][:2], *wanted["plain"][2:4]]
+    pairs = [{"input": text} for text in INPUTS]
+    for pair, reference in zip(pairs, references, strict=False):
+        pair["output"] = reference
+    result = compare(model, tokenizer, patch, pairs=pairs)
+    assert result["pairs"] == 5
+    for number, item in enumerate(result["items"]):
+        assert item == {
+            "input": INPUTS[number],
+            "reference": references[number] if number < 4 else None,
+            **{run: wanted[run][number] for run in RUNS},
+        }
+    accuracy = {run: share(wanted[run][:4], references) for run in RUNS}
+    assert result["accuracy"] == pytest.approx(accuracy)
+    assert accuracy["instructed"] >= 0.5
+    assert result["fidelity"] == pytest.approx(share(wanted["patched"], wanted["instructed"]))
+    assert result["fidelity_plain"] == pytest.approx(share(wanted["plain"], wanted["instructed"]))
+    if accuracy["instructed"] == accuracy["plain"]:
+        assert result["recovery"] is None
+    else:
+        gained = accuracy["patched"] - accuracy["plain"]
+        assert result["recovery"] == pytest.approx(gained / (accuracy["instructed"] - accuracy["plain"]))
+    for name in ("kl", "agreement", "output_kl", "output_agreement"):
+        assert result[name] == pytest.approx(wanted[name], rel=1e-9), name
+    assert result["kl"]["patched"] < result["kl"]["plain"]
+    lengths = {
+        "plain": np.mean([len(tokenizer(f"Q: {text}\nA:")["input_ids"]) for text in INPUTS]),
+        "instructed": np.mean([len(tokenizer(f"{INSTRUCTION}Q: {text}\nA:")["input_ids"]) for text in INPUTS]),
+    }
+    lengths["saved"] = lengths["instructed"] - lengths["plain"]
+    assert result["prompt_tokens"] == pytest.approx(lengths)
+    assert result["perplexity"] is result["perplexity_ratio"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_first_token_accuracy_and_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On outputs that are put into the models' mouths."""
+    said = {
+        "plain": ["cold fox", "12", "small", ""],
+        "instructed": ["cold", "17", "small", "fox"],
+        "patched": ["cold", "52", "bad", "fox"],
+    }
+    model, tokenizer = make_model(), make_tokenizer()
+    monkeypatch.setattr(
+        Evaluation, "_write", lambda self, run, prompts: [evaluation.Generation(text, True) for text in said[run]]
+    )
+    pairs = [
+        {"input": text, "output": output} for text, output in zip(INPUTS, ("cold", "15", "big", "fox"), strict=False)
+    ]
+    result = compare(model, tokenizer, make_patch(model, rank=2), pairs=pairs)
+    assert result["accuracy"] == pytest.approx({"plain": 0, "instructed": 0.5, "patched": 0.5})
+    assert result["recovery"] == pytest.approx(1)
+    # 12 and 17 begin as 15 does, whatever token the space before them makes; 52 does not
+    assert result["first_token_accuracy"] == pytest.approx({"plain": 0.5, "instructed": 0.75, "patched": 0.5})
+    assert result["fidelity"] == pytest.approx(0.5)
+    assert result["fidelity_plain"] == pytest.approx(0.25)
+
+
+def test_each_pair_may_have_its_own_instruction() -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch = make_patch(model, rank=4)
+    instructions = [("Talk like a pirate.\n", INSTRUCTION)[i % 2] for i in range(len(INPUTS))]
+    wanted = brute_force(model, tokenizer, patch, instructions)
+    pairs = [{"input": text, "instruction": own} for text, own in zip(INPUTS, instructions, strict=True)]
+    result = compare(model, tokenizer, patch, pairs=pairs, instruction=None)
+    assert [item["instructed"] for item in result["items"]] == wanted["instructed"]
+    for name in ("kl", "agreement", "output_kl"):
+        assert result[name] == pytest.approx(wanted[name], rel=1e-9)
+    common = compare(model, tokenizer, patch)
+    assert common["kl"]["plain"] != pytest.approx(result["kl"]["plain"], rel=1e-3)
+
+
+def test_batch_size_does_not_matter() -> None:
+    model, tokenizer = readable(make_model("mistral")), make_tokenizer()
+    patch = make_patch(model, rank=4)
+    one, many = (compare(model, tokenizer, patch, batch_size=size, unrelated=TEXTS) for size in (1, 32))
+    assert one.pop("items") == many.pop("items")
+    one |= one.pop("perplexity_windows")
+    many |= many.pop("perplexity_windows")
+    for key, value in one.items():
+        assert many[key] == (value if value is None else pytest.approx(value, rel=1e-6)), key
+
+
+def test_chat_prompts() -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch = make_patch(model, template="chat", rank=4)
+    result = compare(model, tokenizer, patch, template="chat")
+    for text, item in zip(INPUTS, result["items"], strict=True):
+        messages = [{"role": "user", "content": text}]
+        system = {"role": "system", "content": INSTRUCTION}
+        for run, said in (("plain", messages), ("instructed", [system, *messages])):
+            prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            assert item[run] == written(model, tokenizer, prompt, LIMIT, special=False)[0]
+    assert result["kl"]["patched"] < result["kl"]["plain"]
+
+
+def test_a_patch_of_nothing_is_the_plain_model() -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch = 0 * make_patch(model, rank=4)
+    result = compare(model, tokenizer, patch, unrelated=TEXTS, pairs=PAIRS)
+    assert all(item["patched"] == item["plain"] for item in result["items"])
+    for name in ("kl", "agreement", "output_kl", "output_agreement", "accuracy", "first_token_accuracy"):
+        assert result[name]["patched"] == result[name]["plain"]
+    assert result["fidelity"] == result["fidelity_plain"]
+    assert result["perplexity_ratio"] == 1
+    assert result["kl"]["plain"] > 0
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("window", [512, 16])
+def test_perplexity(bos: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_WINDOW", window)
+    model, tokenizer = make_model(), make_tokenizer(bos=bos)
+    patch = make_patch(model, tokenizer, rank=4)
+    texts = [*TEXTS, "Q: good\nA: bad\n", "fox"]
+    result = compare(model, tokenizer, patch, unrelated=texts)
+
+    def by_hand() -> float:
+        losses: list[float] = []
+        opening = [tokenizer.bos_token_id] if bos else []
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            for start in range(0, len(ids), window - len(opening)):
+                ids_here = [*opening, *ids[start : start + window - len(opening)]]
+                if len(ids_here) > 1:
+                    scores = log_probabilities(model, ids_here)
+                    losses += [-scores[i, token] for i, token in enumerate(ids_here[1:])]
+        return math.exp(np.mean(losses))
+
+    assert result["perplexity"]["original"] == pytest.approx(by_hand(), rel=1e-4)
+    with patch.applied(model):
+        assert result["perplexity"]["patched"] == pytest.approx(by_hand(), rel=1e-4)
+    ratio = result["perplexity"]["patched"] / result["perplexity"]["original"]
+    assert result["perplexity_ratio"] == pytest.approx(ratio)
+    windows = result["perplexity_windows"]
+    for run in ("original", "patched"):  # the parts and the whole
+        assert math.exp(sum(windows[run]) / sum(windows["tokens"])) == pytest.approx(result["perplexity"][run])
+    assert ratio != pytest.approx(1, rel=1e-3)
+
+
+@torch.no_grad()
+def test_perplexity_does_not_depend_on_batches() -> None:
+    windows = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
+    one, many = (unrelated_perplexity(make_model(), windows, size) for size in (1, 3))
+    assert one == pytest.approx(many, rel=1e-6)
+
+
+def test_without_references() -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    result = compare(model, tokenizer, make_patch(model, rank=2))
+    assert result["accuracy"] is result["first_token_accuracy"] is result["recovery"] is None
+    assert all(item["reference"] is None for item in result["items"])
+    table = format_result(result)
+    assert "| accuracy (exact match) | – | – | – |" in table
+    assert "recovery –" in table
+
+
+def test_one_evaluation_for_many_patches() -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patches = [make_patch(model, rank=2), make_patch(model, rank=8, instruction="Talk like a pirate.\n")]
+    pairs = [{"input": text} for text in INPUTS]
+    shared = Evaluation(
+        model, tokenizer, instruction=INSTRUCTION, pairs=pairs, unrelated=TEXTS, max_new_tokens=LIMIT, progress=False
+    )
+    for patch in patches:
+        assert shared.score(patch) == compare(model, tokenizer, patch, unrelated=TEXTS, batch_size=32)
+
+
+def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = mixed_model(), make_tokenizer()  # in train mode, with dropout
+    patch = make_patch(model, rank=2)
+    untouched = Untouched(model)
+    result = compare(model, tokenizer, patch, unrelated=TEXTS)
+    untouched.check()
+    assert result == compare(model.eval(), tokenizer, patch, unrelated=TEXTS)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("pulled the plug")
+
+    untouched = Untouched(model)
+    monkeypatch.setattr(evaluation, "make_batches", fail)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        compare(model, tokenizer, patch, unrelated=TEXTS)
+    untouched.check()
+
+
+def test_items_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch = make_patch(model, rank=2)
+    file = tmp_path / "new" / "items.jsonl"
+    result = compare(model, tokenizer, patch, items_file=file, pairs=[{"input": "Zürich\n", "output": "ü"}, *PAIRS])
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == result["items"]
+    assert "Zürich" in lines[0]
+    before = file.read_bytes()
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.Evaluation, "score", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, tokenizer, patch, items_file=file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.fixture
+def _no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the model has run")
+
+    monkeypatch.setattr(type(make_model().get_decoder()), "forward", forward)
+
+
+@pytest.mark.usefixtures("_no_forward")
+def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    zeros = Factors(torch.zeros(1, 32), torch.zeros(32, 1))
+    patch = ThoughtPatch({"model.layers.0.self_attn.o_proj": zeros})
+    foreign = ThoughtPatch(patch.factors, {"fingerprint": "of another model"})
+    with pytest.raises(PatchError, match="this patch was made for"):
+        compare(model, tokenizer, foreign)
+    with pytest.raises(PatchError, match="expected an adapter that save_adapter wrote"):
+        compare(model, tokenizer, tmp_path / "nothing")
+    for settings, message in (
+        ({"pairs": []}, "pairs is empty"),
+        ({"pairs": "nothing.jsonl"}, r"pairs: .*nothing\.jsonl"),
+        ({"instruction": None}, "instruction must be a text"),
+        ({"instruction": "hot " * 300}, r"instruction: expected room"),
+        ({"pairs": [{"input": "hot"}, {"input": "hot " * 300}]}, r"pairs\[1\]: expected at most"),
+        ({"max_new_tokens": 250}, r"pairs\[0\]: .* max_new_tokens=250"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"template": "Q: {input}"}, r"template: .*\{output\}"),
+        ({"unrelated": "nothing.txt"}, "unrelated='nothing.txt' cannot be read"),
+        ({"unrelated": []}, "unrelated must hold"),
+        ({"items_file": tmp_path}, "is a folder; expected a file"),
+    ):
+        with pytest.raises(ThoughtError, match=message):
+            compare(model, tokenizer, patch, **settings)

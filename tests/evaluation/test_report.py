@@ -1,0 +1,477 @@
+"""The report: its figures against hand-made records, numpy and scipy; its three forms; what it does with bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from report_run import ATTACK, INSTRUCTION, ITEMS, RESULT, SCRIPT, make_patch, make_run, write_evaluation
+from test_cli import files, fit_arguments  # noqa: F401  # a fixture
+
+from lit_thought import ThoughtPatch
+from lit_thought.cli import main
+from lit_thought.errors import PatchError, ThoughtError
+from lit_thought.evaluation.intervals import paired_difference, perplexity_ratio, wilson
+from lit_thought.evaluation.report import gather, write_report
+from lit_thought.evaluation.report.content import singular_values
+from lit_thought.evaluation.report.render import differences
+from lit_thought.patch.patch import Factors
+
+OUTPUTS = ("report.html", "report.md", "report.json")
+
+
+class Page(HTMLParser):
+    """The tags of a page, its tables by caption as rows of cells, and its literal blocks."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.handlers: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.literal: list[str] = []
+        self._rows: list[list[str]] = []
+        self._caption = ""
+        self._into = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+        if tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("th", "td"):
+            self._rows[-1].append("")
+        elif tag == "pre":
+            self.literal.append("")
+        elif tag == "small":
+            self._rows[-1][-1] += " "
+        self._into = {"caption": "caption", "th": "cell", "td": "cell", "pre": "pre"}.get(tag, self._into)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+        if tag in ("caption", "th", "td", "pre"):
+            self._into = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._into == "caption":
+            self._caption += data
+        elif self._into == "cell":
+            self._rows[-1][-1] += data
+        elif self._into == "pre":
+            self.literal[-1] += data
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("written") / "adapter")
+    write_report(run)
+    return run
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("trials", [1, 7, 100])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_wilson_is_that_of_scipy(trials: int, confidence: float) -> None:
+    for successes in range(trials + 1):
+        wanted = scipy.stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+        assert wilson(successes, trials, confidence) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("both", "first", "second"), [(0.5, 0.2, 0.1), (0.0, 0.5, 0.4), (0.3, 0.15, 0.0)])
+def test_the_interval_of_a_paired_difference_covers_it(both: float, first: float, second: float) -> None:
+    """Over every outcome of 30 pairs, with its probability: the share of intervals that hold the true difference."""
+    n, covered = 30, 0.0
+    for a in range(n + 1):
+        for b in range(n + 1 - a):
+            for c in range(n + 1 - a - b):
+                cells = (a, b, c, n - a - b - c)
+                weight = scipy_multinomial(cells, (both, first, second, 1 - both - first - second))
+                if weight < 1e-7:
+                    continue
+                ones = [True] * (a + b) + [False] * (n - a - b)
+                twos = [True] * a + [False] * b + [True] * c + [False] * (n - a - b - c)
+                value, low, high = paired_difference(ones, twos)
+                assert value == pytest.approx((b - c) / n)
+                covered += weight * (low <= first - second <= high)
+    assert 0.93 < covered < 0.985, covered
+
+
+def scipy_multinomial(cells: tuple[int, ...], shares: tuple[float, ...]) -> float:
+    logs = math.lgamma(sum(cells) + 1) - sum(math.lgamma(count + 1) for count in cells)
+    for count, share in zip(cells, shares, strict=True):
+        if count and share <= 0:
+            return 0.0
+        logs += count * math.log(share) if count else 0.0
+    return math.exp(logs)
+
+
+def test_paired_difference_is_near_the_bootstrap_of_many_pairs_and_has_a_width_where_all_agree() -> None:
+    generator = np.random.default_rng(0)
+    ones = generator.random(600) < 0.7
+    twos = np.where(generator.random(600) < 0.8, ones, generator.random(600) < 0.4)
+    value, low, high = paired_difference(ones.tolist(), twos.tolist())
+    options: Any = {"paired": True, "vectorized": False, "rng": generator, "method": "percentile"}
+    sampled = scipy.stats.bootstrap((ones, twos), lambda a, b: a.mean() - b.mean(), **options).confidence_interval
+    assert (low, high) == pytest.approx((sampled.low, sampled.high), abs=0.006)
+    assert paired_difference(twos.tolist(), ones.tolist()) == pytest.approx((-value, -high, -low))
+    value, low, high = paired_difference([True] * 9, [True] * 9)
+    assert value == 0
+    assert low == -high < -0.1
+
+
+def test_the_interval_of_a_perplexity_ratio_is_scipy_s_bootstrap() -> None:
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(200, 512, 14)
+    original = tokens * generator.normal(3.5, 0.3, 14)
+    patched = original + tokens * generator.normal(0.01, 0.02, 14)
+    value, low, high = perplexity_ratio(original.tolist(), patched.tolist(), tokens.tolist())
+    assert value == pytest.approx(np.exp((patched - original).sum() / tokens.sum()))
+
+    def ratio(a: Any, b: Any, n: Any, axis: int) -> Any:
+        return np.exp(np.sum(b - a, axis) / np.sum(n, axis))
+
+    options: Any = {"paired": True, "vectorized": True, "rng": generator, "method": "percentile", "n_resamples": 20_000}
+    wanted = scipy.stats.bootstrap((original, patched, tokens), ratio, **options).confidence_interval
+    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=5e-4)
+    assert high - low > 0.01
+    again = perplexity_ratio(original.tolist(), patched.tolist(), tokens.tolist())
+    assert again == (value, low, high)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: wilson(0, 0),
+        lambda: wilson(3, 2),
+        lambda: wilson(1, 2, 1.0),
+        lambda: paired_difference([], []),
+        lambda: perplexity_ratio([1.0], [1.0], [5]),
+        lambda: perplexity_ratio([1.0, 2.0], [1.0], [5, 5]),
+        lambda: paired_difference([True], [True, False]),
+    ],
+)
+def test_intervals_refuse(call: Any) -> None:
+    with pytest.raises(ThoughtError, match=r"expected|between"):
+        call()
+
+
+# Content
+
+
+def test_singular_values_are_those_of_the_whole_matrix() -> None:
+    generator = torch.Generator().manual_seed(1)
+    factors = Factors(torch.randn(4, 9, generator=generator), torch.randn(6, 4, generator=generator))
+    wanted = np.linalg.svd((factors.B @ factors.A).double().numpy(), compute_uv=False)[:4]
+    assert singular_values(factors) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_evaluation_figures(written: Path) -> None:
+    found = gather(written)["evaluation"]
+    rows = {row["key"]: row["runs"] for row in found["table"]}
+
+    def wanted(successes: int, count: int) -> dict[str, Any]:
+        bounds = scipy.stats.binomtest(successes, count).proportion_ci(method="wilson")
+        return pytest.approx({"value": successes / count, "low": bounds.low, "high": bounds.high, "count": count})
+
+    assert rows["accuracy"] == {"plain": wanted(1, 4), "instructed": wanted(3, 4), "patched": wanted(3, 4)}
+    assert rows["first_token_accuracy"]["patched"] == wanted(4, 4)
+    assert rows["fidelity"] == {"plain": wanted(0, 5), "instructed": None, "patched": wanted(2, 5)}
+    assert rows["kl"] == {"plain": {"value": 3.25}, "instructed": None, "patched": {"value": 0.0625}}
+    assert rows["perplexity"] == {"plain": {"value": 20.0}, "instructed": None, "patched": {"value": 20.25}}
+    assert rows["prompt_tokens"]["patched"] == {"value": 6.0}
+    value, low, high = perplexity_ratio(**RESULT["perplexity_windows"])
+    assert found["perplexity_ratio"] == {"value": 20.25 / 20.0, "low": low, "high": high}
+    assert low < value < high
+    assert [row["value"] for row in found["differences"]] == [0.0, 0.5, 0.4]
+    assert found["differences"][1]["label"] == "accuracy, patched − plain"
+    assert (found["pairs"], found["answered"], found["tokens_saved"], found["recovery"]) == (5, 4, 80, 1.0)
+    keys = ("input", "reference", "plain", "instructed", "patched")
+    assert [tuple(item[key] for key in keys) for item in found["samples"]] == ITEMS
+    assert [item["input"] for item in gather(written, samples=2)["evaluation"]["samples"]] == ["hot", "big"]
+
+
+def test_fit_figures(written: Path) -> None:
+    found = gather(written)
+    (fit,) = found["fits"]
+    assert [(layer["block"], layer["kind"]) for layer in fit["layers"][:3]] == [
+        (0, "self_attn.o_proj"),
+        (0, "mlp.down_proj"),
+        (1, "self_attn.o_proj"),
+    ]
+    assert [layer["block"] for layer in fit["layers"][::2]] == list(range(12))  # 10 comes after 9
+    assert [layer["error_left"] for layer in fit["layers"][:2]] == pytest.approx([0.1 / 0.5, 1.0 / 2.0])
+    assert list(fit["seconds"]) == ["prepare", "forward", "solve"]
+    assert fit["instructions"] == [INSTRUCTION]
+    assert found["spectrum"][3]["layer"] == "model.layers.1.mlp.down_proj"
+    assert len(found["spectrum"][3]["values"]) == 3
+    assert found["adapter"]["bytes"] == (written / "adapter_model.safetensors").stat().st_size
+
+
+def test_parts_of_a_sum_are_told_apart(tmp_path: Path) -> None:
+    total = make_patch(2, instruction="One.") + 0.5 * make_patch(2, instruction="Two.", diagnostics={})
+    total.save_adapter(tmp_path / "sum")
+    found = write_report(tmp_path / "sum")
+    assert [(fit["instructions"], fit["scale"]) for fit in found["fits"]] == [(["One."], 1.0), (["Two."], 0.5)]
+    assert found["adapter"]["rank"] == 6
+    html = (tmp_path / "sum" / "report.html").read_text(encoding="utf-8")
+    assert "Part 2, times 0.5" in html
+    ids = re.findall(r' id="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+
+
+# The three forms
+
+
+def test_the_three_forms_have_the_same_figures(written: Path) -> None:
+    page = Page((written / "report.html").read_text(encoding="utf-8"))
+    record = json.loads((written / "report.json").read_text(encoding="utf-8"))
+    assert record == gather(written)
+    lines = (written / "report.md").read_text(encoding="utf-8").splitlines()
+    for row, cells in zip(record["evaluation"]["table"], page.tables["Three-way comparison"][1:], strict=True):
+        shown = []
+        for run in ("plain", "instructed", "patched"):
+            cell, digits = row["runs"][run], row["digits"]
+            bounds = f" {cell['low']:.2f}–{cell['high']:.2f}" if cell and "low" in cell else ""
+            shown.append(f"{cell['value']:.{digits}f}{bounds}" if cell else "–")
+        assert cells == [row["label"], *shown]
+        bracketed = [re.sub(r" (.+)", r" (\1)", text) for text in shown]
+        assert f"| {row['label']} | {' | '.join(bracketed)} |" in lines
+    for layer, cells in zip(
+        record["fits"][0]["layers"],
+        next(rows for caption, rows in page.tables.items() if caption.startswith("Figures by layer"))[1:],
+        strict=True,
+    ):
+        errors = [f"{layer[key]:.3g}" for key in ("error_before", "error_after", "error_left")]
+        assert cells[:4] == [layer["layer"], *errors]
+        assert "| " + " | ".join([cells[0].replace("_", r"\_"), *cells[1:]]) + " |" in lines
+    stages = [["prepare", "0.5 s", "–"], ["forward", "1.0 s", "–"], ["solve", "2.5 s", "30.0 MB"]]
+    assert page.tables["By stage"][1:] == stages
+    assert "| solve | 2.5 s | 30.0 MB |" in lines
+    spectrum = [f"{value:.3g}" for value in record["spectrum"][0]["values"]]
+    assert page.tables["Singular values of each changed weight's ΔW"][1][1].split() == spectrum
+    assert page.tables["Figures by step"][2][:2] == ["1", "0.65"]
+
+
+def test_text_of_others_is_escaped(written: Path) -> None:
+    page = Page((written / "report.html").read_text(encoding="utf-8"))
+    assert page.tags["script"] == page.tags["img"] == 0
+    assert not page.handlers
+    assert page.literal[0] == "\n" + INSTRUCTION  # browsers leave a first line break out
+    sample = page.tables["Samples, side by side"][5]
+    assert sample[:4] == [ATTACK, "–", "one two three", SCRIPT]
+    assert sample[4] == f"one two three {ATTACK}"  # two is struck through
+    text = (written / "report.md").read_text(encoding="utf-8")
+    quoted = text.split("````")
+    assert INSTRUCTION in quoted[1]
+    assert "<" not in quoted[2]
+    assert "49" not in re.sub(r"\d+\.\d+|[0-9a-f]{64}", "", text.split("## Preservation")[0])  # 7 * 7 was not computed
+
+
+def test_the_page_needs_nothing_else(written: Path) -> None:
+    html = (written / "report.html").read_text(encoding="utf-8")
+    links = re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)|@import""", html)
+    assert all((link or url).startswith(("data:", "#")) for link, url in links)
+    assert "default-src 'none'" in html
+    colours = set(re.findall(r"(?:fill|stroke): (#\w+)", html))
+    assert not colours  # all are the page's variables, light or dark
+
+
+@given(st.lists(st.sampled_from("abc")), st.lists(st.sampled_from("abc")), st.sampled_from([" ", "\n", "  "]))
+def test_differences_rebuild_both_texts(text: list[str], reference: list[str], space: str) -> None:
+    parts = differences(space.join(text), " ".join(reference))
+    words = [(kind, part.split()) for kind, part in parts]
+    assert [word for kind, part in words if kind != "delete" for word in part] == text
+    if set(text) & set(reference) or not text:
+        assert [word for kind, part in words if kind != "insert" for word in part] == reference
+
+
+def test_differences_of_words() -> None:
+    assert differences("the red cat", "the cat sat") == [
+        ("equal", "the "),
+        ("insert", "red "),
+        ("equal", "cat"),
+        ("delete", "sat"),
+    ]
+    assert differences("dog", "cat") == [("insert", "dog")]
+    assert differences(" ", "cat") == [("delete", "cat")]
+    assert differences("cat\n", " cat") == [("equal", "cat")]
+
+
+# What is missing, and what is wrong
+
+
+def test_without_an_evaluation_it_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_patch().save_adapter(tmp_path / "adapter")
+    main(["report", str(tmp_path / "adapter")])
+    assert "no evaluation yet" in capsys.readouterr().err
+    for name in OUTPUTS[:2]:
+        assert "lit-thought evaluate --adapter" in (tmp_path / "adapter" / name).read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "adapter" / "report.json").read_text())["evaluation"] is None
+    assert "## Results" not in re.sub(r"`{4}.*?`{4}", "", (tmp_path / "adapter" / "README.md").read_text(), flags=re.S)
+
+
+def test_an_adapter_without_a_record(tmp_path: Path) -> None:
+    make_patch().save_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / "thought.json").unlink()
+    (tmp_path / "adapter" / "README.md").unlink()
+    write_evaluation(tmp_path / "elsewhere", accuracy=None, first_token_accuracy=None, perplexity=None)
+    found = write_report(tmp_path / "adapter", tmp_path / "elsewhere", tmp_path / "out" / "report")
+    assert {path.name for path in (tmp_path / "out" / "report").iterdir()} == set(OUTPUTS)
+    assert found["fits"][0]["layers"] == found["fits"][0]["instructions"] == []
+    html = (tmp_path / "out" / "report" / "report.html").read_text(encoding="utf-8")
+    assert html.count('class="missing"') >= 4
+    assert "## Results" in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_vectors_alone(tmp_path: Path) -> None:
+    path = "model.layers.0.mlp.down_proj"
+    figures = {path: {"vector_error_before": 4.0, "vector_error_after": 1.0, "vector_norm": 2.0}}
+    patch = ThoughtPatch({}, {"d_in": {path: 5}, "diagnostics": figures}, {path: torch.ones(4)})
+    patch.save_adapter(tmp_path / "adapter")
+    found = write_report(tmp_path / "adapter")
+    assert found["fits"][0]["layers"][0]["error_left"] == 0.25
+    assert found["spectrum"] == []
+
+
+def _drop_items(run: Path) -> None:
+    (run / "evaluation" / "items.jsonl").unlink()
+
+
+def _drop_a_line(run: Path) -> None:
+    file = run / "evaluation" / "items.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+
+
+def _not_text(run: Path) -> None:
+    file = run / "evaluation" / "items.jsonl"
+    file.write_text(file.read_text().replace('"It is warm"', "3"))
+
+
+def _drop_a_key(run: Path) -> None:
+    file = run / "evaluation" / "result.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "kl"}))
+
+
+def _of_another(run: Path) -> None:
+    shutil.rmtree(run / "evaluation")
+    write_evaluation(run / "evaluation", adapter="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_drop_items, r"items\.jsonl"),
+        (_drop_a_line, "outputs of 5 pairs"),
+        (_not_text, "outputs of 5 pairs"),
+        (_drop_a_key, r"lacks \['kl'\]"),
+        (_of_another, "another adapter"),
+        (lambda run: (run / "evaluation" / "result.json").write_text("{"), "cannot be read"),
+        (lambda run: (run / "report.json").mkdir(), "is a folder"),
+    ],
+)
+def test_bad_runs_are_refused_and_nothing_is_written(tmp_path: Path, spoil: Any, message: str) -> None:
+    run = make_run(tmp_path / "adapter")
+    spoil(run)
+    before = sorted(path.name for path in run.rglob("*"))
+    card = (run / "README.md").read_bytes()
+    with pytest.raises(ThoughtError, match=message):
+        write_report(run)
+    assert sorted(path.name for path in run.rglob("*")) == before
+    assert (run / "README.md").read_bytes() == card
+
+
+def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "adapter")
+    with pytest.raises(PatchError, match="not a folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(ThoughtError, match="evaluation="):
+        write_report(run, tmp_path / "nowhere")
+    with pytest.raises(ThoughtError, match="samples must be"):
+        write_report(run, samples=-1)
+    with pytest.raises(ThoughtError, match=r"out=.*is a file"):
+        write_report(run, out=run / "README.md")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ThoughtError, match=r"needs matplotlib.*lit-thought\[report\]"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_failure_on_the_way_leaves_the_last_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "adapter")
+    write_report(run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+    def fail(content: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_thought.evaluation.report.render.render_markdown", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(run, samples=1)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+# The card, and the command line
+
+
+def test_the_card_gets_the_figures_once_and_keeps_its_reader_s_edits(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "adapter")
+    card = run / "README.md"
+    plain = card.read_text(encoding="utf-8").replace("# Instruction as weights", "# My adapter")
+    card.write_text(plain, encoding="utf-8")
+    write_report(run)
+    first = card.read_text(encoding="utf-8")
+    row = "| accuracy (exact match) | 0.25 (0.05–0.70) | 0.75 (0.30–0.95) | 0.75 (0.30–0.95) |"  # as scipy has it
+    assert first.count(row) == 1
+    assert re.search(r"\n\nPerplexity of unrelated text × 1\.012 \(0\.99\d–1\.0\d\d\)\.\n", first)
+    assert INSTRUCTION in first
+    assert first.index(INSTRUCTION) < first.index(row) < first.rindex("\n## Use\n")
+    write_report(run)
+    assert card.read_text(encoding="utf-8") == first
+    shutil.rmtree(run / "evaluation")
+    write_report(run)
+    assert card.read_text(encoding="utf-8") == plain
+    assert ThoughtPatch.load(run).rank == 3  # the folder is an adapter still
+
+
+def test_fit_evaluate_report(files: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    main([*fit_arguments(files), f"--val_pairs={files / 'test.json'}"])
+    adapter = files / "adapter"
+    known = ThoughtPatch.load(adapter).provenance
+    assert set(known["seconds"]) >= {"prepare", "preserve", "forward", "statistics", "solve", "validate"}
+    assert all(seconds >= 0 for seconds in known["seconds"].values())
+    assert known["memory"]["peak"] > 50e6  # Python with torch takes more
+    assert known["memory"]["estimated"]["streams"] > 0
+    options = ["--max_new_tokens=4", "--progress=false", f"--model={files / 'model'}", f"--pairs={files / 'test.json'}"]
+    main(["evaluate", f"--adapter={adapter}", f"--out={adapter / 'evaluation'}", *options])
+    main(["report", str(adapter)])
+    assert "Wrote report.html" in capsys.readouterr().err
+    record = json.loads((adapter / "report.json").read_text(encoding="utf-8"))
+    result = json.loads((adapter / "evaluation" / "result.json").read_text(encoding="utf-8"))
+    rows = {row["key"]: row["runs"] for row in record["evaluation"]["table"]}
+    assert rows["accuracy"]["patched"]["value"] == result["accuracy"]["patched"]
+    assert rows["fidelity"]["patched"]["value"] == result["fidelity"]
+    assert result["adapter"] == record["adapter"]["sha256"]
+    assert record["fits"][0]["steps"][-1]["step"] == 1
+    # another fit's evaluation is not taken for this one's
+    main([*fit_arguments(files, "other")[:-2], "--rank=2", "--preserve_tokens=300", "--progress=false"])
+    with pytest.raises(SystemExit):
+        main(["report", str(files / "other"), f"--evaluation={adapter / 'evaluation'}"])
+    assert "another adapter" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+"""PairDataModule: what it checks, what it prepares, and what the batches hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from test_fit import INSTRUCTION, PAIRS, readable
+
+from lit_thought.errors import ThoughtError
+from lit_thought.fit.data import PairDataModule
+from lit_thought.model.loading import context_window
+from lit_thought.prompts.pairs import pair_instructions
+from lit_thought.prompts.template import PromptTemplate
+
+TOKENIZER = make_tokenizer()
+
+
+def length(text: str) -> int:
+    return len(TOKENIZER(text)["input_ids"])
+
+
+def words(count: int) -> str:
+    """A text of exactly ``count`` tokens, which nothing merges with."""
+    text = " big" * count
+    assert length(text) == count
+    return text
+
+
+def window(size: int) -> Any:
+    model = make_model()
+    model.config.max_position_embeddings = size
+    return model
+
+
+def test_context_window() -> None:
+    assert context_window(make_model("llama")) == context_window(make_model("gpt2")) == 256
+
+
+def test_pair_overflows_the_context_window() -> None:
+    pairs = [{"input": "hot", "output": "cold"}, {"input": "big", "output": "small" * 9}]
+    data = PairDataModule(pairs, INSTRUCTION)
+    longest = length(f"{INSTRUCTION}Q: big\nA: {pairs[1]['output']}\n")
+    data.check(window(longest), TOKENIZER)
+    with pytest.raises(ThoughtError, match=rf"pairs\[1\]: expected at most {longest - 1} tokens .*got {longest}, "):
+        data.check(window(longest - 1), TOKENIZER)
+
+
+def test_room_for_the_output_counts() -> None:
+    pairs = [{"input": "hot", "output": "cold"}, {"input": "hot"}]
+    data = PairDataModule(pairs, INSTRUCTION, max_new_tokens=50)
+    prompt = length(f"{INSTRUCTION}Q: hot\nA:")
+    data.check(window(prompt + 50), TOKENIZER)
+    with pytest.raises(ThoughtError, match=rf"pairs\[1\]: expected at most {prompt + 49} .* and max_new_tokens=50,"):
+        data.check(window(prompt + 49), TOKENIZER)
+    PairDataModule(pairs[:1], INSTRUCTION, max_new_tokens=50).check(window(prompt + 49), TOKENIZER)
+
+
+def test_instruction_alone_overflows() -> None:
+    data = PairDataModule(PAIRS, words(60))
+    with pytest.raises(ThoughtError, match=r"instruction: .*context window of 50 tokens, but it alone has 6"):
+        data.check(window(50), TOKENIZER)
+    with pytest.raises(ThoughtError, match=r"pairs\[0\]"):
+        data.check(window(65), TOKENIZER)  # it fits, but not with a query
+
+
+def test_an_output_that_comes_out_too_long_is_refused_too() -> None:
+    model = window(60)
+    data = PairDataModule([{"input": "hot"}], "bad\n", max_new_tokens=2, generate={"max_new_tokens": 70})
+    with pytest.raises(ThoughtError, match=r"pairs\[0\]: expected at most 60"):
+        data.prepare(readable(model), TOKENIZER)
+
+
+def test_instructions() -> None:
+    pairs = [{"input": "hot"}, {"input": "big", "instruction": "its own"}]
+    assert pair_instructions(pairs, "common") == ["common", "its own"]
+    with pytest.raises(ThoughtError, match="instruction must be a text that is not empty; pair 0 has None"):
+        pair_instructions(pairs, None)
+    with pytest.raises(ThoughtError, match="pair 0 has ' '"):
+        PairDataModule(pairs, " ")
+    data = PairDataModule(pairs[1:])
+    assert data.instructions == ["its own"]
+    assert data.instruction is None
+
+
+def test_batches_hold_every_compared_token_once() -> None:
+    pairs = [*PAIRS, {"input": "dog", "output": "fox", "instruction": "Talk like a pirate.\n"}]
+    data = PairDataModule(pairs, INSTRUCTION, batch_size=2, answer_weight=3.0)
+    with pytest.raises(ThoughtError, match="no batches yet"):
+        data.train_dataloader()
+    data.prepare(make_model(), TOKENIZER)
+    assert data.outputs == [pair["output"] for pair in pairs]
+    for pair, tokens in zip(pairs, data.tokenised, strict=True):
+        chunk = pair.get("instruction", INSTRUCTION)
+        assert tokens == PromptTemplate().tokenise(TOKENIZER, chunk, pair["input"], pair["output"])
+    total = 0.0
+    for tokens in data.tokenised:
+        start, stop = tokens.output_span
+        total += len(tokens.plain_ids) + 2.0 * (stop - start + 1)
+    found = sum(float(batch.weights.sum()) for batch in data.batches)
+    assert found == pytest.approx(total)
+    for batch in data.batches:
+        if batch.plain is not None:
+            mine = batch.plain.ids.flatten()[batch.plain_rows]
+            assert torch.equal(mine, batch.target.ids.flatten()[batch.target_rows])
+    first, second = (list(data.train_dataloader()) for _ in range(2))
+    assert [batch.index for batch in first] == [batch.index for batch in second] == list(range(len(data.batches)))
+    assert all(batch.lead is None or batch.lead < batch.index for batch in first)
+    elsewhere = torch.device("meta")  # where Lightning would move every batch in every epoch
+    assert all(data.transfer_batch_to_device(batch, elsewhere, 0) is batch for batch in [*first, None])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of 1 or more; got 0"),
+        ({"batch_size": 2.0}, "batch_size must"),
+        ({"batch_size": True}, "batch_size must"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of 1 or more; got 0"),
+        ({"max_new_tokens": "64"}, "max_new_tokens must"),
+        ({"answer_weight": 0}, "answer_weight must be a finite number above 0; got 0"),
+        ({"answer_weight": -1.0}, "answer_weight must"),
+        ({"answer_weight": float("nan")}, "answer_weight must"),
+        ({"answer_weight": float("inf")}, "answer_weight must"),
+        ({"answer_weight": "5"}, "answer_weight must"),
+        ({"template": "chatty"}, "template: expected"),
+        ({"template": "{input}"}, r"template: expected the field \{output\}"),
+        ({"generate": {"stopping_criteria": TOKENIZER}}, "generate must hold JSON values"),
+        ({"generate": {"temperature": float("nan")}}, "generate must hold JSON values"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ThoughtError, match=message):
+        PairDataModule(PAIRS, INSTRUCTION, **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tempratur": 1.0}, "generate: .*tempratur"),
+        ({"do_sample": True, "num_return_sequences": 2}, "generate: 'num_return_sequences' is not supported"),
+        ({"num_beams": 4}, "generate: 'num_beams' is not supported"),
+        ({"return_dict_in_generate": True}, "generate: .*return_dict_in_generate"),
+    ],
+)
+def test_bad_options_of_generate(options: dict[str, Any], message: str) -> None:
+    data = PairDataModule([{"input": "hot"}, {"input": "big"}], INSTRUCTION, generate=options, max_new_tokens=3)
+    with pytest.raises(ThoughtError, match=message):
+        data.prepare(make_model(), TOKENIZER)

@@ -1,0 +1,666 @@
+"""Patches on models: exact removal, exact algebra, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_thought.errors import PatchError
+from lit_thought.model.loading import fingerprint
+from lit_thought.patch import weights
+from lit_thought.patch.patch import Factors, ThoughtPatch
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def output_projections(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of the attention's and the MLP's output projection in each block."""
+    found = {}
+    for path, module in model.named_modules():
+        if path.endswith(("o_proj", "down_proj", "attn.c_proj", "mlp.c_proj")):
+            shape = tuple(module.weight.shape)
+            found[path] = shape[::-1] if isinstance(module, Conv1D) else shape
+    assert len(found) == 6
+    return found
+
+
+def make_patch(
+    model: nn.Module, seed: int = 0, rank: int = 2, every: int = 1, marked: bool = True, size: float = 0.2
+) -> ThoughtPatch:
+    """A random patch of every ``every``-th output projection; ``marked`` with the model's fingerprint."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        path: Factors(
+            torch.randn(rank, d_in, generator=generator) * size,
+            torch.randn(d_out, rank, generator=generator) * size,
+        )
+        for path, (d_out, d_in) in list(output_projections(model).items())[::every]
+    }
+    provenance = {"model": "tiny", "fingerprint": fingerprint(model), "instruction": "Talk like a pirate."}
+    return ThoughtPatch(factors, provenance if marked else None)
+
+
+def make_vectors(model: nn.Module, seed: int = 0, every: int = 1, size: float = 0.5) -> dict[str, Tensor]:
+    """A random thought vector for every ``every``-th output projection, the last one first."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    shapes = list(output_projections(model).items())[::-every]
+    return {path: torch.randn(d_out, generator=generator) * size for path, (d_out, _) in shapes}
+
+
+def with_vectors(patch: ThoughtPatch, seed: int = 0, every: int = 1, family: str = "llama") -> ThoughtPatch:
+    return ThoughtPatch(patch.factors, patch.provenance, make_vectors(make_model(family), seed, every))
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    """Equal to the last bit (so -0.0 is not 0.0)."""
+    return all(
+        torch.equal(value.contiguous().view(torch.uint8), before[name].contiguous().view(torch.uint8))
+        for name, value in model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_apply_changes_by_the_factors_and_removal_is_exact(family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype)
+    before = snapshot(model)
+    patch = make_patch(model)
+    patch.apply_(model)
+    for path, factors in patch.factors.items():
+        old = before[f"{path}.weight"].double().numpy()
+        delta = factors.B.double().numpy() @ factors.A.double().numpy()
+        wanted = old + (delta.T if family == "gpt2" else delta)
+        new = model.get_submodule(path).weight.detach().double().numpy()
+        # one rounding to the weight's dtype, and no more: half a unit in the last place
+        noise = 1e-14 if dtype == torch.float64 else 1e-6
+        np.testing.assert_allclose(new, wanted, rtol=torch.finfo(dtype).eps / 2, atol=noise)
+        assert not np.allclose(new, old, atol=1e-2)
+    untouched = set(before) - {f"{path}.weight" for path in patch.targets}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in untouched)
+    assert not same(model, before)
+    patch.remove_(model)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 2, 1), (2, 0, 1)])
+def test_patches_come_off_in_any_order(order: tuple[int, ...], dtype: torch.dtype) -> None:
+    model = make_model("llama", dtype)
+    before = snapshot(model)
+    patches = [make_patch(model, seed=seed, every=seed + 1) for seed in range(3)]
+    for patch in patches:
+        patch.apply_(model)
+    on = list(patches)
+    for number in order:
+        patches[number].remove_(model)
+        on.remove(patches[number])
+        fresh = make_model("llama", dtype)
+        for patch in on:
+            patch.apply_(fresh)
+        assert same(model, snapshot(fresh))
+        kept = {path for patch in on for path in patch.targets}
+        assert set(weights.original_weights(model)) == {f"{path}.weight" for path in kept}
+    assert same(model, before)
+    assert model not in weights._STATES
+
+
+def test_context_removes_after_an_exception_and_nests() -> None:
+    model = make_model("llama", torch.bfloat16)
+    before = snapshot(model)
+    outer, inner = make_patch(model, 1), make_patch(model, 2)
+    with pytest.raises(KeyboardInterrupt), outer.applied(model) as same_model:  # noqa: PT012
+        assert same_model is model
+        with_outer = snapshot(model)
+        assert not same(model, before)
+        with pytest.raises(RuntimeError, match="inside"), inner.applied(model):  # noqa: PT012
+            assert not same(model, with_outer)
+            raise RuntimeError("inside")
+        assert same(model, with_outer)
+        raise KeyboardInterrupt
+    assert same(model, before)
+    with outer.applied(model):
+        outer.remove_(model)  # the block may remove it itself
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("count", [4, 9])
+def test_failure_midway_puts_everything_back(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", torch.float32)
+    first = make_patch(model, 1)
+    second = with_vectors(make_patch(model, 2))  # 6 matrices, 6 vectors
+    first.apply_(model)
+    before = snapshot(model)
+    genuine, calls = weights._add, []
+
+    def failing(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+        calls.append(name)
+        if len(calls) == count:
+            raise MemoryError("no room")
+        genuine(name, layer, addition)
+
+    monkeypatch.setattr(weights, "_add", failing)
+    with pytest.raises(MemoryError):
+        second.apply_(model)
+    assert len(calls) > count  # the first patch was added again
+    assert same(model, before)
+    assert all(model.get_submodule(path).bias is None for path in second.vectors)
+    with pytest.raises(PatchError, match="not applied"):
+        second.remove_(model)
+
+
+def test_removal_is_exact_under_autocast_and_inference_mode() -> None:
+    model = make_model("llama", torch.float32)
+    before = snapshot(model)
+    patch = make_patch(model)
+    patch.apply_(model)
+    plain = snapshot(model)
+    patch.remove_(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), patch.applied(model):
+        assert same(model, plain)
+    assert same(model, before)
+
+
+def test_applying_twice_and_removing_what_is_not_there() -> None:
+    model = make_model("llama")
+    patch = make_patch(model)
+    with pytest.raises(PatchError, match="not applied"):
+        patch.remove_(model)
+    patch.apply_(model)
+    with pytest.raises(PatchError, match="applied to the model already"):
+        patch.apply_(model)
+    with pytest.raises(PatchError, match="not applied"):
+        make_patch(model, marked=False).remove_(model)  # equal factors, another patch
+    patch.remove_(model)
+    with pytest.raises(PatchError, match="not applied"):
+        patch.remove_(model)
+
+
+def test_another_model_is_refused_unless_asked() -> None:
+    model, other = make_model("llama"), make_model("llama", seed=1)
+    patch = make_patch(model)
+    before = snapshot(other)
+    with pytest.raises(PatchError, match=r"made for 'tiny'.*check=False"):
+        patch.apply_(other)
+    assert same(other, before)
+    with patch.applied(other, check=False):
+        assert not same(other, before)
+    assert same(other, before)
+    with pytest.raises(PatchError, match="dtype differ"):
+        patch.apply_(make_model("llama", torch.float32))
+
+
+def test_fingerprint_check_sees_through_applied_patches() -> None:
+    model = make_model("qwen2", torch.float32)
+    first, second = make_patch(model, 1), make_patch(model, 2)
+    first.apply_(model, check=False)
+    second.apply_(model)  # fitted on the model without `first`
+    stranger = ThoughtPatch(second.factors, {"fingerprint": fingerprint(model)})
+    with pytest.raises(PatchError, match="made for"):
+        stranger.apply_(model)
+
+
+def test_another_architecture_is_always_refused() -> None:
+    patch = make_patch(make_model("llama"))
+    gpt2 = make_model("gpt2")
+    before = snapshot(gpt2)
+    with pytest.raises(PatchError, match="6 of the patch's 6 targets are missing"):
+        patch.apply_(gpt2, check=False)
+    assert same(gpt2, before)
+
+
+def test_every_target_is_checked_before_the_first_change() -> None:
+    model = make_model("llama")
+    before = snapshot(model)
+    good = make_patch(model, marked=False)
+    wrong_shape = dict(good.factors)
+    last = good.targets[-1]
+    wrong_shape[last] = Factors(torch.ones(1, 7), torch.ones(9, 1))
+    with pytest.raises(PatchError, match=r"maps 48 inputs to 32 outputs.*7 to 9"):
+        ThoughtPatch(wrong_shape).apply_(model)
+    not_linear = {**good.factors, "model.norm": Factors(torch.ones(1, 32), torch.ones(32, 1))}
+    with pytest.raises(PatchError, match=r"'model\.norm' is a LlamaRMSNorm"):
+        ThoughtPatch(not_linear).apply_(model)
+    assert same(model, before)
+    with pytest.raises(PatchError, match="must be a torch"):
+        good.apply_("a model")  # type: ignore[arg-type]
+
+
+def test_layers_of_peft_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model("llama")
+    patch = make_patch(model, marked=False)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"]))
+    with pytest.raises(PatchError, match=r"o_proj' is a Linear;.*If the model holds PEFT layers, use peft.PeftModel"):
+        patch.apply_(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_are_rounded_once(dtype: torch.dtype) -> None:
+    """Bit for bit the float32 sum, rounded: a change rounded first, or rounded twice, would differ."""
+    model = make_model("llama", dtype)
+    patch = with_vectors(make_patch(model))
+    before = snapshot(model)
+    twice = 0
+    with patch.applied(model):
+        for path, factors in patch.factors.items():
+            old, delta = before[f"{path}.weight"], factors.delta()
+            layer = model.get_submodule(path)
+            assert torch.equal(layer.weight, (old.float() + delta).to(dtype))
+            assert torch.equal(layer.bias, patch.vectors[path].to(dtype))
+            twice += int(((old + delta.to(dtype)) != layer.weight).sum())
+    assert twice > 100
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_removal_is_exact_at_the_ends_of_a_half_precision_range(dtype: torch.dtype) -> None:
+    """Negative zero, subnormals, and sums that overflow or vanish."""
+    model = make_model("llama", dtype)
+    patch = make_patch(model, marked=False)
+    info = torch.finfo(dtype)
+    ends = torch.tensor([-0.0, info.smallest_normal / 4, -info.tiny, info.max, info.min, float("inf")]).to(dtype)
+    for path in patch.targets:
+        model.get_submodule(path).weight.data[:, : len(ends)] = ends
+    before = snapshot(model)
+    huge = ThoughtPatch({path: Factors(factors.A * 1e18, factors.B * 1e18) for path, factors in patch.factors.items()})
+    with patch.applied(model), huge.applied(model), (1e-6 * patch).applied(model):
+        assert not same(model, before)
+    assert same(model, before)
+
+
+def test_shared_and_unloaded_weights_are_refused() -> None:
+    model = make_model("gpt2")
+    patch = ThoughtPatch({"lm_head": Factors(torch.ones(1, 32), torch.ones(512, 1))})
+    with pytest.raises(PatchError, match=r"shares its weight with \['transformer.wte.weight'\]"):
+        patch.apply_(model)
+    patch = make_patch(make_model("llama"))
+    with pytest.raises(PatchError, match="not loaded"):
+        patch.apply_(make_model("llama").to("meta"), check=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scale_and_sum_are_exact(family: str) -> None:
+    model = make_model(family)
+    a, b, c = (
+        make_patch(model, 1, rank=2),
+        make_patch(model, 2, rank=3, every=2),
+        make_patch(model, 3, rank=1),
+    )
+    combined = 0.5 * a + b * 3 - c
+    assert set(combined.targets) == set(a.targets)
+    assert combined.rank == 6
+
+    def dense(patch: ThoughtPatch, path: str) -> np.ndarray:
+        if path not in patch.factors:
+            return np.zeros(output_projections(model)[path])
+        factors = patch.factors[path]
+        return factors.B.double().numpy() @ factors.A.double().numpy()
+
+    for path in a.targets:
+        wanted = 0.5 * dense(a, path) + 3 * dense(b, path) - dense(c, path)
+        # halving and negating are exact in float32, tripling rounds each entry of B once
+        np.testing.assert_allclose(dense(combined, path), wanted, rtol=0, atol=3e-7)
+        np.testing.assert_array_equal(dense(-a, path), -dense(a, path))
+        np.testing.assert_array_equal(dense(0.5 * a, path), 0.5 * dense(a, path))
+    before = snapshot(model)
+    with combined.applied(model), torch.no_grad():
+        logits = model(IDS).logits
+        for path in a.targets:
+            old = before[f"{path}.weight"].numpy()
+            new = model.get_submodule(path).weight.numpy()
+            delta = dense(combined, path)
+            np.testing.assert_allclose(new, old + (delta.T if family == "gpt2" else delta), rtol=0, atol=1e-14)
+    with (0.5 * a).applied(model), (3 * b).applied(model), (-c).applied(model), torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=1e-10)
+    total = sum([a, b, c])
+    assert isinstance(total, ThoughtPatch)
+    assert total.rank == 6
+
+
+def test_algebra_keeps_the_record() -> None:
+    model = make_model("llama")
+    a, b = make_patch(model, 1), make_patch(model, 2)
+    total = 2 * (a + 3 * b) + a
+    assert [part.get("scale", 1.0) for part in total.provenance["parts"]] == [2.0, 6.0, 1.0]
+    assert total.provenance["fingerprint"] == a.provenance["fingerprint"]
+    assert all(part["instruction"] == "Talk like a pirate." for part in total.provenance["parts"])
+    cut = total.truncate(1)
+    assert [len((cut + a).provenance["parts"])] == [2]  # a truncated sum is one part: its own no longer add up
+    assert "parts" not in a.provenance
+
+
+def test_algebra_refuses_nonsense() -> None:
+    model = make_model("llama")
+    patch = make_patch(model)
+    with pytest.raises(PatchError, match="fingerprint is"):
+        patch + make_patch(make_model("llama", seed=1))
+    wide = ThoughtPatch({patch.targets[0]: Factors(torch.ones(1, 5), torch.ones(4, 1))})
+    with pytest.raises(PatchError, match="4 by 5 in the other"):
+        patch + wide
+    for factor in (float("nan"), float("inf")):
+        with pytest.raises(PatchError, match="finite"):
+            factor * patch
+    with pytest.raises(PatchError, match="infinite"):
+        1e300 * patch
+    for other in ("2", None, True, [1]):
+        with pytest.raises(TypeError):
+            patch * other
+    for other in (1, False, "x"):
+        with pytest.raises(TypeError):
+            patch + other
+    for rank in (0, -1, 1.0, True):
+        with pytest.raises(PatchError, match="rank="):
+            patch.truncate(rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_truncate_is_the_best_of_its_rank(rank: int) -> None:
+    model = make_model("llama")
+    patch = make_patch(model, 1, rank=3) + make_patch(model, 2, rank=2, every=2)
+    cut = patch.truncate(rank)
+    assert cut.rank == rank
+    lost = whole = 0.0
+    for path, factors in patch.factors.items():
+        dense = factors.B.double().numpy() @ factors.A.double().numpy()
+        u, s, v_t = np.linalg.svd(dense, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ v_t[:rank]
+        np.testing.assert_allclose(cut.factors[path].delta(torch.float64).numpy(), best, rtol=0, atol=1e-6)
+        lost, whole = lost + np.sum(s[rank:] ** 2), whole + np.sum(s**2)
+    record = cut.provenance["truncated"]
+    assert record["rank"] == rank
+    assert record["relative_error"] == pytest.approx(np.sqrt(lost / whole), abs=1e-9)
+    assert (0 * patch).truncate(1).provenance["truncated"]["relative_error"] == 0.0
+
+
+def test_truncate_handles_more_columns_than_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(20, 5, generator=generator), torch.randn(7, 20, generator=generator)
+    whole = ThoughtPatch({"x": Factors(a, b)})
+    for rank in (2, 5, 12):
+        cut = whole.truncate(rank)
+        u, s, v_t = np.linalg.svd(b.double().numpy() @ a.double().numpy(), full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ v_t[:rank]
+        np.testing.assert_allclose(cut.factors["x"].delta(torch.float64).numpy(), best, rtol=0, atol=2e-5)
+
+
+def test_bad_factors() -> None:
+    ones = torch.ones
+    with pytest.raises(PatchError, match="NaN or infinite"):
+        Factors(torch.tensor([[float("nan")]]), ones(1, 1))
+    with pytest.raises(PatchError, match="NaN or infinite"):
+        Factors(ones(1, 1), torch.tensor([[1e300]], dtype=torch.float64))
+    with pytest.raises(PatchError, match="one rank"):
+        Factors(ones(2, 3), ones(3, 3))
+    with pytest.raises(PatchError, match="at least 1"):
+        Factors(ones(0, 3), ones(3, 0))
+    with pytest.raises(PatchError, match="A must be a floating-point matrix"):
+        Factors(ones(3), ones(3, 1))
+    with pytest.raises(PatchError, match=r"B must be .* got list"):
+        Factors(ones(1, 3), [[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(PatchError, match="int64"):
+        Factors(ones(1, 3).long(), ones(3, 1))
+
+
+def test_bad_patches_and_provenance() -> None:
+    factors = {"x": Factors(torch.ones(1, 2), torch.ones(3, 1))}
+    for vectors in (None, {}):
+        with pytest.raises(PatchError, match="factors is empty, and so is vectors"):
+            ThoughtPatch({}, None, vectors)
+    with pytest.raises(PatchError, match="must map"):
+        ThoughtPatch({"x": torch.ones(1)})  # type: ignore[dict-item]
+    with pytest.raises(PatchError, match="JSON"):
+        ThoughtPatch(factors, {"loss": torch.ones(1)})
+    kept = ThoughtPatch(factors, {"loss": float("nan"), "steps": (1, 2), "deep": {"x": [float("inf")]}})
+    assert kept.provenance == {"loss": None, "steps": [1, 2], "deep": {"x": [None]}}
+
+
+def test_a_patch_owns_its_numbers() -> None:
+    a = torch.ones(1, 2, dtype=torch.float32)
+    patch = ThoughtPatch({"x": Factors(a, torch.ones(3, 1))}, given := {"settings": {"rank": 1}})
+    a.fill_(7)
+    given["settings"]["rank"] = 2
+    assert patch.factors["x"].A.tolist() == [[1.0, 1.0]]
+    assert patch.provenance["settings"]["rank"] == 1
+    assert (patch.rank, patch.num_parameters, patch.nbytes, patch.targets) == (1, 5, 20, ("x",))
+    assert repr(patch) == "ThoughtPatch(targets=1, rank=1, parameters=5, 0.00 MiB)"
+
+
+# Thought vectors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_are_added_to_the_outputs_of_layers(family: str, dtype: torch.dtype) -> None:
+    """Against hooks that add the vectors to the layers' outputs: an independent way to the same logits."""
+    model = make_model(family, dtype)
+    before = snapshot(model)
+    vectors = make_vectors(model, every=2)
+    patch = ThoughtPatch({}, {"fingerprint": fingerprint(model)}, vectors)
+
+    def adding(vector: Tensor) -> Any:
+        return lambda layer, args, output: (output.double() + vector.double()).to(output.dtype)
+
+    handles = [model.get_submodule(path).register_forward_hook(adding(vector)) for path, vector in vectors.items()]
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad(), patch.applied(model):
+        found = model(IDS).logits
+        for path, vector in vectors.items():
+            old = before.get(f"{path}.bias", torch.zeros(len(vector))).double()
+            bias = model.get_submodule(path).bias
+            # one rounding to the bias's dtype, and no more
+            exact = old + vector.double()
+            noise = 1e-14 if dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(bias.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=noise)
+            assert bias.dtype == dtype
+            assert isinstance(bias, nn.Parameter)
+        plain = set(before) | {f"{path}.bias" for path in vectors}
+        assert set(model.state_dict()) == plain
+        untouched = plain - {f"{path}.bias" for path in vectors}
+        assert all(torch.equal(model.state_dict()[name], before[name]) for name in untouched)
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        assert (model(IDS).logits - wanted).abs().max() > 0.1  # a negative control: the vectors do something
+    assert set(model.state_dict()) == set(before)
+    assert same(model, before)
+    assert model not in weights._STATES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
+def test_vectors_and_matrices_come_off_in_any_order(order: tuple[int, ...], family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype)
+    before = snapshot(model)
+    patches = [
+        ThoughtPatch({}, None, make_vectors(model, 1)),
+        make_patch(model, 2, marked=False),
+        with_vectors(make_patch(model, 3, every=2, marked=False), 3, every=3, family=family),
+        ThoughtPatch({}, None, make_vectors(model, 4, every=2)),
+    ]
+    for patch in patches:
+        patch.apply_(model)
+    on = list(patches)
+    for number in order:
+        patches[number].remove_(model)
+        on.remove(patches[number])
+        fresh = make_model(family, dtype)
+        for patch in on:
+            patch.apply_(fresh)
+        assert same(model, snapshot(fresh))
+        held = {path for patch in on for path in patch.vectors}
+        for path in patches[0].vectors:  # a bias is there for as long as a vector is, and no longer
+            assert (model.get_submodule(path).bias is None) == (family == "llama" and path not in held)
+        originals = weights.original_weights(model)
+        factored = {f"{path}.weight" for patch in on for path in patch.factors}
+        assert set(originals) == factored | {f"{path}.bias" for path in held}
+    assert set(model.state_dict()) == set(before)
+    assert same(model, before)
+    assert model not in weights._STATES
+
+
+def test_a_made_bias_follows_its_weight_and_leaves_no_trace() -> None:
+    model = make_model("llama", torch.bfloat16)
+    names = [name for name, _ in model.named_parameters()]
+    patch = ThoughtPatch({}, None, make_vectors(model))
+    path = patch.targets[0]
+    layer = model.get_submodule(path)
+    for frozen in (True, False):
+        layer.weight.requires_grad_(not frozen)
+        with patch.applied(model):
+            assert layer.bias.requires_grad is not frozen
+            assert layer.bias.device == layer.weight.device
+        assert layer.bias is None
+        assert list(layer._parameters) == ["weight", "bias"]
+        assert [name for name, _ in model.named_parameters()] == names
+        assert "bias=False" in repr(layer)
+
+
+def test_a_bias_made_in_inference_mode_can_be_changed_outside() -> None:
+    model = make_model("llama", torch.float32)
+    before = snapshot(model)
+    first, second = ThoughtPatch({}, None, make_vectors(model, 1)), ThoughtPatch({}, None, make_vectors(model, 2))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first.apply_(model)
+    second.apply_(model)
+    for path, vector in first.vectors.items():
+        assert torch.equal(model.get_submodule(path).bias.detach(), vector + second.vectors[path])
+    first.remove_(model)
+    for path, vector in second.vectors.items():
+        assert torch.equal(model.get_submodule(path).bias.detach(), vector)
+    second.remove_(model)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fingerprint_check_sees_through_applied_vectors(family: str) -> None:
+    model = make_model(family, torch.float32)
+    patch = with_vectors(make_patch(model, 1), 1, family=family)
+    other = with_vectors(make_patch(model, 2), 2, family=family)
+    original = fingerprint(model)
+    with patch.applied(model), other.applied(model):  # `other` was made for the model without `patch`
+        assert fingerprint(model) != original
+    assert fingerprint(model) == original
+
+
+def test_every_check_holds_for_vectors() -> None:
+    vectors = make_vectors(make_model("llama"))
+    path = next(iter(vectors))
+
+    def refused(model: Any, message: str, vectors: dict[str, Tensor] = vectors) -> None:
+        before = set(model.state_dict()) if isinstance(model, nn.Module) else None
+        with pytest.raises(PatchError, match=message):
+            ThoughtPatch({}, None, vectors).apply_(model)
+        if before is not None:
+            assert set(model.state_dict()) == before
+
+    refused("a model", "must be a torch")
+    refused(make_model("gpt2"), "6 of the patch's 6 targets are missing")
+    both = ThoughtPatch(make_patch(make_model("llama"), marked=False).factors, None, vectors)
+    with pytest.raises(PatchError, match="6 of the patch's 6 targets are missing"):
+        both.apply_(make_model("gpt2"))
+    refused(
+        make_model("llama"), "has 32 outputs in this model.* vector has 7 entries", {**vectors, path: torch.ones(7)}
+    )
+    refused(make_model("llama"), "is a LlamaRMSNorm", {**vectors, "model.norm": torch.ones(32)})
+    refused(make_model("llama").to("meta"), "not loaded")
+    model = make_model("gpt2")
+    first, second = (block.mlp.c_proj for block in model.transformer.h[:2])
+    first.bias = second.bias
+    refused(model, "shares its bias with", {"transformer.h.1.mlp.c_proj": torch.ones(32)})
+    model = make_model("llama")
+    model.model.layers[0].mlp.down_proj = model.model.layers[1].mlp.down_proj  # one layer without a bias, used twice
+    refused(model, "shares its weight with", {"model.layers.0.mlp.down_proj": torch.ones(32)})
+
+
+def test_algebra_of_vectors() -> None:
+    model = make_model("llama")
+    a = ThoughtPatch(make_patch(model, 1, every=2).factors, None, make_vectors(model, 1))
+    b = ThoughtPatch(make_patch(model, 2).factors, None, make_vectors(model, 2, every=2))
+    for path, vector in a.vectors.items():
+        other = b.vectors.get(path, torch.zeros(32))
+        assert torch.equal((0.5 * a).vectors[path], 0.5 * vector)
+        assert torch.equal((-a).vectors[path], -vector)
+        assert torch.equal((a + b).vectors[path], vector + other)
+        assert torch.equal((b + a).vectors[path], vector + other)
+        assert torch.equal((a - b).vectors[path], vector - other)
+        assert torch.equal(a.truncate(1).vectors[path], vector)
+    assert a.truncate(1).rank == 1
+    combined = 2 * a - 0.5 * b
+    with combined.applied(model), torch.no_grad():
+        logits = model(IDS).logits
+    with (2 * a).applied(model), (-0.5 * b).applied(model), torch.no_grad():
+        # the sum of two vectors is rounded to float32 once
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=5e-6)
+
+    alone = a.only_vectors()
+    assert not alone.factors
+    assert alone.truncate(3).provenance["truncated"] == {"rank": 3, "relative_error": 0.0}
+    assert (alone + a.without_vectors()).targets == (*a.factors, *(p for p in a.vectors if p not in a.factors))
+    with pytest.raises(PatchError, match=r"vectors of 'model.* have 32 and 7 entries"):
+        alone + ThoughtPatch({}, None, {alone.targets[0]: torch.ones(7)})
+    with pytest.raises(PatchError, match="32 outputs by its factors, but its vector has 7"):
+        b + ThoughtPatch({}, None, {b.targets[0]: torch.ones(7)})
+    for number in (float("nan"), 1e300):
+        with pytest.raises(PatchError, match=r"infinite|finite"):
+            number * alone
+    joined = ThoughtPatch({}, {"d_in": {"x": 3}}, {"x": torch.ones(2)}) + ThoughtPatch(
+        {}, {"d_in": {"y": 4}}, {"y": torch.ones(2)}
+    )
+    assert joined.provenance["d_in"] == {"x": 3, "y": 4}
+    with pytest.raises(PatchError, match="factors is empty"):
+        alone.without_vectors()
+    with pytest.raises(PatchError, match="factors is empty"):
+        a.without_vectors().only_vectors()
+
+
+def test_what_a_patch_with_vectors_says_of_itself() -> None:
+    value = torch.ones(3, dtype=torch.float64)
+    factors = {"x": Factors(torch.ones(2, 2), torch.ones(3, 2))}
+    both = ThoughtPatch(factors, None, {"y": value, "x": value.bfloat16()})
+    value.fill_(7)
+    assert both.vectors["y"].tolist() == [1.0, 1.0, 1.0]
+    assert {vector.dtype for vector in both.vectors.values()} == {torch.float32}
+    assert (both.rank, both.num_parameters, both.nbytes, both.targets) == (2, 16, 64, ("x", "y"))
+    assert repr(both) == "ThoughtPatch(targets=2, rank=2, vectors=2, parameters=16, 0.00 MiB)"
+    alone = both.only_vectors()
+    assert (alone.rank, alone.num_parameters, alone.nbytes, alone.targets) == (0, 6, 24, ("y", "x"))
+    assert repr(alone) == "ThoughtPatch(targets=2, rank=0, vectors=2, parameters=6, 0.00 MiB)"
+    assert repr(both.without_vectors()) == "ThoughtPatch(targets=1, rank=2, parameters=10, 0.00 MiB)"
+
+
+def test_bad_vectors() -> None:
+    ones = torch.ones
+    for bad, message in (
+        ([1.0], r"vectors\['x'\] must be .* got list"),
+        (ones(1, 3), r"got torch.float32 \(1, 3\)"),
+        (ones(()), r"got torch.float32 \(\)"),
+        (ones(0), r"got torch.float32 \(0,\)"),
+        (ones(3).long(), "got torch.int64"),
+        (torch.tensor([float("nan")]), "NaN or infinite"),
+        (torch.tensor([1e300], dtype=torch.float64), "NaN or infinite"),
+    ):
+        with pytest.raises(PatchError, match=message):
+            ThoughtPatch({}, None, {"x": bad})  # type: ignore[dict-item]
+    for key in ("", 3):
+        with pytest.raises(PatchError, match="got the key"):
+            ThoughtPatch({}, None, {key: ones(3)})  # type: ignore[dict-item]
+    with pytest.raises(PatchError, match="3 outputs by its factors, but its vector has 4 entries"):
+        ThoughtPatch({"x": Factors(ones(1, 2), ones(3, 1))}, None, {"x": ones(4)})
+    for bad_d_in in (3, {"x": "3"}, {"x": 0}, {"x": True}):
+        with pytest.raises(PatchError, match=r"provenance\['d_in'\]"):
+            ThoughtPatch({}, {"d_in": bad_d_in}, {"x": ones(3)})

@@ -1,0 +1,93 @@
+"""Texts to leave alone: where they come from, and how they are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CORPUS, make_tokenizer
+
+from lit_thought.errors import ThoughtError
+from lit_thought.prompts.unrelated import load_texts, text_windows
+
+TEXTS = ["The quick brown fox jumps over the lazy dog; what is the capital?", CORPUS[0], "Talk like a pirate."]
+
+
+def bare(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_default_texts_do_not_overlap() -> None:
+    kept, judged = (
+        " ".join(" ".join(load_texts("default", part, "preserve")).split()) for part in ("preserve", "evaluate")
+    )
+    assert min(len(kept), len(judged)) > 20_000
+    shingles = {kept[i : i + 40] for i in range(len(kept) - 39)}
+    assert not any(judged[i : i + 40] in shingles for i in range(len(judged) - 39))
+
+
+def test_sources(tmp_path: Path) -> None:
+    file = tmp_path / "prose.txt"
+    file.write_text("Où est le renard?\n", encoding="utf-8")
+    for source in (file, str(file)):
+        assert load_texts(source, "evaluate", "unrelated") == ["Où est le renard?\n"]
+    assert load_texts(TEXTS, "evaluate", "unrelated") == TEXTS
+    assert load_texts(tuple(TEXTS), "preserve", "preserve") == TEXTS
+
+
+@pytest.mark.parametrize("argument", ["preserve", "unrelated"])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing.txt", "='nothing.txt' cannot be read as a UTF-8 text file"),
+        ("latin.txt", "='latin.txt' cannot be read as a UTF-8 text file"),
+        (".", "='.' cannot be read"),
+        ("blank.txt", " must hold one or more texts"),
+        ([], " must hold one or more texts"),
+        (["fox", " \n"], " must hold one or more texts"),
+        (["fox", 5], " must hold one or more texts"),
+        (5, " must be a text file, a list of texts"),
+        ({"text": "fox"}, " must be a text file, a list of texts"),
+    ],
+)
+def test_bad_sources(source: Any, message: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes("Où".encode("latin-1"))
+    Path("blank.txt").write_text(" \n")
+    with pytest.raises(ThoughtError) as raised:
+        load_texts(source, "preserve", argument)
+    assert str(raised.value).startswith(argument + message)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length", [2, 3, 7, 1000])
+def test_windows_cover_each_text_and_never_cross_two(bos: bool, length: int) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    windows = text_windows(tokenizer, TEXTS, length)
+    opening = [tokenizer.bos_token_id] * bos
+    rest = list(windows)
+    for text in TEXTS:
+        ids = bare(tokenizer, text)
+        while len(opening + ids) > 1 and ids:  # what is left of one token is too little to learn from
+            window = rest.pop(0)
+            assert window == [*opening, *ids[: length - len(opening)]]
+            ids = ids[length - len(opening) :]
+    assert not rest
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("most", [2, 9, 20, 21])
+def test_max_tokens_bounds_all_windows_together(bos: bool, most: int) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    every, some = text_windows(tokenizer, TEXTS, 6), text_windows(tokenizer, TEXTS, 6, most)
+    assert most - 1 <= sum(map(len, some)) <= most  # one token alone is no window
+    assert some[:-1] == every[: len(some) - 1]
+    assert some[-1] == every[len(some) - 1][: len(some[-1])]
+    assert text_windows(tokenizer, TEXTS, 6, 10_000) == every
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(ThoughtError, match="no window of two tokens"):
+        text_windows(make_tokenizer(), ["a", "b"], 8)
+    assert text_windows(make_tokenizer(bos=True), ["a"], 8) == [[0, *bare(make_tokenizer(), "a")]]

@@ -1,0 +1,149 @@
+"""Malformed input of every kind ends in the library's own error, or does no harm, and leaves no file behind.
+
+A smaller number of the cases of recipes/scorecard.py, other ones, and values that hypothesis makes up.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import mutations  # noqa: E402
+from fuzz_inputs import TOKENIZER  # noqa: E402
+from fuzzing import Kind, Reached, fuzz  # noqa: E402
+from scorecard import KINDS  # noqa: E402
+
+from lit_thought import PromptTemplate, transmute  # noqa: E402
+from lit_thought.errors import ThoughtError  # noqa: E402
+from lit_thought.patch.provenance import check_record  # noqa: E402
+from lit_thought.prompts.pairs import load_pairs  # noqa: E402
+
+CASES = dict.fromkeys(KINDS, 110) | {"configs": 15, "unfinished fits": 30, "preservation caches": 40}
+CASES |= {"adapter folders": 80, "adapter folders with vectors": 60, "evaluations": 60}
+CASES |= {"adapter folders without the instruction": 40}
+QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+TEXT = st.text(max_size=20) | st.text(alphabet="{}inputotc \n\ud800\x00", max_size=30)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_spoilt_copies(name: str, tmp_path: Path) -> None:
+    tally = fuzz(KINDS, {name: CASES[name]}, 1, tmp_path)[name]
+    assert tally.escaped == []
+    assert tally.left == []
+    assert tally.tried == CASES[name] == tally.refused + tally.read
+    if name == "preservation caches":  # made anew
+        assert tally.refused == 0
+    else:
+        assert tally.refused > 0.1 * tally.tried, "most changes would do no harm: they test nothing"
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        (lambda folder: {}["x"], "KeyError: 'x'"),
+        (lambda folder: (_ for _ in ()).throw(ThoughtError("")), "refused without a message"),
+        (lambda folder: (folder / "left").touch(), "read"),
+    ],
+)
+def test_what_escapes_and_what_is_left_is_told(read: Any, expected: str, tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "x.txt").write_text("text")
+
+    def reader(folder: Path) -> object:
+        return read(folder) if (folder / "spoilt").exists() else None
+
+    def spoil(folder: Path, draw: Random) -> str:
+        (folder / "spoilt").touch()
+        return "bytes: flip"
+
+    tally = fuzz({"example": Kind(write, reader, spoil)}, {"example": 2}, 0, tmp_path)["example"]
+    assert (tally.tried, tally.refused) == (2, 0)
+    assert [entry["end"] for entry in tally.escaped or tally.left] == [expected] * 2
+    assert bool(tally.left) == (expected == "read")
+
+
+def test_changes_are_seeded_and_differ(tmp_path: Path) -> None:
+    data = b'{"a": [1, "two"], "b": {"c": null}}'
+    found = []
+    for seed in (*range(40), 0):
+        file = tmp_path / "example.json"
+        mutations.restore(tmp_path, {"example.json": data})
+        name = mutations.spoil_file(file, Random(seed))
+        found.append((name, file.read_bytes() if file.is_file() and not file.is_symlink() else None))
+    assert found[0] == found[-1]
+    assert len(set(found)) > 30
+    assert sum(content == data for _, content in found) < 5
+
+
+@QUICK
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["input", "output", "instruction", "x"]), JSON, max_size=4), max_size=3)
+)
+def test_any_pairs(rows: list[Any]) -> None:
+    try:
+        pairs = load_pairs(rows)
+    except ThoughtError as error:
+        assert str(error)  # noqa: PT017
+    else:
+        assert pairs
+        assert all(isinstance(text, str) and text.encode() is not None for pair in pairs for text in pair.values())
+
+
+@QUICK
+@given(JSON | st.fixed_dictionaries({"user": TEXT, "system": TEXT | st.none(), "options": JSON}), TEXT, TEXT, TEXT)
+def test_any_template_and_prompt(value: Any, instruction: str, input: str, output: str) -> None:
+    try:
+        template = PromptTemplate.from_dict(value) if isinstance(value, dict) else PromptTemplate.parse(value)
+        template.tokenise(TOKENIZER, instruction, input, output)
+        template.tokenise(TOKENIZER, instruction, input)
+    except ThoughtError as error:
+        assert str(error)  # noqa: PT017
+
+
+@QUICK
+@given(st.text(max_size=10), st.text(max_size=10), st.text(max_size=10), st.text(max_size=10))
+def test_any_text_in_a_good_template(before: str, instruction: str, input: str, output: str) -> None:
+    try:
+        pair = PromptTemplate(f"{before}{{input}}\n{{output}}\n").tokenise(TOKENIZER, instruction, input, output)
+    except ThoughtError as error:
+        assert str(error)  # noqa: PT017
+    else:
+        plain = [pair.plain_ids[i] for i in pair.plain_positions]
+        assert plain == [pair.instructed_ids[i] for i in pair.instructed_positions]
+
+
+NAMES = ["rank", "ridge", "sites", "parts", "blocks", "steps", "step_size", "order", "preserve", "offload", "generate"]
+
+
+@QUICK
+@given(st.sampled_from([*NAMES, "scale", "memory_budget", "answer_weight", "template", "store_instruction"]), JSON)
+def test_any_setting(name: str, value: Any) -> None:
+    def load() -> Any:
+        raise Reached
+
+    with pytest.raises((ThoughtError, Reached)) as raised:
+        transmute(load, None, "Say it.\n", [{"input": "hot"}], **{"preserve": None, name: value})
+    assert str(raised.value) or raised.type is Reached
+
+
+@QUICK
+@given(st.dictionaries(st.sampled_from(["parts", "scale", "settings", "memory", "truncated", "history", "x"]), JSON))
+def test_any_record(record: Any) -> None:
+    try:
+        assert check_record(record, "thought.json") is record
+    except ThoughtError as error:
+        assert "thought.json" in str(error)  # noqa: PT017

@@ -1,0 +1,127 @@
+"""The recipe ``scorecard``: its command line, reduced, and its page on hand-made figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from faults import FAULTS, Outcome  # noqa: E402
+from fuzzing import Tally  # noqa: E402
+from junit import Case  # noqa: E402
+from scorecard import KINDS, scorecard, serving_lines, table, verdict, version_lines  # noqa: E402
+
+
+def test_scorecard(tmp_path: Path) -> None:
+    cases = json.dumps({"templates": 30, "unfinished fits": 5})
+    command = [sys.executable, "recipes/scorecard.py", "--config=recipes/scorecard.yaml", f"--cases={cases}"]
+    command += ["--faults=[forward raises,file size limit]", f"--out={tmp_path / 'scorecard'}"]
+    command += [
+        "--serving={a hash: [tests/test_checksum.py::test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names]}"
+    ]
+    command += [f"--versions={tmp_path / 'none.json'}"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "scorecard.json").read_text())
+    counts = {name: (t["tried"], t["refused"] + t["read"]) for name, t in record["malformed"].items()}
+    assert counts == {"templates": (30, 30), "unfinished fits": (5, 5)}
+    assert {fault["fault"] for fault in record["faults"]} == {"forward raises", "file size limit"}
+    assert all(fault["fine"] for fault in record["faults"])
+    page = (tmp_path / "scorecard.md").read_text()
+    assert page.startswith("`python recipes/scorecard.py")
+    assert "| a hash | verified | 1 | 0 | 0 |" in page
+    assert "Not run." in page.partition("## Versions")[2]
+    assert [case["end"] for case in record["serving"]["a hash"]] == ["passed"]
+    assert record["versions_tried"] is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scorecard.json", "scorecard.md"]
+
+
+def test_the_config_names_every_kind_and_fault_and_enough_cases() -> None:
+    config = yaml.safe_load((ROOT / "recipes" / "scorecard.yaml").read_text())
+    assert set(config["cases"]) == set(KINDS)
+    assert set(config["faults"]) == set(FAULTS)
+    assert sum(config["cases"].values()) >= 10_000
+    assert all(all_exist(tests) for tests in config["serving"].values())
+
+
+def all_exist(tests: list[str]) -> bool:
+    """Whether there are such files, with such tests in them."""
+    for test in tests:
+        file, _, name = test.partition("::")
+        text = (ROOT / file).read_text()
+        if name and f"\ndef {name.partition('[')[0]}(" not in text:
+            return False
+    return True
+
+
+def test_what_was_not_run_is_not_verified() -> None:
+    passed, skipped = Case("a", "passed"), Case("b", "skipped", "vLLM is not installed")
+    served = {
+        "one": [passed, skipped],
+        "two": [skipped, skipped],
+        "three": [passed, Case("c", "failed")],
+        "four": None,
+        "five": [],
+    }
+    assert [verdict(cases) for cases in served.values()] == ["verified", "not run", "failed", "failed", "not run"]
+    page = "\n".join(serving_lines(served))
+    assert "1 of 5 ways to serve a patch verified" in page
+    assert "| one | verified | 1 | 0 | 1 |" in page
+    assert "| two | not run | 0 | 0 | 2 |" in page
+    assert "| four | failed | – | – | – |" in page
+    assert page.count("- two: vLLM is not installed") == 1
+    assert serving_lines({}) == []
+    assert "Not run." in version_lines(None)
+
+
+def test_the_page_counts_and_names_what_went_wrong() -> None:
+    bad = {"number": 7, "change": "bytes: flip", "end": "KeyError: 'x'"}
+    tallies = {
+        "pairs": Tally(10, 6, 3, [bad], [], Counter(bytes=4, value=6)),
+        "texts": Tally(5, 4, 1, [], [{**bad, "end": "read", "files": ["example/x"]}], Counter(bytes=5)),
+    }
+    outcomes = [
+        Outcome("disk full", "write 1", "OSError", True, []),
+        Outcome("disk full", "write 2", "OSError", False, []),
+        Outcome("SIGKILL", "solve", "killed", None, ["sums"], True),
+        Outcome("SIGKILL", "solve, 2", "killed", None, [], False),
+        Outcome("Ctrl-C", "solve", None, True, []),
+    ]
+    page = table(tallies, outcomes, 60)
+    assert (
+        "15 malformed inputs: 10 refused with the library's own error, 4 without harm, 1 in another exception, 1"
+        in page
+    )
+    assert "5 faults: 1 left the model" in page
+    assert "| pairs | 10 | 6 | 3 | 1 | 0 |" in page
+    assert "| disk full | 2 | OSError | 1 of 2 | 0 | – |" in page
+    assert "| SIGKILL | 2 | killed | – | 1 | 1 of 2 |" in page
+    assert "| Ctrl-C | 1 | no error | 1 of 1 | 0 | – |" in page
+    missed = page.partition("## Missed")[2]
+    assert "case 7: KeyError: 'x'" in missed
+    assert "left ['example/x']" in missed
+    assert missed.count("\n- ") == 6
+    record = scorecard(tallies, outcomes, {"one": [Case("a", "passed")], "two": None}, None)
+    assert [fault["fine"] for fault in record["faults"]] == [True, False, False, False, False]
+    assert record["serving"] == {"one": [{"name": "a", "end": "passed", "reason": ""}], "two": None}
+    assert "## Missed" not in table({"texts": Tally(1, 1)}, outcomes[:1], 1)
+
+
+@pytest.mark.parametrize("arguments", [["--cases={pears: 3}", "--faults=[]"], ["--faults=[flood]", "--cases={}"]])
+def test_unknown_names_are_refused(arguments: list[str]) -> None:
+    from jsonargparse import auto_cli
+    from scorecard import main
+
+    from lit_thought.errors import ThoughtError
+
+    with pytest.raises(ThoughtError, match="expected some of"):
+        auto_cli(main, as_positional=False, args=[*arguments, "--serving={}", "--out=unused"])

@@ -1,0 +1,222 @@
+"""Batched generation from a shared lead, against one prompt at a time with no cache and no batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, make_model, make_tokenizer
+from transformers import LogitsProcessor, PreTrainedModel
+
+from lit_thought.errors import ThoughtError
+from lit_thought.runs.generate import Generation, generate
+
+LEAD = [5, 17, 300, 8, 9, 44, 60, 61, 62, 63, 64, 65]  # longer than mistral's window of 8
+REST = [[11, 12, 13], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53], [200], [31, 32, 33, 34], [11, 12]]
+PROMPTS = [LEAD + rest for rest in REST]
+TOKENIZER = make_tokenizer()
+
+
+def talkative(family: str, seed: int = 0) -> PreTrainedModel:
+    """A model that never ends by itself."""
+    model = make_model(family, seed=seed)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def one_by_one(model: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> list[list[int]]:
+    """Greedy continuation by full forwards, without cache, padding or ``generate``."""
+    written = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(n):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        written.append(ids[len(prompt) :])
+    return written
+
+
+class SpellOut:
+    """Decodes each token as its number, so that texts tell all tokens."""
+
+    pad_token_id, eos_token_id = 1, None
+
+    def decode(self, ids: Sequence[int], **kwargs) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def batch_decode(self, rows, **kwargs) -> list[str]:
+        return [self.decode(row.tolist()) for row in rows]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_with_a_shared_lead_equal_one_by_one(family: str, batch_size: int) -> None:
+    model = talkative(family)
+    expected = one_by_one(model, PROMPTS, 12)
+    found = generate(model, SpellOut(), PROMPTS, max_new_tokens=12, batch_size=batch_size)
+    assert [g.text for g in found] == [" ".join(map(str, ids)) for ids in expected]
+    assert not any(g.finished for g in found)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_prompts_with_nothing_in_common_and_a_single_prompt(family: str) -> None:
+    model = talkative(family)
+    expected = one_by_one(model, REST, 8)
+    assert [g.text for g in generate(model, SpellOut(), REST, max_new_tokens=8)] == [
+        " ".join(map(str, ids)) for ids in expected
+    ]
+    alone = generate(model, SpellOut(), [REST[1]], max_new_tokens=8)
+    assert alone[0].text == " ".join(map(str, expected[1]))
+    twice = generate(model, SpellOut(), [REST[1], REST[1]], max_new_tokens=8)
+    assert twice == [alone[0], alone[0]]
+
+
+def test_a_prompt_that_is_the_beginning_of_another() -> None:
+    model = talkative("llama")
+    prompts = [LEAD, [*LEAD, 7], LEAD[:3]]
+    expected = one_by_one(model, prompts, 6)
+    found = generate(model, SpellOut(), prompts, max_new_tokens=6)
+    assert [g.text for g in found] == [" ".join(map(str, ids)) for ids in expected]
+
+
+def test_the_lead_runs_once() -> None:
+    model = talkative("llama")
+    lengths: list[tuple[int, ...]] = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda m, args, out: lengths.append(tuple(args[0].shape)))
+    generate(model, SpellOut(), PROMPTS, max_new_tokens=1, batch_size=2)
+    handle.remove()
+    assert lengths == [(1, 12), (2, 2), (2, 4), (1, 14)]  # the lead; then what each batch adds, shortest first
+
+
+def test_an_end_token_finishes_a_row_and_not_the_others() -> None:
+    model = talkative("llama")
+    written = one_by_one(model, PROMPTS, 10)
+    end = written[1][4]
+    model.generation_config.eos_token_id = [end, 999]
+    found = generate(model, SpellOut(), PROMPTS, max_new_tokens=10)
+    for generation, ids in zip(found, written, strict=True):
+        expected = ids[: ids.index(end)] if end in ids else ids
+        assert generation.text == " ".join(map(str, expected))
+        assert generation.finished == (end in ids)
+    assert found[1].finished
+    assert not all(g.finished for g in found)
+
+
+def test_the_tokenizers_end_token_counts_too() -> None:
+    model = talkative("llama")
+    written = one_by_one(model, PROMPTS[:1], 5)[0]
+    tokenizer = SpellOut()
+    tokenizer.eos_token_id = written[2]  # type: ignore[assignment]
+    found = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=5)  # type: ignore[arg-type]
+    assert found == [Generation(" ".join(map(str, written[: written.index(written[2])])), True)]
+
+
+def forced(model: PreTrainedModel, texts: Sequence[str]) -> dict:
+    """Options that make a model write given texts, whatever it thinks; the row is known by its last prompt token."""
+
+    class Force(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = torch.full_like(scores, -1e9)
+            for row, ids in enumerate(input_ids.tolist()):
+                which = max(i for i, token in enumerate(ids) if token >= 500)
+                new = ids[which + 1 :]
+                rest = TOKENIZER(texts[ids[which] - 500])["input_ids"] + [TOKENIZER.eos_token_id]
+                scores[row, rest[min(len(new), len(rest) - 1)]] = 0
+            return scores
+
+    return {"logits_processor": [Force()]}
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_stop_string(batch_size: int) -> None:
+    texts = [
+        " cold\nQ: big\nA: small\n",  # stops after the answer
+        "\n\n fox\nQ",  # blank text before the answer is no stop
+        " dog",  # ends by its end token
+        " up" * 40,  # does neither
+        "\n" * 40,  # blank for ever
+        " hot\n",  # ends at the stop string
+    ]
+    model = make_model("llama")
+    prompts = [[5, 6, 7, 8, *range(20, 20 + i), 500 + i] for i in range(len(texts))]
+    found = generate(
+        model,
+        TOKENIZER,
+        prompts,
+        stop="\n",
+        max_new_tokens=12,
+        batch_size=batch_size,
+        options=forced(model, texts),
+    )
+    assert [g.text for g in found[:3]] == ["cold", "fox", "dog"]
+    assert found[3].text.startswith("up up up")
+    assert (found[4].text, found[5].text) == ("", "hot")
+    assert [g.finished for g in found] == [True, True, True, False, False, True]
+
+
+def test_rows_stop_by_themselves() -> None:
+    """Once every row has stopped, nothing more is run."""
+    model, steps = make_model("llama"), []
+    handle = model.register_forward_hook(lambda *args: steps.append(1))
+    prompts = [[5, 6, 500], [5, 6, 501]]
+    generate(model, TOKENIZER, prompts, stop="\n", max_new_tokens=50, options=forced(model, ["hot\n", " up\nQ: big"]))
+    handle.remove()
+    assert len(steps) < 6
+
+
+def random_states() -> tuple:
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+def test_sampling_is_seeded_and_leaves_the_global_generators_alone() -> None:
+    model = talkative("llama")
+    options = {"do_sample": True, "temperature": 2.0}
+
+    def sample(seed: int) -> list[Generation]:
+        return generate(model, SpellOut(), PROMPTS, max_new_tokens=6, seed=seed, options=options)
+
+    before = random_states()
+    first = sample(0)
+    assert random_states() == before
+    torch.manual_seed(123)  # the global state does not matter either
+    assert sample(0) == first
+    assert sample(1) != first
+    assert first != generate(model, SpellOut(), PROMPTS, max_new_tokens=6)
+
+
+def test_a_checkpoints_sampling_settings_do_not_make_it_sample(recwarn: pytest.WarningsRecorder) -> None:
+    model = talkative("llama")
+    expected = generate(model, SpellOut(), PROMPTS, max_new_tokens=6)
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=7, top_p=0.3)
+    assert generate(model, SpellOut(), PROMPTS, max_new_tokens=6) == expected
+    assert model.generation_config.temperature == 5.0
+    assert not [w for w in recwarn if "temperature" in str(w.message)]
+
+
+def test_progress_counts_prompts() -> None:
+    done: list[int] = []
+    generate(talkative("llama"), SpellOut(), PROMPTS, max_new_tokens=1, batch_size=2, progress=done.append)
+    assert done == [2, 4, 5]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = talkative("llama")
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    settings = model.generation_config.to_dict()
+    generate(model, SpellOut(), PROMPTS, max_new_tokens=2)
+    assert model.training
+    assert model.generation_config.to_dict() == settings
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_prompt_and_unknown_options_are_refused() -> None:
+    model = talkative("llama")
+    with pytest.raises(ThoughtError, match="prompts is empty"):
+        generate(model, TOKENIZER, [])
+    with pytest.raises(ThoughtError, match=r"generate.*'temprature'.*GenerationConfig"):
+        generate(model, TOKENIZER, PROMPTS, options={"temprature": 0.5})

@@ -1,0 +1,364 @@
+"""The closed-form solve against NumPy and SciPy: least squares, normal equations, brute force over rank-r matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.solve.least_squares import DUAL, Prior, Solution, check_rank, solve
+from lit_thought.solve.sums import Statistics
+
+D_IN, D_OUT = 24, 10
+FEW = (1, 5, 11)  # kept as rows (2n < d_in); 11 is more than d_out, and more than the dual is used for
+MANY = (12, 60)  # folded into sums
+RIDGES = (1e-6, 1e-2, 1.0)
+
+
+@dataclass
+class Problem:
+    """A regression in NumPy, from the definitions at the top of ``solve.py``."""
+
+    a: np.ndarray
+    delta: np.ndarray
+    weights: np.ndarray
+    ridge: float
+    prior: np.ndarray | None = None
+    rho: float = 0.0
+
+    @property
+    def share(self) -> np.ndarray:
+        """wᵢ / w as a column."""
+        return (self.weights / self.weights.sum())[:, None]
+
+    @property
+    def gram(self) -> np.ndarray:
+        own = (self.a * self.share).T @ self.a
+        return own if self.prior is None else own + self.rho * self.prior
+
+    @property
+    def cross(self) -> np.ndarray:
+        return (self.delta * self.share).T @ self.a
+
+    @property
+    def scale(self) -> float:
+        values = np.linalg.eigvalsh(self.gram)
+        return float((values**2).sum() / values.sum())
+
+    @property
+    def system(self) -> np.ndarray:
+        return self.gram + self.ridge * self.scale * np.eye(self.a.shape[1])
+
+    def error(self, patch: np.ndarray) -> float:
+        return float((((self.a @ patch.T - self.delta) ** 2) * self.share).sum())
+
+    def objective(self, patch: np.ndarray) -> float:
+        kept = 0.0 if self.prior is None else self.rho * np.trace(patch @ self.prior @ patch.T)
+        return self.error(patch) + kept + self.ridge * self.scale * float((patch**2).sum())
+
+    def least_squares(self) -> np.ndarray:
+        """The minimiser from one augmented least-squares problem: no normal equations, no inverse."""
+        left, right = [self.a * np.sqrt(self.share)], [self.delta * np.sqrt(self.share)]
+        if self.prior is not None:
+            left.append(np.sqrt(self.rho) * scipy.linalg.sqrtm(self.prior).real)
+        left.append(np.sqrt(self.ridge * self.scale) * np.eye(self.a.shape[1]))
+        right += [np.zeros((len(block), self.delta.shape[1])) for block in left[1:]]
+        return np.linalg.lstsq(np.concatenate(left), np.concatenate(right), rcond=None)[0].T
+
+    def reduced_rank(self, rank: int) -> np.ndarray:
+        """Reduced-rank regression by whitening with M^{1/2} and truncating an SVD there."""
+        root = scipy.linalg.sqrtm(self.system).real
+        u, s, vt = np.linalg.svd(self.least_squares() @ root, full_matrices=False)
+        return (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root)
+
+    def solve(self, rank: int | float | None = None, folded: bool = False) -> Solution:
+        prior = Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None
+        return solve(self.statistics(folded), self.ridge, prior, self.rho, rank, "block 3, mlp_out")
+
+    def statistics(self, folded: bool = False) -> Statistics:
+        stats = Statistics(self.a.shape[1], self.delta.shape[1])
+        stats.update(torch.tensor(self.a), torch.tensor(self.delta), torch.tensor(self.weights))
+        return stats - Statistics(self.a.shape[1], self.delta.shape[1]) if folded else stats
+
+
+def make_problem(n: int, ridge: float = 1e-2, prior: bool = False, seed: int = 0, d_out: int = D_OUT) -> Problem:
+    """Inputs with a decaying spectrum and a common mean, as activations have; δ partly linear in them."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((D_IN, D_IN)) * 0.8 ** np.arange(D_IN)[:, None]
+    a = rng.standard_normal((n, D_IN)) @ mixing + rng.standard_normal(D_IN)
+    delta = a @ rng.standard_normal((D_IN, d_out)) * 0.9 ** np.arange(d_out) + rng.standard_normal((n, d_out))
+    others = rng.standard_normal((D_IN // 2, D_IN)) + 1
+    gram = others.T @ others / len(others)
+    return Problem(a, delta, rng.uniform(0.2, 5, n), ridge, gram if prior else None, 0.7 if prior else 0.0)
+
+
+def product(solution: Solution) -> np.ndarray:
+    return (solution.B @ solution.A).numpy()
+
+
+def close(left: np.ndarray, right: np.ndarray, tol: float) -> bool:
+    return bool(np.linalg.norm(left - right) <= tol * np.linalg.norm(right))
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("ridge", RIDGES)
+@pytest.mark.parametrize("n", [*FEW, *MANY])
+@pytest.mark.parametrize("d_out", [D_OUT, 30])
+@pytest.mark.parametrize("dual", [2, DUAL])
+def test_full_rank_patch_is_the_least_squares_solution(
+    dual: int, d_out: int, n: int, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_thought.solve.least_squares.DUAL", dual)
+    problem = make_problem(n, ridge, prior, d_out=d_out)
+    assert (problem.statistics().rows() is not None) == (n in FEW)  # so that both forms are tested
+    reference = problem.least_squares()
+    normal = scipy.linalg.solve(problem.system, problem.cross.T, assume_a="pos").T
+    assert close(reference, normal, 1e-7)  # the references agree with each other
+    for folded in (False, True):
+        solution = problem.solve(folded=folded)
+        assert close(product(solution), reference, 1e-7)
+        assert problem.objective(product(solution)) <= problem.objective(reference) * (1 + 1e-9)
+        columns = solution.B.shape[1]
+        np.testing.assert_allclose(solution.B.T @ solution.B, np.eye(columns), atol=1e-9)
+        assert solution.A.dtype == solution.B.dtype == torch.float64
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+@pytest.mark.parametrize("rank", [None, 3, 0.9])
+@pytest.mark.parametrize("n", FEW)
+@pytest.mark.parametrize("dual", [2, DUAL])
+def test_dual_is_the_primal(
+    dual: int, n: int, rank: int | float | None, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_thought.solve.least_squares.DUAL", dual)
+    problem = make_problem(n, ridge, prior)
+    dual, primal = problem.solve(rank), problem.solve(rank, folded=True)
+    assert close(product(dual), product(primal), 1e-9)
+    for key, value in primal.diagnostics.items():
+        if key != "rank":  # the dual drops directions that are numerically nothing
+            tol = 0.01 if key == "condition" else 1e-9  # an estimate, from a start in another basis
+            assert dual.diagnostics[key] == pytest.approx(value, rel=tol, abs=1e-12), key
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("n", [5, 11, 12, 60])
+def test_patch_of_rank_r_is_reduced_rank_regression(n: int, rank: int, prior: bool) -> None:
+    problem = make_problem(n, prior=prior)
+    patch = product(problem.solve(rank))
+    assert np.linalg.matrix_rank(patch) == rank
+    assert close(patch, problem.reduced_rank(rank), 1e-7)
+    best = problem.objective(patch)
+
+    full = problem.least_squares()
+    u, s, vt = np.linalg.svd(full, full_matrices=False)
+    truncated = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    assert best < problem.objective(truncated) * (1 - 1e-6)  # the SVD of ΔW is not the best of its rank
+    rng = np.random.default_rng(1)
+    left, right = np.linalg.svd(patch, full_matrices=False)[::2]
+    left, right = left[:, :rank], np.linalg.lstsq(left[:, :rank], patch, rcond=None)[0]
+    for size in (1e-3, 1e-1, 1):
+        for _ in range(20):
+            other = (left + size * rng.standard_normal(left.shape)) @ (right + size * rng.standard_normal(right.shape))
+            assert best <= problem.objective(other)
+
+
+def test_random_candidates_of_the_same_rank_are_no_better() -> None:
+    """Each candidate chooses its output directions at random and is optimal given these."""
+    problem = make_problem(60)
+    best = problem.objective(product(problem.solve(2)))
+    full, rng = problem.least_squares(), np.random.default_rng(0)
+    for _ in range(200):
+        basis = np.linalg.qr(rng.standard_normal((D_OUT, 2)))[0]
+        assert best < problem.objective(basis @ basis.T @ full)
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("n", [5, 11, 60])
+def test_errors_and_truncation_loss_are_those_of_the_patch(n: int, rank: int | None, prior: bool) -> None:
+    problem = make_problem(n, prior=prior)
+    solution = problem.solve(rank)
+    patch, said = product(solution), solution.diagnostics
+    nothing, full = np.zeros_like(patch), problem.least_squares()
+    assert said["error_before"] == pytest.approx(problem.error(nothing), rel=1e-12)
+    assert said["error_after"] == pytest.approx(problem.error(patch), rel=1e-9)
+    gain = problem.objective(nothing) - problem.objective(full)
+    lost = (problem.objective(patch) - problem.objective(full)) / gain
+    assert said["truncation_loss"] == pytest.approx(lost, abs=1e-9)
+    assert (lost > 1e-4) == (rank is not None)
+    assert said["norm"] == pytest.approx(np.linalg.norm(patch), rel=1e-9)
+    assert said["tokens"] == n
+    assert said["rank"] == solution.A.shape[0] == solution.B.shape[1]
+
+
+@pytest.mark.parametrize("n", [5, 11, 60])
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9, 0.99, 0.9999])
+def test_rank_as_a_fraction_is_the_smallest_that_explains_it(fraction: float, n: int) -> None:
+    problem = make_problem(n)
+    solution = problem.solve(fraction)
+    gains = np.linalg.eigvalsh(problem.cross @ np.linalg.solve(problem.system, problem.cross.T))[::-1]
+    explained = gains.cumsum() / gains.sum()
+    rank = int(np.argmax(explained >= fraction)) + 1
+    assert solution.diagnostics["rank"] == solution.A.shape[0] == rank
+    assert close(product(solution), problem.reduced_rank(rank), 1e-7)
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("n", [5, 11, 60])
+def test_scale_effective_rank_and_condition(n: int, prior: bool) -> None:
+    problem = make_problem(n, prior=prior)
+    said = problem.solve().diagnostics
+    values = np.linalg.eigvalsh(problem.gram)
+    assert said["ridge_scale"] == pytest.approx((values**2).sum() / values.sum(), rel=1e-9)
+    assert said["effective_rank"] == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-9)
+    floor = problem.ridge * problem.scale
+    assert said["condition"] == pytest.approx((values[-1] + floor) / floor, rel=0.03)
+    if values[0] < 1e-6 * floor:  # Z is singular, so the ridge is M's smallest eigenvalue
+        assert said["condition"] == pytest.approx(np.linalg.cond(problem.system), rel=0.03)
+    assert (n + prior * D_IN // 2 < D_IN) == (values[0] < 1e-6 * floor)
+
+
+@pytest.mark.parametrize("n", [D_IN, 60])
+def test_without_ridge_it_is_theorem_3_1(n: int) -> None:
+    problem = make_problem(n, ridge=0.0)
+    solution = problem.solve()
+    root = np.sqrt(problem.weights)[:, None]
+    reference = np.linalg.lstsq(problem.a * root, problem.delta * root, rcond=None)[0].T
+    assert close(product(solution), reference, 1e-7)
+    if n == D_IN:  # as many tokens as dimensions: every error is corrected
+        np.testing.assert_allclose(problem.a @ product(solution).T, problem.delta, atol=1e-6)
+        assert abs(solution.diagnostics["error_after"]) < 1e-9 * solution.diagnostics["error_before"]
+    assert 1 < solution.diagnostics["condition"] <= np.linalg.cond(problem.gram) * (1 + 1e-9)
+
+
+def test_without_ridge_a_prior_can_make_the_system_invertible() -> None:
+    problem = make_problem(5, ridge=0.0, prior=True)
+    problem.prior = np.cov(np.random.default_rng(0).standard_normal((D_IN, 100)))
+    assert close(product(problem.solve()), problem.least_squares(), 1e-7)
+
+
+@pytest.mark.parametrize("n", [1, 5, 12, D_IN - 1])
+def test_without_ridge_too_few_tokens_are_refused_by_name(n: int) -> None:
+    with pytest.raises(SingularSystemError, match=f"block 3, mlp_out: .*singular.*{n} tokens for {D_IN}"):
+        make_problem(n, ridge=0.0).solve()
+
+
+@pytest.mark.parametrize("kind", ["dead input", "repeated tokens", "dependent inputs"])
+def test_without_ridge_inputs_that_do_not_span_are_refused(kind: str) -> None:
+    problem = make_problem(60, ridge=0.0)
+    if kind == "dead input":
+        problem.a[:, 4] = 0
+    elif kind == "repeated tokens":
+        problem.a[:] = problem.a[np.arange(60) % 20]
+    else:
+        problem.a[:, 4] = problem.a[:, 5] - 2 * problem.a[:, 6]
+    with pytest.raises(SingularSystemError, match="block 3, mlp_out"):
+        problem.solve()
+    problem.ridge = 1e-3
+    assert close(product(problem.solve()), problem.least_squares(), 1e-7)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["a", "delta"])
+@pytest.mark.parametrize("n", [5, 60])
+def test_values_that_are_not_finite_are_refused_by_name(n: int, where: str, value: float, ridge: float) -> None:
+    for prior in (False, True):
+        problem = make_problem(n, ridge, prior)
+        getattr(problem, where)[2, 3] = value
+        with pytest.raises(SingularSystemError, match=r"block 3, mlp_out: .*NaN or infinite"):
+            problem.solve(rank=2)
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("rank", [None, 2, 0.9])
+@pytest.mark.parametrize("n", [5, 11, 60])
+def test_nothing_to_correct_gives_a_zero_patch(n: int, rank: int | float | None, prior: bool) -> None:
+    problem = make_problem(n, prior=prior)
+    problem.delta[:] = 0
+    solution = problem.solve(rank)
+    assert product(solution).shape == (D_OUT, D_IN)
+    assert not product(solution).any()
+    said = solution.diagnostics
+    assert [said[key] for key in ("error_before", "error_after", "truncation_loss", "norm")] == [0, 0, 0, 0]
+
+
+def test_inputs_that_are_all_zero_are_refused_by_name() -> None:
+    for n in (5, 60):
+        problem = make_problem(n)
+        problem.a[:] = 0
+        with pytest.raises(SingularSystemError, match="block 3, mlp_out: all inputs"):
+            problem.solve()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 250.0])
+@pytest.mark.parametrize("n", [5, 60])
+def test_scales_of_inputs_errors_and_weights(n: int, factor: float) -> None:
+    """λ is relative: the patch of c·a is ΔW / c, that of c·δ is c ΔW, and only ratios of weights matter."""
+    for prior in (False, True):
+        base = product(make_problem(n, prior=prior).solve(3))
+        inputs, errors, weights = (make_problem(n, prior=prior) for _ in range(3))
+        inputs.a *= factor
+        if inputs.prior is not None:
+            inputs.prior = inputs.prior * factor**2
+        errors.delta *= factor
+        weights.weights *= factor
+        assert close(product(inputs.solve(3)) * factor, base, 1e-9)
+        assert close(product(errors.solve(3)) / factor, base, 1e-9)
+        assert close(product(weights.solve(3)), base, 1e-9)
+
+
+def test_prior_of_weight_zero_is_no_prior_and_a_large_one_keeps_its_inputs() -> None:
+    alone, both = make_problem(5), make_problem(5, prior=True)
+    both.rho = 0.0
+    assert close(product(both.solve()), product(alone.solve()), 1e-14)
+    assert both.prior is not None
+    kept = []
+    for both.rho in (0.1, 10.0, 1000.0):
+        patch = product(both.solve())
+        kept.append(np.trace(patch @ both.prior @ patch.T))
+    assert kept[0] > 2 * kept[1] > 4 * kept[2]
+
+
+def test_prior_restores_its_gram_matrix() -> None:
+    gram = make_problem(5, prior=True).prior
+    prior = Prior.from_gram(torch.tensor(gram))
+    np.testing.assert_allclose(prior.gram().numpy(), gram, atol=1e-12)
+    assert bool((prior.values >= 0).all())  # rounding below zero is cut off
+
+
+def test_single_precision_sums_and_prior_are_solved_in_double() -> None:
+    problem = make_problem(60, prior=True)
+    stats = Statistics(D_IN, D_OUT, torch.float32)
+    stats.update(torch.tensor(problem.a), torch.tensor(problem.delta), torch.tensor(problem.weights))
+    exact = Prior.from_gram(torch.tensor(problem.prior))
+    for vectors in (exact.vectors, exact.vectors.float()):
+        solution = solve(stats, problem.ridge, Prior(exact.values, vectors), problem.rho)
+        assert solution.A.dtype == torch.float64
+        assert close(product(solution), problem.least_squares(), 1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, -1, D_OUT + 1, 0.0, 1.0, -0.5, float("nan"), True, "16"])
+def test_wrong_rank_is_refused(rank) -> None:
+    with pytest.raises(ThoughtError, match="rank must be"):
+        make_problem(5).solve(rank)
+    with pytest.raises(ThoughtError, match="rank must be"):
+        check_rank(rank, D_OUT)
+
+
+def test_wrong_settings_are_refused() -> None:
+    stats = make_problem(5).statistics()
+    prior = Prior.from_gram(torch.eye(D_IN))
+    for ridge, rho in [(-1e-3, 0.1), (float("nan"), 0.1), (float("inf"), 0.1), (0.1, -1.0), (0.1, float("nan"))]:
+        with pytest.raises(ThoughtError, match="ridge and prior_weight"):
+            solve(stats, ridge, prior, rho)
+    with pytest.raises(ThoughtError, match=f"block 0: prior has size {D_IN + 1}; expected {D_IN}"):
+        solve(stats, 0.1, Prior.from_gram(torch.eye(D_IN + 1)), 1.0, name="block 0")
+    with pytest.raises(ThoughtError, match="block 0: there is no token"):
+        solve(Statistics(D_IN, D_OUT), 0.1, name="block 0")

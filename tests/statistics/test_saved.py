@@ -1,0 +1,646 @@
+"""Statistics on disk: what is read is what was written, what is solved again is what a new fit finds, sums add."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from families import make_family
+from safetensors.torch import load_file, save_file
+from test_fit import INSTRUCTION, PAIRS, TEXTS, distance, identical
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_thought.cli import main
+from lit_thought.errors import PatchError, ThoughtError
+from lit_thought.fit.api import fit
+from lit_thought.fit.callback import ThoughtCallback
+from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.module import ThoughtModule
+from lit_thought.model.blocks import find_blocks
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.runs.streams import SitePatch
+from lit_thought.solve.least_squares import Prior
+from lit_thought.solve.sums import Statistics, VectorStatistics
+from lit_thought.statistics.preserve import default_cache_dir
+from lit_thought.statistics.saved import MANIFEST, SavedStatistics, StatisticsWriter
+from lit_thought.statistics.saved_solve import solve_saved
+
+BOS = make_tokenizer(bos=True)  # every plain token has a counterpart
+EXACT = {"order": "teacher-forced", "sites": ["mlp_out"], "steps": 1, "step_size": 1.0}
+NEW = {"ridge": 0.3, "rank": 3, "preserve_weight": 0.4, "step_size": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def fitted(
+    model: PreTrainedModel,
+    folder: str = "saved",
+    pairs: Sequence[Mapping[str, str]] = PAIRS,
+    tokenizer: Any = BOS,
+    instruction: str = INSTRUCTION,
+    **settings: Any,
+) -> ThoughtPatch:
+    """The patch of a fit that leaves its statistics in ``folder``."""
+    usual = {"preserve": TEXTS, "preserve_weight": 2.0, "rank": 4, "ridge": 1e-2}
+    data = PairDataModule(pairs, instruction, answer_weight=3.0, batch_size=2)
+    return fit(
+        ThoughtModule(model, tokenizer),
+        data,
+        ThoughtCallback(statistics_dir=folder, **{**usual, **settings}),
+        progress=False,
+    )
+
+
+def reread(folder: str = "saved") -> SavedStatistics:
+    return SavedStatistics.load(folder)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two statistics are the same bits, in the same form."""
+    mine, theirs = one.to_tensors(), other.to_tensors()
+    return mine.keys() == theirs.keys() and all(
+        value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]) for name, value in mine.items()
+    )
+
+
+def difference(one: SavedStatistics, other: SavedStatistics) -> float:
+    """Largest relative difference of any sum but the number of rows, which shared first tokens make fewer."""
+    worst = 0.0
+    for a, b in zip(one.stages(), other.stages(), strict=True):
+        sums: list[tuple[Tensor, Tensor]] = []
+        if a.matrix is not None:
+            sums += [(a.matrix.gram, b.matrix.gram), (a.matrix.cross, b.matrix.cross)]
+        if a.vector is not None:
+            sums += [(a.vector.total, b.vector.total)]
+        for left, right in ((a.matrix, b.matrix), (a.vector, b.vector)):
+            if left is not None:
+                sums += [(left.energy, right.energy), (torch.tensor(left.weight), torch.tensor(right.weight))]
+        worst = max(worst, *(float((x - y).norm() / y.norm()) for x, y in sums))
+    return worst
+
+
+# --- statistics as tensors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank_one", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [0, 2, 40])
+def test_statistics_are_the_same_after_a_round_trip(n: int, dtype: torch.dtype, rank_one: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stats, vector = Statistics(10, 4, dtype, rank_one=rank_one), VectorStatistics(4, dtype)
+    for _ in range(2 if n else 0):
+        a, delta, weights = (torch.rand(size, generator=generator).double() for size in ((n, 10), (n, 4), (n,)))
+        stats.update(a, delta, weights)
+        vector.update(delta, weights)
+    again, other = Statistics.from_tensors(stats.to_tensors()), VectorStatistics.from_tensors(vector.to_tensors())
+    assert same(again, stats)
+    assert same(other, vector)
+    assert (again.folded, again.num_rows, again.dtype) == (n == 40, 4 if n == 2 else 0, dtype)
+    assert (again.weight, again.tokens, other.weight, other.tokens) == (stats.weight, 2 * n, vector.weight, 2 * n)
+    assert type(again.weight) is float
+    assert type(again.tokens) is int
+    if n:
+        assert same(again + again, stats + stats)
+        assert same(again - again, stats - stats)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cross": None},
+        {"a": torch.zeros(2, 10)},
+        {"gram": torch.zeros(10, 9, dtype=torch.float64)},
+        {"gram": torch.zeros(10, 10)},
+        {"gram": torch.zeros(10, dtype=torch.float64)},
+        {"weight": torch.ones(2)},
+        {"operators": torch.zeros(4, 9, dtype=torch.float64)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_tensors_that_are_no_statistics_are_refused(change: dict[str, Tensor | None]) -> None:
+    stats = Statistics(10, 4)
+    stats.update(torch.rand(40, 10), torch.rand(40, 4))
+    tensors = {name: value for name, value in {**stats.to_tensors(), **change}.items() if value is not None}
+    with pytest.raises(ThoughtError, match=r"^statistics: "):
+        Statistics.from_tensors(tensors)
+
+
+def test_tensors_that_are_no_vector_statistics_are_refused() -> None:
+    tensors = VectorStatistics(4).to_tensors()
+    for change in (
+        {"total": torch.zeros(2, 2)},
+        {"total": torch.zeros(4, dtype=torch.int64)},
+        {"gram": torch.zeros(1)},
+    ):
+        with pytest.raises(ThoughtError, match=r"^(statistics|dtype of the statistics)"):
+            VectorStatistics.from_tensors({**tensors, **change})
+
+
+# --- the same patch again --------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "sequential": (make_model, {}),
+    "few tokens": (make_model, {"pairs": PAIRS[:1], "tokenizer": make_tokenizer()}),
+    "full rank, no preservation": (make_model, {"rank": None, "preserve": None}),
+    "share of the energy, float32 sums": (make_model, {"rank": 0.8, "statistics_dtype": "float32"}),
+    "steps": (make_model, {"steps": 3, "step_size": 0.5, "pairs_per_step": 2}),
+    "all sites of GPT-2": (lambda: make_model("gpt2"), {"sites": ["attn_out", "mlp_in", "mlp_out"]}),
+    "the paper's": (make_model, {"sites": ["mlp_in"], "order": "teacher-forced"}),
+    "vectors": (make_model, {"parts": "vector", "steps": 2, "blocks": [0, 2]}),
+    "norms, passes": (lambda: make_family("gemma2", torch.float64), {"passes": 2}),
+    "norms, vectors": (lambda: make_family("gemma2", torch.float64), {"parts": "vector", "steps": 2}),
+    "parallel": (lambda: make_family("gpt_neox", torch.float64), {"order": "teacher-forced"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_at_the_settings_of_the_fit_it_is_the_patch_of_the_fit(name: str) -> None:
+    make, settings = CASES[name]
+    model = make()
+    patch = fitted(model, **settings)
+    saved = reread()
+    again = solve_saved(saved, model=model if "mlp_in" in settings.get("sites", ()) else None)
+    assert identical(again, patch)
+    assert list(again.factors) == list(patch.factors)
+    kept = patch.provenance.keys() - {"history", "date", "seconds", "memory"}
+    assert {key: again.provenance[key] for key in kept} == {key: patch.provenance[key] for key in kept}
+    assert again.provenance["approximate"] is None
+    assert again.provenance.keys() == kept | {"date", "approximate"}
+    if name in ("sequential", "few tokens"):
+        assert {stage.matrix.folded for stage in saved.stages()} == {name == "sequential"}
+    saved.save("copy")
+    assert identical(solve_saved(reread("copy"), model=model), patch)
+
+
+def test_a_stage_is_read_as_it_was_written() -> None:
+    model = make_family("gemma2", torch.float64)
+    fitted(model, sites=["mlp_out"], parts="vector", steps=2)
+    saved, sites = reread(), [block.sites["mlp_out"] for block in find_blocks(model)]
+    assert [(head.block, head.site) for head in saved.heads] == [(i, "mlp_out") for i in range(len(sites))]
+    assert saved.manifest.settings["statistics_dtype"] == "float64"
+    assert {
+        "model",
+        "revision",
+        "fingerprint",
+        "model_type",
+        "template",
+        "versions",
+    } <= saved.manifest.provenance.keys()
+    for stage, site in zip(saved.stages(), sites, strict=True):
+        assert torch.equal(stage.gain, site.gain)
+        assert stage.head.projections == {site.path: site.d_in}
+        assert stage.start.vector.dtype == torch.float32
+        assert (stage.start.matrix, stage.matrix) == (None, None)
+        assert (stage.head.tokens, stage.head.weight) == (stage.vector.tokens, stage.vector.weight)
+        assert stage.vector.tokens > 0
+    assert "stages=" in repr(saved)
+
+
+# --- other settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (make_model, {}),
+        (make_model, {"sites": ["attn_out"]}),
+        (make_model, {"sites": ["mlp_in"]}),
+        (make_model, {"sites": ["mlp_out"], "parts": "vector"}),
+        (make_model, {"pairs": PAIRS[:1]}),
+        (lambda: make_family("gemma2", torch.float64), {}),
+        (make_model, {"order": "sequential", "blocks": [1], "tokenizer": make_tokenizer()}),
+    ],
+    ids=["mlp_out", "attn_out", "mlp_in", "vector", "few tokens", "norms", "one block"],
+)
+def test_other_settings_are_what_a_new_fit_finds(make: Callable[[], PreTrainedModel], settings: dict[str, Any]) -> None:
+    settings = {**EXACT, **settings}
+    model = make()
+    first = fitted(model, **settings)
+    saved = reread()
+    assert saved.coupling() is None
+    found = solve_saved(saved, model=model, **NEW)
+    wanted = fitted(model, "new", **{**settings, **NEW})
+    assert distance(found, wanted) <= 1e-9
+    assert distance(found, first) > 1e-2
+    assert found.provenance["settings"] == wanted.provenance["settings"]
+    assert found.provenance["approximate"] is None
+    full = solve_saved(saved, model=model, rank=None, preserve_weight=0)
+    assert distance(full, fitted(model, "full", **{**settings, "rank": None, "preserve_weight": 0})) <= 1e-9
+
+
+COUPLED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = {
+    "sequential": (make_model, {"order": "sequential"}, "order='sequential'"),
+    "two sites": (make_model, {"sites": None}, "a block's second site"),
+    "steps": (make_model, {"steps": 2}, "several steps"),
+    "no BOS": (make_model, {"tokenizer": make_tokenizer()}, r"5 tokens of the plain runs .* no BOS"),
+    "passes": (lambda: make_family("gemma2", torch.float64), {"passes": 2, "blocks": [1]}, "2 passes"),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_coupled_statistics_need_a_new_fit(name: str) -> None:
+    """And rightly so: with approximate=True something else comes out than from a new fit."""
+    make, settings, reason = COUPLED[name]
+    model, settings = make(), {**EXACT, **settings}
+    fitted(model, **settings)
+    saved = reread()
+    with pytest.raises(ThoughtError, match=f"another ridge, rank than the fit's .*{reason}.*approximate=True"):
+        solve_saved(saved, ridge=0.3, rank=3)
+    found = solve_saved(saved, ridge=0.3, rank=3, approximate=True)
+    assert saved.coupling() == found.provenance["approximate"]
+    wanted = fitted(model, "new", **{**settings, "ridge": 0.3, "rank": 3})
+    apart = distance(found, wanted)
+    assert apart > 1e-6
+    assert solve_saved(saved, ridge=1e-2, rank=4).provenance["approximate"] is None  # those of the fit, spelled out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ridge": -1}, "ridge must be"),
+        ({"ridge": True}, "ridge must be"),
+        ({"rank": 0.0}, "rank must be"),
+        ({"rank": 99}, "rank must be between 1 and 32"),
+        ({"rank": True}, "rank must be"),
+        ({"preserve_weight": float("inf")}, "preserve_weight must be"),
+        ({"step_size": 0}, "step_size must be"),
+        ({"step_size": 1.1}, "step_size must be"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    fitted(make_model(), **EXACT)
+    with pytest.raises(ThoughtError, match=f"^{message}"):
+        solve_saved(reread(), **settings)
+
+
+# --- preservation and the model ----------------------------------------------------------------------------------
+
+
+def test_the_preservation_statistics_come_from_the_cache_of_the_fit(tmp_path: Path) -> None:
+    patch = fitted(make_model(), **EXACT)
+    saved = reread()
+    shutil.move(default_cache_dir(), tmp_path / "elsewhere")
+    with pytest.raises(
+        ThoughtError, match=rf"^the preservation .* {saved.manifest.preservation}, are not in .*cache_dir"
+    ):
+        solve_saved(saved)
+    assert identical(solve_saved(saved, cache_dir=tmp_path / "elsewhere"), patch)
+    assert distance(solve_saved(saved, preserve_weight=0), patch) > 1e-3
+    entry = tmp_path / "elsewhere" / saved.manifest.preservation
+    (entry / "block-0001.safetensors").write_bytes(b"broken")
+    with pytest.raises(ThoughtError, match="or are damaged"):
+        solve_saved(saved, cache_dir=tmp_path / "elsewhere")
+    other = json.loads((entry / MANIFEST).read_text()) | {"fingerprint": "of another model"}
+    (entry / MANIFEST).write_text(json.dumps(other))
+    with pytest.raises(ThoughtError, match="or are damaged"):
+        solve_saved(saved, cache_dir=tmp_path / "elsewhere")
+
+
+def test_other_inputs_can_be_preserved() -> None:
+    fitted(make_model(), **EXACT)
+    saved = reread()
+    asked: list[tuple[int, str]] = []
+
+    def prior_of(block: int, site: str) -> Prior:
+        asked.append((block, site))
+        return Prior.from_gram(torch.zeros(48, 48))
+
+    found = solve_saved(saved, prior_of=prior_of)
+    assert asked == [(i, "mlp_out") for i in range(3)]
+    assert distance(found, solve_saved(saved, preserve_weight=0)) < 1e-6
+
+
+def test_a_fit_without_preservation_has_none_to_weigh() -> None:
+    fitted(make_model(), **EXACT, preserve=None)
+    with pytest.raises(ThoughtError, match=r"^preserve_weight: the fit had no preservation statistics"):
+        solve_saved(reread(), preserve_weight=1.0)
+
+
+def test_a_matrix_at_mlp_in_needs_the_model_of_the_fit() -> None:
+    model = make_model()
+    patch = fitted(model, **{**EXACT, "sites": ["mlp_in"]})
+    saved = reread()
+    with pytest.raises(ThoughtError, match=r"^model is missing: the matrix of block 0, mlp_in"):
+        solve_saved(saved)
+    with pytest.raises(PatchError, match=r"^model is not the one"):
+        solve_saved(saved, model=make_model(seed=1))
+    assert identical(solve_saved(saved, model=model), patch)
+    vectors = fitted(model, "vectors", **{**EXACT, "sites": ["mlp_in"], "parts": "vector"})
+    assert identical(solve_saved(reread("vectors")), vectors)
+
+
+# --- algebra ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (make_model, {}),
+        (make_model, {"sites": ["mlp_in"]}),
+        (make_model, {"order": "sequential", "blocks": [1], "tokenizer": make_tokenizer()}),
+        (lambda: make_family("gemma2", torch.float64), {"sites": ["attn_out"]}),
+        (lambda: make_family("gemma2", torch.float64), {"parts": "vector"}),
+    ],
+    ids=["mlp_out", "mlp_in", "one block", "norms", "vectors behind norms"],
+)
+def test_halves_add_up_to_all_and_one_taken_off_leaves_the_other(
+    make: Callable[[], PreTrainedModel], settings: dict[str, Any]
+) -> None:
+    settings, model = {**EXACT, **settings}, make()
+    whole = fitted(model, "all", **settings)
+    fitted(model, "one", PAIRS[:2], **settings)
+    fitted(model, "two", PAIRS[2:], **settings)
+    every, one, two = map(reread, ("all", "one", "two"))
+    both, rest = one + two, every - one
+    assert difference(both, every) < 1e-9
+    assert difference(rest, two) < 1e-9
+    both.save("both")
+    patch = solve_saved(reread("both"), model=model)
+    assert distance(patch, whole) < 1e-5
+    assert patch.provenance["settings"] == whole.provenance["settings"]
+    assert patch.provenance["approximate"] is None
+    assert both.manifest.uncompared == every.manifest.uncompared
+    assert rest.manifest.settings["pairs"] == 3
+    assert [head.weight for head in rest.heads] == pytest.approx([head.weight for head in two.heads])
+    with pytest.raises(ThoughtError, match=r"^nothing is left"):
+        every - every
+
+
+def test_coupled_statistics_add_only_when_told_to() -> None:
+    for name, pairs in (("one", PAIRS[:2]), ("two", PAIRS[2:])):
+        fitted(make_model(), name, pairs)
+    one, two = map(reread, ("one", "two"))
+    for operation in (lambda: one + two, lambda: one.subtract(two)):
+        with pytest.raises(ThoughtError, match=r"do not add exactly: order='sequential'.*approximate=True"):
+            operation()
+    one.merge(two, approximate=True).save("both")
+    both = reread("both")
+    assert both.manifest.approximate
+    assert solve_saved(both).provenance["approximate"] == both.coupling()
+    assert torch.equal(both.stage(0).matrix.gram, one.stage(0).matrix.gram + two.stage(0).matrix.gram)
+    fitted(make_model(), "steps", PAIRS[2:], steps=2)
+    steps = reread("steps")
+    with pytest.raises(ThoughtError, match=r"cannot be combined: .* several steps"):
+        steps.merge(replace_settings(steps), approximate=True)
+
+
+def replace_settings(saved: SavedStatistics, **settings: Any) -> SavedStatistics:
+    """The same statistics, as of another fit."""
+    provenance = {**saved.manifest.provenance, "settings": {**saved.manifest.settings, **settings}}
+    return SavedStatistics(replace(saved.manifest, provenance=provenance), saved.heads, saved.stage, saved.device)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"ridge": 0.5}, r"settings: ridge is 0\.01 and 0\.5"),
+        ({"sites": ["attn_out"]}, "settings: sites"),
+        ({"blocks": [0, 2]}, "settings: blocks"),
+        ({"preserve_tokens": 30}, "preservation is"),
+        ({"model": make_model(seed=1)}, "fingerprint"),
+        ({"statistics_dtype": "float32"}, "settings: statistics_dtype"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_statistics_of_other_fits_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    model = make_model()
+    fitted(model, "one", PAIRS[:2], **EXACT)
+    fitted(settings.pop("model", model), "two", PAIRS[2:], **{**EXACT, **settings})
+    with pytest.raises(ThoughtError, match=f"^statistics of different fits cannot be combined: {named}"):
+        reread("one") + reread("two")
+
+
+def test_instructions_are_put_together_and_stages_must_match() -> None:
+    model = make_model()
+    fitted(model, "one", PAIRS[:2], **EXACT)
+    fitted(model, "two", PAIRS[2:], instruction="Talk like a pirate.\n", **EXACT)
+    one, two = map(reread, ("one", "two"))
+    both = one + two
+    assert both.manifest.provenance["instruction"] == sorted([INSTRUCTION, "Talk like a pirate.\n"])
+    assert both.manifest.settings["pairs"] == 5
+    shorter = SavedStatistics(two.manifest, two.heads[:2], two.stage, two.device)
+    with pytest.raises(ThoughtError, match=r"^statistics of different stages cannot be combined: block 0, mlp_out"):
+        one + shorter
+    assert (one + replace_settings(two, seed=5)).manifest.settings["seed"] is None
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "stage-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def swap(folder: Path) -> None:
+    files = [folder / f"stage-000{i}.safetensors" for i in (0, 1)]
+    content = [file.read_bytes() for file in files]
+    for file, other in zip(files, content[::-1], strict=True):
+        file.write_bytes(other)
+
+
+def lead_out(folder: Path) -> None:
+    file = folder / "stage-0001.safetensors"
+    file.rename(folder.parent / file.name)
+    file.symlink_to(folder.parent / file.name)
+
+
+def foreign(folder: Path) -> None:
+    fitted(make_model(), "foreign", **EXACT)
+    shutil.copy(folder.parent / "foreign" / "stage-0001.safetensors", folder)
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        value = json.loads((folder / MANIFEST).read_text())
+        change(value)
+        (folder / MANIFEST).write_text(json.dumps(value))
+
+    return edit
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), r"'saved' has no manifest\.json"),
+    "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "is not readable JSON"),
+    "no object": (lambda folder: (folder / MANIFEST).write_text("[]"), "format_version is None"),
+    "other version": (edited(lambda v: v.update(format_version=2)), "format_version is 2, this lit_thought reads 1"),
+    "no stages": (edited(lambda v: v.update(stages=[])), "damaged"),
+    "stages twice": (edited(lambda v: v["stages"].append(v["stages"][0])), "damaged"),
+    "stages of another type": (edited(lambda v: v.update(stages=7)), "damaged"),
+    "key missing": (edited(lambda v: v.pop("uncompared")), "damaged"),
+    "no settings": (edited(lambda v: v["provenance"].pop("settings")), "damaged"),
+    "setting missing": (
+        edited(lambda v: v["provenance"]["settings"].pop("ridge")),
+        "damaged .its provenance lacks ridge",
+    ),
+    "no fingerprint": (edited(lambda v: v["provenance"].pop("fingerprint")), "damaged"),
+    "path for an entry": (edited(lambda v: v.update(preservation="../../etc")), "is no name of preservation"),
+    "stage's key": (edited(lambda v: v["stages"][1].update(file="/etc/passwd")), "damaged"),
+    "stage's size": (edited(lambda v: v["stages"][1].update(d_in=0)), "damaged"),
+    "stage's site": (edited(lambda v: v["stages"][1].update(site="../x")), "damaged"),
+    "stage's parts": (edited(lambda v: v["stages"][1].update(parts=["vector", "matrix"])), "damaged"),
+    "stage's columns": (edited(lambda v: v["stages"][1].update(projections={"a": 3, "b": 4})), "damaged"),
+    "file missing": (lambda folder: (folder / "stage-0002.safetensors").unlink(), "has no stage-0002"),
+    "file truncated": (truncate, r"stage-0001\.safetensors in 'saved' is damaged"),
+    "file not safetensors": (lambda folder: (folder / "stage-0000.safetensors").write_bytes(b"x" * 99), "damaged"),
+    "link that leads out": (lead_out, r"has no stage-0001\.safetensors of its own"),
+    "files swapped": (swap, "mixes two saves"),
+    "file of another save": (foreign, "mixes two saves"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused_when_it_is_opened(name: str, tmp_path: Path) -> None:
+    damage, message = DAMAGE[name]
+    fitted(make_model(), **EXACT)
+    damage(tmp_path / "saved")
+    with pytest.raises(PatchError, match=message):
+        reread()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"matrix.gram": None},
+        {"matrix.cross": torch.zeros(31, 48, dtype=torch.float64)},
+        {"matrix.extra": torch.zeros(1)},
+        {"other": torch.zeros(1)},
+        {"gain": torch.zeros(32)},
+        {"start.A": torch.zeros(2, 48)},
+        {"start.vector": torch.zeros(32)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_tensors_that_do_not_fit_the_manifest_are_refused(change: dict[str, Tensor | None], tmp_path: Path) -> None:
+    fitted(make_model(), **EXACT)
+    saved, file = reread(), tmp_path / "saved" / "stage-0001.safetensors"
+    tensors = {name: value for name, value in {**load_file(file), **change}.items() if value is not None}
+    identity = json.loads((tmp_path / "saved" / MANIFEST).read_text())["id"]
+    save_file(tensors, file, {"statistics": identity, "block": "1", "site": "mlp_out"})
+    assert same(saved.stage(0).matrix, reread().stage(0).matrix)
+    with pytest.raises(PatchError, match=r"^stage-0001\.safetensors in 'saved' is damaged"):
+        reread().stage(1)
+
+
+def write_and_fail(folder: str, saved: SavedStatistics) -> None:
+    with StatisticsWriter(folder, saved.manifest) as writer:
+        writer.add(saved.stage(0))
+        _ = 1 / 0
+
+
+def test_a_failed_or_empty_fit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted(make_model(), **EXACT)
+    saved = reread()
+    with pytest.raises(ThoughtError, match="not empty"):
+        StatisticsWriter("saved", saved.manifest)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail("new", saved)
+    writer = StatisticsWriter("saved", saved.manifest, overwrite=True)
+    writer.add(saved.stage(0))
+    writer.abort()
+    writer.abort()
+    with pytest.raises(ThoughtError, match="no stage was added"):
+        StatisticsWriter("new", saved.manifest).close()
+    assert sorted(tmp_path.iterdir()) == before
+    assert len(reread()) == 3
+    fail = iter([False, True])
+    add = StatisticsWriter.add
+    monkeypatch.setattr(StatisticsWriter, "add", lambda *args: 1 / 0 if next(fail) else add(*args))
+    with pytest.raises(ZeroDivisionError):
+        fitted(make_model(), "new", **EXACT)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_later_stage_takes_the_place_of_the_same_one(tmp_path: Path) -> None:
+    fitted(make_model(), **EXACT)
+    saved = reread()
+    with StatisticsWriter("new", saved.manifest) as writer:
+        first = saved.stage(0)
+        for stage in (replace(first, matrix=first.matrix + first.matrix), saved.stage(1), saved.stage(2), first):
+            writer.add(stage)
+    new = reread("new")
+    assert [head.block for head in new.heads] == [0, 1, 2]
+    assert same(new.stage(0).matrix, saved.stage(0).matrix)
+    new.save("new", overwrite=True)  # read while it is replaced
+    assert same(reread("new").stage(2).matrix, saved.stage(2).matrix)
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        MANIFEST,
+        *(f"stage-000{i}.safetensors" for i in range(3)),
+    ]
+
+
+def test_stages_know_the_patch_they_started_from() -> None:
+    fitted(make_model(), steps=2, step_size=0.5, **{k: v for k, v in EXACT.items() if k not in ("steps", "step_size")})
+    for stage in reread().stages():
+        assert stage.head.start
+        assert stage.start != SitePatch()
+        assert stage.start.matrix.A.shape == (4, 48)
+
+
+def test_an_interrupted_fit_leaves_no_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lit_thought.statistics.stage.StageSums.solve", lambda *args: (_ for _ in ()).throw(ZeroDivisionError)
+    )
+    with pytest.raises(ZeroDivisionError):
+        fitted(make_model("llama"), folder=str(tmp_path / "sums"))
+    assert not list(tmp_path.glob("**/*sums*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output_dir": "out", "statistics_dir": "out/sums"}, "neither in the other"),
+        ({"output_dir": "out", "statistics_dir": "out"}, "neither in the other"),
+        ({"resume_dir": "unfinished", "statistics_dir": "sums"}, "exclude each other"),
+    ],
+)
+def test_folders_that_would_fail_at_the_end(
+    settings: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ThoughtError, match=message):
+        ThoughtCallback(**settings)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    make_model("llama").float().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n{"input": "up", "output": "down"}\n')
+    command = [
+        "fit",
+        f"--model={tmp_path / 'model'}",
+        f"--pairs={tmp_path / 'pairs.jsonl'}",
+        "--instruction=Opposites.",
+    ]
+    command += [
+        f"--out={tmp_path / 'adapter'}",
+        f"--statistics_dir={tmp_path / 'sums'}",
+        "--rank=4",
+        "--progress=false",
+    ]
+    main([*command, "--preserve_tokens=100"])
+    main(["solve", f"--statistics={tmp_path / 'sums'}", f"--out={tmp_path / 'again'}"])
+    first, again = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "again"))
+    assert first == again
+    with pytest.raises(SystemExit):
+        main(["solve", f"--statistics={tmp_path / 'sums'}", f"--out={tmp_path / 'other'}", "--ridge=0.5"])
+    assert "approximate" in capsys.readouterr().err
+    main(
+        ["solve", f"--statistics={tmp_path / 'sums'}", f"--out={tmp_path / 'other'}", "--rank=2", "--approximate=true"]
+    )
+    assert ThoughtPatch.load(tmp_path / "other").rank == 2
