@@ -34,10 +34,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought import PairDataModule, load_model, transmute
 from lit_thought.errors import SingularSystemError
 from lit_thought.evaluation.compare import Evaluation
-from lit_thought.model.blocks import SITES, find_blocks
+from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.runner import StreamRunner
 from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import SITES
 from lit_thought.solve.least_squares import Prior, solve, solve_constrained
 from lit_thought.solve.sums import Statistics
 from lit_thought.theory import format_report, thought_matrix, thought_vector, thought_vectors, verify_exact

@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.files import atomic_folder, expanded, is_own_file, read_json
-from lit_thought.model.blocks import DEFAULT_SITES, Block, check_sites, require_site
+from lit_thought.model.blocks import Block, require_site
 from lit_thought.model.discovery import wider
 from lit_thought.model.loading import fingerprint, model_name
 from lit_thought.model.sharding import gathered, is_sharded
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import Stream
+from lit_thought.settings import DEFAULT_SITES, check_sites
 from lit_thought.solve.gram import add_products, mirror
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.distributed import gather_json

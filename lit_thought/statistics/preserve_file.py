@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from lit_thought.checksum import check_hash, tensors_hash
 from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file, expanded, parse_json
-from lit_thought.model.blocks import JOINT, SITES
+from lit_thought.model.blocks import JOINT
+from lit_thought.settings import SITES
 
 __all__ = [
     "DEFAULT_RANK",

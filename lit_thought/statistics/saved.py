@@ -1,6 +1,6 @@
 """The statistics of a whole fit, kept in a folder: ``manifest.json`` and one safetensors file a stage.
 
-A stage is one site of one block; of several steps or passes the last one's is kept, with the patch that was there when
+A stage is one site of one block; of several steps the last one's is kept, with the patch that was there when
 its sums were taken. Stages are read one by one when they are asked for: at d_ff 14336 a single Gram matrix is 1.6 GB.
 
 Sums add over sets of pairs, Z = Z₁ + Z₂ and C = C₁ + C₂, and subtract (:meth:`SavedStatistics.merge`,
@@ -214,8 +214,6 @@ class SavedStatistics:
         settings, uncompared = self.manifest.settings, self.manifest.uncompared
         if any(head.start for head in self.heads):
             return "the fit took several steps, and each starts from the patch of the one before"
-        if settings["passes"] != 1 and any(head.gain for head in self.heads):
-            return f"the fit took {settings['passes']} passes, and each reads the norms with the last one's patch"
         if len(self.heads) == 1:
             return None
         if settings["order"] != "teacher-forced":

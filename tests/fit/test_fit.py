@@ -33,16 +33,15 @@ from lit_thought.fit.api import fit, transmute
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.model.blocks import SITES
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.prompts.unrelated import text_windows
 from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.settings import SITES, check_parts
 from lit_thought.solve import sums as statistics
 from lit_thought.statistics import stage
-from lit_thought.statistics.stage import check_parts
 
 TOKENIZER = make_tokenizer()
 INSTRUCTION = "Q: good\nA: bad\nQ: up\nA: down\n"

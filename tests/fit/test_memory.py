@@ -27,7 +27,7 @@ from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate, Load, estimate_bytes, estimate_seconds
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.model.blocks import SITES, find_blocks
+from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.template import PromptTemplate
@@ -35,6 +35,7 @@ from lit_thought.runs import storage
 from lit_thought.runs.runner import StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import SITES
 from lit_thought.solve.sums import Statistics
 
 TOKENIZER = make_tokenizer()

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, UnsupportedModelError
-from lit_thought.model.blocks import JOINT, SITES, Block, Site, find_blocks, require_site
+from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
 from lit_thought.model.discovery import channel_gain
 from lit_thought.model.layers import weight_of
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import Reading, Stream
+from lit_thought.settings import SITES
 
 IDS = [7, 300, 41, 12, 9]
 

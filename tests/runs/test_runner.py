@@ -20,7 +20,7 @@ from test_streams import first_linears, install, layer_at
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_thought.model.blocks import JOINT, SITES, Block, find_blocks
+from lit_thought.model.blocks import JOINT, Block, find_blocks
 from lit_thought.model.calls import find_layers
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import make_batches, pad
@@ -29,6 +29,7 @@ from lit_thought.runs.runner import StreamRunner, stages_of
 from lit_thought.runs.storage import Place as StoragePlace
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import LowRank, SitePatch, Stream
+from lit_thought.settings import SITES
 
 WORDS = [("hot", "cold"), ("big", "small"), ("the capital of France?", None), ("up", "down"), ("good", "a bad fox")]
 TEMPLATES = {

@@ -10,9 +10,10 @@ from conftest import FAMILIES, make_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_thought.model.blocks import SITES, Block, find_blocks
+from lit_thought.model.blocks import Block, find_blocks
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import LowRank, SitePatch, Stream, TokenBatch, forward_inputs, lead_cache
+from lit_thought.settings import SITES
 
 LEAD = [5, 17, 300, 8, 9, 44]
 ROWS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [40], [200, 7, 200, 7], [31, 32, 33, 34, 35, 36]]
