@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from fits import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
+from models import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_fit import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
 from transformers import PreTrainedModel
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, evaluate, load_model, transmute

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from peft import PeftModel
+from recipe_settings import ELSEWHERE, REDUCED
 from test_export import uneven
 from test_patch import make_vectors
-from test_recipes import ELSEWHERE, REDUCED
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -18,15 +18,13 @@ import griffe
 import matplotlib
 import pytest
 import yaml
+from browsing import visit
 from click.testing import CliRunner
 from mkdocs.__main__ import cli
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-from test_report_browser import browser, visit
 
 import lit_thought
-
-__all__ = ["browser"]  # a fixture
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "recipes" / "site"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from test_fit import INSTRUCTION, PAIRS, readable
+from fits import INSTRUCTION, PAIRS, readable
+from models import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
 from lit_thought.fit.data import PairDataModule

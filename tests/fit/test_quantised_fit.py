@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from peft import PeftModel
 from quantised import KINDS, dequantise_, quantise_
 

@@ -21,9 +21,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from conftest import make_model, make_tokenizer
 from families import make_family
 from lightning.pytorch import Callback, LightningModule, Trainer
+from models import make_model, make_tokenizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from families import make_family
+from fits import Untouched
 from quantised import QuantLinear, quantise_
-from test_fit import Untouched
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

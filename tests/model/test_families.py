@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from families import FAMILIES, FLOAT32_ONLY, HYBRID, make_family
+from models import make_tokenizer
 from peft import PeftModel
 from support import State, SupportTable, Task, log_probabilities, mean_kl, notes, site_names
 from torch import Tensor, nn

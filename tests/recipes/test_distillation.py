@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from support import State
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
 from lit_thought import load_model
 from lit_thought.errors import ThoughtError

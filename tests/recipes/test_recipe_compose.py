@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model.loading import fingerprint

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_settings import all_exist
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -51,16 +52,6 @@ def test_the_config_names_every_kind_and_fault_and_enough_cases() -> None:
     assert set(config["faults"]) == set(FAULTS)
     assert sum(config["cases"].values()) >= 10_000
     assert all(all_exist(tests) for tests in config["serving"].values())
-
-
-def all_exist(tests: list[str]) -> bool:
-    """Whether there are such files, with such tests in them."""
-    for test in tests:
-        file, _, name = test.partition("::")
-        text = (ROOT / file).read_text()
-        if name and f"\ndef {name.partition('[')[0]}(" not in text:
-            return False
-    return True
 
 
 def test_what_was_not_run_is_not_verified() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
 from families import make_family
+from models import make_tokenizer
 
 from lit_thought.errors import ThoughtError
 

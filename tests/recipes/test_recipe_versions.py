@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_settings import all_exist
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 from junit import Case, read_report, run_tests  # noqa: E402
-from test_recipe_scorecard import all_exist  # noqa: E402
 from versions import counts, environment, main, named_combinations, stated_minima, table, versions_in  # noqa: E402
 
 from lit_thought.errors import ThoughtError  # noqa: E402

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
 from test_streams import first_linears, install, layer_at
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from models import FAMILIES, make_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

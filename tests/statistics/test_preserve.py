@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from models import FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from families import make_family
+from models import make_tokenizer
 
 from lit_thought import ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
@@ -97,7 +97,7 @@ def test_outputs_are_not_written_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 SCRIPT = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_resume import fit
 from lit_thought.statistics.stage import StageSums
@@ -115,7 +115,7 @@ fit(Path({folder!r})).save_adapter({out!r})
 
 def test_a_killed_process(tmp_path: Path) -> None:
     names = {
-        "tests": str(Path(__file__).parents[1]),
+        "paths": [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")],
         "folder": str(tmp_path / "unfinished"),
         "out": str(tmp_path / "out"),
     }

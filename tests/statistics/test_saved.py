@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from fits import INSTRUCTION, PAIRS, TEXTS, distance, identical
+from models import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_fit import INSTRUCTION, PAIRS, TEXTS, distance, identical
 from torch import Tensor
 from transformers import PreTrainedModel
 

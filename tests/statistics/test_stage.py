@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from models import make_model
 from test_rank import dense
 from test_solve import Problem
 from torch import Tensor
