@@ -24,7 +24,7 @@ from lit_thought.fit.strategy import check_trainer
 from lit_thought.model.blocks import DEFAULT_SITES, JOINT, Block, check_indices, check_sites, find_blocks, require_site
 from lit_thought.model.loading import fingerprint
 from lit_thought.model.sharding import is_sharded
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.prompts.unrelated import TextSource, load_texts, text_windows
@@ -443,8 +443,7 @@ class ThoughtCallback(Callback):
         assert isinstance(pl_module, ThoughtModule)
         self.step += 1
         sites = {(index, name): blocks[index].sites[name] for index, name in self._patches}
-        changes, vectors = target_changes(sites, self._patches)
-        factors = {path: Factors(A, B) for path, (A, B) in changes.items()}
+        factors, vectors = target_changes(sites, self._patches)
         if self._evaluation is not None and not self._replaying:
             with self.stopwatch("validate"):
                 self._validate(trainer, self._evaluation.score(ThoughtPatch(factors, {}, vectors)))
