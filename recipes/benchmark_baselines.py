@@ -33,7 +33,7 @@ from tasks import TEMPLATE, load_split, shown, write_results
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 
 STEP_PARTS = ("forward", "backward", "optimizer")
 

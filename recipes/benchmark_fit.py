@@ -30,7 +30,7 @@ import torch
 from tasks import SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from lit_thought.model.calls import find_decoder
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import forward_inputs, lead_cache

@@ -32,9 +32,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import unrelated_perplexity
-from lit_thought.patch.patch import Factors
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import generate
+from lit_thought.solve.factors import Factors
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.saved_solve import solve_saved
 

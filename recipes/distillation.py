@@ -30,12 +30,12 @@ from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import TextMatch
 from lit_thought.model.blocks import find_blocks
-from lit_thought.patch.patch import Factors
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import common_prefix, pad
 from lit_thought.runs.generate import generate
 from lit_thought.runs.streams import forward_inputs, lead_cache
 from lit_thought.settings import DEFAULT_SITES
+from lit_thought.solve.factors import Factors
 from lit_thought.timing import Stopwatch
 
 

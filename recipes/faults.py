@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch
 from lit_thought.errors import ThoughtError
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from lit_thought.statistics.saved import SavedStatistics
 
 TOKENIZER = tiny_tokenizer()

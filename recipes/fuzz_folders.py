@@ -18,14 +18,15 @@ from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch
 from lit_thought.evaluation.report.content import adapter_digest, gather
 from lit_thought.evaluation.report.render import render_markdown
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from lit_thought.model.blocks import find_blocks
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.card import model_card
 from lit_thought.patch.control_vector import load_control_vector
 from lit_thought.prompts.instruction_hash import check_instruction
 from lit_thought.prompts.unrelated import text_windows
-from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.runs.streams import SitePatch
+from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.preserve import WINDOW, preservation, site_sizes
 from lit_thought.statistics.preserve_file import PreservationFile
@@ -196,7 +197,7 @@ def _write_unfinished(folder: Path) -> None:
     for block in BLOCKS:
         for site in block.stages(SITES):
             d_in, d_out = block.sites[site].d_in, block.sites[site].d_out
-            patch = SitePatch(LowRank(torch.ones(2, d_in), torch.ones(d_out, 2)), torch.ones(d_out))
+            patch = SitePatch(Factors(torch.ones(2, d_in), torch.ones(d_out, 2)), torch.ones(d_out))
             progress.save(
                 patch, {"figures": {"rank": 2, "error_after": 0.5}, "history": [{"step": 0, "fidelity": 0.5}]}
             )

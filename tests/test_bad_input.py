@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, evaluate, load_model, transmute
 from lit_thought.errors import PatchError, SingularSystemError, ThoughtError, UnsupportedModelError
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
 

@@ -24,7 +24,7 @@ from lit_thought.cli.parser import command_parser
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.report import write_report
 from lit_thought.files import atomic_file
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from lit_thought.model import loading as models
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.instruction_hash import check_instruction, hash_text, is_text_of

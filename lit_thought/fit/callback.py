@@ -24,7 +24,7 @@ from lit_thought.fit.strategy import check_trainer
 from lit_thought.model.blocks import JOINT, Block, find_blocks, require_site
 from lit_thought.model.loading import context_window
 from lit_thought.model.sharding import is_sharded
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Observation, Stage, StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
@@ -322,8 +322,7 @@ class ThoughtCallback(Callback):
         assert isinstance(pl_module, ThoughtModule)
         self.step += 1
         sites = {(index, name): blocks[index].sites[name] for index, name in self._patches}
-        changes, vectors = target_changes(sites, self._patches)
-        factors = {path: Factors(A, B) for path, (A, B) in changes.items()}
+        factors, vectors = target_changes(sites, self._patches)
         if self._validation is not None:
             with self.stopwatch("validate"):
                 self.history += self._validation.rows(self.step, factors, vectors, trainer)

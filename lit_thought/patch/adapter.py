@@ -29,7 +29,8 @@ from lit_thought.files import atomic_folder, expanded, is_own_file
 from lit_thought.patch.card import model_card
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.provenance import FORMAT_VERSION, read_object, read_record
-from lit_thought.patch.weights import Factors, checked_vector
+from lit_thought.patch.weights import checked_factors, checked_vector
+from lit_thought.solve.factors import Factors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -314,7 +315,7 @@ def _factors(path: str, a: Tensor, b: Tensor, rank: int, scale: float) -> Factor
     used = (a.ne(0).any(dim=1) | b.ne(0).any(dim=0)).nonzero()
     kept = int(used[-1]) + 1 if len(used) else 1
     try:
-        return Factors(a[:kept], b[:, :kept])
+        return checked_factors(Factors(a[:kept], b[:, :kept]))
     except PatchError as error:
         raise PatchError(f"{WEIGHTS}: {path!r}: {error} Save or copy the adapter again.") from error
 

@@ -17,7 +17,8 @@ from lit_thought.model.layers import sits_beside
 from lit_thought.model.loading import fingerprint_with
 from lit_thought.patch.adapter import write_adapter, write_record
 from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.patch.weights import Factors, original_weights
+from lit_thought.patch.weights import original_weights
+from lit_thought.solve.factors import Factors
 
 __all__ = ["VLLM_RANKS", "check_matrices_only", "export_adapter", "export_merged", "pad_rank"]
 

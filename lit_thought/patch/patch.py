@@ -18,21 +18,22 @@ from lit_thought.errors import PatchError
 from lit_thought.model.loading import fingerprint_with, model_name
 from lit_thought.patch.weights import (
     Change,
-    Factors,
     add_change,
+    checked_factors,
     checked_vector,
     find_weights,
     has_change,
     original_weights,
     take_off_change,
 )
+from lit_thought.solve.factors import Factors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from lit_thought.patch.hub import FetchOptions, PushOptions
 
-__all__ = ["Factors", "ThoughtPatch"]
+__all__ = ["ThoughtPatch"]
 
 
 class ThoughtPatch:
@@ -49,12 +50,14 @@ class ThoughtPatch:
             GPT-2's transposed ``Conv1D``), ``d_in`` (number of inputs by path, for ``save_adapter``, of targets that
             have only a vector).
         vectors: e.g. ``{"model.layers.0.mlp.down_proj": v}``, each of shape (d_out,), of any floating-point dtype;
-            kept in float32 on the CPU. None is none.
+            None is none.
+
+    Factors and vectors are copied, to float32 on the CPU.
 
     Raises:
-        PatchError: if there is neither a factor nor a vector, if a vector is no finite floating-point vector or
-            has another length than its target's factors have outputs, or if the provenance is not JSON or its
-            ``d_in`` does not hold whole numbers.
+        PatchError: if there is neither a factor nor a vector, if a factor is not finite as float32, if a vector is no
+            finite floating-point vector or has another length than its target's factors have outputs, or if the
+            provenance is not JSON or its ``d_in`` does not hold whole numbers.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class ThoughtPatch:
             if not _is_path(path) or not isinstance(value, Factors):
                 came = f"{path!r}: {type(value).__name__}"
                 raise PatchError(f"factors must map module paths to Factors, got {came}.")
-        self.factors: dict[str, Factors] = dict(factors)
+        self.factors: dict[str, Factors] = {path: checked_factors(value) for path, value in factors.items()}
         self.vectors: dict[str, Tensor] = {}
         for path, vector in vectors.items():
             if not _is_path(path):

@@ -26,11 +26,12 @@ from lit_thought.errors import PatchError
 from lit_thought.model.layers import is_linear, layer_shape, sits_beside
 from lit_thought.model.loading import model_name
 from lit_thought.model.sharding import is_sharded, own_rows
+from lit_thought.solve.factors import Factors
 
 __all__ = [
     "Change",
-    "Factors",
     "add_change",
+    "checked_factors",
     "checked_vector",
     "find_weights",
     "has_change",
@@ -39,46 +40,21 @@ __all__ = [
 ]
 
 
-@dataclass(eq=False)
-class Factors:
-    """One weight's change as two thin matrices: ``ΔW = B @ A``. Kept in float32 on the CPU.
-
-    Attributes:
-        A: shape (rank, d_in).
-        B: shape (d_out, rank).
-
-    Raises:
-        PatchError: if A and B are not floating-point matrices of one rank, or not finite as float32.
-    """
-
-    A: Tensor
-    B: Tensor
-
-    def __post_init__(self) -> None:
-        for name, value in (("A", self.A), ("B", self.B)):
-            if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-                raise PatchError(f"Factors: {name} must be a floating-point matrix, got {_what(value)}.")
-        if self.A.shape[0] != self.B.shape[1] or self.A.shape[0] == 0:
-            raise PatchError(
-                f"Factors: A must be (rank, d_in) and B (d_out, rank) with one rank of at least 1, got A "
-                f"{tuple(self.A.shape)} and B {tuple(self.B.shape)}."
-            )
-        self.A, self.B = _keep(self.A), _keep(self.B)
-        for name, value in (("A", self.A), ("B", self.B)):
-            if not bool(torch.isfinite(value).all()):
-                raise PatchError(f"Factors: {name} holds NaN or infinite values (as float32).")
-
-    @property
-    def rank(self) -> int:
-        return int(self.A.shape[0])
-
-    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``B @ A``, shape (d_out, d_in)."""
-        return self.B.to(dtype) @ self.A.to(dtype)
-
-
 Change = Mapping[str, Factors | Tensor]
 """What to add, by parameter name: Factors to ``"<path>.weight"``, a vector (d_out,) to ``"<path>.bias"``."""
+
+
+def checked_factors(value: Factors) -> Factors:
+    """A float32 copy on the CPU of a weight's change.
+
+    Raises:
+        PatchError: if it is not finite as float32.
+    """
+    kept = Factors(_keep(value.A), _keep(value.B))
+    for name, tensor in (("A", kept.A), ("B", kept.B)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise PatchError(f"Factors: {name} holds NaN or infinite values (as float32).")
+    return kept
 
 
 def checked_vector(path: str, value: object) -> Tensor:
@@ -88,7 +64,8 @@ def checked_vector(path: str, value: object) -> Tensor:
         PatchError: if it is not a floating-point vector of at least one entry, or not finite as float32.
     """
     if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point() or value.numel() == 0:
-        raise PatchError(f"vectors[{path!r}] must be a floating-point tensor of shape (d_out,), got {_what(value)}.")
+        came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise PatchError(f"vectors[{path!r}] must be a floating-point tensor of shape (d_out,), got {came}.")
     kept = _keep(value)
     if not bool(torch.isfinite(kept).all()):
         raise PatchError(f"vectors[{path!r}] holds NaN or infinite values (as float32).")
@@ -351,8 +328,3 @@ def _rebuild(
 def _keep(value: Tensor) -> Tensor:
     """A float32 copy on the CPU that nothing else can change."""
     return value.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
-
-
-def _what(value: object) -> str:
-    """A value's dtype and shape, or its type, for error messages."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -22,7 +22,8 @@ from lit_thought.model.discovery import wider
 from lit_thought.model.sharding import gathered
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.storage import Kept, Storage
-from lit_thought.runs.streams import LowRank, SitePatch, Stream, TokenBatch
+from lit_thought.runs.streams import SitePatch, Stream, TokenBatch
+from lit_thought.solve.factors import Factors
 
 __all__ = ["Observation", "Stage", "StreamRunner", "goes_on_from", "stages_of"]
 
@@ -335,7 +336,7 @@ class StreamRunner:
         return torch.zeros(0, width, device=self.device)
 
 
-def _change(matrix: LowRank | None, inputs: Tensor) -> Tensor | float:
+def _change(matrix: Factors | None, inputs: Tensor) -> Tensor | float:
     """Δ a, (…, d_out)."""
     return 0.0 if matrix is None else matrix(inputs)
 

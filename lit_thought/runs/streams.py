@@ -34,8 +34,9 @@ from lit_thought.model.calls import (
 from lit_thought.model.discovery import row_ratio, wider
 from lit_thought.model.sharding import gathered
 from lit_thought.runs.storage import Kept, Storage
+from lit_thought.solve.factors import Factors
 
-__all__ = ["LowRank", "Reading", "SitePatch", "Stream", "TokenBatch", "forward_inputs"]
+__all__ = ["Reading", "SitePatch", "Stream", "TokenBatch", "forward_inputs"]
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,11 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """Adds ``B (A x)`` to a linear layer's output, in float32 or better, as a LoRA adapter does.
-
-    A: (r, d_in), B: (d_out, r).
-    """
-
-    A: Tensor
-    B: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x.to(self.A.dtype) @ self.A.T @ self.B.T
-
-
-@dataclass(frozen=True)
 class SitePatch:
     """What a thought patch changes at one site: a matrix Δ = B A, applied as :meth:`Site.factors` says, and a
     vector, (d_out,), added to the output of the site's projection. Float32 or better."""
 
-    matrix: LowRank | None = None
+    matrix: Factors | None = None
     vector: Tensor | None = None
 
 
@@ -339,7 +326,7 @@ def _patch_hooks(site: Site, patch: SitePatch) -> Iterator[tuple[nn.Module, Any]
 
     if patch.matrix is not None:
         for path, factors in site.factors(patch.matrix.A, patch.matrix.B).items():
-            yield site.targets[path], hook(LowRank(*factors))
+            yield site.targets[path], hook(Factors(*factors))
     if patch.vector is not None:
         vector = patch.vector
         yield site.layer, hook(lambda x: vector)

@@ -27,7 +27,8 @@ from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file, expanded, is_own_file, parse_json, read_json
 from lit_thought.model.blocks import Site
 from lit_thought.prompts.instruction_hash import hash_text, is_text_of
-from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.runs.streams import SitePatch
+from lit_thought.solve.factors import Factors
 
 __all__ = ["FitProgress"]
 
@@ -156,7 +157,7 @@ class FitProgress:
             check_hash(tensors, metadata.get("sha256"))
         except ThoughtError as error:
             raise ThoughtError(f"resume_dir: {file.name} is damaged: {error} Delete the folder.") from error
-        matrix = LowRank(tensors["A"], tensors["B"]) if "A" in tensors else None
+        matrix = Factors(tensors["A"], tensors["B"]) if "A" in tensors else None
         return SitePatch(matrix, tensors.get("vector")), record
 
     def remove(self) -> None:
@@ -184,7 +185,7 @@ def _fits(tensors: Mapping[str, torch.Tensor], site: Site) -> bool:
     """Whether these are the tensors of a patch of the site, in float32 or better."""
     if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors.values()) or not tensors:
         return False
-    rank = len(tensors["A"]) if "A" in tensors and tensors["A"].ndim else 0
+    rank = max(1, len(tensors["A"])) if "A" in tensors and tensors["A"].ndim else 0
     wanted = {"A": (rank, site.d_in), "B": (site.d_out, rank), "vector": (site.d_out,)}
     whole = tensors.keys() in ({"A", "B"}, {"vector"}, {"A", "B", "vector"})
     return whole and all(tuple(tensor.shape) == wanted[name] for name, tensor in tensors.items())

@@ -25,9 +25,10 @@ from lit_thought.files import expanded, read_json
 from lit_thought.model.blocks import Block, Projection, Site
 from lit_thought.model.layers import is_linear, layer_shape
 from lit_thought.model.loading import fingerprint
-from lit_thought.patch.patch import Factors, ThoughtPatch
-from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import check_solve_settings
+from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.sums import Statistics
 from lit_thought.statistics.preserve import Preservation, default_cache_dir, unpack
@@ -132,7 +133,7 @@ def solve_saved(
     }
     if vectors:
         provenance["d_in"] = vector_inputs(sites.values(), vectors)
-    return ThoughtPatch({path: Factors(A, B) for path, (A, B) in changes.items()}, provenance, vectors)
+    return ThoughtPatch(changes, provenance, vectors)
 
 
 @torch.no_grad()
@@ -186,10 +187,10 @@ def solve_several(
                 left[number] = usual - effect if before is None else before + usual - effect
             if basis is not None and patch.matrix is not None:
                 A = (patch.matrix.A.to(basis) @ basis.T).to(patch.matrix.A)
-                patch = replace(patch, matrix=LowRank(A, patch.matrix.B))
+                patch = replace(patch, matrix=Factors(A, patch.matrix.B))
             solved[number][key] = patch
     changes = [target_changes(sites, patches) for patches in solved]
-    return [ThoughtPatch({path: Factors(*pair) for path, pair in found.items()}, {}, own) for found, own in changes]
+    return [ThoughtPatch(found, {}, own) for found, own in changes]
 
 
 def _turned(stage: SavedStage, prior: Prior | None) -> tuple[SavedStage, Prior | None, torch.Tensor | None]:

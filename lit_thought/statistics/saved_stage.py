@@ -16,8 +16,9 @@ from torch import Tensor
 from lit_thought.errors import ThoughtError
 from lit_thought.model.blocks import JOINT, Site
 from lit_thought.patch.provenance import check_record
-from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import ORDERS, PARTS, SITES, check_solve_settings
+from lit_thought.solve.factors import Factors
 from lit_thought.solve.sums import Statistics, VectorStatistics
 
 __all__ = ["Manifest", "SavedStage", "StageHead"]
@@ -174,7 +175,7 @@ class SavedStage:
         vector = VectorStatistics.from_tensors(groups.pop("vector")) if "vector" in groups else None
         start, gain = groups.pop("start", {}), groups.pop("gain", {}).get("")
         A, B, shift = start.pop("A", None), start.pop("B", None), start.pop("vector", None)
-        rank = 0 if A is None else len(A)
+        rank = 0 if A is None else max(1, len(A))
         sizes = (
             (matrix and (matrix.d_in, matrix.d_out), (head.d_in, head.d_out)),
             (vector and (vector.d,), (head.d_out,)),
@@ -193,7 +194,7 @@ class SavedStage:
             raise ThoughtError(f"the sums of {head.name} hold NaN or infinite values, or are no numbers.")
         if not whole or any(found is not None and found != wanted for found, wanted in sizes):
             raise ThoughtError(f"the tensors {sorted(tensors)} are not those of {head.name}, or have other sizes.")
-        low_rank = LowRank(A, B) if A is not None and B is not None else None
+        low_rank = Factors(A, B) if A is not None and B is not None else None
         return cls(head, matrix, vector, gain, SitePatch(low_rank, shift))
 
     def combined(self, other: SavedStage, sign: int) -> SavedStage:

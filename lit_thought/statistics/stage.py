@@ -23,7 +23,8 @@ import torch
 from lit_thought.errors import ThoughtError
 from lit_thought.model.blocks import Site
 from lit_thought.runs.runner import Observation
-from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.runs.streams import SitePatch
+from lit_thought.solve.factors import Factors
 from lit_thought.solve.gains import solve_with_gains
 from lit_thought.solve.least_squares import COARSE_RIDGE, Prior, check_finite, solve
 from lit_thought.solve.rank import reduce_rank
@@ -133,7 +134,7 @@ class StageSums:
         figures = share_json(solved, owner, device)
         parts = [] if patch.matrix is None else [patch.matrix.A, patch.matrix.B]
         parts = share_tensors([*parts, *([] if patch.vector is None else [patch.vector])], owner, device)
-        matrix = LowRank(parts[0], parts[1]) if self.matrix is not None else None
+        matrix = Factors(parts[0], parts[1]) if self.matrix is not None else None
         return SitePatch(matrix, parts[-1] if self.vector is not None else None), figures
 
     def _constant(self, sums: VectorStatistics, preserve: bool) -> torch.Tensor:
@@ -146,8 +147,8 @@ class StageSums:
         return gain * sums.mean() / (keep * gain.square() + ridge)
 
     def _solve_matrix(
-        self, sums: Statistics, start: LowRank | None, prior: Prior | None
-    ) -> tuple[LowRank, dict[str, float]]:
+        self, sums: Statistics, start: Factors | None, prior: Prior | None
+    ) -> tuple[Factors, dict[str, float]]:
         settings = self.settings
         weight = settings.prior_weight
         gain = self.site.gain
@@ -161,11 +162,11 @@ class StageSums:
             ridge = settings.ridge * solution.diagnostics["ridge_scale"]
             A, B = reduce_rank(A, B, sums, ridge, prior, weight, settings.rank, gain)
         if start is not None or settings.step_size != 1:  # the figures of what is installed, not of the full step
-            after = _error_after(LowRank(A, B), start, sums, gain)
+            after = _error_after(A, B, start, sums, gain)
             figures |= {"error_after": after, "rank": len(A), "norm": _norm(A, B)}
         if A.shape[0] == 0:  # a patch of nothing has rank 1 and is zero
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        return LowRank(A.float().contiguous(), B.float().contiguous()), figures
+        return Factors(A.float().contiguous(), B.float().contiguous()), figures
 
     def _vector_figures(self, sums: VectorStatistics, step: torch.Tensor) -> dict[str, float]:
         before = float(sums.energy) / sums.weight
@@ -176,9 +177,10 @@ class StageSums:
         return {"vector_error_before": before, "vector_error_after": after, "vector_norm": float(step.norm())}
 
 
-def _error_after(matrix: LowRank, start: LowRank | None, sums: Statistics, gain: torch.Tensor | None = None) -> float:
-    """(1/w) Σ w ‖δ − g ⊙ (T − T₀) a‖², with δ measured while T₀ was there."""
-    A, B = matrix.A, matrix.B
+def _error_after(
+    A: torch.Tensor, B: torch.Tensor, start: Factors | None, sums: Statistics, gain: torch.Tensor | None = None
+) -> float:
+    """(1/w) Σ w ‖δ − g ⊙ (T − T₀) a‖², T = B A of any rank, with δ measured while T₀ was there."""
     if start is not None:
         A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
     if gain is not None:
@@ -195,14 +197,15 @@ def _norm(A: torch.Tensor, B: torch.Tensor) -> float:
 
 def target_changes(
     sites: Mapping[tuple[int, str], Site], patches: Mapping[tuple[int, str], SitePatch]
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
-    """The weights' factors (A, B) and the biases' vectors that patches of sites come to, by module path."""
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+    """The weights' factors and the biases' vectors that patches of sites come to, by module path."""
+    factors: dict[str, Factors] = {}
     vectors: dict[str, torch.Tensor] = {}
     for key, patch in patches.items():
         site = sites[key]
         if patch.matrix is not None:
-            factors |= site.factors(patch.matrix.A, patch.matrix.B)
+            found = site.factors(patch.matrix.A, patch.matrix.B)
+            factors |= {path: Factors(A, B) for path, (A, B) in found.items()}
         if patch.vector is not None:
             vectors[site.path] = vectors[site.path] + patch.vector if site.path in vectors else patch.vector
     return factors, vectors

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import Evaluation, evaluate, format_result, unrelated_perplexity
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
+from lit_thought.solve.factors import Factors
 
 LIMIT = 6
 INPUTS = ["good", "the lazy dog", "Antonyms", "up", "capital of France"]

@@ -28,7 +28,7 @@ from lit_thought.evaluation.intervals import paired_difference, perplexity_ratio
 from lit_thought.evaluation.report import gather, write_report
 from lit_thought.evaluation.report.content import singular_values
 from lit_thought.evaluation.report.render import differences
-from lit_thought.patch.patch import Factors
+from lit_thought.solve.factors import Factors
 
 OUTPUTS = ("report.html", "report.md", "report.json")
 

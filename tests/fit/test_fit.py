@@ -54,9 +54,10 @@ from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.prompts.unrelated import text_windows
-from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import SITES, check_parts
 from lit_thought.solve import sums as statistics
+from lit_thought.solve.factors import Factors
 from lit_thought.statistics import stage
 
 
@@ -234,7 +235,7 @@ def loop(
                 if matrix is not None:
                     total = total + matrix.A.numpy()
                     total = total if rank is None else truncated(problem, total, rank)
-                matrix = LowRank(torch.tensor(total), torch.eye(32, dtype=torch.float64))
+                matrix = Factors(torch.tensor(total), torch.eye(32, dtype=torch.float64))
             if "vector" in solved:
                 mean = torch.tensor(step_size * (problem.share * shift).sum(0) / (1 + preserve_weight))
                 vector = mean if vector is None else vector + mean

@@ -21,7 +21,7 @@ from lit_thought import ThoughtPatch, transmute
 from lit_thought.cli import main
 from lit_thought.errors import MemoryBudgetError, ThoughtError
 from lit_thought.fit import budget, callback
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from lit_thought.fit.budget import choose_place, free_disk, free_memory, room
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule

@@ -29,7 +29,8 @@ from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.model.layers import layer_shape
 from lit_thought.model.loading import fingerprint
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 from lit_thought.statistics.distributed import rank_and_size
 
 # As in distributed_fit.py. "odd" has sizes that two processes cannot share evenly, "resumed" goes on with what "not

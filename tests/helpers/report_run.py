@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 SCRIPT = "<script>window.hit = 1</script>"
 ATTACK = f"""{SCRIPT} "><img src=x onerror="window.hit = 2"> </pre></td> {{{{ 7 * 7 }}}} & | `x` $y$"""

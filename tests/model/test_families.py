@@ -24,8 +24,8 @@ import lit_thought.statistics.stage
 from lit_thought import ThoughtPatch
 from lit_thought.errors import UnsupportedModelError
 from lit_thought.model.blocks import find_blocks
-from lit_thought.patch.patch import Factors
 from lit_thought.prompts.batches import make_batches
+from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import solve
 
 REFUSED = ("hrm_text", "gemma3n_text", "opt-post", "jetmoe", "longcat_flash", "deepseek_v4", *HYBRID)

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from lit_thought.errors import ThoughtError
 from lit_thought.model import loading as models
 from lit_thought.model.loading import SMOLLM2_NAME, fingerprint, load_model, model_name
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 IDS = torch.arange(12).reshape(2, 6)
 

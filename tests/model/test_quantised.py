@@ -17,7 +17,8 @@ from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.model import layers
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch import weights
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 IDS = torch.arange(12).reshape(2, 6)
 SHAPES = {

@@ -21,7 +21,8 @@ from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import atomic_file, atomic_folder, check_output_folder
 from lit_thought.patch import adapter
 from lit_thought.patch.adapter import read_adapter, to_peft
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 
 def logits_of(model: Any) -> Tensor:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from lit_thought.errors import PatchError, ThoughtError, UnsupportedModelError
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.control_vector import load_control_vector, save_control_vector
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 
 def down(family: str, block: int) -> str:

@@ -27,7 +27,8 @@ from lit_thought.model.loading import fingerprint
 from lit_thought.patch.export import VLLM_RANKS, export_adapter, export_merged
 from lit_thought.patch.export_gguf import export_gguf
 from lit_thought.patch.gguf_files import gguf_architecture
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 ROOT = Path(__file__).parents[2]
 

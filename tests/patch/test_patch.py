@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from lit_thought.errors import PatchError
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch import weights
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -397,9 +398,9 @@ def test_truncate_handles_more_columns_than_rows() -> None:
 def test_bad_factors() -> None:
     ones = torch.ones
     with pytest.raises(PatchError, match="NaN or infinite"):
-        Factors(torch.tensor([[float("nan")]]), ones(1, 1))
+        ThoughtPatch({"x": Factors(torch.tensor([[float("nan")]]), ones(1, 1))})
     with pytest.raises(PatchError, match="NaN or infinite"):
-        Factors(ones(1, 1), torch.tensor([[1e300]], dtype=torch.float64))
+        ThoughtPatch({"x": Factors(ones(1, 1), torch.tensor([[1e300]], dtype=torch.float64))})
     with pytest.raises(PatchError, match="one rank"):
         Factors(ones(2, 3), ones(3, 3))
     with pytest.raises(PatchError, match="at least 1"):

@@ -15,7 +15,8 @@ import torch
 from models import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.solve.factors import Factors
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))

@@ -174,8 +174,9 @@ def test_every_way_to_ask_is_answered_as_the_whole_prompt_is() -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     from benchmark_inference import Case, measure, with_adapter, write
 
-    from lit_thought.patch.patch import Factors, ThoughtPatch
+    from lit_thought.patch.patch import ThoughtPatch
     from lit_thought.runs.streams import lead_cache
+    from lit_thought.solve.factors import Factors
 
     lm, ids = make_model("llama").float(), list(range(5, 35))
     target = "model.layers.1.mlp.down_proj"

@@ -28,8 +28,9 @@ from lit_thought.prompts.template import PromptTemplate
 from lit_thought.runs.runner import StreamRunner, stages_of
 from lit_thought.runs.storage import Place as StoragePlace
 from lit_thought.runs.storage import Storage
-from lit_thought.runs.streams import LowRank, SitePatch, Stream
+from lit_thought.runs.streams import SitePatch, Stream
 from lit_thought.settings import SITES
+from lit_thought.solve.factors import Factors
 
 WORDS = [("hot", "cold"), ("big", "small"), ("the capital of France?", None), ("up", "down"), ("good", "a bad fox")]
 TEMPLATES = {
@@ -88,7 +89,7 @@ def make_patches(
     for index in chosen or range(len(blocks)):
         for name in sites:
             site = blocks[index].sites[name]
-            patches.append(SitePatch(LowRank(random(2, site.d_in), random(site.d_out, 2)), random(site.d_out)))
+            patches.append(SitePatch(Factors(random(2, site.d_in), random(site.d_out, 2)), random(site.d_out)))
     return patches
 
 
@@ -372,7 +373,7 @@ def test_negative_control() -> None:
     without_sink = [replace(pair, sink=False) for pair in pairs]
     for other in (
         run(model, pairs, SITES, patches, "teacher-forced"),
-        run(model, pairs, SITES, [SitePatch(LowRank(p.matrix.A, -p.matrix.B), p.vector) for p in patches]),
+        run(model, pairs, SITES, [SitePatch(Factors(p.matrix.A, -p.matrix.B), p.vector) for p in patches]),
         run(model, pairs, SITES, [SitePatch(p.matrix, None) for p in patches]),
         run(model, without_sink, SITES, patches),
         run(model, pairs[:-1], SITES, patches),
@@ -389,7 +390,7 @@ def test_an_instruction_that_changes_nothing_has_no_error(order: str) -> None:
     ids = (5, 6, 7, 8)
     pairs = [TokenisedPair(ids, ids, (0, 1, 2, 3), (0, 1, 2, 3), False, (4, 4), True)]
     blocks = find_blocks(model)
-    zero = [SitePatch(LowRank(p.matrix.A, 0 * p.matrix.B), 0 * p.vector) for p in make_patches(blocks, SITES)]
+    zero = [SitePatch(Factors(p.matrix.A, 0 * p.matrix.B), 0 * p.vector) for p in make_patches(blocks, SITES)]
     assert all(stage.energies == (0, 0) for stage in run(model, pairs, SITES, zero, order))
 
 
@@ -417,7 +418,7 @@ def test_half_precision_model_is_compared_in_single_precision() -> None:
 def narrow(patch: SitePatch) -> SitePatch:
     assert patch.matrix is not None
     assert patch.vector is not None
-    return SitePatch(LowRank(patch.matrix.A.float(), patch.matrix.B.float()), patch.vector.float())
+    return SitePatch(Factors(patch.matrix.A.float(), patch.matrix.B.float()), patch.vector.float())
 
 
 # --- blocks of other forms ---------------------------------------------------------------------------------------
@@ -667,7 +668,7 @@ def walk(
 
     def patch(block: int, site: str) -> SitePatch:
         d_in = blocks[block].sites[site].d_in
-        matrix = LowRank(random(2, d_in), random(32, 2)) if parts != "vector" else None
+        matrix = Factors(random(2, d_in), random(32, 2)) if parts != "vector" else None
         return SitePatch(matrix, random(32) if parts != "matrix" else None)
 
     start = {(block, site): patch(block, site) for block, site, turn in stages if turn == 0} if started else {}

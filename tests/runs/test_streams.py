@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from lit_thought.model.blocks import Block, find_blocks
 from lit_thought.prompts.batches import pad
-from lit_thought.runs.streams import LowRank, SitePatch, Stream, TokenBatch, forward_inputs, lead_cache
+from lit_thought.runs.streams import SitePatch, Stream, TokenBatch, forward_inputs, lead_cache
 from lit_thought.settings import SITES
+from lit_thought.solve.factors import Factors
 
 LEAD = [5, 17, 300, 8, 9, 44]
 ROWS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [40], [200, 7, 200, 7], [31, 32, 33, 34, 35, 36]]
@@ -36,7 +37,7 @@ def make_patches(blocks: Sequence[Block], seed: int = 0, size: float = 0.3) -> l
 
     return [
         {
-            name: SitePatch(LowRank(random(2, site.d_in), random(site.d_out, 2)), random(site.d_out))
+            name: SitePatch(Factors(random(2, site.d_in), random(site.d_out, 2)), random(site.d_out))
             for name, site in block.sites.items()
         }
         for block in blocks
@@ -245,7 +246,7 @@ def test_patches_keep_the_dtype_of_the_stream() -> None:
     blocks = find_blocks(model)
     wide = make_patches(blocks)[0]
     patch = {
-        name: SitePatch(LowRank(p.matrix.A.float(), p.matrix.B.float()), p.vector.float()) for name, p in wide.items()
+        name: SitePatch(Factors(p.matrix.A.float(), p.matrix.B.float()), p.vector.float()) for name, p in wide.items()
     }
     stream = Stream(model, blocks, pad([ROWS[0]], 0, "right"))
     output, readings = stream.run(blocks[0], SITES, patch)
@@ -390,7 +391,7 @@ def test_low_rank_keeps_its_own_precision() -> None:
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(3, 40, generator=generator), torch.randn(20, 3, generator=generator)
     x = torch.randn(7, 40, generator=generator).bfloat16()
-    found = LowRank(A, B)(x)
+    found = Factors(A, B)(x)
     assert found.dtype == torch.float32
     expected = x.double() @ (B.double() @ A.double()).T
     assert float((found.double() - expected).norm()) < 1e-6 * float(expected.norm())

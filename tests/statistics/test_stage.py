@@ -16,8 +16,9 @@ from torch import Tensor
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.model.blocks import Site, find_blocks
 from lit_thought.runs.runner import Observation
-from lit_thought.runs.streams import LowRank, SitePatch
+from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import check_parts
+from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.stage import StageSettings, StageSums, target_changes
 
@@ -72,11 +73,11 @@ def given(site: Site, rank: int = 4) -> SitePatch:
     """A patch that is there already, in float32 as a stage leaves it."""
     rng = np.random.default_rng(7)
     A, B = rng.normal(size=(rank, site.d_in)) * 0.1, rng.normal(size=(site.d_out, rank))
-    matrix = LowRank(torch.tensor(A).float(), torch.tensor(B).float())
+    matrix = Factors(torch.tensor(A).float(), torch.tensor(B).float())
     return SitePatch(matrix, torch.tensor(rng.normal(size=site.d_out)).float())
 
 
-def array(matrix: LowRank | None) -> np.ndarray:
+def array(matrix: Factors | None) -> np.ndarray:
     assert matrix is not None
     assert matrix.A.dtype == matrix.B.dtype == torch.float32
     return matrix.B.double().numpy() @ matrix.A.double().numpy()
@@ -245,8 +246,7 @@ def test_changes_by_layer(family: str) -> None:
             weight = found[i, "mlp_in"].targets[f"{root}.{i}.{name}"].weight.detach().numpy()
             wanted[name] = (weight.T if family == "gpt2" else weight) @ array(own["mlp_in"].matrix)
         for name, delta in wanted.items():
-            A, B = factors[f"{root}.{i}.{name}"]
-            assert_near(B.double().numpy() @ A.double().numpy(), delta)
+            assert_near(array(factors[f"{root}.{i}.{name}"]), delta)
         assert torch.equal(vectors[f"{root}.{i}.{attention}"], own["attn_out"].vector)
         assert torch.equal(vectors[f"{root}.{i}.{down}"], own["mlp_in"].vector + own["mlp_out"].vector)
 

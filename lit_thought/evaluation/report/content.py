@@ -17,8 +17,9 @@ from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import RUNS
 from lit_thought.evaluation.intervals import paired_difference, perplexity_ratio, wilson
 from lit_thought.files import expanded, is_own_file, parse_json
-from lit_thought.patch.patch import Factors, ThoughtPatch
+from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.provenance import are_figures, is_number
+from lit_thought.solve.factors import Factors
 
 __all__ = ["FORMAT_VERSION", "RESULT_VERSION", "adapter_digest", "gather", "singular_values"]
 
