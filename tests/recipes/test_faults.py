@@ -12,14 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import faults  # noqa: E402
-from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer  # noqa: E402
-
-from lit_thought import ThoughtPatch, transmute  # noqa: E402
-from lit_thought.files import _HOST, atomic_folder  # noqa: E402
+from lit_thought import ThoughtPatch, transmute
+from lit_thought.files import _HOST, atomic_folder
+from recipes.harness import ROOT
+from recipes.robustness import faults
+from recipes.robustness.tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults strike forked copies of the process")
 
@@ -113,7 +110,7 @@ def seeded() -> ThoughtPatch:
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [str(ROOT / "tests"), str(ROOT / "recipes"), str(ROOT)]
+    paths = [str(ROOT / "tests/recipes"), str(ROOT)]
     script = SCRIPT.format(paths=paths, out=str(tmp_path / "one"))
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment = {**os.environ, **threads, "LIT_THOUGHT_CACHE": str(tmp_path / "cache one")}
