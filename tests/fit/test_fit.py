@@ -45,9 +45,10 @@ from lit_thought.errors import ThoughtError
 from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import evaluate
 from lit_thought.fit import callback
-from lit_thought.fit.api import fit, transmute
+from lit_thought.fit.api import transmute
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch import adapter

@@ -21,11 +21,11 @@ from lit_thought import ThoughtPatch, transmute
 from lit_thought.cli import main
 from lit_thought.errors import MemoryBudgetError, ThoughtError
 from lit_thought.fit import budget, callback
-from lit_thought.fit.fitting import fit
 from lit_thought.fit.budget import choose_place, free_disk, free_memory, room
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate, Load, estimate_bytes, estimate_seconds
+from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair

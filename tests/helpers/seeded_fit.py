@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
-
-from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from lit_thought import ThoughtPatch, transmute  # noqa: E402
+from recipes.robustness.tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer  # noqa: E402
 
 
 def seeded() -> ThoughtPatch:

@@ -1,10 +1,8 @@
-"""The baseline of recipes/distillation.py: its loss, its tokens, its teacher, its student."""
+"""The baseline of recipes/studies/distillation.py: its loss, its tokens, its teacher, its student."""
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import numpy
 import pytest
@@ -13,9 +11,12 @@ from models import make_model, make_tokenizer
 from support import State
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-from benchmark_baselines import order, soonest, summary
-from distillation import (
+from lit_thought import PairDataModule
+from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.prompts.alignment import TokenisedPair
+from recipes.speed.benchmark_baselines import order, soonest, summary
+from recipes.studies.distillation import (
     HeldOut,
     distil,
     distillation_loss,
@@ -24,11 +25,6 @@ from distillation import (
     teach,
     with_lora,
 )
-
-from lit_thought import PairDataModule
-from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation
-from lit_thought.prompts.alignment import TokenisedPair
 
 INSTRUCTION = "Q: hot\nA: cold\nQ: big\nA: small\n"
 PAIRS = [

@@ -13,13 +13,9 @@ import pytest
 import seeded_fit
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import faults  # noqa: E402
-from tiny import tiny_model  # noqa: E402
-
-from lit_thought.files import _HOST, atomic_folder  # noqa: E402
+from lit_thought.files import _HOST, atomic_folder
+from recipes.robustness import faults
+from recipes.robustness.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults strike forked copies of the process")
 

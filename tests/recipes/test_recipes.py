@@ -14,8 +14,9 @@ from families import make_family
 from models import make_model, make_tokenizer
 from recipe_settings import ELSEWHERE, REDUCED, SCRIPTS
 
-ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+from recipes.harness import ROOT
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(name: str, tiny: Path, *arguments: str, model: str = "model") -> str:
-    script = SCRIPTS.get(name, name)
-    command = [sys.executable, f"recipes/{script}.py", f"--config=recipes/{name}.yaml", f"--model={tiny / model}"]
+    (config,) = (path for path in RECIPES if path.stem == name)
+    folder = config.parent.name
+    script = ["recipes/quickstart.py"] if folder == "recipes" else ["-m", f"recipes.{folder}.{SCRIPTS.get(name, name)}"]
+    command = [sys.executable, *script, f"--config={config}", f"--model={tiny / model}"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tiny / "cache")}
     done = subprocess.run(
         [*command, *REDUCED[name], *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -77,8 +80,8 @@ def test_word_tasks_with_settings_chosen(tiny: Path) -> None:
 
 def test_words_left_out_have_answers_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from tasks import Split
-    from word_tasks import _left_out
+    from recipes.harness import Split
+    from recipes.tasks.word_tasks import _left_out
 
     tokenizer = make_tokenizer()
     monkeypatch.setattr("lit_thought.fit.data.PairDataModule.write", lambda *_: [(0, "cold", True)])
@@ -103,8 +106,7 @@ def test_moe(tiny: Path) -> None:
 
 
 def test_upcycling_without_noise_leaves_the_model_what_it_is() -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from moe import upcycle
+    from recipes.studies.moe import upcycle
 
     dense = make_model("llama").float()
     sparse = upcycle(dense, experts=4, experts_per_token=2, noise=0.0, seed=0)
@@ -171,12 +173,9 @@ def test_benchmark_inference(tiny: Path) -> None:
 
 
 def test_every_way_to_ask_is_answered_as_the_whole_prompt_is() -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from benchmark_inference import Case, measure, with_adapter, write
-
-    from lit_thought.patch.patch import ThoughtPatch
+    from lit_thought.patch.patch import Factors, ThoughtPatch
     from lit_thought.runs.streams import lead_cache
-    from lit_thought.solve.factors import Factors
+    from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
 
     lm, ids = make_model("llama").float(), list(range(5, 35))
     target = "model.layers.1.mlp.down_proj"
@@ -246,8 +245,7 @@ def test_edited_fact_is_tested_on_other_wordings_and_landmarks() -> None:
 
 
 def test_splits_share_nothing() -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from tasks import SIX_TASKS, load_split
+    from recipes.harness import SIX_TASKS, load_split
 
     for task in SIX_TASKS:
         split = load_split(task, 1)

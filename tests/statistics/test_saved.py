@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.fit.fitting import fit
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.model.blocks import find_blocks
 from lit_thought.patch.patch import ThoughtPatch
