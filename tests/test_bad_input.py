@@ -133,7 +133,6 @@ FIT = [
     ({"val_pairs": PAIRS, "instruction": None, "pairs": OWN}, "val_pairs: instruction must be a text that is not"),
     ({"val_pairs": [*PAIRS, {"input": "hot " * 300}]}, r"val_pairs: pairs\[5\]: expected at most 256 tokens"),
     ({"order": "parallel"}, "order must be one of .*got 'parallel'"),
-    ({"statistics_dtype": "bfloat16"}, "statistics_dtype must be .*got 'bfloat16'"),
     ({"batch_size": 0}, "batch_size must be a whole number"),
     ({"max_new_tokens": 0}, "max_new_tokens must be a whole number"),
     ({"answer_weight": 0}, "answer_weight must be a finite number above 0"),

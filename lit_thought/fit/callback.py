@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preparing import PreservationSource, Validation, common_fingerprint, write_outputs
-from lit_thought.fit.provenance import costs, describe, identity_of
+from lit_thought.fit.provenance import costs, describe, identity_of, kept_settings
 from lit_thought.fit.strategy import check_trainer
 from lit_thought.model.blocks import JOINT, Block, find_blocks, require_site
 from lit_thought.model.loading import context_window
@@ -172,9 +173,10 @@ class ThoughtCallback(Callback):
             self._preservation, self.preserve_cached = self.preserved.load(
                 trainer, model, tokenizer, blocks, self.sites, self.settings, identity, show
             )
+        kept = kept_settings(replace(self.settings, sites=self.sites), self.parts, self.preserved, data)
         finished = None
         if self.settings.resume_dir is not None:
-            whole = identity_of(self, identity, data, trainer.world_size)
+            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size)
             finished = FitProgress(
                 self.settings.resume_dir, whole, trainer.is_global_zero, self.settings.store_instruction
             )
@@ -188,7 +190,7 @@ class ThoughtCallback(Callback):
         if finished is not None:
             trainer.strategy.barrier("resume")
             finished.start(data.written)
-        self._provenance = describe(self, model, blocks, identity, data)
+        self._provenance = describe(kept, model, blocks, identity, data, self.settings.store_instruction)
         if self.settings.statistics_dir is not None and trainer.is_global_zero:
             entry = self._preservation.folder.name if self._preservation is not None else None
             uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)

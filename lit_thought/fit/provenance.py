@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 import lit_thought
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
+from lit_thought.fit.preparing import PreservationSource
 from lit_thought.model.blocks import Block
 from lit_thought.model.loading import model_name
 from lit_thought.prompts.instruction_hash import hash_text
 from lit_thought.settings import FitSettings
 from lit_thought.timing import Stopwatch
 
-if TYPE_CHECKING:
-    from lit_thought.fit.callback import ThoughtCallback
-
-__all__ = ["costs", "describe", "identity_of", "versions"]
+__all__ = ["costs", "describe", "identity_of", "kept_settings", "versions"]
 
 
 def describe(
-    callback: ThoughtCallback, model: PreTrainedModel, blocks: Sequence[Block], identity: str, data: PairDataModule
+    settings: Mapping[str, Any],
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    identity: str,
+    data: PairDataModule,
+    store_instruction: bool,
 ) -> dict[str, Any]:
     """The model, the prompt, the settings and the versions behind a patch, as JSON values.
 
     Args:
-        callback: the fit's settings.
+        settings: what :func:`kept_settings` gives.
         model: the model it was fitted on, with its ``blocks`` and its fingerprint, ``identity``.
         data: the pairs, prepared.
+        store_instruction: keep the instruction, or only a hash of it.
     """
     return {
         "model": model_name(model),
@@ -40,30 +44,40 @@ def describe(
         "fingerprint": identity,
         "model_type": model.config.model_type,
         "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
-        **_instructions(callback.settings, data),
+        **_instructions(data, store_instruction),
         "template": data.template.to_dict(),
-        "settings": _settings(callback, data),
+        "settings": dict(settings),
         "versions": versions(),
     }
 
 
-def identity_of(callback: ThoughtCallback, identity: str, data: PairDataModule, processes: int) -> dict[str, Any]:
-    """What two fits share exactly when one may go on with the other's finished stages, as JSON values."""
+def identity_of(
+    settings: Mapping[str, Any], texts: Sequence[str] | None, identity: str, data: PairDataModule, processes: int
+) -> dict[str, Any]:
+    """What two fits share exactly when one may go on with the other's finished stages, as JSON values.
+
+    Args:
+        settings: what :func:`kept_settings` gives.
+        texts: unrelated texts to preserve.
+        identity: the model's fingerprint.
+        data: the pairs.
+        processes: of the fit.
+    """
     return {
         "model": identity,
-        "settings": _settings(callback, data),
+        "settings": settings,
         "pairs": data.pairs,
         "instructions": data.instructions,
         "template": data.template.to_dict(),
-        "preserve": callback.preserved.texts,
+        "preserve": texts,
         "batch_size": data.settings.batch_size,
         "processes": processes,
     }
 
 
-def _instructions(settings: FitSettings, data: PairDataModule) -> dict[str, Any]:
+def _instructions(data: PairDataModule, store: bool) -> dict[str, Any]:
     """The instruction, or those of the pairs; of one that is not to be stored a hash, of several nothing."""
-    if settings.store_instruction:
+    if store:
         return {"instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions))}
     every = set(data.instructions)
     return {"instruction": None, "instruction_hash": hash_text(every.pop()) if len(every) == 1 else None}
@@ -75,9 +89,20 @@ def versions() -> dict[str, str]:
     return {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}}
 
 
-def _settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
-    """Every setting that a fit's result depends on, as JSON values."""
-    settings, preserved = callback.settings, callback.preserved
+def kept_settings(
+    settings: FitSettings,
+    parts: Mapping[str, Sequence[str]],
+    preserved: PreservationSource,
+    data: PairDataModule,
+) -> dict[str, Any]:
+    """Every setting that a fit's result depends on, as JSON values.
+
+    Args:
+        settings: the callback's, settled, with the sites that the model has.
+        parts: what is solved for at each site.
+        preserved: the unrelated text, or a file of its statistics.
+        data: the pairs, with settings of their own.
+    """
     kept = settings.options(passing=False) | data.settings.options(data=True, passing=False)
     if data.settings.answer_weight is None:
         kept["answer_weight"] = settings.answer_weight
@@ -87,8 +112,8 @@ def _settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]
         kept["preserve_tokens"] = preserved.file.manifest["tokens"]
     return {
         **kept,
-        "sites": list(callback.sites),
-        "parts": {site: list(parts) for site, parts in callback.parts.items()},
+        "sites": list(settings.sites or ()),
+        "parts": {site: list(own) for site, own in parts.items()},
         "generate": dict(data.settings.generate or {}),
         "preserve_file": None if preserved.file is None else preserved.file.digest,
         "pairs": len(data.pairs),

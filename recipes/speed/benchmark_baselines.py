@@ -32,6 +32,7 @@ from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtP
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.fit.fitting import fit
+from lit_thought.fit.preparing import prepare_pairs
 from recipes.harness import TEMPLATE, load_split, shown, write_results
 from recipes.studies.distillation import HeldOut, distil
 
@@ -104,11 +105,11 @@ def benchmark(
             for count in counts:
                 data = PairDataModule(split.fit[:count], split.instruction, **common)
                 start = time.perf_counter()
-                data.prepare(lm, tokenizer)
+                prepare_pairs(data, lm, tokenizer)
                 outputs = time.perf_counter() - start
                 given = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
                 data = PairDataModule(given, split.instruction, **common)
-                data.prepare(lm, tokenizer)
+                prepare_pairs(data, lm, tokenizer)
                 run = partial(fit_once, lm, tokenizer, given, split.instruction, {"rank": rank, "cache_dir": cache})
                 if first is None:
                     first = run()[2]["preserve"]

@@ -30,6 +30,7 @@ import torch
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
 from lit_thought.fit.fitting import fit
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.calls import find_decoder
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import forward_inputs, lead_cache
@@ -72,7 +73,7 @@ def benchmark(
             inputs = _inputs(task, count)
             data = PairDataModule(inputs, instruction, TEMPLATE, max_new_tokens=12)
             start = time.perf_counter()
-            data.prepare(lm, tokenizer)
+            prepare_pairs(data, lm, tokenizer)
             generating = time.perf_counter() - start
             labelled = [{**pair, "output": text} for pair, text in zip(inputs, data.outputs, strict=True)]
 

@@ -37,6 +37,7 @@ from lit_thought import PairDataModule, ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.intervals import wilson
 from lit_thought.evaluation.metrics import token_kl
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.theory import apply_token_patches, best_block, thought_vectors, token_patches, vector_patch
 from recipes.harness import (
     METHODS,
@@ -91,7 +92,7 @@ def baselines(
         common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
         evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
         data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens)
-        data.prepare(lm, tokenizer)  # every method may start from the outputs that the instructed model writes
+        prepare_pairs(data, lm, tokenizer)  # every method may start from the outputs that the instructed model writes
         given = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
         patch = partial(transmute, lm, tokenizer, pairs=given, rank=rank, progress=False, **common)
         train = {"learning_rate": learning_rate, "max_steps": steps, "every": steps, "rank": rank, "seed": seed}

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought import PairDataModule, load_model, transmute
 from lit_thought.errors import SingularSystemError
 from lit_thought.evaluation.compare import Evaluation
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.runner import StreamRunner
@@ -125,7 +126,7 @@ def condensation(
 ) -> tuple[str, dict[str, Any]]:
     """Vector and matrix of each block from two thirds of the inputs, tried on the others."""
     data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens)
-    data.prepare(lm, tokenizer)
+    prepare_pairs(data, lm, tokenizer)
     cut = 2 * len(split.fit) // 3
     fitted = _observe(lm, tokenizer, data, range(cut))
     held = _observe(lm, tokenizer, data, range(cut, len(split.fit)))

@@ -27,6 +27,7 @@ import jsonargparse
 from lit_thought import PairDataModule, PromptTemplate, load_model, transmute
 from lit_thought.evaluation.compare import RUNS, Evaluation
 from lit_thought.evaluation.intervals import paired_difference, wilson
+from lit_thought.fit.preparing import prepare_pairs
 from recipes.harness import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, provenance, shown, write_results
 
 
@@ -114,7 +115,8 @@ def _left_out(lm: Any, tokenizer: Any, split: Split, max_new_tokens: int) -> lis
     """Whether the first token of each test word's answer is in no output that is fitted or shown."""
     template = PromptTemplate.parse(TEMPLATE)
     data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens)
-    written = [text for _, text, _ in data.write(lm, tokenizer, data.check(lm, tokenizer))]
+    prepare_pairs(data, lm, tokenizer)
+    written = [text for _, text, _ in data.written]
     shown = [line.removeprefix("A: ") for line in split.instruction.splitlines() if line.startswith("A: ")]
 
     def tokens(output: str) -> tuple[int, ...]:

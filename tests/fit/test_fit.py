@@ -50,6 +50,7 @@ from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
@@ -463,13 +464,11 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         "steps": 2,
         "step_size": 0.5,
         "pairs_per_step": 4,
-        "passes": 1,
         "rank": 3,
         "ridge": 0.1,
         "preserve_weight": 0.5,
         "preserve_tokens": 40,
         "preserve_file": None,
-        "statistics_dtype": "float64",
         "pairs": 6,
         "generated_outputs": 1,
         "generate": {},
@@ -524,12 +523,6 @@ def test_batches_and_order_do_not_matter(family: str, fixed: dict[str, Any]) -> 
         assert distance(patch, other) < 1e-6  # each block sees the float32 rounding of those before it
     assert left.padding_side == "left"
     assert distance(first(patch), first(make_patch(model, pairs=PAIRS[:-1], **fixed))) > 1e-2
-
-
-def test_float32_sums_are_close() -> None:
-    model = make_model()
-    patch, single = make_patch(model), make_patch(model, statistics_dtype="float32")
-    assert 0 < distance(patch, single) < 1e-3
 
 
 def test_the_model_may_be_in_train_mode() -> None:
@@ -791,7 +784,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
         (callback.StreamRunner, "finish", 2),
         (callback.StreamRunner, "observe", 5),
         (adapter, "save_file", 1),
-        (PairDataModule, "prepare", 1),
+        (PairDataModule, "complete", 1),
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError("pulled the plug"), KeyboardInterrupt("ctrl-c")])
@@ -842,7 +835,7 @@ def test_outputs_are_what_the_instructed_model_writes(family: str, bos: bool) ->
     data = PairDataModule(
         [*({"input": text} for text in inputs), PAIRS[0]], INSTRUCTION, batch_size=4, max_new_tokens=7
     )
-    data.prepare(model, tokenizer)
+    prepare_pairs(data, model, tokenizer)
     ends = []
     for text, output, tokens in zip(inputs, data.outputs, data.tokenised, strict=False):
         wanted, finished = written(model, tokenizer, f"{INSTRUCTION}Q: {text}\nA:", 7)
@@ -858,7 +851,7 @@ def test_outputs_are_what_the_instructed_model_writes(family: str, bos: bool) ->
 def test_chat_outputs_are_what_the_instructed_model_writes() -> None:
     model = readable(make_model())
     data = PairDataModule([{"input": "hot"}, {"input": "the lazy dog"}], INSTRUCTION, "chat", max_new_tokens=7)
-    data.prepare(model, TOKENIZER)
+    prepare_pairs(data, model, TOKENIZER)
     for text, output in zip(("hot", "the lazy dog"), data.outputs, strict=True):
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
         prompt = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -872,7 +865,7 @@ def test_sampled_outputs_depend_on_the_seed_alone() -> None:
     def outputs(seed: int) -> list[str]:
         options = {"do_sample": True, "temperature": 1.5}
         data = PairDataModule(pairs, INSTRUCTION, max_new_tokens=6, generate=options, seed=seed)
-        data.prepare(model, TOKENIZER)
+        prepare_pairs(data, model, TOKENIZER)
         return data.outputs
 
     torch.manual_seed(5)

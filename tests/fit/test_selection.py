@@ -347,4 +347,4 @@ def test_command_line_prints_the_candidates(tmp_path: Path, capsys: pytest.Captu
     assert "Chosen on 4 of 10 pairs" in printed
     assert "scale 1.2" in printed
     record = ThoughtPatch.load("adapter").provenance["selection"]
-    assert record["names"] == ["ridge", "scale", "blocks"]
+    assert record["names"] == ["blocks", "scale", "ridge"]

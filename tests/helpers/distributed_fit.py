@@ -90,7 +90,7 @@ FITS: dict[str, dict[str, Any]] = {
         "model": ("gemma3_text", "float64", False),
         "pairs": PAIRS,
         "shuffled": {"batch_size": 2},
-        "thought": {"passes": 2, "rank": 4, "blocks": [0, 1]},
+        "thought": {"rank": 4, "blocks": [0, 1]},
     },
     "float32": {
         "model": ("llama", "float32", False),

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_thought import PairDataModule
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.prompts.alignment import TokenisedPair
 from recipes.speed.benchmark_baselines import order, soonest, summary
 from recipes.studies.distillation import (
@@ -39,7 +40,7 @@ TEMPLATE = "Q: {input}\nA: {output}\n"
 @pytest.fixture
 def data(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PairDataModule:
     data = PairDataModule(PAIRS, INSTRUCTION, TEMPLATE, batch_size=2)
-    data.prepare(llama, tokenizer)
+    prepare_pairs(data, llama, tokenizer)
     return data
 
 
@@ -87,7 +88,7 @@ def test_tokens_are_those_that_a_fit_makes_heavier(data: PairDataModule, llama: 
 def test_teacher_and_student_see_what_whole_prompts_give(family: str, batch_size: int) -> None:
     model, tokenizer = make_model(family), make_tokenizer()
     data = PairDataModule(PAIRS, INSTRUCTION, TEMPLATE)
-    data.prepare(model, tokenizer)
+    prepare_pairs(data, model, tokenizer)
     examples = teach(model, data.tokenised, batch_size)
     with torch.no_grad():
         got = student_logits(model, examples).log_softmax(-1)
@@ -197,7 +198,8 @@ def test_held_out_figures_are_those_of_the_evaluation(
 
 def test_pairs_without_output_are_left_out(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     data = PairDataModule([*PAIRS, {"input": "France"}], INSTRUCTION, TEMPLATE)
-    prompts = data.check(llama, tokenizer)
+    data.tokenise(tokenizer, 256)
+    prompts = data.tokenised
     assert len(teach(llama, prompts)) == len(PAIRS)
     with pytest.raises(ThoughtError, match="pairs: expected at least one with an output"):
         teach(llama, prompts[-1:])

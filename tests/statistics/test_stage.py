@@ -22,7 +22,7 @@ from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.stage import StageSettings, StageSums, target_changes
 
-SETTINGS = StageSettings(rank=4, ridge=1e-2, prior_weight=0.7, step_size=1.0, dtype=torch.float64)
+SETTINGS = StageSettings(rank=4, ridge=1e-2, prior_weight=0.7, step_size=1.0)
 FEW, MANY = 9, 60  # tokens that are kept as rows, and tokens that are folded into sums
 
 
