@@ -456,7 +456,7 @@ def test_sums_of_no_rows_do_not_claim_a_size(tmp_path: Path) -> None:
     Path("sums/manifest.json").write_text(json.dumps(value))
     file = Path("sums/stage-0000.safetensors")
     with safe_open(file, framework="pt") as content:
-        label = content.metadata()
+        label = {key: value for key, value in content.metadata().items() if key != "sha256"}
     tensors = {name: tensor for name, tensor in load_file(file).items() if name not in ("matrix.gram", "matrix.cross")}
     rows = {"matrix.a": torch.zeros(0, 2**40), "matrix.delta": torch.zeros(0, 32)}
     save_file({**tensors, **{name: tensor.double() for name, tensor in rows.items()}}, file, label)

@@ -16,7 +16,6 @@ from types import EllipsisType, SimpleNamespace
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -322,7 +321,7 @@ def _priors(preservation: Preservation, missing: str) -> PriorOf:
     def prior_of(block: int, site: str) -> Prior:
         try:
             return preservation.prior(cast(Block, SimpleNamespace(index=block)), site)
-        except (OSError, KeyError, SafetensorError) as error:
+        except ThoughtError as error:
             raise ThoughtError(missing) from error
 
     return prior_of

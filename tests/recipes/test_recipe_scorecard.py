@@ -31,7 +31,7 @@ def test_scorecard(tmp_path: Path) -> None:
     ]
     command += ["--faults=[forward raises,file size limit]", f"--out={tmp_path / 'scorecard'}"]
     command += [
-        "--serving={a hash: [tests/test_checksum.py::test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names]}"
+        "--serving={a hash: [tests/test_tensor_files.py::test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names]}"
     ]
     command += [f"--versions={tmp_path / 'none.json'}"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)

@@ -18,12 +18,12 @@ sys.path.insert(0, str(FIXTURES))
 
 import make  # noqa: E402
 
-from lit_thought.checksum import check_hash, tensors_hash  # noqa: E402
 from lit_thought.errors import ThoughtError  # noqa: E402
 from lit_thought.model.blocks import find_blocks  # noqa: E402
 from lit_thought.statistics.preserve_file import PreservationFile  # noqa: E402
 from lit_thought.statistics.resume import FitProgress  # noqa: E402
 from lit_thought.statistics.saved import SavedStatistics  # noqa: E402
+from lit_thought.tensor_files import TensorFile, tensors_hash, write_tensors  # noqa: E402
 
 
 def test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names() -> None:
@@ -42,11 +42,26 @@ def test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names() -> None:
     ):
         digest.update(about.encode() + data)
     assert tensors_hash(tensors) == digest.hexdigest()
-    check_hash(tensors, digest.hexdigest())
-    check_hash(tensors, None)
-    for other in ({"c": tensors["b"]}, {"b": tensors["b"].reshape(4)}, {"b": tensors["b"].view(torch.int64)}):
-        with pytest.raises(ThoughtError, match="SHA-256"):
-            check_hash({**{key: value for key, value in tensors.items() if key != "b"}, **other}, digest.hexdigest())
+
+
+def test_a_group_is_read_as_it_was_written_and_checked(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    tensors = {"one.a": torch.arange(6.0).view(2, 3).T, "one.b": torch.tensor(True), "two.a": torch.zeros(0, 3)}
+    write_tensors(file, tensors, {"about": "ü"}, ["one."])
+    content = TensorFile(file, "file='a'", "Get it anew.")
+    assert content.header["about"] == "ü"
+    assert content.shapes == {"one.a": (3, 2), "one.b": (), "two.a": (0, 3)}
+    for copy in (True, False):
+        found = content.read("one.", copy=copy)
+        assert {name: value.tolist() for name, value in found.items()} == {"a": [[0, 3], [1, 4], [2, 5]], "b": True}
+    assert all(value.data_ptr() % 64 == 0 for value in content.read("one.").values())
+    save_file({**tensors, "one.a": tensors["one.a"].contiguous() + 1}, file, content.header)
+    assert content.read("two.")["a"].shape == (0, 3)  # of which no hash was kept
+    with pytest.raises(ThoughtError, match=r"^file='a' is damaged: first: its numbers .*SHA-256.*\. Get it anew\.$"):
+        content.read("one.", part="first")
+    with pytest.raises(ThoughtError, match="exists"):
+        write_tensors(file, tensors, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 @pytest.fixture(scope="module")
