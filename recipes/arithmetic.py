@@ -43,10 +43,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, PromptTemplate, ThoughtCallback, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import RUNS, Evaluation
-from lit_thought.evaluation.intervals import paired_difference, wilson
+from lit_thought.evaluation.compare import Evaluation
 from lit_thought.files import atomic_file
+from lit_thought.patch.results import RUNS
 from lit_thought.runs.generate import generate
+from lit_thought.solve.intervals import paired_difference, wilson
 
 TINY = "tiny"
 BAR = 0.95

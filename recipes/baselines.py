@@ -37,8 +37,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
-from lit_thought.evaluation.intervals import wilson
 from lit_thought.evaluation.metrics import token_kl
+from lit_thought.solve.intervals import wilson
 from lit_thought.theory import apply_token_patches, best_block, thought_vectors, token_patches, vector_patch
 
 Patched = Callable[[], ThoughtPatch]

@@ -31,11 +31,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import RUNS, Evaluation, batch_logits, output_batches, unrelated_perplexity
-from lit_thought.evaluation.intervals import perplexity_ratio
+from lit_thought.evaluation.compare import Evaluation, batch_logits, output_batches, unrelated_perplexity
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import generate
+from lit_thought.solve.intervals import perplexity_ratio
 
 TEMPLATE = PromptTemplate.chat()
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}

@@ -12,9 +12,9 @@ import matplotlib
 from matplotlib import pyplot
 from system_prompt import PLACES
 
-from lit_thought.evaluation.compare import RUNS
-from lit_thought.evaluation.intervals import paired_difference, wilson
 from lit_thought.files import atomic_file
+from lit_thought.patch.results import RUNS
+from lit_thought.solve.intervals import paired_difference, wilson
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "lit_thought", "savefig.bbox": "tight"})

@@ -26,9 +26,10 @@ from tasks import DATA, TEMPLATE, demonstrations, load_split, provenance, shown,
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model, transmute
-from lit_thought.evaluation.compare import RUNS, Evaluation
-from lit_thought.evaluation.intervals import wilson
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.pairs import load_pairs
+from lit_thought.solve.intervals import wilson
 
 FORMS = {
     "Q: hot / A: …": TEMPLATE,

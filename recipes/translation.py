@@ -29,9 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import RUNS, Evaluation, unrelated_perplexity
-from lit_thought.evaluation.intervals import paired_difference
+from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.solve.intervals import paired_difference
 
 FOLDER = DATA / "translation"
 LANGUAGES = ("french", "german", "spanish")

@@ -26,8 +26,9 @@ import jsonargparse
 from tasks import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, provenance, shown, write_results
 
 from lit_thought import PairDataModule, PromptTemplate, load_model, transmute
-from lit_thought.evaluation.compare import RUNS, Evaluation
-from lit_thought.evaluation.intervals import paired_difference, wilson
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.patch.results import RUNS
+from lit_thought.solve.intervals import paired_difference, wilson
 
 
 def word_tasks(

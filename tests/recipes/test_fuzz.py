@@ -24,7 +24,7 @@ from scorecard import KINDS  # noqa: E402
 
 from lit_thought import PromptTemplate, transmute  # noqa: E402
 from lit_thought.errors import ThoughtError  # noqa: E402
-from lit_thought.patch.provenance import check_record  # noqa: E402
+from lit_thought.patch.provenance import check_provenance  # noqa: E402
 from lit_thought.prompts.pairs import load_pairs  # noqa: E402
 
 CASES = dict.fromkeys(KINDS, 110) | {"configs": 15, "unfinished fits": 30, "preservation caches": 40}
@@ -144,6 +144,6 @@ def test_any_setting(name: str, value: Any) -> None:
 @given(st.dictionaries(st.sampled_from(["parts", "scale", "settings", "memory", "truncated", "history", "x"]), JSON))
 def test_any_record(record: Any) -> None:
     try:
-        assert check_record(record, "thought.json") is record
+        assert check_provenance(record, "thought.json") is record
     except ThoughtError as error:
         assert "thought.json" in str(error)  # noqa: PT017
