@@ -1,4 +1,4 @@
-"""Wall-clock time and peak memory by stage."""
+"""Wall-clock time and peak memory by phase, and how they are written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["Stopwatch", "peak_memory"]
+__all__ = ["Stopwatch", "format_bytes", "format_duration", "peak_memory"]
 
 
 def peak_memory() -> int:
@@ -102,3 +102,18 @@ class Stopwatch:
 
 def _on_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def format_bytes(count: float) -> str:
+    """In GB, MB or kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def format_duration(seconds: float) -> str:
+    """In minutes, seconds or milliseconds."""
+    if seconds >= 90:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"

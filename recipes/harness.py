@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_thought.evaluation.intervals import wilson
 from lit_thought.files import atomic_file
 from lit_thought.fit.provenance import versions
 from lit_thought.prompts.pairs import load_pairs
+from lit_thought.solve.intervals import wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from json import dumps
-from typing import Any
-
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
 from lit_thought.errors import ThoughtError
@@ -47,10 +43,10 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         loading: the model.
     """
     from lit_thought.evaluation.compare import evaluate, format_result
-    from lit_thought.evaluation.report.content import RESULT_VERSION, adapter_digest
     from lit_thought.files import check_output_folder
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
+    from lit_thought.patch.results import of_adapter, write_result
     from lit_thought.prompts.instruction_hash import check_instruction
     from lit_thought.prompts.pairs import load_pairs, pair_instructions
     from lit_thought.prompts.template import PromptTemplate
@@ -91,26 +87,16 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
             batch_size=batch_size,
             progress=progress,
         )
-    record = {"format": RESULT_VERSION, **result, "adapter": adapter_digest(place)}
+    signed = of_adapter(result, place)
     table = format_result(result, samples)
     if out is not None:
         try:
-            _write(record, out)
+            write_result(signed, out)
         except OSError:
             print(table)  # what took long is not lost with the disk
             raise
         say(f"Wrote result.json and items.jsonl to {out}")
-    return Result(record, table)
-
-
-def _write(record: Mapping[str, Any], out: str) -> None:
-    from lit_thought.files import atomic_folder
-
-    figures = {name: value for name, value in record.items() if name != "items"}
-    with atomic_folder(out) as folder:
-        lines = (dumps(item, ensure_ascii=False) + "\n" for item in record["items"])
-        (folder / "items.jsonl").write_text("".join(lines), encoding="utf-8")
-        (folder / "result.json").write_text(dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return Result(signed, table)
 
 
 def report(run_dir: str, evaluation: str | None = None, out: str | None = None, samples: int = 20) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
 from lit_thought.files import atomic_file
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.results import RUNS, items_text
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches, pad
 from lit_thought.prompts.instruction_hash import check_instruction
@@ -31,7 +31,6 @@ from lit_thought.runs.streams import forward_inputs
 from lit_thought.settings import TextSource
 
 __all__ = [
-    "RUNS",
     "Evaluation",
     "batch_logits",
     "evaluate",
@@ -41,7 +40,6 @@ __all__ = [
     "window_losses",
 ]
 
-RUNS = ("plain", "instructed", "patched")
 _WINDOW = 512
 """Tokens of each window of unrelated text whose perplexity is measured."""
 
@@ -112,8 +110,7 @@ def evaluate(
             progress=progress,
         ).score(patch)
         if file is not None:
-            lines = (json.dumps(item, ensure_ascii=False) for item in result["items"])
-            file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            file.write_text(items_text(result["items"]), encoding="utf-8")
     return result
 
 

@@ -22,13 +22,13 @@ from lit_thought.fit.estimate import (
     estimate_bytes,
     estimate_seconds,
     fit_operations,
-    format_bytes,
 )
 from lit_thought.model.blocks import Block
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Stage
 from lit_thought.runs.storage import Place
 from lit_thought.statistics.distributed import gather_json
+from lit_thought.timing import format_bytes
 
 __all__ = ["choose_place", "free_disk", "free_memory", "needs", "plan", "room"]
 

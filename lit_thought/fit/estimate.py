@@ -19,6 +19,7 @@ from lit_thought.model.blocks import Block, Site
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Stage, goes_on_from
 from lit_thought.runs.storage import Place
+from lit_thought.timing import format_bytes, format_duration
 
 __all__ = [
     "Estimate",
@@ -27,8 +28,6 @@ __all__ = [
     "estimate_bytes",
     "estimate_seconds",
     "fit_operations",
-    "format_bytes",
-    "format_duration",
     "lead_bytes",
     "plain_runs",
     "solve_bytes",
@@ -339,18 +338,3 @@ def timed(work: Callable[[], Any]) -> float:
             torch.cuda.synchronize()
         spent = time.perf_counter() - start
     return spent
-
-
-def format_bytes(count: float) -> str:
-    """In GB, MB or kB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def format_duration(seconds: float) -> str:
-    """In minutes, seconds or milliseconds."""
-    if seconds >= 90:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_thought.errors import check_counts
-from lit_thought.fit.estimate import Load, estimate_bytes, format_bytes, format_duration, plain_runs, timed
+from lit_thought.fit.estimate import Load, estimate_bytes, plain_runs, timed
 from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
 from lit_thought.model.layers import layer_shape, sits_beside
 from lit_thought.model.loading import evaluating, model_name
@@ -21,6 +21,7 @@ from lit_thought.solve.gains import solve_with_gains
 from lit_thought.solve.least_squares import Prior, solve
 from lit_thought.solve.sums import Statistics
 from lit_thought.statistics.preserve import WINDOW
+from lit_thought.timing import format_bytes, format_duration
 
 __all__ = ["BlockKind", "Inspection", "SiteReport", "format_inspection", "inspect_model"]
 

@@ -11,7 +11,6 @@ has changed the weight. There keep the adapter apart, as ``PeftModel`` does, and
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -26,23 +25,17 @@ from torch import Tensor
 
 from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder, expanded, is_own_file
-from lit_thought.patch.card import model_card
-from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.patch.provenance import FORMAT_VERSION, read_object, read_record
-from lit_thought.patch.weights import checked_factors, checked_vector
+from lit_thought.patch.card import CARD, model_card
+from lit_thought.patch.change import Change, checked_factors, checked_vector
+from lit_thought.patch.provenance import THOUGHT, json_text, read_object, read_provenance, thought_text
 from lit_thought.solve.factors import Factors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["json_text", "read_adapter", "record_of", "to_peft", "write_adapter", "write_record"]
+__all__ = ["CONFIG", "WEIGHTS", "read_adapter", "to_peft", "write_adapter"]
 
-CONFIG, WEIGHTS, THOUGHT, CARD = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "thought.json",
-    "README.md",
-)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 """Of each target's tensors; the last with ``lora_bias`` only."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +51,7 @@ _HUGE = sys.float_info.max
 _PLAIN_INIT = ("gaussian", "eva", "orthogonal")
 
 
-def to_peft(patch: ThoughtPatch) -> tuple[LoraConfig, dict[str, Tensor]]:
+def to_peft(patch: Change) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The adapter's config and weights (float32): ``A`` (rank, d_in), ``B`` (d_out, rank).
 
     With vectors, ``lora_bias`` is on and every target also has a bias (d_out,); one with only a vector has zero
@@ -95,13 +88,11 @@ def to_peft(patch: ThoughtPatch) -> tuple[LoraConfig, dict[str, Tensor]]:
     state: dict[str, Tensor] = {}
     for path in patch.targets:
         factors = patch.factors[path] if path in patch.factors else _no_factors(patch, path)
-        d_out, missing = len(factors.B), rank - factors.rank
-        a = torch.cat([factors.A, factors.A.new_zeros(missing, factors.A.shape[1])])
-        b = torch.cat([factors.B, factors.B.new_zeros(d_out, missing)], dim=1)
-        state[f"base_model.model.{path}.lora_A.weight"] = a
-        state[f"base_model.model.{path}.lora_B.weight"] = b.contiguous()
+        wide = factors.padded(rank)
+        state[f"base_model.model.{path}.lora_A.weight"] = wide.A
+        state[f"base_model.model.{path}.lora_B.weight"] = wide.B
         if patch.vectors:
-            state[f"base_model.model.{path}.lora_B.bias"] = patch.vectors.get(path, torch.zeros(d_out)).clone()
+            state[f"base_model.model.{path}.lora_B.bias"] = patch.vectors.get(path, torch.zeros(len(wide.B))).clone()
     return config, state
 
 
@@ -117,7 +108,7 @@ def _is_claimed(path: str, model_type: Any) -> bool:
     return path.rpartition(".")[2] in names
 
 
-def _no_factors(patch: ThoughtPatch, path: str) -> Factors:
+def _no_factors(patch: Change, path: str) -> Factors:
     """Zero factors of rank 1 for a target that has only a vector."""
     d_in = patch.provenance.get("d_in", {}).get(path)
     if d_in is None:
@@ -129,7 +120,7 @@ def _no_factors(patch: ThoughtPatch, path: str) -> Factors:
 
 
 def write_adapter(
-    patch: ThoughtPatch,
+    patch: Change,
     folder: str | os.PathLike[str],
     overwrite: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -156,22 +147,12 @@ def write_adapter(
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     with atomic_folder(folder, overwrite) as out:
         save_file(state, out / WEIGHTS, metadata={"format": "pt"})
-        _write_json(out / CONFIG, settings)
-        write_record(patch, out)
+        (out / CONFIG).write_text(json_text(settings), encoding="utf-8")
+        (out / THOUGHT).write_text(thought_text(patch.provenance), encoding="utf-8")
         (out / CARD).write_text(model_card(patch), encoding="utf-8")
 
 
-def write_record(patch: ThoughtPatch, folder: Path) -> None:
-    """Write the patch's provenance to ``thought.json`` in ``folder``."""
-    _write_json(folder / THOUGHT, record_of(patch.provenance))
-
-
-def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
-    """What ``thought.json`` holds."""
-    return {"format_version": FORMAT_VERSION, "provenance": provenance}
-
-
-def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
+def read_adapter(folder: str | os.PathLike[str]) -> Change:
     """Read an adapter folder, ours or any plain LoRA adapter, and check all of it.
 
     A scale alpha / rank (or alpha / √rank: rank-stabilised LoRA) other than 1 goes into ``B`` and, as in PEFT, into
@@ -204,7 +185,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
             factors[target] = change
         else:
             d_in[target] = a.shape[1]
-    provenance = read_record(path / THOUGHT)
+    provenance = read_provenance(path)
     if provenance is None:
         known = {
             "base_model": config.get("base_model_name_or_path"),
@@ -213,7 +194,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> ThoughtPatch:
         provenance = {key: value for key, value in known.items() if value}
     if d_in:
         provenance = {"d_in": d_in, **provenance}
-    return ThoughtPatch(factors, provenance, vectors)
+    return Change(factors, provenance, vectors)
 
 
 def _check_config(config: dict[str, Any]) -> tuple[int, float]:
@@ -353,12 +334,3 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors' own error is not a subclass of anything narrower
         raise PatchError(f"{WEIGHTS} in {file.parent.name!r} is damaged ({error}). Copy or save it again.") from error
     return tensors
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json_text(value), encoding="utf-8")
-
-
-def json_text(value: dict[str, Any]) -> str:
-    """A JSON file of an adapter folder."""
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

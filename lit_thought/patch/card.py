@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from lit_thought.errors import ThoughtError
-from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.files import is_own_file
+from lit_thought.patch.change import Change
+from lit_thought.patch.provenance import is_hub_id, public_name, summands
 
 __all__ = [
+    "CARD",
     "fenced",
     "for_hub",
     "interval",
-    "is_hub_id",
     "model_card",
     "number",
-    "public_name",
+    "read_card",
     "with_metadata",
     "with_results",
 ]
 
+CARD = "README.md"
 _LONGEST = 4000
 _BEGIN, _END = "<!-- results, from lit-thought report -->", "<!-- end of results -->"
 _FENCE = re.compile(r"`{3,}")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
 _INDEX = "lit_thought adapter"
 """The name of our entry of a card's model index, until the adapter's repository has one."""
 _NO_BASE, _FOLDER = "the base model", "this folder"
@@ -39,28 +40,20 @@ _PEFT_LINE = 'model = PeftModel.from_pretrained(model, "{}")'
 _LOAD_LINE = 'With lit_thought, removable without a trace: `with ThoughtPatch.{}("{}").applied(model): ...`'
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a model's name is ``owner/name`` on the hub, and no file or folder here."""
-    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(name)
+def read_card(folder: Path) -> str | None:
+    """The card in an adapter folder; None where there is none.
 
-
-def public_name(name: str) -> str:
-    """A model's name without the folders of the machine it was loaded on.
-
-    Args:
-        name: what :func:`lit_thought.model.loading.model_name` gives: a hub id, a folder, a file, or one of the two
-            with ``(file.gguf)`` after it. Of a snapshot in the hub's cache, its hub id.
+    Raises:
+        ThoughtError: when it is no text.
     """
-    place, bracket, file = name.partition(" (")
-    cached = _SNAPSHOT.search(place)
-    if cached:
-        place = cached[1].replace("--", "/", 1)
-    elif not is_hub_id(place):
-        place = re.split(r"[/\\]", place.rstrip("/\\"))[-1]
-    return f"{place}{bracket}{file}"
+    file = folder / CARD
+    try:
+        return file.read_text(encoding="utf-8") if is_own_file(file) else None
+    except ValueError as error:
+        raise ThoughtError(f"{CARD} in {folder.name!r} is no UTF-8 text ({error}). Delete it.") from error
 
 
-def model_card(patch: ThoughtPatch) -> str:
+def model_card(patch: Change) -> str:
     """Markdown with the hub's YAML header. No licence is claimed: it depends on the base model's.
 
     Source:
@@ -94,13 +87,13 @@ def model_card(patch: ThoughtPatch) -> str:
             "biases (GPT-2); otherwise (Llama, Qwen) `merge_and_unload` raises an error: keep the adapter unmerged.",
             "",
         ]
-    parts = known.get("parts", [known])
-    if len(parts) > 1:
-        lines += [f"It is the sum of {len(parts)} patches.", ""]
-    for number, part in enumerate(parts, start=1):
-        if len(parts) > 1:
-            lines += [f"## Part {number}, times {part.get('scale', 1.0):g}", ""]
-        lines += _part(part)
+    every = summands(known)
+    if len(every) > 1:
+        lines += [f"It is the sum of {len(every)} patches.", ""]
+    for number, summand in enumerate(every, start=1):
+        if len(every) > 1:
+            lines += [f"## Part {number}, times {summand.get('scale', 1.0):g}", ""]
+        lines += _summand(summand)
     if "truncated" in known:
         cut = known["truncated"]
         lines += [f"Truncated to rank {cut['rank']}; relative error {cut['relative_error']:.2e}.", ""]
@@ -129,7 +122,7 @@ def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
 
     Args:
         card: Markdown that :func:`model_card` wrote, edited or not.
-        evaluation: the ``evaluation`` of a report.
+        evaluation: see :func:`~lit_thought.patch.results.three_way`.
 
     Raises:
         ThoughtError: if the card's header cannot be read.
@@ -197,7 +190,7 @@ def _parsed(card: str) -> RepoCard:
         return RepoCard(card)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
-        raise ThoughtError(f"README.md: its YAML header cannot be read ({cause}). Correct or delete it.") from error
+        raise ThoughtError(f"{CARD}: its YAML header cannot be read ({cause}). Correct or delete it.") from error
 
 
 def _model_index(card: str) -> list[dict[str, Any]]:
@@ -267,7 +260,7 @@ def _outside_fences(lines: Sequence[str]) -> Iterator[int]:
             yield index
 
 
-def _part(known: Mapping[str, Any]) -> list[str]:
+def _summand(known: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if known.get("instruction"):
         lines += ["The instruction that the adapter replaces:", "", *fenced(str(known["instruction"])), ""]
@@ -285,9 +278,9 @@ def _part(known: Mapping[str, Any]) -> list[str]:
         rows = list(_rows(table)) if isinstance(table, Mapping) else []
         if rows:
             lines += [f"{title}:", "", "| | |", "|---|---|", *rows, ""]
-    record = {key: known[key] for key in ("date", "versions", "fingerprint") if known.get(key)}
-    if record:
-        lines += ["| | |", "|---|---|", *_rows(record), ""]
+    origin = {key: known[key] for key in ("date", "versions", "fingerprint") if known.get(key)}
+    if origin:
+        lines += ["| | |", "|---|---|", *_rows(origin), ""]
     return lines
 
 

@@ -22,17 +22,18 @@ from transformers import PreTrainedModel
 from lit_thought.errors import PatchError
 from lit_thought.model.blocks import Site, find_blocks, plain_outputs
 from lit_thought.model.loading import model_name
+from lit_thought.patch.change import Change
 from lit_thought.patch.gguf_files import gguf_architecture, gguf_writer, import_gguf
-from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.weights import validate
 
-__all__ = ["load_control_vector", "save_control_vector"]
+__all__ = ["read_control_vector", "write_control_vector"]
 
 _ARCHITECTURE = "controlvector"
 _DIRECTION = re.compile(r"direction\.([1-9][0-9]*)")
 
 
-def save_control_vector(
-    patch: ThoughtPatch,
+def write_control_vector(
+    patch: Change,
     path: str | os.PathLike[str],
     model: PreTrainedModel,
     overwrite: bool = False,
@@ -57,7 +58,7 @@ def save_control_vector(
         ThoughtError: if ``path`` cannot be written, or the ``gguf`` package is missing.
     """
     directions = _directions(patch, model)
-    patch.validate(model, check)
+    validate(patch, model, check)
     with gguf_writer(path, _ARCHITECTURE, overwrite) as writer:
         writer.add_string(f"{_ARCHITECTURE}.model_hint", _gguf_name(model))
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))
@@ -65,7 +66,7 @@ def save_control_vector(
             writer.add_tensor(f"direction.{index}", vector.numpy())
 
 
-def load_control_vector(path: str | os.PathLike[str], model: PreTrainedModel) -> ThoughtPatch:
+def read_control_vector(path: str | os.PathLike[str], model: PreTrainedModel) -> Change:
     """Read a control vector, ours or another's, as thought vectors at the MLP output projections of ``model``.
 
     Args:
@@ -123,10 +124,10 @@ def load_control_vector(path: str | os.PathLike[str], model: PreTrainedModel) ->
         "fan_in_fan_out": any(site.fan_in_fan_out for site in sites.values()),
         "d_in": {site.path: site.d_in for site in sites.values() if site.path in vectors},
     }
-    return ThoughtPatch({}, {key: value for key, value in provenance.items() if value}, vectors)
+    return Change({}, {key: value for key, value in provenance.items() if value}, vectors)
 
 
-def _directions(patch: ThoughtPatch, model: PreTrainedModel) -> dict[int, Tensor]:
+def _directions(patch: Change, model: PreTrainedModel) -> dict[int, Tensor]:
     """The vectors by block; refuses what a control vector cannot hold."""
     if patch.factors:
         raise PatchError(

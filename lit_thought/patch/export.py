@@ -8,19 +8,18 @@ import copy
 import os
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder
 from lit_thought.model.layers import sits_beside
 from lit_thought.model.loading import fingerprint_with
-from lit_thought.patch.adapter import write_adapter, write_record
-from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.patch.weights import original_weights
-from lit_thought.solve.factors import Factors
+from lit_thought.patch.adapter import write_adapter
+from lit_thought.patch.change import Change
+from lit_thought.patch.provenance import THOUGHT, thought_text
+from lit_thought.patch.weights import applied, apply, original_weights, validate
 
-__all__ = ["VLLM_RANKS", "check_matrices_only", "export_adapter", "export_merged", "pad_rank"]
+__all__ = ["VLLM_RANKS", "check_matrices_only", "export_adapter", "export_merged"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as ``--max-lora-rank`` (``MaxLoRARanks`` in its ``config/lora.py``)."""
@@ -29,7 +28,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def export_adapter(
-    patch: ThoughtPatch,
+    patch: Change,
     folder: str | os.PathLike[str],
     rank: int | None = None,
     overwrite: bool = False,
@@ -52,11 +51,11 @@ def export_adapter(
         ThoughtError: if ``folder`` cannot be written.
     """
     check_matrices_only(patch)
-    write_adapter(pad_rank(patch, _vllm_rank(patch.rank, rank)), folder, overwrite=overwrite, dtype=dtype)
+    write_adapter(patch.padded(_vllm_rank(patch.rank, rank)), folder, overwrite=overwrite, dtype=dtype)
 
 
 def export_merged(
-    patch: ThoughtPatch,
+    patch: Change,
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -67,7 +66,7 @@ def export_merged(
     """Write the model with the patch in its weights, as safetensors that transformers and any server load.
 
     ``W + B A`` is computed in float32 (float64 for float64 weights) and rounded to the stored dtype; all other weights
-    are those of the model. Its record is in ``thought.json``. The model itself stays as it is.
+    are those of the model. Its provenance is in ``thought.json``. The model itself stays as it is.
 
     Args:
         patch: what to add. Vectors only at layers that have a bias.
@@ -88,31 +87,24 @@ def export_merged(
             f"dtype={dtype}; expected a floating-point dtype of 16 bits or more, or None for the model's own."
         )
     with atomic_folder(folder, overwrite) as out:
-        patch.validate(model, check and not _made_for_float32(patch, model))
+        validate(patch, model, check and not _made_for_float32(patch, model))
         _check_mergeable(patch, model)
         if dtype is None or dtype == model.dtype:
-            with patch.applied(model, check=False):
+            with applied(patch, model, check=False):
                 model.save_pretrained(out)
         else:
             merged = copy.deepcopy(model)
-            patch.apply_(merged, check=False)
+            apply(patch, merged, check=False)
             merged.to(dtype)  # type: ignore[arg-type]
             if not all(bool(torch.isfinite(value).all()) for value in merged.parameters()):
                 raise PatchError(f"dtype={dtype} cannot hold the merged model: a value overflows. Leave dtype out.")
             merged.save_pretrained(out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
-        write_record(patch, out)
+        (out / THOUGHT).write_text(thought_text(patch.provenance), encoding="utf-8")
 
 
-def pad_rank(patch: ThoughtPatch, rank: int) -> ThoughtPatch:
-    """The same change with factors of one rank: zero rows are added to ``A``, zero columns to ``B``."""
-    return ThoughtPatch(
-        {path: _padded(value, rank) for path, value in patch.factors.items()}, patch.provenance, patch.vectors
-    )
-
-
-def check_matrices_only(patch: ThoughtPatch) -> None:
+def check_matrices_only(patch: Change) -> None:
     """Refuse thought vectors, which vLLM and llama.cpp cannot read from an adapter.
 
     Raises:
@@ -125,13 +117,6 @@ def check_matrices_only(patch: ThoughtPatch) -> None:
             "control-vector: llama.cpp) and patch.without_vectors() as the adapter; or all of it as a merged model "
             "(format merged), where the base has biases there; or use save_adapter, which PEFT alone reads."
         )
-
-
-def _padded(value: Factors, rank: int) -> Factors:
-    missing = rank - value.rank
-    a, b = value.A, value.B
-    rows: Tensor = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-    return Factors(rows, torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1))
 
 
 def _vllm_rank(needed: int, rank: int | None) -> int:
@@ -151,7 +136,7 @@ def _vllm_rank(needed: int, rank: int | None) -> int:
     return rank
 
 
-def _made_for_float32(patch: ThoughtPatch, model: PreTrainedModel) -> bool:
+def _made_for_float32(patch: Change, model: PreTrainedModel) -> bool:
     """Whether a model in half precision is the one that the patch was fitted on in float32, as fits load it."""
     made_for = patch.provenance.get("fingerprint")
     if not made_for or model.dtype not in _HALVES:
@@ -159,7 +144,7 @@ def _made_for_float32(patch: ThoughtPatch, model: PreTrainedModel) -> bool:
     return bool(fingerprint_with(model, original_weights(model), torch.float32) == made_for)
 
 
-def _check_mergeable(patch: ThoughtPatch, model: PreTrainedModel) -> None:
+def _check_mergeable(patch: Change, model: PreTrainedModel) -> None:
     """Refuse layers whose weight cannot hold the sum, and vectors that have no bias to go to."""
     made = [name.removesuffix(".bias") for name, value in original_weights(model).items() if value is None]
     for path in (*patch.targets, *made):

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import PatchError, UnsupportedModelError
-from lit_thought.patch.card import public_name
-from lit_thought.patch.export import check_matrices_only, pad_rank
+from lit_thought.patch.change import Change
+from lit_thought.patch.export import check_matrices_only
 from lit_thought.patch.gguf_files import gguf_architecture, gguf_writer, import_gguf
-from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.provenance import public_name
 
 __all__ = ["export_gguf"]
 
@@ -34,7 +34,7 @@ _LAYERS = ("ATTN_OUT", "FFN_DOWN", "FFN_UP", "FFN_GATE", "FFN_DOWN_SHEXP", "FFN_
 
 
 def export_gguf(
-    patch: ThoughtPatch,
+    patch: Change,
     path: str | os.PathLike[str],
     model_type: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -64,7 +64,7 @@ def export_gguf(
     kind = getattr(gguf.GGMLQuantizationType, _TYPES[dtype])
     tensors = {
         f"{names[target]}.weight.{part}": _stored(gguf, target, matrix, dtype, kind)
-        for target, value in pad_rank(patch, patch.rank).factors.items()
+        for target, value in patch.padded(patch.rank).factors.items()
         for part, matrix in (("lora_a", value.A), ("lora_b", value.B))
     }
     with gguf_writer(path, architecture, overwrite) as writer:
@@ -79,7 +79,7 @@ def export_gguf(
             writer.add_tensor(name, data, raw_dtype=kind)
 
 
-def _architecture(patch: ThoughtPatch, model_type: str | None) -> str:
+def _architecture(patch: Change, model_type: str | None) -> str:
     given = model_type or patch.provenance.get("model_type")
     if not given:
         raise PatchError(
@@ -100,7 +100,7 @@ def _architecture(patch: ThoughtPatch, model_type: str | None) -> str:
     return architecture
 
 
-def _tensor_names(patch: ThoughtPatch, architecture: str) -> dict[str, str]:
+def _tensor_names(patch: Change, architecture: str) -> dict[str, str]:
     """llama.cpp's name of each target, such as ``blk.0.ffn_down``."""
     gguf = import_gguf()
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

@@ -27,13 +27,22 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import expanded, is_own_file
-from lit_thought.patch.adapter import CARD, CONFIG, THOUGHT, WEIGHTS, json_text, record_of, write_adapter
-from lit_thought.patch.card import for_hub, is_hub_id, model_card, public_name, with_metadata, with_results
-from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.patch.provenance import read_object
+from lit_thought.files import expanded
+from lit_thought.patch.adapter import CONFIG, WEIGHTS, read_adapter, write_adapter
+from lit_thought.patch.card import CARD, for_hub, model_card, read_card, with_metadata, with_results
+from lit_thought.patch.change import Change
+from lit_thought.patch.provenance import (
+    THOUGHT,
+    is_hub_id,
+    json_text,
+    public,
+    public_name,
+    read_object,
+    thought_text,
+)
+from lit_thought.patch.results import read_evaluation, three_way
 
-__all__ = ["FetchOptions", "PushOptions", "adapter_folder", "load_adapter", "push_adapter", "push_patch"]
+__all__ = ["FetchOptions", "PushOptions", "adapter_folder", "fetch_adapter", "push_adapter", "push_change"]
 
 _MESSAGE = "Upload an adapter made by lit_thought"
 _SUBFOLDER = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
@@ -63,8 +72,8 @@ class FetchOptions(TypedDict, total=False):
     subfolder: str | None
 
 
-def push_patch(
-    patch: ThoughtPatch, repo_id: str, dtype: torch.dtype = torch.float32, **options: Unpack[PushOptions]
+def push_change(
+    patch: Change, repo_id: str, dtype: torch.dtype = torch.float32, **options: Unpack[PushOptions]
 ) -> CommitInfo:
     """Push a patch as an adapter (see :func:`push_adapter`).
 
@@ -135,14 +144,18 @@ def push_adapter(
     if create_pr and revision is not None:
         raise ThoughtError(f"revision={revision!r} and create_pr exclude each other: leave one of them out.")
     path = expanded(folder, "folder")
-    patch = ThoughtPatch.load(path)
-    record = _public(patch.provenance, base_model)
-    card = _card(path, ThoughtPatch(patch.factors, record, patch.vectors), evaluation)
+    patch = read_adapter(path)
+    patch.provenance = public(patch.provenance, base_model)
+    card, found = read_card(path), read_evaluation(path, evaluation)
+    if card is None:
+        card = model_card(patch)
+    if found is not None:
+        card = with_results(card, three_way(*found))
     card = for_hub(card, repo_id, base_model, {"license": license, "language": _listed(language)})
     contents: dict[str, Any] = {
         CONFIG: json_text(_public_config(path, base_model)).encode(),
         WEIGHTS: str(path / WEIGHTS),
-        THOUGHT: json_text(record_of(record)).encode(),
+        THOUGHT: thought_text(patch.provenance).encode(),
     }
     api = HfApi(token=token)
     with _explained("repo_id", repo_id, revision):
@@ -214,39 +227,15 @@ def adapter_folder(
     return found
 
 
-def load_adapter(repo_id_or_path: str | os.PathLike[str], **options: Unpack[FetchOptions]) -> ThoughtPatch:
+def fetch_adapter(repo_id_or_path: str | os.PathLike[str], **options: Unpack[FetchOptions]) -> Change:
     """The patch in :func:`adapter_folder`, whose options these are, checked like a folder of unknown origin."""
     folder = adapter_folder(repo_id_or_path, **options)
     try:
-        return ThoughtPatch.load(folder)
+        return read_adapter(folder)
     except PatchError as error:
         if os.path.exists(repo_id_or_path):
             raise
         raise PatchError(f"repo_id_or_path={os.fspath(repo_id_or_path)!r}: {error}") from error
-
-
-def _card(folder: Path, patch: ThoughtPatch, evaluation: str | os.PathLike[str] | None) -> str:
-    """The folder's card, or a new one, with the results of the evaluation if there is one."""
-    from lit_thought.evaluation.report.content import gather
-
-    file = folder / CARD
-    try:
-        card = file.read_text(encoding="utf-8") if is_own_file(file) else model_card(patch)
-    except ValueError as error:
-        raise ThoughtError(f"{CARD} in {folder.name!r} is no UTF-8 text ({error}). Delete it.") from error
-    results = gather(folder, evaluation, samples=0)["evaluation"]
-    return card if results is None else with_results(card, results)
-
-
-def _public(record: dict[str, Any], base_model: str | None) -> dict[str, Any]:
-    """A patch's record without the folders that models were loaded from."""
-    known = {**record, **({} if base_model is None else {"base_model": base_model})}
-    for key in ("model", "base_model"):
-        if known.get(key):
-            known[key] = public_name(str(known[key]))
-    if "parts" in known:
-        known["parts"] = [_public(part, base_model) for part in known["parts"]]
-    return known
 
 
 def _public_config(folder: Path, base_model: str | None) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""The record of how a patch was made, read from a file that anyone may have written.
+"""Provenance: how a patch was made, as JSON values. Its keys, its checks, and the file of an adapter that holds it.
 
-Adapters keep it in ``thought.json``, saved statistics in their manifest; cards and reports take their figures from it.
+Adapters keep it in ``thought.json``, which anyone may have written, saved statistics in their manifest; cards and
+reports take their figures from it.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,28 @@ from typing import Any
 from lit_thought.errors import PatchError
 from lit_thought.files import is_own_file, read_json
 
-__all__ = ["FORMAT_VERSION", "are_figures", "check_record", "is_number", "read_object", "read_record"]
+__all__ = [
+    "FORMAT_VERSION",
+    "THOUGHT",
+    "added",
+    "are_figures",
+    "check_provenance",
+    "is_hub_id",
+    "is_number",
+    "json_text",
+    "plain_json",
+    "public",
+    "public_name",
+    "read_object",
+    "read_provenance",
+    "scaled",
+    "summands",
+    "thought_text",
+]
+
+THOUGHT = "thought.json"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
 
 FORMAT_VERSION = 1
 """Of ``thought.json``; rises when an older reader would misread the file."""
@@ -78,48 +104,59 @@ _CHECKS: dict[str, Check] = {
     "scale": is_number,
     "truncated": _truncation,
 }
-"""What is read of a record elsewhere, and how it can be told; every value may be None."""
+"""What is read of provenance elsewhere, and how it can be told; every value may be None."""
 
 
-def check_record(record: Any, where: str) -> dict[str, Any]:
-    """A record, if it is one of a fit or of a sum of patches; keys that are not known here are not looked at.
+def check_provenance(value: Any, where: str) -> dict[str, Any]:
+    """Provenance, if it is that of a fit or of a sum of patches; keys that are not known here are not looked at.
 
     Args:
-        record: a value from JSON.
+        value: from JSON.
         where: the file, for messages.
 
     Raises:
         PatchError: naming the key whose value is none that this package writes.
     """
-    if not isinstance(record, dict):
-        raise PatchError(f"{where}: provenance is a {type(record).__name__}; expected an object.")
+    if not isinstance(value, dict):
+        raise PatchError(f"{where}: provenance is a {type(value).__name__}; expected an object.")
     for key, is_right in _CHECKS.items():
-        if record.get(key) is not None and not is_right(record[key]):
-            raise PatchError(f"{where} is damaged: {key} is {_shortened(record[key])}. Save or copy it again.")
-    parts = record.get("parts", [])
+        if value.get(key) is not None and not is_right(value[key]):
+            raise PatchError(f"{where} is damaged: {key} is {_shortened(value[key])}. Save or copy it again.")
+    parts = value.get("parts", [])
     if not isinstance(parts, list):
         raise PatchError(f"{where} is damaged: parts is {_shortened(parts)}. Save or copy it again.")
-    for part in parts:
-        check_record(part, where)
-    return record
+    for summand in parts:
+        check_provenance(summand, where)
+    return value
 
 
-def read_record(file: Path) -> dict[str, Any] | None:
-    """The provenance in ``thought.json``; None where there is no such file.
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """The provenance in an adapter folder's ``thought.json``; None where there is no such file.
 
     Raises:
         PatchError: when it is damaged, or of another version.
     """
+    file = folder / THOUGHT
     if not file.exists() and not file.is_symlink():
         return None
     thought = read_object(file)
     version = thought.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise PatchError(
-            f"{file.name}: format_version is {version!r}, this lit_thought reads {FORMAT_VERSION}. Upgrade "
+            f"{THOUGHT}: format_version is {version!r}, this lit_thought reads {FORMAT_VERSION}. Upgrade "
             "lit-thought, or delete the file to read the weights without their history."
         )
-    return check_record(thought.get("provenance", {}), file.name)
+    return check_provenance(thought.get("provenance", {}), THOUGHT)
+
+
+def thought_text(provenance: Mapping[str, Any]) -> str:
+    """What ``thought.json`` holds."""
+    return json_text({"format_version": FORMAT_VERSION, "provenance": provenance})
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON file of an adapter folder."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -138,6 +175,95 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PatchError(f"{file.name} in {folder!r} holds a {type(value).__name__}; expected an object.")
     return value
+
+
+def plain_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy as JSON would store it; NaN and infinities, which JSON lacks, become None."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {key: finite(entry) for key, entry in value.items()}
+        return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+    try:
+        plain = json.loads(json.dumps(finite(provenance), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PatchError(
+            f"provenance must hold JSON values only ({error}). Convert tensors and paths first."
+        ) from error
+    if not isinstance(plain, dict):
+        raise PatchError(f"provenance must be a dict, got {type(provenance).__name__}.")
+    return plain
+
+
+def scaled(provenance: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Provenance of a patch times ``factor``: each summand's ``scale`` is."""
+    if "parts" in provenance:
+        return {**provenance, "parts": [scaled(summand, factor) for summand in provenance["parts"]]}
+    return {**provenance, "scale": provenance.get("scale", 1.0) * factor}
+
+
+def added(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Provenance of a sum: what identifies the model, which must agree, and its summands, as ``parts``."""
+    together: dict[str, Any] = {}
+    for key in ("model", "model_type", "base_model", "fingerprint", "fan_in_fan_out"):
+        found = [entry[key] for entry in (mine, theirs) if entry.get(key) is not None]
+        if key in ("fingerprint", "fan_in_fan_out") and len(found) == 2 and found[0] != found[1]:
+            names = [entry.get("model") or "an unnamed model" for entry in (mine, theirs)]
+            raise PatchError(
+                f"patches of different models cannot be added: {key} is {str(found[0])[:12]} ({names[0]}) "
+                f"and {str(found[1])[:12]} ({names[1]}). Fit both on the same model."
+            )
+        if found:
+            together[key] = found[0]
+    if d_in := {**mine.get("d_in", {}), **theirs.get("d_in", {})}:
+        together["d_in"] = d_in
+    together["parts"] = [summand for entry in (mine, theirs) for summand in _addends(entry)]
+    return together
+
+
+def _addends(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a patch adds to a sum; a truncated sum is one summand, since its own no longer add up to it."""
+    return [provenance] if "truncated" in provenance else summands(provenance)
+
+
+def summands(provenance: Mapping[str, Any]) -> list[Any]:
+    """Provenance of each patch that a sum was made of; of one that is no sum, its own."""
+    return list(provenance.get("parts", [provenance]))
+
+
+def public(provenance: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+    """Provenance without the folders that models were loaded from; with a ``base_model``, by that name."""
+    known = {**provenance, **({} if base_model is None else {"base_model": base_model})}
+    for key in ("model", "base_model"):
+        if known.get(key):
+            known[key] = public_name(str(known[key]))
+    if "parts" in known:
+        known["parts"] = [public(summand, base_model) for summand in known["parts"]]
+    return known
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is ``owner/name`` on the hub, and no file or folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders of the machine it was loaded on.
+
+    Args:
+        name: what :func:`lit_thought.model.loading.model_name` gives: a hub id, a folder, a file, or one of the two
+            with ``(file.gguf)`` after it. Of a snapshot in the hub's cache, its hub id.
+    """
+    place, bracket, file = name.partition(" (")
+    cached = _SNAPSHOT.search(place)
+    if cached:
+        place = cached[1].replace("--", "/", 1)
+    elif not is_hub_id(place):
+        place = re.split(r"[/\\]", place.rstrip("/\\"))[-1]
+    return f"{place}{bracket}{file}"
 
 
 def _shortened(value: Any) -> str:

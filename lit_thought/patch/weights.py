@@ -12,7 +12,8 @@ parameters stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,70 +25,34 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import PatchError
 from lit_thought.model.layers import is_linear, layer_shape, sits_beside
-from lit_thought.model.loading import model_name
+from lit_thought.model.loading import fingerprint_with, model_name
 from lit_thought.model.sharding import is_sharded, own_rows
+from lit_thought.patch.change import Change
 from lit_thought.solve.factors import Factors
 
-__all__ = [
-    "Change",
-    "add_change",
-    "checked_factors",
-    "checked_vector",
-    "find_weights",
-    "has_change",
-    "original_weights",
-    "take_off_change",
-]
+__all__ = ["applied", "apply", "has_change", "original_weights", "remove", "validate"]
 
 
-Change = Mapping[str, Factors | Tensor]
-"""What to add, by parameter name: Factors to ``"<path>.weight"``, a vector (d_out,) to ``"<path>.bias"``."""
-
-
-def checked_factors(value: Factors) -> Factors:
-    """A float32 copy on the CPU of a weight's change.
-
-    Raises:
-        PatchError: if it is not finite as float32.
-    """
-    kept = Factors(_keep(value.A), _keep(value.B))
-    for name, tensor in (("A", kept.A), ("B", kept.B)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise PatchError(f"Factors: {name} holds NaN or infinite values (as float32).")
-    return kept
-
-
-def checked_vector(path: str, value: object) -> Tensor:
-    """A float32 copy on the CPU of a thought vector, shape (d_out,).
-
-    Raises:
-        PatchError: if it is not a floating-point vector of at least one entry, or not finite as float32.
-    """
-    if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point() or value.numel() == 0:
-        came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise PatchError(f"vectors[{path!r}] must be a floating-point tensor of shape (d_out,), got {came}.")
-    kept = _keep(value)
-    if not bool(torch.isfinite(kept).all()):
-        raise PatchError(f"vectors[{path!r}] holds NaN or infinite values (as float32).")
-    return kept
+Additions = Mapping[str, Factors | Tensor]
+"""What a change adds, by parameter name: Factors to ``"<path>.weight"``, a vector (d_out,) to ``"<path>.bias"``."""
 
 
 @dataclass
 class _State:
     """What is on a model: the parameters changed in place as they were, None for a bias that was not there, and
-    (owner, change) in the order they came."""
+    each change with what it adds in the order they came."""
 
     originals: dict[str, Tensor | None] = field(default_factory=dict)
-    changes: list[tuple[object, Change]] = field(default_factory=list)
+    changes: list[tuple[Change, Additions]] = field(default_factory=list)
 
 
 _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
 
 
-def has_change(model: nn.Module, owner: object) -> bool:
-    """Whether the change that ``owner`` put on ``model`` is there now."""
+def has_change(model: nn.Module, change: Change) -> bool:
+    """Whether this very change is on ``model`` now."""
     state = _STATES.get(model)
-    return state is not None and any(other is owner for other, _ in state.changes)
+    return state is not None and any(other is change for other, _ in state.changes)
 
 
 def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
@@ -96,14 +61,29 @@ def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
     return dict(state.originals) if state else {}
 
 
-def add_change(model: nn.Module, owner: object, change: Change) -> None:
-    """Add ``change`` to the parameters, or beside them, in ``owner``'s name. A failure midway takes all of it back.
+def validate(change: Change, model: nn.Module, check: bool = True) -> None:
+    """See :meth:`~lit_thought.patch.patch.ThoughtPatch.validate`."""
+    _find_weights(model, _additions(change))
+    made_for = change.provenance.get("fingerprint")
+    if not check or not made_for:
+        return
+    found = fingerprint_with(model, original_weights(model))
+    if found != made_for:
+        raise PatchError(
+            f"this patch was made for {change.provenance.get('model') or 'another model'!r} (fingerprint "
+            f"{str(made_for)[:12]}), this model is {model_name(model) or type(model).__name__!r} "
+            f"(fingerprint {found[:12]}): its weights or their dtype differ. Load the right model in the "
+            "right dtype, or pass check=False to go ahead all the same."
+        )
 
-    Raises:
-        PatchError: see ``find_weights``.
-    """
-    state = _STATES.get(model) or _State()
-    layers = find_weights(model, change)
+
+def apply(change: Change, model: nn.Module, check: bool = True) -> None:
+    """See :meth:`~lit_thought.patch.patch.ThoughtPatch.apply_`. A failure midway takes all of it back."""
+    if isinstance(model, nn.Module) and has_change(model, change):
+        raise PatchError("this patch is applied to the model already. Remove it first, or apply 2 * patch.")
+    validate(change, model, check)
+    state, additions = _STATES.get(model) or _State(), _additions(change)
+    layers = _find_weights(model, additions)
     originals = dict(state.originals)
     for name, layer in layers.items():
         if name not in originals and not sits_beside(layer):
@@ -111,28 +91,46 @@ def add_change(model: nn.Module, owner: object, change: Change) -> None:
             originals[name] = None if value is None else value.detach().clone()
     try:
         for name, layer in layers.items():
-            _add(name, layer, change[name])
+            _add(name, layer, additions[name])
     except BaseException:
         _rebuild(layers, originals, [other for _, other in state.changes])
         raise
-    _STATES[model] = _State(originals, [*state.changes, (owner, change)])
+    _STATES[model] = _State(originals, [*state.changes, (change, additions)])
 
 
-def take_off_change(model: nn.Module, owner: object) -> None:
-    """Take ``owner``'s change off again; the others stay, in their order."""
+def remove(change: Change, model: nn.Module) -> None:
+    """See :meth:`~lit_thought.patch.patch.ThoughtPatch.remove_`. The other changes stay, in their order."""
+    if not isinstance(model, nn.Module) or not has_change(model, change):
+        raise PatchError("this patch is not applied to this model, so there is nothing to remove.")
     state = _STATES[model]
-    mine = next(change for other, change in state.changes if other is owner)
-    rest = [(other, change) for other, change in state.changes if other is not owner]
-    _rebuild(find_weights(model, mine), state.originals, [change for _, change in rest])
-    used = {name for _, change in rest for name in change}
+    mine = next(additions for other, additions in state.changes if other is change)
+    rest = [(other, additions) for other, additions in state.changes if other is not change]
+    _rebuild(_find_weights(model, mine), state.originals, [additions for _, additions in rest])
+    used = {name for _, additions in rest for name in additions}
     if rest:
         _STATES[model] = _State({name: value for name, value in state.originals.items() if name in used}, rest)
     else:
         del _STATES[model]
 
 
-def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
-    """The layer of every parameter in ``change``, after checking that each can take its change.
+@contextmanager
+def applied(change: Change, model: nn.Module, check: bool = True) -> Iterator[nn.Module]:
+    """See :meth:`~lit_thought.patch.patch.ThoughtPatch.applied`."""
+    apply(change, model, check)
+    try:
+        yield model
+    finally:
+        if has_change(model, change):  # unless the block removed it
+            remove(change, model)
+
+
+def _additions(change: Change) -> Additions:
+    matrices = {f"{path}.weight": value for path, value in change.factors.items()}
+    return {**matrices, **{f"{path}.bias": value for path, value in change.vectors.items()}}
+
+
+def _find_weights(model: nn.Module, additions: Additions) -> dict[str, nn.Module]:
+    """The layer of every parameter named, after checking that each can take its change.
 
     Raises:
         PatchError: on a missing module, one that is no linear layer, a wrong shape, or a parameter that is shared,
@@ -141,7 +139,7 @@ def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     modules = dict(model.named_modules(remove_duplicate=False))
-    paths = {name: name.rpartition(".")[0] for name in change}
+    paths = {name: name.rpartition(".")[0] for name in additions}
     targets = set(paths.values())
     missing = [path for path in paths.values() if path not in modules]
     if missing:
@@ -158,7 +156,7 @@ def find_weights(model: nn.Module, change: Change) -> dict[str, nn.Module]:
     for path, module in modules.items():
         places.setdefault(id(module), []).append(path)
     for name, layer in layers.items():
-        _check_layer(paths[name], layer, change[name])
+        _check_layer(paths[name], layer, additions[name])
         # a bias that is not there yet is shared where its layer is, which the layer's weight tells
         kind = "weight" if _parameter(name, layer) is None else name.rpartition(".")[2]
         own = f"{paths[name]}.{kind}"
@@ -305,9 +303,9 @@ def _zero_bias(layer: nn.Module) -> nn.Parameter:
 def _rebuild(
     layers: Mapping[str, nn.Module],
     originals: Mapping[str, Tensor | None],
-    changes: Iterable[Change],
+    changes: Iterable[Additions],
 ) -> None:
-    """Put the original parameters back and take hooks off, then add the given changes in order."""
+    """Put the original parameters back and take hooks off, then add what the others add in order."""
     with torch.no_grad():
         for name, layer in layers.items():
             if name not in originals:
@@ -319,12 +317,7 @@ def _rebuild(
             else:
                 assert value is not None
                 value.copy_(original)
-    for change in changes:
+    for additions in changes:
         for name, layer in layers.items():
-            if name in change:
-                _add(name, layer, change[name])
-
-
-def _keep(value: Tensor) -> Tensor:
-    """A float32 copy on the CPU that nothing else can change."""
-    return value.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+            if name in additions:
+                _add(name, layer, additions[name])

@@ -1,1 +1,1 @@
-"""The mathematics, torch only: sums, ridge least squares, gains, rank reduction, low-rank factors."""
+"""The mathematics, torch only: sums, ridge least squares, gains, rank reduction, low-rank factors, intervals."""

@@ -42,6 +42,12 @@ class Factors:
         """``B (A x)`` of every row of x, (…, d_in), as a LoRA adapter adds it: (…, d_out), in A's dtype."""
         return x.to(self.A.dtype) @ self.A.T @ self.B.T
 
+    def padded(self, rank: int) -> Factors:
+        """The same matrix at a higher rank: zero rows are added to A, zero columns to B."""
+        missing = rank - self.rank
+        rows, columns = self.A.new_zeros(missing, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], missing)
+        return Factors(torch.cat([self.A, rows]), torch.cat([self.B, columns], dim=1))
+
     @property
     def rank(self) -> int:
         return int(self.A.shape[0])

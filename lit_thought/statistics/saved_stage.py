@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model.blocks import JOINT, Site
-from lit_thought.patch.provenance import check_record
+from lit_thought.patch.provenance import check_provenance
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import ORDERS, PARTS, SITES, check_solve_settings
 from lit_thought.solve.factors import Factors
@@ -244,7 +244,7 @@ class Manifest:
         lacking = [name for name in _NEEDED if name not in found.settings]
         if lacking or not isinstance(found.provenance.get("fingerprint"), str):
             raise ValueError(f"its provenance lacks {lacking[0] if lacking else 'the fingerprint'}")
-        check_record(found.provenance, "provenance")
+        check_provenance(found.provenance, "provenance")
         _check_settings(found.settings)
         entry = found.preservation
         if entry is not None and not (isinstance(entry, str) and _ENTRY.fullmatch(entry)):

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch
-from lit_thought.evaluation.report.content import adapter_digest, gather
+from lit_thought.evaluation.report.content import gather
 from lit_thought.evaluation.report.render import render_markdown
 from lit_thought.fit.fitting import fit
 from lit_thought.model.blocks import find_blocks
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.card import model_card
-from lit_thought.patch.control_vector import load_control_vector
+from lit_thought.patch.results import adapter_digest
 from lit_thought.prompts.instruction_hash import check_instruction
 from lit_thought.prompts.unrelated import text_windows
 from lit_thought.runs.streams import SitePatch
@@ -100,7 +100,7 @@ def _spoil_control_vector(folder: Path, draw: Random) -> str:
 
 
 def _read_control_vector(folder: Path) -> object:
-    return repr(load_control_vector(folder / "steer.gguf", MODEL))
+    return repr(ThoughtPatch.load_control_vector(folder / "steer.gguf", MODEL))
 
 
 def _write_evaluation(root: Path) -> None:

@@ -35,9 +35,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
-from lit_thought.evaluation.intervals import wilson
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.fit.preparing import prepare_pairs
+from lit_thought.solve.intervals import wilson
 from lit_thought.theory import apply_token_patches, best_block, thought_vectors, token_patches, vector_patch
 from recipes.harness import (
     METHODS,

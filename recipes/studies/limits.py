@@ -24,9 +24,10 @@ import jsonargparse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model, transmute
-from lit_thought.evaluation.compare import RUNS, Evaluation
-from lit_thought.evaluation.intervals import wilson
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.pairs import load_pairs
+from lit_thought.solve.intervals import wilson
 from recipes.harness import DATA, TEMPLATE, demonstrations, load_split, provenance, shown, write_results
 from recipes.tasks.self_study import Document, contains, load_document
 

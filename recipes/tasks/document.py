@@ -27,11 +27,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import RUNS, Evaluation, batch_logits, output_batches, unrelated_perplexity
-from lit_thought.evaluation.intervals import perplexity_ratio
+from lit_thought.evaluation.compare import Evaluation, batch_logits, output_batches, unrelated_perplexity
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import generate
+from lit_thought.solve.intervals import perplexity_ratio
 from recipes.harness import provenance, shown, write_results
 from recipes.tasks import document_tables as tables
 from recipes.tasks.self_study import Document, contains, coverage, load_document, recite, requests, write_questions

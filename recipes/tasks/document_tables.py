@@ -11,9 +11,9 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot
 
-from lit_thought.evaluation.compare import RUNS
-from lit_thought.evaluation.intervals import paired_difference, wilson
 from lit_thought.files import atomic_file
+from lit_thought.patch.results import RUNS
+from lit_thought.solve.intervals import paired_difference, wilson
 from recipes.tasks.system_prompt import PLACES
 
 matplotlib.use("Agg")

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import RUNS, Evaluation, unrelated_perplexity
+from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
 from lit_thought.evaluation.metrics import token_kl
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows

@@ -27,9 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import RUNS, Evaluation, unrelated_perplexity
-from lit_thought.evaluation.intervals import paired_difference
+from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.solve.intervals import paired_difference
 from recipes.harness import DATA, METHODS, TEMPLATE, Split, demonstrations, save_figure, share, shown, write_results
 from recipes.studies.accuracy_by_step import Record, plot_steps, step_table
 

@@ -24,11 +24,11 @@ from report_run import ATTACK, INSTRUCTION, ITEMS, RESULT, SCRIPT, make_patch, m
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.evaluation.intervals import paired_difference, perplexity_ratio, wilson
 from lit_thought.evaluation.report import gather, write_report
 from lit_thought.evaluation.report.content import singular_values
 from lit_thought.evaluation.report.render import differences
 from lit_thought.solve.factors import Factors
+from lit_thought.solve.intervals import paired_difference, perplexity_ratio, wilson
 
 OUTPUTS = ("report.html", "report.md", "report.json")
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.errors import PatchError, ThoughtError, UnsupportedModelError
 from lit_thought.model.loading import fingerprint
-from lit_thought.patch.control_vector import load_control_vector, save_control_vector
+from lit_thought.patch.control_vector import write_control_vector
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
 
@@ -62,7 +62,7 @@ def test_adding_to_block_outputs_is_what_the_patch_does(family: str, tmp_path: P
     """As llama.cpp does it: direction.N is added to the output of block N."""
     model = make_model(family)
     patch = make_steering(model)
-    save_control_vector(patch, tmp_path / "steer.gguf", model)
+    write_control_vector(patch, tmp_path / "steer.gguf", model)
     directions = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(tmp_path / "steer.gguf").tensors}
     blocks = model.transformer.h if family == "gpt2" else model.model.layers
 
@@ -82,7 +82,7 @@ def test_adding_to_block_outputs_is_what_the_patch_does(family: str, tmp_path: P
         steered = model(IDS).logits
     for handle in handles:
         handle.remove()
-    for same in (patch, load_control_vector(tmp_path / "steer.gguf", model)):
+    for same in (patch, ThoughtPatch.load_control_vector(tmp_path / "steer.gguf", model)):
         with torch.no_grad(), same.applied(model):
             torch.testing.assert_close(model(IDS).logits, steered, rtol=0, atol=1e-10)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_round_trip(family: str, tmp_path: Path) -> None:
     patch = make_steering(model, blocks=(2,))
     patch.save_control_vector(tmp_path / "steer.gguf", model)
     model.name_or_path = "someone/base"
-    loaded = load_control_vector(tmp_path / "steer.gguf", model)
+    loaded = ThoughtPatch.load_control_vector(tmp_path / "steer.gguf", model)
     assert loaded.factors == {}
     assert list(loaded.vectors) == [down(family, 2)]
     assert torch.equal(loaded.vectors[down(family, 2)], patch.vectors[down(family, 2)])
@@ -140,8 +140,8 @@ def test_only_blocks_that_return_their_mlps_sum(family: str, why: str, tmp_path:
     model = make_family(family)
     patch = ThoughtPatch({}, None, {down("llama", 1): torch.ones(32)})
     for refused in (
-        lambda: save_control_vector(patch, tmp_path / "steer.gguf", model),
-        lambda: load_control_vector(tmp_path / "steer.gguf", model),
+        lambda: write_control_vector(patch, tmp_path / "steer.gguf", model),
+        lambda: ThoughtPatch.load_control_vector(tmp_path / "steer.gguf", model),
     ):
         with pytest.raises(UnsupportedModelError, match=f"not supported: a vector on the output of block 0: {why}"):
             refused()
@@ -172,7 +172,7 @@ def test_written_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 def test_gguf_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    for action in (make_steering(model).save_control_vector, load_control_vector):
+    for action in (make_steering(model).save_control_vector, ThoughtPatch.load_control_vector):
         with pytest.raises(ThoughtError, match=r'pip install "lit-thought\[gguf\]"'):
             action(tmp_path / "steer.gguf", model)
 
@@ -194,7 +194,7 @@ ONES = np.ones(32, np.float32)
 def test_files_of_others_are_read(tmp_path: Path) -> None:
     for number, hint in enumerate(("llama", "mistral", "")):  # llama.cpp's name, repeng's, none
         write_gguf(tmp_path / f"{number}.gguf", hint=hint, direction_2=ONES, direction_1=2 * ONES)
-        loaded = load_control_vector(tmp_path / f"{number}.gguf", make_model("mistral"))
+        loaded = ThoughtPatch.load_control_vector(tmp_path / f"{number}.gguf", make_model("mistral"))
         assert {path: vector.unique().tolist() for path, vector in loaded.vectors.items()} == {
             "model.layers.1.mlp.down_proj": [2.0],
             "model.layers.2.mlp.down_proj": [1.0],
@@ -220,20 +220,20 @@ def test_files_of_others_are_read(tmp_path: Path) -> None:
 def test_other_files_are_refused(content: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "steer.gguf", **content)
     with pytest.raises(PatchError, match=message):
-        load_control_vector(tmp_path / "steer.gguf", make_model("llama"))
+        ThoughtPatch.load_control_vector(tmp_path / "steer.gguf", make_model("llama"))
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     model = make_model("llama")
     file = tmp_path / "steer.gguf"
     with pytest.raises(PatchError, match="is not a file"):
-        load_control_vector(file, model)
+        ThoughtPatch.load_control_vector(file, model)
     make_steering(model).save_control_vector(file, model)
     whole = file.read_bytes()
     for damaged in (b"", b"text", whole[:-200], whole[:30], whole[:80]):
         file.write_bytes(damaged)
         with pytest.raises(PatchError, match="not a readable GGUF file"):
-            load_control_vector(file, model)
+            ThoughtPatch.load_control_vector(file, model)
 
 
 def test_a_patch_that_is_on_the_model_does_not_matter(tmp_path: Path) -> None:
@@ -242,5 +242,5 @@ def test_a_patch_that_is_on_the_model_does_not_matter(tmp_path: Path) -> None:
     other = ThoughtPatch({down("llama", 1): Factors(torch.ones(1, 48), torch.ones(32, 1))})
     with other.applied(model), patch.applied(model):
         patch.save_control_vector(tmp_path / "steer.gguf", model)
-        loaded = load_control_vector(tmp_path / "steer.gguf", model)
+        loaded = ThoughtPatch.load_control_vector(tmp_path / "steer.gguf", model)
     assert set(loaded.vectors) == set(patch.vectors)

@@ -23,8 +23,9 @@ from test_patch import make_patch
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.patch.card import public_name, with_metadata, with_results
+from lit_thought.patch.card import with_metadata, with_results
 from lit_thought.patch.hub import adapter_folder, push_adapter
+from lit_thought.patch.provenance import public_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own uploads
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "thought.json"]

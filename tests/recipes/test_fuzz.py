@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lit_thought import PromptTemplate, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.patch.provenance import check_record
+from lit_thought.patch.provenance import check_provenance
 from lit_thought.prompts.pairs import load_pairs
 from recipes.robustness import mutations
 from recipes.robustness.fuzz_inputs import TOKENIZER
@@ -139,6 +139,6 @@ def test_any_setting(name: str, value: Any) -> None:
 @given(st.dictionaries(st.sampled_from(["parts", "scale", "settings", "memory", "truncated", "history", "x"]), JSON))
 def test_any_record(record: Any) -> None:
     try:
-        assert check_record(record, "thought.json") is record
+        assert check_provenance(record, "thought.json") is record
     except ThoughtError as error:
         assert "thought.json" in str(error)  # noqa: PT017

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from lit_thought.evaluation.compare import RUNS
+from lit_thought.patch.results import RUNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,7 +206,7 @@ def _spectrum(spectrum: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _time(seconds: Mapping[str, float]) -> Figure | None:
-    spent = {stage: value for stage, value in seconds.items() if value > 0}
+    spent = {phase: value for phase, value in seconds.items() if value > 0}
     if not spent:
         return None
 
@@ -222,7 +222,7 @@ def _time(seconds: Mapping[str, float]) -> Figure | None:
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
 
-    return _draw("Time by stage", "Seconds of the whole fit that each stage took.", draw, height=0.4 + 0.3 * len(spent))
+    return _draw("Time by phase", "Seconds of the whole fit that each phase took.", draw, height=0.4 + 0.3 * len(spent))
 
 
 def _whole_numbers() -> MaxNLocator:

@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lit_thought.evaluation.compare import RUNS
 from lit_thought.evaluation.report.figures import draw_figures
-from lit_thought.fit.estimate import format_bytes, format_duration
 from lit_thought.patch.card import fenced, interval, number
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.template import PromptTemplate
+from lit_thought.timing import format_bytes, format_duration
 
 __all__ = ["differences", "render_html", "render_markdown"]
 

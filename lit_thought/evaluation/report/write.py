@@ -6,18 +6,15 @@ import importlib
 import json
 import os
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.report.content import gather
-from lit_thought.files import atomic_file, expanded, is_own_file
-from lit_thought.patch.card import model_card, with_results
-from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.files import atomic_file, expanded
+from lit_thought.patch.adapter import read_adapter
+from lit_thought.patch.card import CARD, model_card, read_card, with_results
 
 __all__ = ["write_report"]
-
-_CARD = "README.md"
 
 
 def write_report(
@@ -52,23 +49,16 @@ def write_report(
     if folder.exists() and not folder.is_dir():
         raise ThoughtError(f"out={str(out)!r} is a file; expected a folder. Choose another path.")
     content = gather(run, evaluation, samples)
+    text = read_card(run)
+    text = with_results(model_card(read_adapter(run)) if text is None else text, content["evaluation"])
     with ExitStack() as stack:
         names = [folder / f"report.{suffix}" for suffix in ("html", "md", "json")]
-        html, markdown, record, card = (stack.enter_context(atomic_file(name)) for name in (*names, run / _CARD))
+        html, markdown, data, card = (stack.enter_context(atomic_file(name)) for name in (*names, run / CARD))
         html.write_text(render_html(content), encoding="utf-8")
         markdown.write_text(render_markdown(content), encoding="utf-8")
-        record.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        card.write_text(with_results(_card(run), content["evaluation"]), encoding="utf-8")
+        data.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        card.write_text(text, encoding="utf-8")
     return content
-
-
-def _card(run: Path) -> str:
-    """The adapter's card as it is; a new one where there is none."""
-    file = run / _CARD
-    try:
-        return file.read_text(encoding="utf-8") if is_own_file(file) else model_card(ThoughtPatch.load(run))
-    except ValueError as error:
-        raise ThoughtError(f"{_CARD} in {run.name!r} is no UTF-8 text ({error}). Delete it.") from error
 
 
 def _require(*packages: str) -> None:

@@ -1,0 +1,249 @@
+"""Results of an evaluation: the folder that ``lit-thought evaluate --out`` writes, its checks, and the three-way table
+that cards and reports make of it.
+
+The folder holds ``result.json``, all that :func:`~lit_thought.evaluation.compare.evaluate` returns but the ``items``,
+with the keys ``format`` and ``adapter`` (:func:`adapter_digest`), and ``items.jsonl``, one of the ``items`` a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_thought.errors import ThoughtError
+from lit_thought.files import atomic_folder, expanded, is_own_file, parse_json
+from lit_thought.patch.adapter import WEIGHTS
+from lit_thought.patch.provenance import are_figures, is_number
+from lit_thought.solve.intervals import paired_difference, perplexity_ratio, wilson
+
+__all__ = ["RUNS", "adapter_digest", "items_text", "of_adapter", "read_evaluation", "three_way", "write_result"]
+
+RUNS = ("plain", "instructed", "patched")
+RESULT_VERSION = 1
+"""Of the ``result.json`` that an evaluation writes, there as ``format``; files without it are of version 1."""
+_EVALUATION = "evaluation"
+_RESULT, _ITEMS = "result.json", "items.jsonl"
+_RESULT_KEYS = ("pairs", "accuracy", "fidelity", "kl", "agreement", "perplexity", "prompt_tokens")
+_OPTIONAL = ("accuracy", "first_token_accuracy", "perplexity")
+_FIGURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("accuracy", "first_token_accuracy"), RUNS),
+    **dict.fromkeys(("kl", "agreement", "perplexity"), ()),
+    "prompt_tokens": ("plain", "instructed"),
+}
+"""Of a result, the keys that hold figures by name, and which of these there must be."""
+
+
+def adapter_digest(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 of an adapter's weights, by which an evaluation knows its adapter."""
+    with (Path(folder).expanduser() / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_adapter(result: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A result of ``evaluate`` as the files have it: with the format's version and the digest of its adapter."""
+    return {"format": RESULT_VERSION, **result, "adapter": adapter_digest(folder)}
+
+
+def write_result(result: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Write ``result.json`` and ``items.jsonl`` of :func:`of_adapter`'s result, complete or not at all.
+
+    Raises:
+        ThoughtError: if ``folder`` cannot be written.
+    """
+    figures = {name: value for name, value in result.items() if name != "items"}
+    with atomic_folder(folder) as out:
+        (out / _ITEMS).write_text(items_text(result["items"]), encoding="utf-8")
+        (out / _RESULT).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def items_text(items: Iterable[Mapping[str, Any]]) -> str:
+    """``items.jsonl``."""
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+def read_evaluation(
+    run_dir: Path, evaluation: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Result and items of an evaluation of the adapter in ``run_dir``, checked.
+
+    Args:
+        run_dir: adapter folder.
+        evaluation: folder of the evaluation. If None, ``run_dir``/evaluation, and None is returned where there is none.
+
+    Raises:
+        ThoughtError: when it is damaged, incomplete or of another adapter.
+    """
+    folder = _evaluation_folder(run_dir, evaluation)
+    if folder is None:
+        return None
+    digest = adapter_digest(run_dir)
+    try:
+        for name in (_RESULT, _ITEMS):
+            if not is_own_file(folder / name):
+                raise ValueError(f"it has no {name} of its own")
+        text = (folder / _RESULT).read_text(encoding="utf-8")
+        result = parse_json(text, parse_constant=lambda name: None)  # NaN and infinities are no JSON
+        lines = (folder / _ITEMS).read_text(encoding="utf-8").split("\n")
+        items = [parse_json(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ThoughtError(
+            f"evaluation: {folder.name!r} cannot be read ({error}). Expected the folder with {_RESULT} and {_ITEMS} "
+            "that lit-thought evaluate --out wrote; run it again."
+        ) from error
+    result = _mapping(result)
+    version = result.get("format", RESULT_VERSION)
+    if type(version) is not int or version != RESULT_VERSION:
+        raise ThoughtError(
+            f"evaluation: {folder.name!r}: the format of {_RESULT} is {version!r:.60}, this lit_thought reads "
+            f"{RESULT_VERSION}. Upgrade lit-thought, or run lit-thought evaluate again."
+        )
+    wrong = _wrong_key(result)
+    if wrong is not None:
+        raise ThoughtError(
+            f"evaluation: {folder.name!r} is damaged: {wrong} is {result[wrong]!r:.60}. Run lit-thought evaluate again."
+        )
+    lacking = [key for key in _RESULT_KEYS if key not in result]
+    bad = [i for i, item in enumerate(items) if not _is_item(item)]
+    if lacking or bad or len(items) != result["pairs"] or not items:
+        wanted = f"{_ITEMS} does not hold the outputs of {result.get('pairs')} pairs"
+        what = f"{_RESULT} lacks {lacking}" if lacking else wanted
+        raise ThoughtError(f"evaluation: {folder.name!r} is incomplete: {what}. Run lit-thought evaluate again.")
+    if result.get("adapter", digest) != digest:
+        raise ThoughtError(
+            f"evaluation: {folder.name!r} is of another adapter than the one in this run. Evaluate this one: "
+            "lit-thought evaluate --adapter RUN_DIR --pairs test.jsonl --out RUN_DIR/evaluation"
+        )
+    return result, items
+
+
+def _evaluation_folder(run_dir: Path, evaluation: str | os.PathLike[str] | None) -> Path | None:
+    if evaluation is None:
+        default = run_dir / _EVALUATION
+        return default if default.is_dir() and default.resolve().parent == run_dir.resolve() else None
+    folder = expanded(evaluation, "evaluation")
+    if not folder.is_dir():
+        raise ThoughtError(
+            f"evaluation={str(evaluation)!r} is not a folder; expected what lit-thought evaluate --out wrote."
+        )
+    return folder
+
+
+def _wrong_key(result: Mapping[str, Any]) -> str | None:
+    """The first key whose value is none that an evaluation writes; keys that are missing pass."""
+    for key, names in _FIGURES.items():
+        absent = key not in result or (result[key] is None and key in _OPTIONAL)
+        if not absent and not are_figures(result[key], *names):
+            return key
+    if result.get("recovery") is not None and not is_number(result["recovery"]):
+        return "recovery"
+    windows = result.get("perplexity_windows")
+    lists = list(_mapping(windows).values())
+    whole = _mapping(windows).keys() == {"tokens", "original", "patched"} and all(isinstance(x, list) for x in lists)
+    whole = whole and len(set(map(len, lists))) == 1 and all(x is None or is_number(x) for own in lists for x in own)
+    return (
+        None
+        if windows is None or (whole and all(type(n) is int and n > 0 for n in windows["tokens"]))
+        else "perplexity_windows"
+    )
+
+
+def _is_item(value: Any) -> bool:
+    item = _mapping(value)
+    texts = [item.get(key) for key in ("input", *RUNS)]
+    return all(isinstance(text, str) for text in texts) and isinstance(item.get("reference"), str | None)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], samples: int = 0) -> dict[str, Any]:
+    """The comparison of the three runs as cards and reports show it, with 95 % intervals.
+
+    Args:
+        result, items: those of :func:`read_evaluation`.
+        samples: how many of the items to keep, the first ones.
+    """
+    answered = [item for item in items if item.get("reference") is not None]
+    right = {run: [_same(item[run], item["reference"]) for item in answered] for run in RUNS}
+    faithful = {run: [_same(item[run], item["instructed"]) for item in items] for run in ("plain", "patched")}
+    first = result.get("first_token_accuracy")
+    perplexity = result["perplexity"] or {}
+    lengths = result["prompt_tokens"]
+    unrelated = {"plain": perplexity.get("original"), "patched": perplexity.get("patched")}
+    rows = [
+        _shares("accuracy", "accuracy (exact match)", right),
+        _row("first_token_accuracy", "first-token accuracy", first and _with_intervals(first, len(answered)), 2),
+        _shares("fidelity", "output equal to the instructed one", faithful),
+        _row("kl", "KL(instructed ‖ ·), nats a token", _bare(result["kl"]), 3),
+        _row("agreement", "top-1 agreement with instructed", _bare(result["agreement"]), 2),
+        _row("perplexity", "perplexity of unrelated text", _bare(unrelated), 2),
+        _row("prompt_tokens", "prompt tokens a query", _bare({**lengths, "patched": lengths["plain"]}), 1),
+    ]
+    differences = []
+    if answered:
+        differences = [
+            _difference("accuracy, patched − instructed", right["patched"], right["instructed"]),
+            _difference("accuracy, patched − plain", right["patched"], right["plain"]),
+        ]
+    differences.append(
+        _difference("output equal to the instructed one, patched − plain", faithful["patched"], faithful["plain"])
+    )
+    return {
+        "pairs": len(items),
+        "answered": len(answered),
+        "confidence": 0.95,
+        "table": [row for row in rows if any(cell is not None for cell in row["runs"].values())],
+        "differences": differences,
+        "recovery": result.get("recovery"),
+        "perplexity_ratio": _ratio(result, unrelated),
+        "tokens_saved": lengths["instructed"] - lengths["plain"],
+        "samples": [{key: item.get(key) for key in ("input", "reference", *RUNS)} for item in items[:samples]],
+    }
+
+
+def _ratio(result: Mapping[str, Any], perplexity: Mapping[str, float | None]) -> dict[str, Any] | None:
+    """The ratio of the perplexities, with its interval where the losses of two windows or more are known."""
+    original, patched = perplexity["plain"], perplexity["patched"]
+    if not original or patched is None:
+        return None
+    windows = _mapping(result.get("perplexity_windows"))
+    if len(windows.get("tokens", ())) < 2 or None in (*windows["original"], *windows["patched"]):
+        return {"value": patched / original}
+    _, low, high = perplexity_ratio(**windows)
+    return {"value": patched / original, "low": low, "high": high}
+
+
+def _same(text: str, other: str) -> bool:
+    return text.strip() == other.strip()
+
+
+def _row(key: str, label: str, runs: Mapping[str, Any] | None, digits: int) -> dict[str, Any]:
+    return {"key": key, "label": label, "digits": digits, "runs": {run: (runs or {}).get(run) for run in RUNS}}
+
+
+def _bare(values: Mapping[str, float | None]) -> dict[str, Any]:
+    return {run: {"value": values[run]} for run in RUNS if values.get(run) is not None}
+
+
+def _shares(key: str, label: str, outcomes: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    shares = {run: _share(sum(hits), len(hits)) for run, hits in outcomes.items() if hits}
+    return _row(key, label, shares, 2)
+
+
+def _with_intervals(shares: Mapping[str, float], count: int) -> dict[str, Any]:
+    return {run: _share(round(shares[run] * count), count) for run in RUNS if count}
+
+
+def _share(successes: int, count: int) -> dict[str, float]:
+    low, high = wilson(successes, count)
+    return {"value": successes / count, "low": low, "high": high, "count": count}
+
+
+def _difference(label: str, first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+    value, low, high = paired_difference(first, second)
+    return {"label": label, "value": value, "low": low, "high": high}
