@@ -16,7 +16,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
@@ -72,30 +72,39 @@ back, its sites alone, the paper's site with thought matrix and thought vector t
 
 @dataclass(frozen=True)
 class Split:
-    """One seeded split of a task: the instruction (demonstrations), inputs to fit, pairs to test."""
+    """One split of a task, as pairs with outputs: those shown as demonstrations, those fitted, those tested."""
 
     name: str
-    instruction: str
-    fit: list[dict[str, str]]
+    shown: list[dict[str, str]]
+    labelled: list[dict[str, str]]
     test: list[dict[str, str]]
+
+    @property
+    def instruction(self) -> str:
+        """The demonstrations."""
+        return demonstrations(self.shown)
+
+    @property
+    def fit(self) -> list[dict[str, str]]:
+        """The pairs to fit without their outputs."""
+        return [{"input": pair["input"]} for pair in self.labelled]
 
 
 def load_split(task: str, seed: int, shots: int = 10, fit: int = 30, test: int = 100) -> Split:
-    """Shuffle a task with a seed: ``shots`` demonstrations, ``fit`` inputs without outputs, up to ``test`` others.
+    """Shuffle a task with a seed: ``shots`` demonstrations, ``fit`` pairs to fit, up to ``test`` others.
 
     Args:
         task: a name below ``recipes/data`` or the path of a JSON, JSONL or CSV file of input/output pairs.
         seed: seed of the shuffle.
         shots: demonstrations in the instruction.
-        fit: inputs to fit on; their outputs are dropped.
+        fit: pairs to fit on.
         test: most pairs to test on.
     """
     path = DATA / f"{task}.json"
     pairs = load_pairs(path if path.is_file() else task)
     random.Random(seed).shuffle(pairs)
     rest = pairs[shots:]
-    fitted = [{"input": pair["input"]} for pair in rest[:fit]]
-    return Split(Path(task).stem, demonstrations(pairs[:shots]), fitted, rest[fit : fit + test])
+    return Split(Path(task).stem, pairs[:shots], rest[:fit], rest[fit : fit + test])
 
 
 def demonstrations(pairs: Sequence[Mapping[str, str]], form: str = TEMPLATE) -> str:
@@ -125,9 +134,9 @@ class Trial:
 
     def evaluation(self, pairs: Sequence[Mapping[str, str]] | None = None, **options: Any) -> Evaluation:
         """The plain and the instructed run on the pairs to test, or on others, to score patches with."""
-        options = {"template": TEMPLATE, "max_new_tokens": self.max_new_tokens, "progress": False, **options}
+        common = {"instruction": self.split.instruction, "template": TEMPLATE, "max_new_tokens": self.max_new_tokens}
         pairs = self.split.test if pairs is None else pairs
-        return Evaluation(self.model, self.tokenizer, instruction=self.split.instruction, pairs=pairs, **options)
+        return Evaluation(self.model, self.tokenizer, pairs=pairs, **{"progress": False, **common, **options})
 
     def completed(self) -> list[dict[str, str]]:
         """The inputs to fit, each with what the instructed model writes."""
@@ -248,6 +257,12 @@ def _git(*command: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def repeated(cache: DynamicCache, size: int) -> DynamicCache:
+    """A KV cache of batch size 1 for a batch of so many, in the same memory; it is left as it is."""
+    shape = (size, -1, -1, -1)
+    return DynamicCache([(keys.expand(shape), values.expand(shape)) for keys, values, _ in cache])
 
 
 def machine(device: torch.device) -> str:

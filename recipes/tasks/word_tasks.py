@@ -120,13 +120,17 @@ def _left_out(trial: Trial) -> list[bool]:
     written = [
         text for _, text, _ in data.write(trial.model, trial.tokenizer, data.check(trial.model, trial.tokenizer))
     ]
-    shown = [line.removeprefix("A: ") for line in split.instruction.splitlines() if line.startswith("A: ")]
 
     def tokens(output: str) -> tuple[int, ...]:
         pair = template.tokenise(trial.tokenizer, split.instruction, "x", output)
         return pair.plain_ids[slice(*pair.output_span)]
 
-    targets = {token for output in [*written, *shown] if output.strip() for token in tokens(output)}
+    targets = {
+        token
+        for output in [*written, *(pair["output"] for pair in split.shown)]
+        if output.strip()
+        for token in tokens(output)
+    }
     return [tokens(pair["output"])[0] not in targets for pair in split.test]
 
 
