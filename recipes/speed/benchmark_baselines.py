@@ -12,29 +12,27 @@ those of the rate that copied best. Prints Markdown tables and writes them with 
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
-import os
-import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf
 from statistics import median
 from typing import Any
 
 import jsonargparse
-import torch
+from transformers import PreTrainedModel
 
-from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
+from lit_thought import ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
-from lit_thought.fit.fitting import fit
-from lit_thought.fit.preparing import prepare_pairs
-from recipes.harness import TEMPLATE, load_split, shown, write_results
-from recipes.studies.distillation import HeldOut, distil
+from lit_thought.fit.api import fit
+from recipes.harness import Trial, load_split, machine, shown, table, write_results
+from recipes.studies.distillation import distil, lora_patch
 
 STEP_PARTS = ("forward", "backward", "optimizer")
 
@@ -85,7 +83,6 @@ def benchmark(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     lm, tokenizer = load_model(model, dtype=dtype, device=device)
-    common = {"template": TEMPLATE, "max_new_tokens": max_new_tokens}
     train = {"rank": rank, "targets": targets, "batch_size": batch_size, "warmup_steps": warmup_steps}
     train |= {"every": every, "max_steps": max_steps, "seed": seed}
     rows: list[dict[str, Any]] = []
@@ -97,27 +94,25 @@ def benchmark(
                 raise ThoughtError(
                     f"pairs={list(pairs)}: {task!r} has too few to leave any for the test; ask for fewer."
                 )
-            split = load_split(task, seed, fit=max(counts), test=test)
-            evaluation = Evaluation(
-                lm, tokenizer, instruction=split.instruction, pairs=split.test, progress=False, **common
-            )
-            held_out = HeldOut(evaluation)
+            most = load_split(task, seed, fit=max(counts), test=test)
+            evaluation = Trial(lm, tokenizer, most, max_new_tokens).evaluation()
+            quick = copy.copy(evaluation)
+            quick.windows = quick.losses = None  # training is followed without the unrelated text
             for count in counts:
-                data = PairDataModule(split.fit[:count], split.instruction, **common)
+                trial = Trial(lm, tokenizer, replace(most, labelled=most.labelled[:count]), max_new_tokens)
                 start = time.perf_counter()
-                prepare_pairs(data, lm, tokenizer)
+                given = trial.completed()
                 outputs = time.perf_counter() - start
-                given = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
-                data = PairDataModule(given, split.instruction, **common)
-                prepare_pairs(data, lm, tokenizer)
-                run = partial(fit_once, lm, tokenizer, given, split.instruction, {"rank": rank, "cache_dir": cache})
+                data = trial.data(given)
+                data.prepare(lm, tokenizer)
+                run = partial(fit_once, trial, given, {"rank": rank, "cache_dir": cache})
                 if first is None:
                     first = run()[2]["preserve"]
                 fits = [run() for _ in range(repeats)]
                 ours = _figures(evaluation, fits[0][0])
                 ours |= {"seconds": median(taken for _, taken, _ in fits), "stages": fits[0][2]}
                 limits = {"also_at": ours["seconds"], "max_seconds": max_times * ours["seconds"]}
-                rival = partial(distil, lm, data.tokenised, held_out.score, **train, **limits)
+                rival = partial(distil, lm, data.tokenised, partial(held_out, quick), **train, **limits)
                 runs, patches = [], []
                 for rate in learning_rates:
                     found = rival(learning_rate=rate, finished=partial(reached, ours=ours))
@@ -125,34 +120,39 @@ def benchmark(
                     patches.append(found.patch)
                     last = runs[-1]["last"]
                     print(
-                        f"{split.name}, {count} pairs, learning rate {rate:g}: {last['step']} steps, "
+                        f"{most.name}, {count} pairs, learning rate {rate:g}: {last['step']} steps, "
                         f"{last['seconds']:.1f} s, accuracy {last['accuracy']:.2f}, KL {last['output_kl']:.3f}",
                         flush=True,
                     )
                 best = min(range(len(runs)), key=lambda index: order(runs[index]))
                 runs[best] |= {"best": True, "scored": _figures(evaluation, patches[best])}
-                row = {"task": split.name, "pairs": count, "test": len(split.test), "outputs_seconds": outputs}
+                row = {"task": most.name, "pairs": count, "test": len(most.test), "outputs_seconds": outputs}
                 rows.append({**row, "ours": ours, "rival": runs})
-    name = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    environment = (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    settings = {"model": shown(model), "dtype": dtype, **train, "max_times": max_times}
-    notes = f"Preservation statistics, once per model: {first:.1f} s. {environment}; {json.dumps(settings)}\n"
-    table = _table(rows) + "\n" + notes
-    print("\n" + table)
-    record = {"rows": rows, "preserve_seconds_once": first, "environment": environment, "settings": settings}
-    write_results(out, table, record)
+    environment = machine(lm.device)
+    page = f"{_page(rows)}\nPreservation statistics, once per model: {first:.1f} s. {environment}\n"
+    settings = {"dtype": dtype, **train, "max_times": max_times}
+    record = {"model": shown(model), "settings": settings, "rows": rows, "environment": environment}
+    write_results(__file__, out, page, record | {"preserve_seconds_once": first})
 
 
 def fit_once(
-    lm: Any, tokenizer: Any, pairs: list[dict[str, str]], instruction: str, settings: dict[str, Any]
+    trial: Trial, pairs: list[dict[str, str]], settings: dict[str, Any]
 ) -> tuple[ThoughtPatch, float, dict[str, float]]:
     """From pairs with outputs to a patch: the patch, seconds, seconds by stage."""
     callback = ThoughtCallback(**settings)
     start = callback.stopwatch.now()
-    patch = fit(ThoughtModule(lm, tokenizer), PairDataModule(pairs, instruction, TEMPLATE), callback, progress=False)
+    patch = fit(ThoughtModule(trial.model, trial.tokenizer), trial.data(pairs), callback, progress=False)
     return patch, callback.stopwatch.now() - start, dict(callback.stopwatch.seconds)
+
+
+def held_out(evaluation: Evaluation, student: PreTrainedModel) -> dict[str, float]:
+    """What is followed of a student while it is trained."""
+    result = evaluation.score(lora_patch(student))
+    return {
+        "accuracy": result["accuracy"]["patched"],
+        "fidelity": result["fidelity"],
+        "output_kl": result["output_kl"]["patched"],
+    }
 
 
 def reached(figures: Mapping[str, float], ours: Mapping[str, float]) -> bool:
@@ -217,31 +217,23 @@ def reaching(run: Mapping[str, Any], what: str, unit: float = 1.0) -> str:
     return f"{seconds / unit:.1f}" if seconds is not None else f"> {run['last']['seconds'] / unit:.1f}"
 
 
-def _markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A table whose head is the keys of its lines."""
-    head = list(lines[0])
-    cells = [head, ["---", *["---:"] * (len(head) - 1)], *(line.values() for line in lines)]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in cells)
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _page(rows: Sequence[Mapping[str, Any]]) -> str:
     """Ours and the best run side by side, every run, and where the time goes."""
     runs = [(row, run) for row in rows for run in row["rival"]]
     best = [(row, run) for row, run in runs if run["best"]]
-    return "\n".join(
-        [
-            "Seconds: ours, the rival's at the learning rate that was soonest there, and at all rates together;",
-            "× is over ours.\n",
-            _markdown([_times(row) for row in rows]),
-            "On the test words: ours, the rival's best when our fit ends (then), and at its end. KL(instructed ‖ ·) in",
-            "nats a token: of the output, which is what the rival is trained on, and of all compared tokens.\n",
-            _markdown([_quality(row, run) for row, run in best]),
-            "Every learning rate:\n",
-            _markdown([_course(row, run) for row, run in runs]),
-            "Where the time goes, in seconds: the rival's teacher, putting on its adapter, its steps; ours by stage.\n",
-            _markdown([_parts(row, run) for row, run in best]),
-        ]
-    )
+    parts = {
+        "Seconds: ours, the rival's at the learning rate that was soonest there, and at all rates together; × is over "
+        "ours.": [_times(row) for row in rows],
+        "On the test words: ours, the rival's best when our fit ends (then), and at its end. KL(instructed ‖ ·) in nats "
+        "a token: of the output, which is what the rival is trained on, and of all compared tokens.": [
+            _quality(row, run) for row, run in best
+        ],
+        "Every learning rate:": [_course(row, run) for row, run in runs],
+        "Where the time goes, in seconds: the rival's teacher, putting on its adapter, its steps; ours by stage.": [
+            _parts(row, run) for row, run in best
+        ],
+    }
+    return "\n".join(f"{text}\n\n{table(list(lines[0]), map(dict.values, lines))}" for text, lines in parts.items())
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -11,13 +11,10 @@ and writes it with a JSON record.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +31,7 @@ from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.calls import find_decoder
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import forward_inputs, lead_cache
-from recipes.harness import SIX_TASKS, TEMPLATE, load_split, write_results
+from recipes.harness import SIX_TASKS, TEMPLATE, load_split, machine, repeated, shown, table, write_results
 
 
 def benchmark(
@@ -104,7 +101,21 @@ def benchmark(
                     "peak_bytes": peak["bytes"],
                 }
             )
-    _report(rows, first, lm, Path(out), {"model": model, "dtype": dtype, "rank": rank, "task": task})
+    environment, names = machine(lm.device), list(rows[0]["stages"])
+    head = ["pairs", "chunk tokens", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward"]
+    head += [*(f"{name}, s" for name in names), "peak memory above the model, MB", "(outputs, if generated, s)"]
+    lines = [
+        [
+            *(row["pairs"], row["chunk_tokens"], row["compared_tokens"]),
+            *(f"{row[key]:.2f}" for key in ("bare_seconds", "fit_seconds", "ratio")),
+            *(f"{row['stages'][name]:.2f}" for name in names),
+            *(f"{row['peak_bytes'] / 1e6:.0f}", f"{row['generate_seconds']:.2f}"),
+        ]
+        for row in rows
+    ]
+    page = f"{table(head, lines, left=0)}\nPreservation statistics, once per model: {first:.1f} s. {environment}\n"
+    record = {"model": shown(model), "settings": {"dtype": dtype, "rank": rank, "task": task}, "rows": rows}
+    write_results(__file__, out, page, record | {"preserve_seconds_once": first, "environment": environment})
 
 
 def _cases(
@@ -152,18 +163,10 @@ def bare(lm: Any, data: PairDataModule) -> None:
             if batch.lead is None and len(tokens.ids) == 1:
                 leads[batch.index] = lead_cache(lm, tokens.ids[0].tolist())
                 continue
-            cache = None
+            cache, length = None, 0
             if batch.lead in leads:
-                cache = leads[batch.lead]
-                length = cache.get_seq_length()
-                cache = type(cache)(
-                    [
-                        (k.expand(len(tokens.ids), -1, -1, -1), v.expand(len(tokens.ids), -1, -1, -1))
-                        for k, v, _ in cache
-                    ]
-                )
-            else:
-                length = 0
+                length = leads[batch.lead].get_seq_length()
+                cache = repeated(leads[batch.lead], len(tokens.ids))
             decoder(**forward_inputs(tokens, length), past_key_values=cache, use_cache=cache is not None)
 
 
@@ -193,46 +196,12 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def _seconds(call: Any) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _report(rows: list[dict[str, Any]], preserve: float | None, lm: Any, out: Path, settings: dict[str, Any]) -> None:
-    names = list(rows[0]["stages"])
-    head = [
-        "pairs",
-        "chunk tokens",
-        "compared tokens",
-        "bare forward, s",
-        "fit, s",
-        "fit ÷ forward",
-        *(f"{n}, s" for n in names),
-    ]
-    head += ["peak memory above the model, MB", "(outputs, if generated, s)"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
-    for row in rows:
-        cells = [row["pairs"], row["chunk_tokens"], row["compared_tokens"]]
-        cells += [f"{row['bare_seconds']:.2f}", f"{row['fit_seconds']:.2f}"]
-        cells += [f"{row['ratio']:.2f}", *(f"{row['stages'][n]:.2f}" for n in names)]
-        cells += [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['generate_seconds']:.2f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    name = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    environment = (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    lines += [
-        "",
-        f"Preservation statistics, once per model: {preserve:.1f} s. {environment}; {json.dumps(settings)}",
-        "",
-    ]
-    table = "\n".join(lines)
-    print(table)
-    record = {"rows": rows, "preserve_seconds_once": preserve, "environment": environment, "settings": settings}
-    write_results(out, table, record)
 
 
 if __name__ == "__main__":

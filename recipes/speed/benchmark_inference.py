@@ -11,9 +11,6 @@ tokens. Prints a Markdown table and writes it with a JSON record.
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +23,13 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
-from lit_thought import ThoughtPatch, load_model, transmute
+from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.model.loading import context_window
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import lead_cache
 from lit_thought.timing import Stopwatch
-from recipes.harness import TEMPLATE, load_split, shown, write_results
+from recipes.harness import Trial, load_split, machine, repeated, shown, table, write_results
 
 QUESTION = "\nQ: What is the opposite of hot?\nA:"
 
@@ -71,14 +68,8 @@ def benchmark(
     if max(chunks) > room:
         raise ThoughtError(f"chunks={list(chunks)}: the model's context window leaves {room} tokens; ask for shorter.")
     text = tokenizer(load_texts("default", "preserve", "text")[0], add_special_tokens=False, verbose=False)["input_ids"]
-    split = load_split("common_words/antonym", seed, fit=4)
-    patch = transmute(
-        *(lm, tokenizer, split.instruction, split.fit, TEMPLATE),
-        rank=rank,
-        preserve=None,
-        max_new_tokens=12,
-        progress=False,
-    )
+    trial = Trial(lm, tokenizer, load_split("common_words/antonym", seed, fit=4))
+    patch = trial.fit(rank=rank, preserve=None)
     cases = [Case("patched, merged", 0, with_adapter(lm, patch).merge_and_unload(), question)]
     cases.append(Case("patched, adapter beside", 0, with_adapter(lm, patch), question))
     with torch.inference_mode():
@@ -86,14 +77,9 @@ def benchmark(
             cases.append(Case("instructed", length, lm, [*text[:length], *question]))
             cases.append(Case("instructed, chunk cached", length, lm, question, lead_cache(lm, text[:length])))
         rows = [row for size in batches for row in measure(cases, size, new_tokens, repeats)]
-    name = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    environment = (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    settings = {"model": shown(model), "dtype": dtype, "rank": rank, "new_tokens": new_tokens, "repeats": repeats}
-    table = _table(rows) + f"\n{environment}; {json.dumps(settings)}\n"
-    print(table)
-    write_results(out, table, {"rows": rows, "environment": environment, "settings": settings})
+    settings = {"dtype": dtype, "rank": rank, "new_tokens": new_tokens, "repeats": repeats}
+    record = {"model": shown(model), "settings": settings, "rows": rows, "environment": machine(lm.device)}
+    write_results(__file__, out, f"{page(rows)}\n{record['environment']}\n", record)
 
 
 @dataclass(frozen=True)
@@ -144,8 +130,7 @@ def write(case: Case, size: int, new_tokens: int) -> dict[str, Any]:
     cache = DynamicCache()
     start = Stopwatch.now()
     if case.lead is not None:
-        shape = (size, -1, -1, -1)
-        cache = DynamicCache([(keys.expand(shape), values.expand(shape)) for keys, values, _ in case.lead])
+        cache = repeated(case.lead, size)
     tokens = [torch.tensor([list(case.ids)], device=case.model.device).expand(size, -1)]
     for _ in range(new_tokens):
         logits = case.model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -162,18 +147,22 @@ def cache_bytes(cache: DynamicCache) -> int:
     return sum(tensor.nbytes for keys, values, _ in cache for tensor in (keys, values))
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each case and batch."""
     merged = {row["batch"]: row["first_token_seconds"] for row in rows if row["case"] == "patched, merged"}
+    lines = [
+        [
+            *(row["batch"], row["chunk"] or None, row["case"], row["tokens_run"]),
+            f"{1e3 * row['first_token_seconds']:.0f}",
+            f"{row['first_token_seconds'] / merged[row['batch']]:.1f}",
+            f"{row['tokens_per_second']:.1f}",
+            *(f"{row[key] / 1e6:.1f}" for key in ("cache_bytes", "kept_bytes")),
+        ]
+        for row in rows
+    ]
     head = ["batch", "chunk, tokens", "", "tokens to run", "time to first token, ms", "× patched, merged"]
     head += ["tokens per second, decoding", "KV cache at the end, MB", "kept between prompts, MB"]
-    lines = ["| " + " | ".join(head) + " |", "|---:|---:|---|" + "---:|" * (len(head) - 3)]
-    for row in rows:
-        first = row["first_token_seconds"]
-        cells = [row["batch"], row["chunk"] or "–", row["case"], row["tokens_run"], f"{1e3 * first:.0f}"]
-        cells += [f"{first / merged[row['batch']]:.1f}", f"{row['tokens_per_second']:.1f}"]
-        cells += [f"{row['cache_bytes'] / 1e6:.1f}", f"{row['kept_bytes'] / 1e6:.1f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return table(head, lines, left=3)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
-from lit_thought.prompts.pairs import load_pairs
 from lit_thought.statistics.distributed import gather_json
-from recipes.harness import DATA, ROOT, TEMPLATE, load_split, provenance, shown, write_results
+from recipes.harness import ROOT, TEMPLATE, load_split, shown, table, write_results
 
 
 def benchmark(
@@ -70,23 +69,19 @@ def benchmark(
         half = [[*common, f"--pairs={pairs // 2}", "--worker=1", f"--folder={place}"] for place in halves]
         (alone,) = run_beside(half[:1], halves[:1])
         beside = max(figures["seconds"] for figures in run_beside(half[1:], halves[1:]))
-    first = rows[0]["seconds"]
     names = ("forward", "statistics", "reduce", "solve")
-    head = ["processes", "fit, s", "speed-up", *(f"{name}, s" for name in names), "patch: largest relative difference"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+    lines = []
     for row, patch in zip(rows, patches, strict=True):
-        row["speed_up"], row["difference"] = first / row["seconds"], difference(patches[0], patch)
+        row["speed_up"], row["difference"] = rows[0]["seconds"] / row["seconds"], difference(patches[0], patch)
         cells = [row["processes"], f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}"]
-        cells += [*(f"{row['stages'][name]:.2f}" for name in names), f"{row['difference']:.1e}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    title = f"`python -m recipes.speed.benchmark_processes`: {shown(model)}, {pairs} pairs, {os.cpu_count()} CPU cores"
-    title += "; stages are those of the first process, with its waiting for others in reduce and solve"
-    limit = f"{pairs // 2} pairs in one process take {alone['seconds']:.2f} s, and {beside:.2f} s beside another such "
-    limit += f"process: the machine slows each down × {beside / alone['seconds']:.2f}, whatever they do together."
-    table = "\n".join([title, "", *lines, "", limit, ""])
-    print(table)
-    record = {"model": shown(model), **provenance(), "pairs": pairs, "rank": rank, "rows": rows}
-    write_results(out, table, {**record, "half": {"alone": alone["seconds"], "beside": beside}})
+        lines.append([*cells, *(f"{row['stages'][name]:.2f}" for name in names), f"{row['difference']:.1e}"])
+    head = ["processes", "fit, s", "speed-up", *(f"{name}, s" for name in names), "patch: largest relative difference"]
+    page = f"{os.cpu_count()} CPU cores; stages are those of the first process, with its waiting for others in reduce "
+    page += f"and solve.\n\n{table(head, lines, left=0)}\n"
+    page += f"{pairs // 2} pairs in one process take {alone['seconds']:.2f} s, and {beside:.2f} s beside another such "
+    page += f"process: the machine slows each down × {beside / alone['seconds']:.2f}, whatever they do together.\n"
+    record = {"model": shown(model), "settings": {"pairs": pairs, "rank": rank}, "rows": rows}
+    write_results(__file__, out, page, record | {"half": {"alone": alone["seconds"], "beside": beside}})
 
 
 def run_beside(commands: Sequence[Sequence[str]], places: Sequence[Path]) -> list[dict[str, Any]]:
@@ -122,8 +117,6 @@ def work(model: str, task: str, pairs: int, processes: int, rank: int, repeats: 
     torch.set_num_threads(1)
     lm, tokenizer = load_model(model)
     split = load_split(task, 0, fit=pairs)
-    known = {pair["input"]: pair["output"] for pair in load_pairs(_file(task))}
-    labelled: list[dict[str, Any]] = [{**pair, "output": known[pair["input"]]} for pair in split.fit]
     fits = []
     for _ in range(repeats):
         callback = _Timed(rank=rank)
@@ -138,7 +131,9 @@ def work(model: str, task: str, pairs: int, processes: int, rank: int, repeats: 
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(ThoughtModule(lm, tokenizer), datamodule=PairDataModule(labelled, split.instruction, TEMPLATE))
+        trainer.fit(
+            ThoughtModule(lm, tokenizer), datamodule=PairDataModule(split.labelled, split.instruction, TEMPLATE)
+        )
         fits.append({"seconds": callback.seconds, "stages": dict(callback.stopwatch.seconds)})
     if trainer.is_global_zero:
         assert callback.patch is not None
@@ -155,11 +150,6 @@ def difference(one: ThoughtPatch, other: ThoughtPatch) -> float:
         for path, factors in one.factors.items()
     )
     return max(float((mine - theirs).norm() / mine.norm()) for mine, theirs in deltas)
-
-
-def _file(task: str) -> str:
-    path = DATA / f"{task}.json"
-    return str(path) if path.is_file() else task
 
 
 if __name__ == "__main__":

@@ -14,18 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import matplotlib
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
-from recipes.harness import METHODS, TEMPLATE, load_split, write_results
+from recipes.harness import METHODS, Trial, load_split, panels, save_figure, shown, table, write_results
 
-matplotlib.use("Agg")
-matplotlib.rcParams.update({"svg.hashsalt": "lit_thought", "figure.figsize": (7, 3.5), "savefig.bbox": "tight"})
 LABELS = {"mlp_in": "ΔW and δ", "matrix": "ΔW alone", "vector": "δ alone"}
 Record = Mapping[str, Sequence[Mapping[str, float]]]
 """By method, the validation pairs' figures after each step: ``ThoughtCallback.history``."""
@@ -64,21 +60,22 @@ def accuracy_by_step(
         out: path of the results, without suffix.
     """
     lm, tokenizer = load_model(model)
-    split = load_split(task, seed, shots, fit, test)
-    record: dict[str, Any] = {}
-    for name in methods:
-        callback = ThoughtCallback(**METHODS[name], steps=steps, step_size=step_size, pairs_per_step=pairs_per_step)
-        data = PairDataModule(
-            split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens, val_pairs=split.test
-        )
-        record[name] = follow(lm, tokenizer, callback, data, CSVLogger(logs, name=f"{split.name}_{name}"))
-        print(name, [f"{entry['accuracy']:.2f}" for entry in record[name]], flush=True)
-    _draw(record, split.name, Path(out).with_suffix(".svg"))
-    table = step_table(record, split.name) + f"\n![Accuracy by step]({Path(out).name}.svg)\n"
-    print("\n" + table)
+    trial = Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
+    name = trial.split.name
+    history: dict[str, Any] = {}
+    for method in methods:
+        callback = ThoughtCallback(**METHODS[method], steps=steps, step_size=step_size, pairs_per_step=pairs_per_step)
+        logger = CSVLogger(logs, name=f"{name}_{method}")
+        history[method] = follow(lm, tokenizer, callback, trial.data(val_pairs=trial.split.test), logger)
+        print(method, [f"{entry['accuracy']:.2f}" for entry in history[method]], flush=True)
+    figure, (axes,) = panels(1, 7, 3.5)
+    plot_steps(axes, history, name)
+    save_figure(figure, out)
+    page = step_table(history, name) + f"\n![Accuracy by step]({Path(out).name}.svg)\n"
     settings: dict[str, Any] = {"steps": steps, "step_size": step_size, "pairs_per_step": pairs_per_step}
-    settings["methods"] = {name: METHODS[name] for name in methods}
-    write_results(out, table, {"model": model, "task": task, "seed": seed, "settings": settings, "history": record})
+    settings["methods"] = {method: METHODS[method] for method in methods}
+    record = {"model": shown(model), "task": task, "seed": seed, "settings": settings, "history": history}
+    write_results(__file__, out, page, record)
 
 
 def follow(
@@ -106,16 +103,9 @@ def follow(
 def step_table(record: Record, task: str) -> str:
     """One line for each method."""
     first = next(iter(record.values()))
-    steps = [int(entry["step"]) for entry in first]
-    lines = [
-        f"{task}, held-out accuracy by step; instructed: {first[0]['instructed_accuracy']:.2f}",
-        "",
-        f"| method | {' | '.join(map(str, steps))} |",
-        "|---|" + "---:|" * len(steps),
-    ]
-    for method, history in record.items():
-        lines.append(f"| {LABELS.get(method, method)} | " + " | ".join(f"{e['accuracy']:.2f}" for e in history) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [[LABELS.get(name, name), *(f"{entry['accuracy']:.2f}" for entry in own)] for name, own in record.items()]
+    title = f"{task}, held-out accuracy by step; instructed: {first[0]['instructed_accuracy']:.2f}"
+    return f"{title}\n\n{table(['method', *(int(entry['step']) for entry in first)], rows)}"
 
 
 def plot_steps(axes: Axes, record: Record, task: str) -> None:
@@ -127,14 +117,6 @@ def plot_steps(axes: Axes, record: Record, task: str) -> None:
     axes.axhline(instructed, color="grey", linestyle="--", label="instructed")
     axes.set(xlabel="step", ylabel="accuracy", ylim=(-0.02, 1.02), title=task)
     axes.legend(fontsize="small")
-
-
-def _draw(record: Record, task: str, file: Path) -> None:
-    figure, axes = pyplot.subplots()
-    plot_steps(axes, record, task)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

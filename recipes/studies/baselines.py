@@ -21,7 +21,6 @@ Writes a Markdown and a JSON table.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +30,8 @@ from typing import Any
 
 import jsonargparse
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import PairDataModule, ThoughtPatch, load_model, transmute
+from lit_thought import ThoughtPatch, load_model
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.fit.preparing import prepare_pairs
@@ -43,16 +41,17 @@ from recipes.harness import (
     METHODS,
     SIX_TASKS,
     TEMPLATE,
-    Split,
+    Trial,
     demonstrations,
+    equal,
     load_split,
-    provenance,
+    share,
     shown,
+    table,
     write_results,
 )
 from recipes.studies.distillation import distil
 
-Patched = Callable[[], ThoughtPatch]
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 """Factors on a steering vector that are tried on the inputs held back."""
 
@@ -88,98 +87,85 @@ def baselines(
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
     for task in tasks:
-        split = load_split(task, seed, shots, fit, test)
-        common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
-        evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
-        data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens)
-        prepare_pairs(data, lm, tokenizer)  # every method may start from the outputs that the instructed model writes
-        given = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
-        patch = partial(transmute, lm, tokenizer, pairs=given, rank=rank, progress=False, **common)
+        trial = Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
+        evaluation = trial.evaluation()
+        given = trial.completed()  # every method may start from the outputs that the instructed model writes
+        patch = partial(trial.fit, given, rank=rank)
         train = {"learning_rate": learning_rate, "max_steps": steps, "every": steps, "rank": rank, "seed": seed}
-        methods: dict[str, Patched] = {
+        methods: dict[str, Callable[[], ThoughtPatch]] = {
             "thought vector": partial(patch, **METHODS["vector"]),
             "thought matrix and vector": partial(patch, **METHODS["mlp_in"]),
-            "contrastive steering": partial(steering, lm, tokenizer, split, mixed_up(split.instruction, seed)),
-            "function vector": partial(steering, lm, tokenizer, split, strengths=(1.0,)),
-            "LoRA distillation": partial(distilled, lm, data, train),
+            "contrastive steering": partial(steering, trial, mixed_up(trial.split.shown, seed)),
+            "function vector": partial(steering, trial, strengths=(1.0,)),
+            "LoRA distillation": partial(distilled, trial, given, train),
             "lit_thought": partial(patch, **METHODS["both"]),
         }
-        for name, method in methods.items():
+        for name in (*methods, "token-exact"):
             start = time.perf_counter()
-            found = method()
+            found = methods[name]() if name in methods else None
+            scored = token_exact(evaluation) if found is None else None
             seconds = time.perf_counter() - start
-            runs.append({"task": split.name, "method": name, "seconds": seconds, **_scored(evaluation.score(found))})
-            print(_line(split.name, runs[-1]), flush=True)
-        start = time.perf_counter()
-        exact = token_exact(lm, tokenizer, evaluation)
-        runs.append({"task": split.name, "method": "token-exact", "seconds": time.perf_counter() - start, **exact})
-        print(_line(split.name, runs[-1]), flush=True)
+            scored = scored or _scored(evaluation.score(found))
+            runs.append({"task": trial.split.name, "method": name, "seconds": seconds, **scored})
+            accuracy = mean(scored["correct"])
+            print(f"{trial.split.name}, {name}: accuracy {accuracy:.2f}, KL {scored['output_kl']:.3f}", flush=True)
         rows = [(row["output"].strip(), *texts) for row, *texts in _written(evaluation)]
         for name, index in (("plain", 1), ("instructed", 2)):
             correct = [row[0] == row[index] for row in rows]
-            equal = [row[index] == row[2] for row in rows]
-            runs.append({"task": split.name, "method": name, "correct": correct, "equal": equal})
+            same = [row[index] == row[2] for row in rows]
+            runs.append({"task": trial.split.name, "method": name, "correct": correct, "equal": same})
     settings = {"seed": seed, "shots": shots, "fit": fit, "test": test, "rank": rank, "learning_rate": learning_rate}
     settings |= {"steps": steps, "strengths": STRENGTHS, "max_new_tokens": max_new_tokens}
-    record = {"model": shown(model), **provenance(), "settings": settings, "runs": runs}
-    page = f"`python -m recipes.studies.baselines --config recipes/studies/baselines.yaml` on {shown(model)}, commit "
-    page += f"{record['commit']}; settings: `{json.dumps(settings)}`\n\n{table(runs)}"
-    print("\n" + page)
-    write_results(out, page, record)
+    write_results(__file__, out, page(runs), {"model": shown(model), "settings": settings, "runs": runs})
 
 
-def mixed_up(instruction: str, seed: int) -> str:
+def mixed_up(pairs: Sequence[Mapping[str, str]], seed: int) -> str:
     """The demonstrations with their outputs in another order, none in its own place if that can be."""
-    blocks = [line.split("\nA: ") for line in instruction.removesuffix("\n").split("\nQ: ")]
-    outputs = [output for _, output in blocks]
-    order = list(range(len(outputs)))
+    order = list(range(len(pairs)))
     random.Random(seed).shuffle(order)
-    turned = {place: outputs[order[(at + 1) % len(order)]] for at, place in enumerate(order)}
-    return "\nQ: ".join(f"{blocks[place][0]}\nA: {turned[place]}" for place in range(len(blocks))) + "\n"
+    other = {place: pairs[order[(at + 1) % len(order)]]["output"] for at, place in enumerate(order)}
+    return demonstrations([{"input": pair["input"], "output": other[place]} for place, pair in enumerate(pairs)])
 
 
-def steering(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    contrast: str | None = None,
-    strengths: Sequence[float] = STRENGTHS,
-) -> ThoughtPatch:
+def steering(trial: Trial, contrast: str | None = None, strengths: Sequence[float] = STRENGTHS) -> ThoughtPatch:
     """The mean difference at the last token of the prompt, at one block's output.
 
     Block and strength are chosen on the last third of the inputs, which the vectors have not seen; a strength of 1
     alone leaves the block to be chosen.
 
     Args:
-        model, tokenizer: the model.
-        split: instruction and inputs.
+        trial: the model, and the instruction and inputs.
         contrast: what the instruction is set against; the plain prompt when left out.
         strengths: factors to try.
     """
-    cut = 2 * len(split.fit) // 3
-    chunk: dict[str, Any] = {"instruction": split.instruction, "template": TEMPLATE}
-    vectors = thought_vectors(model, tokenizer, pairs=split.fit[:cut], contrast=contrast, tokens="last", **chunk)
+    cut = 2 * len(trial.split.fit) // 3
+    own, inputs = (trial.model, trial.tokenizer), trial.split.fit
+    chunk: dict[str, Any] = {"instruction": trial.split.instruction, "template": TEMPLATE}
+    vectors = thought_vectors(*own, pairs=inputs[:cut], contrast=contrast, tokens="last", **chunk)
     tried = []
     for strength in strengths:
-        block, kl = best_block(model, tokenizer, vectors, pairs=split.fit[cut:], scale=strength, **chunk)
+        block, kl = best_block(*own, vectors, pairs=inputs[cut:], scale=strength, **chunk)
         tried.append((kl[block], strength, block))
     _, strength, block = min(tried)
-    return vector_patch(model, {block: vectors[block]}, strength)
+    return vector_patch(trial.model, {block: vectors[block]}, strength)
 
 
-def distilled(model: PreTrainedModel, data: PairDataModule, train: Mapping[str, Any]) -> ThoughtPatch:
+def distilled(trial: Trial, pairs: Sequence[Mapping[str, str]], train: Mapping[str, Any]) -> ThoughtPatch:
     """A LoRA on all linear layers, trained to copy the instructed model."""
-    return distil(model, data.tokenised, lambda student: {}, batch_size=32, warmup_steps=3, **train).patch
+    data = trial.data(pairs)
+    data.prepare(trial.model, trial.tokenizer)
+    return distil(trial.model, data.tokenised, lambda student: {}, batch_size=32, warmup_steps=3, **train).patch
 
 
 @torch.no_grad()
-def token_exact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation) -> dict[str, Any]:
+def token_exact(evaluation: Evaluation) -> dict[str, Any]:
     """The test prompts with the instructed model's own output, each token with its own patch.
 
     Greedy decoding would write the same output where the likeliest token is the instructed run's all along it; that is
     what counts as equal.
     """
-    equal, correct, divergences = [], [], []
+    model, tokenizer = evaluation.model, evaluation.tokenizer
+    same, correct, divergences = [], [], []
     for (row, _, instructed), pair in zip(_written(evaluation), evaluation.completed, strict=True):
         text = demonstrations([{"input": row["input"], "output": instructed}])
         instruction = evaluation.instructions[0] or ""
@@ -192,9 +178,9 @@ def token_exact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval
         with apply_token_patches(model, patches):
             got = model(ids[None]).logits[0][there]
         divergences.append(token_kl(wanted, got).cpu())
-        equal.append(bool((wanted.argmax(-1) == got.argmax(-1)).all()))
-        correct.append(equal[-1] and instructed == row["output"].strip())
-    return {"correct": correct, "equal": equal, "output_kl": float(torch.cat(divergences).mean())}
+        same.append(bool((wanted.argmax(-1) == got.argmax(-1)).all()))
+        correct.append(same[-1] and instructed == row["output"].strip())
+    return {"correct": correct, "equal": same, "output_kl": float(torch.cat(divergences).mean())}
 
 
 def _written(evaluation: Evaluation) -> list[tuple[dict[str, Any], str, str]]:
@@ -205,47 +191,32 @@ def _written(evaluation: Evaluation) -> list[tuple[dict[str, Any], str, str]]:
 
 def _scored(result: Mapping[str, Any]) -> dict[str, Any]:
     items = result["items"]
-    return {
-        "correct": [item["patched"].strip() == item["reference"].strip() for item in items],
-        "equal": [item["patched"].strip() == item["instructed"].strip() for item in items],
-        "output_kl": result["output_kl"]["patched"],
-        "perplexity_ratio": result["perplexity_ratio"],
-    }
+    scored = {"correct": equal(items, "patched"), "equal": equal(items, "patched", "instructed")}
+    return scored | {"output_kl": result["output_kl"]["patched"], "perplexity_ratio": result["perplexity_ratio"]}
 
 
-def _line(task: str, run: Mapping[str, Any]) -> str:
-    return f"{task}, {run['method']}: accuracy {mean(run['correct']):.2f}, KL {run['output_kl']:.3f}"
-
-
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
+def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy by task and method, and means over the tasks."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    order = [
-        "plain",
-        *(name for name in dict.fromkeys(run["method"] for run in runs) if name not in ("plain", "instructed")),
-    ]
-    lines = [
-        f"Accuracy on up to {max(len(run['correct']) for run in runs)} unseen words by task, and on all of them with a "
-        "95 % interval; then means over the tasks: fidelity (outputs equal to the instructed model's), KL to it along "
-        "its own outputs, in nats, perplexity of unrelated text against the original model's, seconds from the "
-        "instructed model's outputs to the patch. Token-exact patches belong to one text and are made from the "
-        "instructed run of the tested words themselves: a bound, not a rival.",
-        "",
-        f"| method | {' | '.join(tasks)} | all words | fidelity | KL | perplexity × | seconds |",
-        "|---|" + "---:|" * (len(tasks) + 5),
-    ]
-    for name in [*order, "instructed"]:
+    names = [name for name in dict.fromkeys(run["method"] for run in runs) if name not in ("plain", "instructed")]
+    rows = []
+    for name in ("plain", *names, "instructed"):
         own = {run["task"]: run for run in runs if run["method"] == name}
         every = [one for run in own.values() for one in run["correct"]]
-        low, high = wilson(sum(every), len(every))
-        cells = [name, *(f"{mean(own[task]['correct']):.2f}" for task in tasks)]
-        cells += [f"{mean(every):.3f} ({low:.2f} to {high:.2f})"]
+        cells = [name, *(f"{mean(own[task]['correct']):.2f}" for task in tasks), share(every, 3)]
         cells.append(f"{mean(mean(run['equal']) for run in own.values()):.3f}")
         for key, form in (("output_kl", ".3f"), ("perplexity_ratio", ".3f"), ("seconds", ".1f")):
             known = [run[key] for run in own.values() if key in run]
             cells.append(format(mean(known), form) if known else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    head = ["method", *tasks, "all words", "fidelity", "KL", "perplexity ×", "seconds"]
+    return (
+        f"Accuracy on up to {max(len(run['correct']) for run in runs)} unseen words by task, and on all of them with a "
+        "95 % interval; then means over the tasks: fidelity (outputs equal to the instructed model's), KL to it along "
+        "its own outputs, in nats, perplexity of unrelated text against the original model's, seconds from the "
+        "instructed model's outputs to the patch. Token-exact patches belong to one text and are made from the "
+        f"instructed run of the tested words themselves: a bound, not a rival.\n\n{table(head, rows)}"
+    )
 
 
 if __name__ == "__main__":

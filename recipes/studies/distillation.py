@@ -27,16 +27,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lit_thought import ThoughtPatch
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation
-from lit_thought.evaluation.metrics import TextMatch
-from lit_thought.model.blocks import find_blocks
+from lit_thought.model.blocks import DEFAULT_SITES, find_blocks
+from lit_thought.patch.patch import Factors
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import common_prefix, pad
-from lit_thought.runs.generate import generate
 from lit_thought.runs.streams import forward_inputs, lead_cache
 from lit_thought.settings import DEFAULT_SITES
 from lit_thought.solve.factors import Factors
 from lit_thought.timing import Stopwatch
+from recipes.harness import repeated
 
 
 class Example(NamedTuple):
@@ -102,8 +101,7 @@ def last_logits(
     cache, ahead = DynamicCache(), 0
     if lead is not None:
         ahead = lead.get_seq_length()
-        size = (len(sequences), -1, -1, -1)
-        cache = DynamicCache([(keys.expand(size), values.expand(size)) for keys, values, _ in lead])
+        cache = repeated(lead, len(sequences))
     tokens = pad([ids[ahead:] for ids in sequences], 0, "right").to(model.device)
     ends = [len(ids) - ahead for ids in sequences]
     rows = [row for row, n in enumerate(counts) for _ in range(n)]
@@ -226,43 +224,6 @@ class Follow(Callback):
         trainer.should_stop = ends or self.finished(figures)
 
 
-class HeldOut:
-    """What an :class:`~lit_thought.evaluation.compare.Evaluation` says of a patch, for a student, in less time.
-
-    Args:
-        evaluation: of pairs with outputs.
-    """
-
-    def __init__(self, evaluation: Evaluation) -> None:
-        self.evaluation = evaluation
-        self.examples = teach(evaluation.model, evaluation.completed)
-
-    @torch.no_grad()
-    def score(self, student: PreTrainedModel) -> dict[str, float]:
-        """Share of outputs equal to the reference (accuracy) and to the instructed model's (fidelity), and the mean KL
-        over the tokens that predict the latter (output_kl)."""
-        known = self.evaluation
-        written = generate(
-            student,
-            known.tokenizer,
-            [prompt.plain_ids for prompt in known.prompts],
-            stop=known.template.stop,
-            max_new_tokens=known.max_new_tokens,
-            batch_size=known.batch_size,
-        )
-        texts = [output.text for output in written]
-        total = sum(
-            float(distillation_loss(torch.cat([e.teacher for e in batch]), student_logits(student, batch)))
-            * sum(len(e.teacher) for e in batch)
-            for batch in _batches(self.examples, known.batch_size)
-        )
-        return {
-            "accuracy": _share_equal(texts, [row["output"] for row in known.rows]),
-            "fidelity": _share_equal(texts, [output.text for output in known.instructed]),
-            "output_kl": total / sum(len(e.teacher) for e in self.examples),
-        }
-
-
 @dataclass(frozen=True)
 class Distilled:
     """What :func:`distil` found.
@@ -343,7 +304,7 @@ def distil(
     seconds = dict(stopwatch.seconds)
     measured = sum(seconds.values()) - seconds["evaluate"]
     seconds["other"] = follow.history[-1]["seconds"] - measured
-    return Distilled(lora_patch(student), seconds, follow.history)
+    return Distilled(lora_patch(student.get_base_model()), seconds, follow.history)
 
 
 def with_lora(model: PreTrainedModel, rank: int, targets: str | list[str]) -> PeftModel:
@@ -357,21 +318,11 @@ def with_lora(model: PreTrainedModel, rank: int, targets: str | list[str]) -> Pe
     return get_peft_model(student, config).eval()
 
 
-def lora_patch(student: PeftModel) -> ThoughtPatch:
+def lora_patch(student: PreTrainedModel) -> ThoughtPatch:
     """The factors of a student as a patch of the model that it was made from."""
     factors = {
         name: Factors(layer.lora_A["default"].weight, layer.scaling["default"] * layer.lora_B["default"].weight)
-        for name, layer in student.get_base_model().named_modules()
+        for name, layer in student.named_modules()
         if isinstance(layer, LoraLayer)
     }
     return ThoughtPatch(factors)
-
-
-def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    return [examples[at : at + size] for at in range(0, len(examples), size)]
-
-
-def _share_equal(texts: Sequence[str], references: Sequence[str]) -> float:
-    metric = TextMatch(sync_on_compute=False)
-    metric.update(texts, references)
-    return float(metric.compute())

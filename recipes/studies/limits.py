@@ -15,9 +15,8 @@ Writes a Markdown and a JSON table.
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import jsonargparse
@@ -29,6 +28,10 @@ from lit_thought.patch.results import RUNS
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.solve.intervals import wilson
 from recipes.harness import DATA, TEMPLATE, demonstrations, load_split, provenance, shown, write_results
+from lit_thought import ThoughtPatch, load_model
+from lit_thought.evaluation.compare import RUNS, Evaluation
+from recipes.harness import TEMPLATE, Trial, demonstrations, load_split, share, shown, table, write_results
+from recipes.tasks.chats import Chat
 from recipes.tasks.self_study import Document, contains, load_document
 
 FORMS = {
@@ -71,17 +74,15 @@ def limits(
     """
     passage = load_document(document)
     lm, tokenizer = load_model(model)
-    common = {"rank": rank, "max_new_tokens": max_new_tokens}
     rows = look_up(lm, tokenizer, passage, document_rank, max_new_tokens)
-    rows += other_forms(lm, tokenizer, seed, shots, fit, test, **common)
-    rows += mistakes(lm, tokenizer, seed, shots, fit, test, **common)
+    trials = [
+        Trial(lm, tokenizer, load_split(f"common_words/{task}", seed, shots, fit, test), max_new_tokens)
+        for task in ("antonym", "english-french")
+    ]
+    rows += other_forms(trials[0], rank) + mistakes(trials[1], rank)
     settings: dict[str, Any] = {"seed": seed, "document": passage.name, "document_rank": document_rank, "study": STUDY}
-    settings |= {"shots": shots, "fit": fit, "test": test, **common}
-    record = {"model": shown(model), **provenance(), "settings": settings, "rows": rows}
-    page = "`python -m recipes.studies.limits --config recipes/studies/limits.yaml` on "
-    page += f"{shown(model)}, commit {record['commit']}; settings: `{json.dumps(settings)}`\n\n{table(rows)}"
-    print(page)
-    write_results(out, page, record)
+    settings |= {"shots": shots, "fit": fit, "test": test, "rank": rank, "max_new_tokens": max_new_tokens}
+    write_results(__file__, out, page(rows), {"model": shown(model), "settings": settings, "rows": rows})
 
 
 def look_up(
@@ -89,122 +90,62 @@ def look_up(
 ) -> list[dict[str, Any]]:
     """Questions about a passage in the chunk: those that were fitted, and the others; an answer holds a right form."""
     asked, others = document.questions[::2], document.questions[1::2]
+    chats = [
+        Chat(model, tokenizer, document.chunk, [row["input"] for row in questions], max_new_tokens)
+        for questions in (asked, others)
+    ]
     inputs = [{"input": row["input"]} for row in asked]
-    common: dict[str, Any] = {**STUDY, "rank": rank, "max_new_tokens": max_new_tokens, "progress": False}
-    patch = transmute(model, tokenizer, document.chunk, inputs, "chat", **common)
+    patch = chats[0].fit(inputs, **STUDY, rank=rank, max_new_tokens=max_new_tokens)
     rows = []
-    for case, questions in (("facts that were fitted", asked), ("other facts of it", others)):
-        pairs = [{"input": row["input"]} for row in questions]
-        row = measure(model, tokenizer, patch, document.chunk, pairs, "chat", max_new_tokens)
+    for case, questions, chat in zip(
+        ("facts that were fitted", "other facts of it"), (asked, others), chats, strict=True
+    ):
+        row = measure(chat.evaluation, patch)
         row["accuracy"] = {
-            run: sum(contains(item[run], own["outputs"]) for item, own in zip(row["items"], questions, strict=True))
-            / len(questions)
+            run: mean(contains(item[run], own["outputs"]) for item, own in zip(row["items"], questions, strict=True))
             for run in RUNS
         }
         rows.append({"example": "a passage in the chunk", "case": case, **row})
     return rows
 
 
-def other_forms(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    shots: int,
-    fit: int,
-    test: int,
-    rank: int,
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
+def other_forms(trial: Trial, rank: int) -> list[dict[str, Any]]:
     """A patch fitted on one form of prompt, asked in others."""
-    task = "common_words/antonym"
-    split = load_split(task, seed, shots, fit, test)
-    patch = transmute(
-        model,
-        tokenizer,
-        split.instruction,
-        split.fit,
-        TEMPLATE,
-        rank=rank,
-        max_new_tokens=max_new_tokens,
-        progress=False,
-    )
-    pairs = load_pairs(DATA / f"{task}.json")
-    random.Random(seed).shuffle(pairs)
-    return [
-        {"example": "antonyms, fitted in the first form", "case": case}
-        | measure(model, tokenizer, patch, demonstrations(pairs[:shots], form), split.test, form, max_new_tokens)
-        for case, form in FORMS.items()
-    ]
-
-
-def mistakes(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    shots: int,
-    fit: int,
-    test: int,
-    rank: int,
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
-    """A task that the instructed model fails, from its own outputs and from right ones."""
-    task = "common_words/english-french"
-    split = load_split(task, seed, shots, fit, test)
-    right = {pair["input"]: pair["output"] for pair in load_pairs(DATA / f"{task}.json")}
-    labelled = [{**pair, "output": right[pair["input"]]} for pair in split.fit]
-    rows = []
-    for case, pairs in (("outputs of the instructed model", split.fit), ("right outputs", labelled)):
-        patch = transmute(
-            model,
-            tokenizer,
-            split.instruction,
-            pairs,
-            TEMPLATE,
-            rank=rank,
-            max_new_tokens=max_new_tokens,
-            progress=False,
+    patch, rows = trial.fit(rank=rank), []
+    for case, form in FORMS.items():
+        evaluation = trial.evaluation(
+            instruction=demonstrations(trial.split.shown, form), template=form, unrelated=None
         )
-        row = measure(model, tokenizer, patch, split.instruction, split.test, TEMPLATE, max_new_tokens)
+        rows.append({"example": "antonyms, fitted in the first form", "case": case, **measure(evaluation, patch)})
+    return rows
+
+
+def mistakes(trial: Trial, rank: int) -> list[dict[str, Any]]:
+    """A task that the instructed model fails, from its own outputs and from right ones."""
+    evaluation, rows = trial.evaluation(unrelated=None), []
+    for case, pairs in (("outputs of the instructed model", None), ("right outputs", trial.split.labelled)):
+        row = measure(evaluation, trial.fit(pairs, rank=rank))
         rows.append({"example": "French, which the model hardly knows", "case": f"fitted on {case}", **row})
     return rows
 
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    patch: Any,
-    instruction: str,
-    pairs: Sequence[Mapping[str, str]],
-    template: str,
-    max_new_tokens: int,
-) -> dict[str, Any]:
+def measure(evaluation: Evaluation, patch: ThoughtPatch) -> dict[str, Any]:
     """Accuracy of the three runs, fidelity and KL, with every output."""
-    result = Evaluation(
-        *(model, tokenizer),
-        instruction=instruction,
-        pairs=pairs,
-        template=template,
-        unrelated=None,
-        max_new_tokens=max_new_tokens,
-        progress=False,
-    ).score(patch)
+    result = evaluation.score(patch)
     return {key: result[key] for key in ("pairs", "accuracy", "fidelity", "output_kl", "items")}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line for each case."""
-    lines = [
-        "| example | case | n | plain | instructed | patched | fidelity | KL: plain | patched |",
-        "|---|---|" + "---:|" * 7,
-    ]
+    lines = []
     for row in rows:
         n, accuracy, kl = row["pairs"], row["accuracy"], row["output_kl"]
-        low, high = wilson(round(accuracy["patched"] * n), n)
-        cells = [row["example"], row["case"], str(n), f"{accuracy['plain']:.2f}", f"{accuracy['instructed']:.2f}"]
-        cells += [f"{accuracy['patched']:.2f} ({low:.2f} to {high:.2f})", f"{row['fidelity']:.2f}"]
-        cells += [f"{kl['plain']:.2f}", f"{kl['patched']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        right = round(accuracy["patched"] * n)
+        cells = [row["example"], row["case"], n, f"{accuracy['plain']:.2f}", f"{accuracy['instructed']:.2f}"]
+        cells += [share([True] * right + [False] * (n - right)), f"{row['fidelity']:.2f}"]
+        lines.append([*cells, f"{kl['plain']:.2f}", f"{kl['patched']:.2f}"])
+    head = ["example", "case", "n", "plain", "instructed", "patched", "fidelity", "KL: plain", "patched"]
+    return table(head, lines, left=2)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ routed to the same experts as in the instructed run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import mean
 from typing import Any
 
@@ -20,9 +21,9 @@ import jsonargparse
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lit_thought import PromptTemplate, load_model, transmute
-from lit_thought.evaluation.compare import Evaluation
-from recipes.harness import SIX_TASKS, TEMPLATE, load_split, shown, write_results
+from lit_thought import PromptTemplate, ThoughtPatch, load_model
+from lit_thought.evaluation.compare import RUNS
+from recipes.harness import SIX_TASKS, TEMPLATE, Trial, load_split, shown, table, write_results
 
 _SAME = (
     "vocab_size",
@@ -75,33 +76,28 @@ def moe(
     dense, tokenizer = load_model(model)
     sparse = upcycle(dense, experts, experts_per_token, noise, seed)
     del dense
-    lines = [
-        "| task | plain | instructed | patched | output equal to the instructed one | perplexity × "
-        "| same experts, plain | same experts, patched |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        split = load_split(task, seed, shots, fit, test)
-        common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
-        patch = transmute(sparse, tokenizer, pairs=split.fit, rank=rank, progress=False, **common)
-        result = Evaluation(sparse, tokenizer, pairs=split.test, progress=False, **common).score(patch)
+        trial = Trial(sparse, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
+        patch = trial.fit(rank=rank)
+        result = trial.evaluation().score(patch)
         del result["items"]
-        before = routing_agreement(sparse, tokenizer, split, None)
-        after = routing_agreement(sparse, tokenizer, split, patch)
-        rows.append({"task": split.name, "routing": {"plain": before, "patched": after}, **result})
-        accuracy = result["accuracy"]
-        cells = [split.name, *(f"{accuracy[run]:.2f}" for run in ("plain", "instructed", "patched"))]
-        cells += [f"{result['fidelity']:.2f}", f"{result['perplexity_ratio']:.3f}", f"{before:.2f}", f"{after:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
+        routing = {"plain": routing_agreement(trial, None), "patched": routing_agreement(trial, patch)}
+        rows.append({"task": trial.split.name, "routing": routing, **result})
+        print(_line(rows[-1]), flush=True)
+    head = ["task", *RUNS, "output equal to the instructed one", "perplexity ×"]
+    page = table([*head, "same experts, plain", "same experts, patched"], map(_line, rows))
     settings = patch.provenance["settings"]
+    page += f"\nmean fidelity {mean(row['fidelity'] for row in rows):.3f}; sites: {settings['sites']}"
     shape = f"{experts} experts, {experts_per_token} a token, noise {noise}"
-    mean_row = f"mean fidelity {mean(row['fidelity'] for row in rows):.3f}; sites: {settings['sites']}"
-    title = f"`python -m recipes.studies.moe`: {shown(model)} upcycled to a mixture of experts ({shape}), seed {seed}"
-    table = "\n".join([title, "", *lines, "", mean_row, ""])
-    print("\n" + table)
-    write_results(out, table, {"model": shown(model), "shape": shape, "settings": settings, "rows": rows})
+    page = f"Upcycled to a mixture of experts ({shape}), seed {seed}\n\n{page}"
+    record = {"model": shown(model), "shape": shape, "settings": settings, "rows": rows}
+    write_results(__file__, out, page, record)
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    cells = [row["task"], *(f"{row['accuracy'][run]:.2f}" for run in RUNS), f"{row['fidelity']:.2f}"]
+    return [*cells, f"{row['perplexity_ratio']:.3f}", *(f"{row['routing'][run]:.2f}" for run in ("plain", "patched"))]
 
 
 def upcycle(dense: Any, experts: int, experts_per_token: int, noise: float, seed: int) -> MixtralForCausalLM:
@@ -132,19 +128,15 @@ def upcycle(dense: Any, experts: int, experts_per_token: int, noise: float, seed
 
 
 @torch.no_grad()
-def routing_agreement(model: Any, tokenizer: Any, split: Any, patch: Any) -> float:
+def routing_agreement(trial: Trial, patch: ThoughtPatch | None) -> float:
     """Share of the experts that test prompts are routed to which are those of the instructed run, over all blocks."""
-    template = PromptTemplate.parse(TEMPLATE)
-    top = model.config.num_experts_per_tok
+    model, template, top = trial.model, PromptTemplate.parse(TEMPLATE), trial.model.config.num_experts_per_tok
     shares = []
-    for pair in split.test[:20]:
-        tokens = template.tokenise(tokenizer, split.instruction, pair["input"], pair["output"])
+    for pair in trial.split.test[:20]:
+        tokens = template.tokenise(trial.tokenizer, trial.split.instruction, pair["input"], pair["output"])
         wanted = _experts(model, tokens.instructed_ids, tokens.instructed_positions, top)
-        if patch is None:
+        with nullcontext() if patch is None else patch.applied(model, check=False):
             found = _experts(model, tokens.plain_ids, tokens.plain_positions, top)
-        else:
-            with patch.applied(model, check=False):
-                found = _experts(model, tokens.plain_ids, tokens.plain_positions, top)
         shares.append(float((wanted & found).sum() / wanted.sum()))
     return mean(shares)
 

@@ -19,12 +19,11 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from lit_thought import load_model, transmute
-from lit_thought.evaluation.compare import Evaluation
+from lit_thought import load_model
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.statistics.preserve import WINDOW, Preservation, preservation
-from recipes.harness import SIX_TASKS, TEMPLATE, load_split, shown, write_results
+from recipes.harness import SIX_TASKS, Trial, load_split, shown, table, write_results
 
 
 def preservation_file(
@@ -75,53 +74,43 @@ def preservation_file(
             ways[name] = {"preserve": path, "cache_dir": folder}
         ways["none"] = {"preserve": None}
         for task, seed in product(tasks, seeds):
-            split = load_split(task, seed, shots, fit, test)
-            common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
-            evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
+            trial = Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
+            evaluation = trial.evaluation()
             for name, way in ways.items():
-                patch = transmute(lm, tokenizer, pairs=split.fit, **way, rank=rank, progress=False, **common)
-                result = evaluation.score(patch)
+                result = evaluation.score(trial.fit(**way, rank=rank))
                 del result["items"]
-                runs.append({"task": split.name, "seed": seed, "preserve": name, **result})
+                runs.append({"task": trial.split.name, "seed": seed, "preserve": name, **result})
                 print(
-                    f"{split.name}, seed {seed}, {name}: accuracy {result['accuracy']['patched']:.2f}, "
+                    f"{trial.split.name}, seed {seed}, {name}: accuracy {result['accuracy']['patched']:.2f}, "
                     f"fidelity {result['fidelity']:.2f}, perplexity × {result['perplexity_ratio']:.3f}",
                     flush=True,
                 )
-    table = _table(runs, files)
-    print("\n" + table)
     settings = {"seeds": list(seeds), "rank": rank, "shots": shots, "fit": fit, "test": test, "tokens": preserve_tokens}
-    header = f"`python -m recipes.studies.preservation_file` on {shown(model)}; settings: `{settings}`\n\n"
-    write_results(out, header + table, {"model": shown(model), "settings": settings, "files": files, "runs": runs})
+    record = {"model": shown(model), "settings": settings, "files": files, "runs": runs}
+    write_results(__file__, out, _page(runs, files), record)
 
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _table(runs: Sequence[dict[str, Any]], files: dict[str, dict[str, Any]]) -> str:
+def _page(runs: Sequence[dict[str, Any]], files: dict[str, dict[str, Any]]) -> str:
     """Means over seeds by task, over the tasks, and the sizes of the statistics."""
-    lines = [
-        "| task | preservation | instructed | patched | fidelity | KL of the output, nats | unrelated perplexity × |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    names = list(dict.fromkeys(run["task"] for run in runs))
-    ways = list(dict.fromkeys(run["preserve"] for run in runs))
-    for task, way in [*product(names, ways), *product(["all"], ways)]:
+    head = ["task", "preservation", "instructed", "patched", "fidelity", "KL of the output, nats"]
+    rows = []
+    names = [*dict.fromkeys(run["task"] for run in runs), "all"]
+    for task, way in product(names, dict.fromkeys(run["preserve"] for run in runs)):
         own = [run for run in runs if run["preserve"] == way and task in (run["task"], "all")]
-        figures = [
-            mean(run["accuracy"]["instructed"] for run in own),
-            mean(run["accuracy"]["patched"] for run in own),
-            mean(run["fidelity"] for run in own),
-            mean(run["output_kl"]["patched"] for run in own),
-        ]
-        cells = [task, way, *(f"{figure:.3f}" for figure in figures)]
-        lines.append(f"| {' | '.join(cells)} | {mean(run['perplexity_ratio'] for run in own):.4f} |")
-    lines += ["", "| preservation | size | first use |", "|---|---:|---:|"]
-    for name, file in files.items():
-        seconds = "" if file["load_seconds"] is None else f"{file['load_seconds']:.1f} s"
-        lines.append(f"| {name} | {file['bytes'] / 1e6:.1f} MB | {seconds} |")
-    return "\n".join(lines) + "\n"
+        cells = [f"{mean(run['accuracy'][which] for run in own):.3f}" for which in ("instructed", "patched")]
+        cells += [f"{mean(run['fidelity'] for run in own):.3f}"]
+        cells += [f"{mean(run['output_kl']['patched'] for run in own):.3f}"]
+        rows.append([task, way, *cells, f"{mean(run['perplexity_ratio'] for run in own):.4f}"])
+    sizes = [
+        [name, f"{file['bytes'] / 1e6:.1f} MB", file["load_seconds"] and f"{file['load_seconds']:.1f} s"]
+        for name, file in files.items()
+    ]
+    first = table([*head, "unrelated perplexity ×"], rows, left=2)
+    return first + "\n" + table(["preservation", "size", "first use"], sizes)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ are measured on them. The preservation text's first three quarters are preserved
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import product
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import jsonargparse
 
-from lit_thought import load_model, transmute
-from lit_thought.evaluation.compare import Evaluation
-from recipes.harness import METHODS, SIX_TASKS, TEMPLATE, load_split, write_results
+from lit_thought import load_model
+from lit_thought.prompts.unrelated import load_texts
+from recipes.harness import METHODS, SIX_TASKS, Trial, load_split, shown, table, write_results
+
+NAMES = ("sites", "preserve_weight", "preserve_tokens", "ridge", "answer_weight", "rank")
 
 
 def sweep(
@@ -51,80 +51,38 @@ def sweep(
         ranks: ranks.
     """
     lm, tokenizer = load_model(model)
-    text = files("lit_thought").joinpath("text", "preserve.txt").read_text(encoding="utf-8")
+    text = load_texts("default", "preserve", "preserve")[0]
     cut = text.rindex("\n", 0, len(text) * 3 // 4)
     grid = list(product(sites, preserve_weights, preserve_tokens, ridges, answer_weights, ranks))
-    scores: dict[tuple, list[dict[str, Any]]] = {setting: [] for setting in grid}
+    scores: dict[tuple[Any, ...], list[dict[str, Any]]] = {setting: [] for setting in grid}
     for task, seed in product(tasks, seeds):
-        split = load_split(task, seed)
-        held_back = Evaluation(
-            lm,
-            tokenizer,
-            instruction=split.instruction,
-            pairs=split.fit[20:],
-            template=TEMPLATE,
-            unrelated=[text[cut : cut + 5000]],
-            max_new_tokens=12,
-            progress=False,
-        )
-        pairs: list[dict[str, str]] = split.fit[:20]
+        trial = Trial(lm, tokenizer, load_split(task, seed))
+        held_back = trial.evaluation(trial.split.fit[20:], unrelated=[text[cut : cut + 5000]])
         for setting in grid:
-            where, rho, tokens, ridge, answer, rank = setting
-            patch = transmute(
-                lm,
-                tokenizer,
-                split.instruction,
-                pairs,
-                TEMPLATE,
-                **METHODS[where],
-                rank=rank,
-                ridge=ridge,
-                preserve=[text[:cut]],
-                preserve_weight=rho,
-                preserve_tokens=tokens,
-                answer_weight=answer,
-                max_new_tokens=12,
-                progress=False,
-            )
-            result = held_back.score(patch)
-            scores[setting].append(
-                {
-                    "task": task,
-                    "seed": seed,
-                    "fidelity": result["fidelity"],
-                    "output_kl": result["output_kl"]["patched"],
-                    "perplexity_ratio": result["perplexity_ratio"],
-                }
-            )
-            print(task, seed, setting, *(scores[setting][-1][k] for k in ("fidelity", "output_kl", "perplexity_ratio")))
-        print(f"{task}, seed {seed}: done", flush=True)
-    _write(Path(out), scores)
-
-
-def _write(out: Path, scores: dict[tuple, list[dict[str, Any]]]) -> None:
-    names = ("sites", "preserve_weight", "preserve_tokens", "ridge", "answer_weight", "rank")
+            where, *numbers = setting
+            chosen = {**METHODS[where], **dict(zip(NAMES[1:], numbers, strict=True)), "preserve": [text[:cut]]}
+            result = held_back.score(trial.fit(trial.split.fit[:20], **chosen))
+            found = {"fidelity": result["fidelity"], "output_kl": result["output_kl"]["patched"]}
+            scores[setting].append(found | {"perplexity_ratio": result["perplexity_ratio"]})
+            print(task, seed, setting, *scores[setting][-1].values(), flush=True)
+            scores[setting][-1] |= {"task": task, "seed": seed}
     rows = [
         {
-            **dict(zip(names, setting, strict=True)),
-            "fidelity": mean(r["fidelity"] for r in results),
-            "output_kl": mean(r["output_kl"] for r in results),
-            "perplexity_ratio": mean(r["perplexity_ratio"] for r in results),
-            "worst_perplexity_ratio": max(r["perplexity_ratio"] for r in results),
-            "runs": results,
+            **dict(zip(NAMES, setting, strict=True)),
+            **{key: mean(run[key] for run in runs) for key in ("fidelity", "output_kl", "perplexity_ratio")},
+            "worst_perplexity_ratio": max(run["perplexity_ratio"] for run in runs),
+            "runs": runs,
         }
-        for setting, results in scores.items()
+        for setting, runs in scores.items()
     ]
     rows.sort(key=lambda row: row["output_kl"])
-    head = [*names, "fidelity", "output KL", "perplexity ×", "worst ×"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [str(row[name]) for name in names]
-        cells += [f"{row['fidelity']:.3f}", f"{row['output_kl']:.3f}"]
-        cells += [f"{row['perplexity_ratio']:.4f}", f"{row['worst_perplexity_ratio']:.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    write_results(out, table, {"rows": rows})
+    lines = [
+        [*(row[name] for name in NAMES), f"{row['fidelity']:.3f}", f"{row['output_kl']:.3f}"]
+        + [f"{row[key]:.4f}" for key in ("perplexity_ratio", "worst_perplexity_ratio")]
+        for row in rows
+    ]
+    page = table([*NAMES, "fidelity", "output KL", "perplexity ×", "worst ×"], lines)
+    write_results(__file__, out, page, {"model": shown(model), "rows": rows})
 
 
 if __name__ == "__main__":

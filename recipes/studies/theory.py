@@ -22,18 +22,15 @@ from statistics import mean
 from typing import Any
 
 import jsonargparse
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot
+from matplotlib import cm, colormaps, colors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import PairDataModule, load_model, transmute
+from lit_thought import load_model
 from lit_thought.errors import SingularSystemError
-from lit_thought.evaluation.compare import Evaluation
-from lit_thought.fit.preparing import prepare_pairs
-from lit_thought.model.blocks import find_blocks
+from lit_thought.model.blocks import SITES, find_blocks
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.runner import StreamRunner
 from lit_thought.runs.streams import SitePatch
@@ -41,11 +38,20 @@ from lit_thought.settings import SITES
 from lit_thought.solve.least_squares import Prior, solve, solve_constrained
 from lit_thought.solve.sums import Statistics
 from lit_thought.theory import format_report, thought_matrix, thought_vector, thought_vectors, verify_exact
-from recipes.harness import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, write_results
+from recipes.harness import (
+    METHODS,
+    SIX_TASKS,
+    TEMPLATE,
+    Trial,
+    load_split,
+    panels,
+    save_figure,
+    shown,
+    table,
+    write_results,
+)
 from recipes.studies.baselines import steering
 
-matplotlib.use("Agg")
-matplotlib.rcParams.update({"svg.hashsalt": "lit_thought", "figure.figsize": (7, 3.5), "savefig.bbox": "tight"})
 SOLVERS = ("isotropic", "orthogonal", "min_norm", "ridge")
 
 
@@ -80,26 +86,20 @@ def theory(
         out: path of the page and its figures, without suffix.
     """
     lm, tokenizer = load_model(model)
-    splits = [load_split(task, seed, shots, fit, test) for task in tasks]
-    record: dict[str, Any] = {"model": model}
-    page = [
-        f"# The theory on {model}",
-        "",
-        "`python -m recipes.studies.theory --config recipes/studies/theory.yaml`",
-        "",
-    ]
+    trials = [Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens) for task in tasks]
     chapters = (
         ("1. At one token, a prompt is a change of weights", lambda: exactness(lm, tokenizer, instruction, tokens)),
-        ("2. One change for all tokens", lambda: condensation(lm, tokenizer, splits[0], ridge, max_new_tokens, out)),
-        ("3. Six word tasks", lambda: comparison(lm, tokenizer, splits, methods, max_new_tokens)),
-        ("4. What it explains", lambda: equivalences(lm, tokenizer, splits[0])),
+        ("2. One change for all tokens", lambda: condensation(trials[0], ridge, out)),
+        ("3. Six word tasks", lambda: comparison(trials, methods)),
+        ("4. What it explains", lambda: equivalences(trials[0])),
     )
+    record: dict[str, Any] = {"model": shown(model)}
+    page = []
     for title, chapter in chapters:
-        text, figures = chapter()
-        page += [f"## {title}", "", text, ""]
-        record[title] = figures
-        print(f"## {title}\n\n{text}\n", flush=True)
-    write_results(out, "\n".join(page), record)
+        text, record[title] = chapter()
+        page.append(f"## {title}\n\n{text}\n")
+        print(page[-1], flush=True)
+    write_results(__file__, out, "\n".join(page), record)
 
 
 def exactness(
@@ -116,20 +116,11 @@ def exactness(
     return f"{format_report(report)}\n\n{said}", {"float32": report.to_dict(), "bfloat16": rounded.to_dict()}
 
 
-def condensation(
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    ridge: float,
-    max_new_tokens: int,
-    out: str,
-) -> tuple[str, dict[str, Any]]:
+def condensation(trial: Trial, ridge: float, out: str) -> tuple[str, dict[str, Any]]:
     """Vector and matrix of each block from two thirds of the inputs, tried on the others."""
-    data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens)
-    prepare_pairs(data, lm, tokenizer)
-    cut = 2 * len(split.fit) // 3
-    fitted = _observe(lm, tokenizer, data, range(cut))
-    held = _observe(lm, tokenizer, data, range(cut, len(split.fit)))
+    count = len(trial.split.fit)
+    cut = 2 * count // 3
+    fitted, held = _observe(trial, range(cut), range(cut, count))
     kept: dict[str, list[float]] = {f"mlp_in, {solver}": [] for solver in SOLVERS}
     kept |= {f"{site}, {form}": [] for site in ("attn_out", "mlp_out") for form in ("vector", "ridge")}
     spectra, refusal = [], ""
@@ -151,17 +142,15 @@ def condensation(
                 thought_matrix(a, delta, "exact", weights=weights)
             except SingularSystemError as error:
                 refusal = str(error)
-    _draw_errors(kept, f"{out}_kept.svg")
-    _draw_spectra(spectra, f"{out}_spectra.svg")
+    _draw_errors(kept, f"{out}_kept")
+    _draw_spectra(spectra, f"{out}_spectra")
+    rows = [[name, *(_share(of(values)) for of in (mean, min, max))] for name, values in kept.items()]
     lines = [
-        f"{split.name}: {cut} inputs to fit, {len(split.fit) - cut} others to try on, each block entered by the "
+        f"{trial.split.name}: {cut} inputs to fit, {count - cut} others to try on, each block entered by the "
         "instructed stream. Share of Σ ‖δ‖² explained on the others (1: all of it; below 0: worse than nothing), over "
         "blocks; at attn_out δ is the paper's, and its vector the thought vector:",
         "",
-        "| site, solver | mean | lowest | highest |",
-        "|---|---:|---:|---:|",
-        *(f"| {name} | {' | '.join(_share(f(v)) for f in (mean, min, max))} |" for name, v in kept.items()),
-        "",
+        table(["site, solver", "mean", "lowest", "highest"], rows),
         f"![Explained share by block]({Path(out).name}_kept.svg)",
         f"![Singular values of Δ by block]({Path(out).name}_spectra.svg)",
         "",
@@ -171,94 +160,79 @@ def condensation(
 
 
 @torch.no_grad()
-def _observe(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PairDataModule, members: range
-) -> dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]]:
-    """a, δ and weights by block and site; nothing is patched, every block is entered by the instructed stream."""
-    data.select(tokenizer, members, lm.device)
-    runner = StreamRunner(lm, find_blocks(lm), SITES, "teacher-forced")
-    seen = {}
-    for stage in runner.stages:
-        rows = [runner.observe(batch) for batch in data.batches]
-        parts = [[getattr(row, name) for row in rows] for name in ("a", "delta", "weights")]
-        seen[stage.block, stage.site] = tuple(torch.cat(part).double() for part in parts)
-        runner.finish(SitePatch())
-    return seen  # type: ignore[return-value]
+def _observe(trial: Trial, *parts: range) -> list[dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]]]:
+    """a, δ and weights by block and site, of parts of the inputs; nothing is patched, every block is entered by the
+    instructed stream."""
+    lm, data = trial.model, trial.data()
+    data.prepare(lm, trial.tokenizer)
+    found = []
+    for members in parts:
+        data.select(trial.tokenizer, members, lm.device)
+        runner = StreamRunner(lm, find_blocks(lm), SITES, "teacher-forced")
+        seen = {}
+        for stage in runner.stages:
+            rows = [runner.observe(batch) for batch in data.batches]
+            every = [[getattr(row, name) for row in rows] for name in ("a", "delta", "weights")]
+            seen[stage.block, stage.site] = tuple(torch.cat(own).double() for own in every)
+            runner.finish(SitePatch())
+        found.append(seen)
+    return found  # type: ignore[return-value]
 
 
 def _share(value: float) -> str:
     return f"{value:.2f}" if value > -10 else f"{value:.0e}"
 
 
-def comparison(
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Sequence[Split],
-    methods: Sequence[str],
-    max_new_tokens: int,
-) -> tuple[str, dict[str, Any]]:
+def comparison(trials: Sequence[Trial], methods: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Accuracy, fidelity and unrelated perplexity of every method on every task."""
     unrelated = [text[:5000] for text in load_texts("default", "evaluate", "unrelated")][:1]
     results: dict[str, dict[str, Any]] = {}
-    for split in splits:
-        common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
-        evaluation = Evaluation(lm, tokenizer, pairs=split.test, unrelated=unrelated, progress=False, **common)
+    for trial in trials:
+        evaluation, task = trial.evaluation(unrelated=unrelated), trial.split.name
         for name in (*methods, "function vector"):
-            if name == "function vector":
-                patch = steering(lm, tokenizer, split, strengths=(1.0,))
-            else:
-                patch = transmute(lm, tokenizer, pairs=split.fit, progress=False, **common, **METHODS[name])
+            vector = name == "function vector"
+            patch = steering(trial, strengths=(1.0,)) if vector else trial.fit(**METHODS[name])
             result = evaluation.score(patch)
             del result["items"]
-            results.setdefault(name, {})[split.name] = result
-            print(f"{split.name}, {name}: {result['accuracy']['patched']:.2f}", flush=True)
-        results.setdefault("plain", {})[split.name] = {"accuracy": {"patched": result["accuracy"]["plain"]}}
-        results.setdefault("instructed", {})[split.name] = {"accuracy": {"patched": result["accuracy"]["instructed"]}}
-    tasks = [split.name for split in splits]
-    order = ("plain", "function vector", *methods, "instructed")
-    lines = [
-        f"Accuracy on up to {max(len(s.test) for s in splits)} unseen words; then means over tasks: fidelity (outputs "
-        "equal to the instructed model's), KL to it on its own outputs, perplexity of unrelated text against the "
-        "original model's.",
-        "",
-        f"| method | {' | '.join(tasks)} | fidelity | KL, nats | perplexity × |",
-        "|---|" + "---:|" * (len(tasks) + 3),
-    ]
-    for name in order:
-        own = results[name]
-        cells = [name, *(f"{own[task]['accuracy']['patched']:.2f}" for task in tasks)]
-        if "fidelity" in own[tasks[0]]:
-            cells.append(f"{mean(own[task]['fidelity'] for task in tasks):.2f}")
-            cells.append(f"{mean(own[task]['output_kl']['patched'] for task in tasks):.2f}")
-            cells.append(f"{mean(own[task]['perplexity_ratio'] for task in tasks):.3f}")
-        else:
-            cells += ["", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
+            results.setdefault(name, {})[task] = result
+            print(f"{task}, {name}: {result['accuracy']['patched']:.2f}", flush=True)
+        for run in ("plain", "instructed"):
+            results.setdefault(run, {})[task] = {"accuracy": {"patched": result["accuracy"][run]}}
+    tasks = [trial.split.name for trial in trials]
+    rows = []
+    for name in ("plain", "function vector", *methods, "instructed"):
+        own = [results[name][task] for task in tasks]
+        cells = [name, *(f"{result['accuracy']['patched']:.2f}" for result in own)]
+        if "fidelity" in own[0]:
+            cells.append(f"{mean(result['fidelity'] for result in own):.2f}")
+            cells.append(f"{mean(result['output_kl']['patched'] for result in own):.2f}")
+            cells.append(f"{mean(result['perplexity_ratio'] for result in own):.3f}")
+        rows.append([*cells, *[""] * (len(tasks) + 4 - len(cells))])
+    text = (
+        f"Accuracy on up to {max(len(trial.split.test) for trial in trials)} unseen words; then means over tasks: "
+        "fidelity (outputs equal to the instructed model's), KL to it on its own outputs, perplexity of unrelated text "
+        f"against the original model's.\n\n{table(['method', *tasks, 'fidelity', 'KL, nats', 'perplexity ×'], rows)}\n"
+    )
     settings = {name: METHODS[name] for name in methods}
-    lines += ["", f"Settings other than the defaults: `{json.dumps(settings)}`."]
-    return "\n".join(lines), results
+    return f"{text}Settings other than the defaults: `{json.dumps(settings)}`.", results
 
 
-def equivalences(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Split) -> tuple[str, dict[str, float]]:
+def equivalences(trial: Trial) -> tuple[str, dict[str, float]]:
     """Our solutions beside formulas written down independently; the largest relative difference of each."""
-    found = {
-        "contrastive mean difference (activation steering), every block": _steering(lm, tokenizer, split),
-        **_editing(),
-    }
-    lines = ["| equivalence | largest relative difference |", "|---|---:|"]
-    lines += [f"| {name} | {value:.1e} |" for name, value in found.items()]
-    return "\n".join(lines), found
+    found = {"contrastive mean difference (activation steering), every block": _steering(trial), **_editing()}
+    rows = [[name, f"{value:.1e}"] for name, value in found.items()]
+    return table(["equivalence", "largest relative difference"], rows), found
 
 
-def _steering(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Split) -> float:
+def _steering(trial: Trial) -> float:
     """Thought vectors of demonstrations against wrong ones, and one forward a prompt with `output_hidden_states`."""
-    wrong = split.instruction.replace("A:", "B:")
-    inputs = split.fit[:10]
-    ours = thought_vectors(lm, tokenizer, split.instruction, inputs, contrast=wrong, template=TEMPLATE, tokens="last")
+    lm, tokenizer, right = trial.model, trial.tokenizer, trial.split.instruction
+    wrong, inputs = right.replace("A:", "B:"), trial.split.fit[:10]
+    ours = thought_vectors(lm, tokenizer, right, inputs, contrast=wrong, template=TEMPLATE, tokens="last")
     differences = []
     for pair in inputs:
         last = []
-        for chunk in (split.instruction, wrong):
+        for chunk in (right, wrong):
             prompt = chunk + TEMPLATE.split(" {output}")[0].replace("{input}", pair["input"])
             with torch.no_grad():
                 states = lm(**tokenizer(prompt, return_tensors="pt"), output_hidden_states=True).hidden_states
@@ -290,33 +264,25 @@ def _editing(d_in: int = 96, d_out: int = 48, tokens: int = 40) -> dict[str, flo
     return {**difference, f"MEMIT: {tokens} keys": float(error)}
 
 
-def _draw_errors(kept: dict[str, list[float]], file: str) -> None:
-    figure, axes = pyplot.subplots()
+def _draw_errors(kept: dict[str, list[float]], out: str) -> None:
+    figure, (axes,) = panels(1, 7, 3.5)
     for name in ("attn_out, vector", "attn_out, ridge", "mlp_in, ridge", "mlp_out, vector", "mlp_out, ridge"):
         axes.plot([max(value, -0.5) for value in kept[name]], label=name.replace("ridge", "matrix"))
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set(xlabel="block", ylabel="explained share, unseen inputs", ylim=(-0.55, 1.05))
     axes.legend(fontsize="small", ncol=2)
-    _save(figure, file)
+    save_figure(figure, out)
 
 
-def _draw_spectra(spectra: Sequence[Tensor], file: str) -> None:
-    figure, axes = pyplot.subplots()
-    colours = pyplot.get_cmap("viridis")
+def _draw_spectra(spectra: Sequence[Tensor], out: str) -> None:
+    figure, (axes,) = panels(1, 7, 3.5)
+    colours = cm.ScalarMappable(colors.Normalize(0, max(1, len(spectra) - 1)), colormaps["viridis"])
     for index, values in enumerate(spectra):
-        shown = values[:64].clamp_min(1e-12)
-        colour = colours(index / max(1, len(spectra) - 1))
-        axes.semilogy(range(1, len(shown) + 1), shown, color=colour, linewidth=0.8)
-    scale = pyplot.cm.ScalarMappable(cmap=colours, norm=pyplot.Normalize(0, len(spectra) - 1))
-    figure.colorbar(scale, ax=axes, label="block")
+        first = values[:64].clamp_min(1e-12)
+        axes.semilogy(range(1, len(first) + 1), first, color=colours.to_rgba(index), linewidth=0.8)
+    figure.colorbar(colours, ax=axes, label="block")
     axes.set(xlabel="index", ylabel="singular value of Δ at mlp_in")
-    _save(figure, file)
-
-
-def _save(figure: Any, file: str) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
+    save_figure(figure, out)
 
 
 if __name__ == "__main__":

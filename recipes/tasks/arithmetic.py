@@ -33,9 +33,21 @@ from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.files import atomic_file
 from lit_thought.patch.results import RUNS
+from lit_thought.evaluation.compare import RUNS, Evaluation
 from lit_thought.runs.generate import generate
-from recipes.harness import METHODS, TEMPLATE, demonstrations, provenance, shown, write_results
-from recipes.studies.accuracy_by_step import follow, plot_steps, step_table
+from recipes.harness import (
+    METHODS,
+    TEMPLATE,
+    demonstrations,
+    difference,
+    panels,
+    save_figure,
+    share,
+    shown,
+    table,
+    write_results,
+)
+from recipes.studies.accuracy_by_step import Record, follow, plot_steps, step_table
 from recipes.tasks.arithmetic_model import (
     OPERATIONS,
     WORDINGS,
@@ -126,8 +138,9 @@ def arithmetic(
             f"models={list(models)}, chunks={list(chunks)}, preserving={list(preserving)}: expected at least one of "
             f"each, and methods of harness.METHODS, which does not have {unknown}."
         )
-    record: dict[str, Any] = {"settings": settings | by_step | {"seed": seed}, **provenance(), "runs": {}}
-    histories: dict[str, dict[str, list[dict[str, float]]]] = {}
+    record: dict[str, Any] = {"model": ", ".join(map(shown, models)), "settings": settings | by_step | {"seed": seed}}
+    runs: dict[str, Any] = {}
+    histories: dict[str, Record] = {}
     for name in models:
         if name == TINY:
             folder, trained_now = trained_model(training)
@@ -139,22 +152,21 @@ def arithmetic(
         else:
             tried = [prepare_pretrained(name, shots, fit, test, seed)]
         for setting in tried:
-            runs = transmute_both(setting, rank, preserve_weight, max_new_tokens)
-            record["runs"][setting.name] = runs
-            print(result_table({setting.name: runs}) + "\n" + cross_table({setting.name: runs}), flush=True)
+            runs[setting.name] = transmute_both(setting, rank, preserve_weight, max_new_tokens)
+            own = {setting.name: runs[setting.name]}
+            print(result_table(own) + "\n" + cross_table(own), flush=True)
         if name == TINY and methods:
             histories = steps_of(tried[0], by_step, max_new_tokens)
-    record["history"] = histories
-    where = f"{', '.join(map(shown, models))}; commit {record['commit']}"
-    page = f"`python -m recipes.tasks.arithmetic --config recipes/tasks/arithmetic.yaml` on {where}; "
-    page += f"settings: `{json.dumps(record['settings'])}`"
-    page += f"; training: `{json.dumps(record['training'])}`\n\n" if "training" in record else "\n\n"
-    page += "\n".join([NOTE, result_table(record["runs"]), verdict(record["runs"]), cross_table(record["runs"])])
+    page = f"Training: `{json.dumps(record['training'])}`\n\n" if "training" in record else ""
+    page += "\n".join([NOTE, result_table(runs), verdict(runs), cross_table(runs)])
     if histories:
-        draw(histories, Path(out).with_suffix(".svg"))
+        figure, every = panels(len(histories), 9, 3.5, sharey=True)
+        for axes, (operation, history) in zip(every, histories.items(), strict=True):
+            plot_steps(axes, history, operation)
+        save_figure(figure, out)
         page += "\n" + "\n".join(step_table(history, operation) for operation, history in histories.items())
         page += f"\n![Accuracy by step]({Path(out).name}.svg)\n"
-    write_results(out, page, record)
+    write_results(__file__, out, page, {**record, "runs": runs, "history": histories})
 
 
 def choose(pairs: Sequence[Pair], counts: Sequence[int], seed: int) -> list[list[Pair]]:
@@ -301,27 +313,6 @@ def steps_of(
     return histories
 
 
-def draw(histories: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], file: Path) -> None:
-    """One picture for each operation, side by side."""
-    figure, axes = pyplot.subplots(1, len(histories), sharey=True, figsize=(9, 3.5), squeeze=False)
-    for place, (operation, history) in zip(axes[0], histories.items(), strict=True):
-        plot_steps(place, history, operation)
-    with atomic_file(file) as temporary:
-        figure.savefig(temporary, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def share(right: Sequence[bool]) -> str:
-    """A share with its interval of 95 % (Wilson)."""
-    low, high = wilson(sum(right), len(right))
-    return f"{sum(right) / len(right):.3f} ({low:.2f} to {high:.2f})"
-
-
-def change(after: Sequence[bool], before: Sequence[bool]) -> str:
-    """The difference of two shares of the same items with its interval of 95 % (Newcombe)."""
-    return "{:+.3f} ({:+.2f} to {:+.2f})".format(*paired_difference(after, before))
-
-
 def ratio(run: Mapping[str, Any]) -> float:
     """Patched ÷ instructed accuracy; NaN where the instructed model gets nothing right."""
     accuracy = run["accuracy"]
@@ -330,42 +321,35 @@ def ratio(run: Mapping[str, Any]) -> float:
 
 def result_table(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """One line for each model and operation."""
-    lines = [
-        "| model | operation | tested | plain | plain gives the other operation's | instructed | patched "
-        "| patched ÷ instructed | patched − instructed | never trained on: instructed | patched | of "
-        "| output equal to the instructed one | KL of the answer, plain | patched |",
-        "|---|---|" + "---:|" * 13,
-    ]
-    for model, runs in models.items():
-        for operation, run in runs.items():
-            correct, kl = run["correct"], run["output_kl"]
-            new = {which: [a for a, b in zip(correct[which], run["untrained"], strict=True) if b] for which in RUNS}
-            cells = [model, operation, str(run["pairs"]), f"{run['accuracy']['plain']:.3f}"]
-            cells += [f"{sum(run['plain_is_other']) / run['pairs']:.3f}", share(correct["instructed"])]
-            cells += [share(correct["patched"]), f"{ratio(run):.3f}"]
-            cells.append(change(correct["patched"], correct["instructed"]))
-            cells += [f"{sum(new[w]) / len(new[w]):.3f}" if new[w] else "–" for w in ("instructed", "patched")]
-            cells.append(str(len(new["patched"])) if new["patched"] else "–")
-            cells += [f"{run['fidelity']:.3f}", f"{kl['plain']:.4f}", f"{kl['patched']:.4f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    head = ["model", "operation", "tested", "plain", "plain gives the other operation's", "instructed", "patched"]
+    head += ["patched ÷ instructed", "patched − instructed", "never trained on: instructed", "patched", "of"]
+    rows = []
+    for (model, operation), run in _flat(models):
+        correct, kl = run["correct"], run["output_kl"]
+        new = {which: [a for a, b in zip(correct[which], run["untrained"], strict=True) if b] for which in RUNS}
+        cells = [model, operation, run["pairs"], f"{run['accuracy']['plain']:.3f}"]
+        cells += [f"{sum(run['plain_is_other']) / run['pairs']:.3f}", share(correct["instructed"], 3)]
+        cells += [share(correct["patched"], 3), f"{ratio(run):.3f}"]
+        cells.append(difference(correct["patched"], correct["instructed"], 3))
+        cells += [f"{sum(new[w]) / len(new[w]):.3f}" if new[w] else None for w in ("instructed", "patched")]
+        cells += [len(new["patched"]) or None, f"{run['fidelity']:.3f}", f"{kl['plain']:.4f}", f"{kl['patched']:.4f}"]
+        rows.append(cells)
+    return table([*head, "output equal to the instructed one", "KL of the answer, plain", "patched"], rows, left=2)
 
 
 def cross_table(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """What the patches do to prompts that have an instruction."""
-    lines = [
-        "| model | prompts that ask for the | no patch | "
-        + " | ".join(f"patch of the {name}, change" for name in OPERATIONS)
-        + " |",
-        "|---|---|" + "---:|" * (1 + len(OPERATIONS)),
-    ]
-    for model, runs in models.items():
-        for operation, run in runs.items():
-            cells = [model, operation, share(run["cross"]["no patch"])]
-            for other in OPERATIONS:
-                cells.append(f"{share(run['cross'][other])}, {change(run['cross'][other], run['cross']['no patch'])}")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for (model, operation), run in _flat(models):
+        before, cross = run["cross"]["no patch"], run["cross"]
+        changes = [f"{share(cross[other], 3)}, {difference(cross[other], before, 3)}" for other in OPERATIONS]
+        rows.append([model, operation, share(before, 3), *changes])
+    head = ["model", "prompts that ask for the", "no patch", *(f"patch of the {name}, change" for name in OPERATIONS)]
+    return table(head, rows, left=2)
+
+
+def _flat(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:
+    return [((model, operation), run) for model, runs in models.items() for operation, run in runs.items()]
 
 
 def verdict(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

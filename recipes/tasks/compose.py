@@ -12,7 +12,6 @@ instructed model along its own answers, and the perplexity of unrelated text. Wr
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,24 +20,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonargparse
-import matplotlib
-import torch
-from matplotlib import pyplot
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import unrelated_perplexity
-from lit_thought.prompts.unrelated import load_texts, text_windows
-from lit_thought.runs.generate import generate
-from lit_thought.solve.factors import Factors
+from lit_thought.patch.patch import Factors
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.saved_solve import solve_saved
-from recipes.harness import save_figure, share, shown, write_results
-from recipes.tasks.system_prompt import FOLDER, Task, answer, answer_logits, divergence, fit_patch, prepare
+from recipes.harness import Unrelated, one_line, panels, save_figure, share, shown, table, write_results
+from recipes.tasks.system_prompt import Task, fit_patch, instructions_known, prepare
 from recipes.tasks.system_prompt_rules import RULES
 
-matplotlib.use("Agg")
 WAYS = {
     "A": "patch of A alone",
     "B": "patch of B alone",
@@ -106,38 +97,34 @@ def compose(
     settings = {"fit": fit, "rank": rank, "ridge": ridge, "preserve_weight": preserve_weight}
     settings |= {"answer_weight": answer_weight, "max_new_tokens": max_new_tokens}
     lm, tokenizer = load_model(model)
-    windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
-    original = unrelated_perplexity(lm, windows)
+    unrelated = Unrelated(lm, tokenizer, unrelated_windows)
     tasks = {key: prepare(lm, tokenizer, entry, fit, test, seed, max_new_tokens) for key, entry in entries.items()}
-    patches = combine(lm, tokenizer, tasks, settings)
+    patches = combine(tasks, settings)
     rules = (first, second)
     rows = references(tasks, rules)
     for name in WAYS:
-        found = measure(lm, tokenizer, tasks, patches[name], AIMS.get(name, ("joint",)), windows, original)
-        rows[name] = {**found, "follows": follows(found["answers"], rules)}
+        rows[name] = measure(tasks, patches[name], AIMS.get(name, ("joint",)), unrelated, rules)
         print(_line(name, rows[name]), flush=True)
     curves: dict[str, list[dict[str, Any]]] = {name: [] for name in SCALED}
     for name, scale in ((name, scale) for name in SCALED for scale in scales):
-        known = {0.0: rows["plain"], 1.0: rows[name]}.get(scale)
-        if known is None:
-            known = measure(lm, tokenizer, tasks, scale * patches[name], ("joint",), windows, original)
-            known["follows"] = follows(known["answers"], rules)
-        curves[name].append({"scale": scale, **{key: value for key, value in known.items() if key != "answers"}})
-        print(_line(f"{scale:g} × ({name})", known), flush=True)
-    distances = [(one, two, distance(patches[one], patches[two])) for one, two in DISTANCES]
-    questions = [row["input"] for row in tasks["joint"].evaluation.rows]
+        found = {0.0: rows["plain"], 1.0: rows[name]}.get(scale)
+        found = found or measure(tasks, scale * patches[name], ("joint",), unrelated, rules)
+        curves[name].append({"scale": scale, **{key: value for key, value in found.items() if key != "answers"}})
+        print(f"{scale:g} × ", _line(name, found), flush=True)
     record = {
         "model": shown(model),
         "instructions": {key: entry["instruction"] for key, entry in entries.items()},
         "settings": {"first": first, "second": second, **settings, "test": test, "seed": seed},
-        "unrelated_perplexity": original,
-        "questions": questions,
+        "unrelated_perplexity": unrelated.perplexity,
+        "questions": [row["input"] for row in tasks["joint"].chat.evaluation.rows],
         "rows": rows,
         "scales": curves,
-        "distances": [{"patch": one, "from": two, "relative": value} for one, two, value in distances],
+        "distances": [
+            {"patch": one, "from": two, "relative": distance(patches[one], patches[two])} for one, two in DISTANCES
+        ],
     }
     draw(curves, rows["instructed: joint"], rules, out)
-    write_results(out, page(record, samples, Path(out).name), record)
+    write_results(__file__, out, page(record, samples, Path(out).name), record)
 
 
 def instructions(first: str, second: str) -> dict[str, dict[str, str]]:
@@ -146,7 +133,7 @@ def instructions(first: str, second: str) -> dict[str, dict[str, str]]:
     Raises:
         ThoughtError: for a name that is unknown or has no rule, for one with questions of its own, or twice the same.
     """
-    known = {entry["name"]: entry for entry in json.loads((FOLDER / "instructions.json").read_text(encoding="utf-8"))}
+    known = instructions_known()
     usable = [name for name, entry in known.items() if name in RULES and "topic" not in entry]
     for argument, name in (("first", first), ("second", second)):
         if name not in usable:
@@ -158,25 +145,18 @@ def instructions(first: str, second: str) -> dict[str, dict[str, str]]:
     return {key: {"name": key, "instruction": text} for key, text in texts.items()}
 
 
-def combine(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task], settings: Mapping[str, Any]
-) -> dict[str, ThoughtPatch]:
+def combine(tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> dict[str, ThoughtPatch]:
     """The patches of :data:`WAYS`; A, B and the joint prompt are fitted on the same questions."""
-    questions = {key: task.fit[: settings["fit"]] for key, task in tasks.items()}
-    answers = {
-        key: answer(model, tokenizer, task, questions[key], settings["max_new_tokens"]) for key, task in tasks.items()
-    }
+    answers = {key: task.chat.answer(task.fit[: settings["fit"]]) for key, task in tasks.items()}
     with TemporaryDirectory() as folder:
         alone = {
-            key: fit_patch(
-                model, tokenizer, tasks[key], answers[key], {**settings, "statistics_dir": f"{folder}/{key}"}
-            )
+            key: fit_patch(tasks[key], answers[key], {**settings, "statistics_dir": f"{folder}/{key}"})
             for key in ("A", "B")
         }
         sums = [SavedStatistics.load(f"{folder}/{key}") for key in alone]
         merged = solve_saved(sums[0].merge(sums[1], approximate=True))
-    both = [{**pair, "instruction": tasks[key].instruction} for key in alone for pair in answers[key]]
-    joint = fit_patch(model, tokenizer, tasks["joint"], answers["joint"], settings)
+    both = [{**pair, "instruction": tasks[key].chat.chunk} for key in alone for pair in answers[key]]
+    joint = fit_patch(tasks["joint"], answers["joint"], settings)
     added = alone["A"] + alone["B"]
     return {
         **alone,
@@ -184,73 +164,59 @@ def combine(
         "joint": joint,
         "statistics": merged,
         "2 × statistics": 2 * merged,
-        "one fit": fit_patch(model, tokenizer, tasks["joint"], both, {**settings, "fit": len(both)}),
-        "A, then B": fit_after(model, tokenizer, alone["A"], tasks["B"], settings),
+        "one fit": fit_patch(tasks["joint"], both, {**settings, "fit": len(both)}),
+        "A, then B": fit_after(alone["A"], tasks["B"], settings),
         "(A + B) − B": added - alone["B"],
         "joint − B": joint - alone["B"],
     }
 
 
-def fit_after(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    before: ThoughtPatch,
-    task: Task,
-    settings: Mapping[str, Any],
-) -> ThoughtPatch:
+def fit_after(before: ThoughtPatch, task: Task, settings: Mapping[str, Any]) -> ThoughtPatch:
     """``before`` and a patch of ``task`` that was fitted on the model with ``before`` in place, added.
 
-    Its target is that model with the task's instruction in the prompt, which writes the answers, too.
+    Its target is that model with the task's instruction in the prompt, which writes the answers, too. Statistics of
+    the changed model do not stay in the cache.
     """
-    with TemporaryDirectory() as folder, before.applied(model):
-        answers = answer(model, tokenizer, task, task.fit[: settings["fit"]], settings["max_new_tokens"])
-        after = fit_patch(model, tokenizer, task, answers, {**settings, "cache_dir": folder})
+    with TemporaryDirectory() as folder, before.applied(task.chat.model):
+        answers = task.chat.answer(task.fit[: settings["fit"]])
+        after = fit_patch(task, answers, {**settings, "cache_dir": folder})
     # the fit saw other weights; with `before` beside it, the patch is one for the model without either
     belongs = {**after.provenance, "fingerprint": before.provenance["fingerprint"]}
     return before + ThoughtPatch(after.factors, belongs, after.vectors)
 
 
 def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Mapping[str, Task],
-    patch: ThoughtPatch,
-    aims: Sequence[str],
-    windows: Sequence[Sequence[int]],
-    original: float,
+    tasks: Mapping[str, Task], patch: ThoughtPatch, aims: Sequence[str], unrelated: Unrelated, rules: Sequence[str]
 ) -> dict[str, Any]:
-    """A patch's own answers, its divergence from the instructed models ``aims``, and what it does to other text."""
-    evaluation = tasks["joint"].evaluation
-    prompts = [prompt.plain_ids for prompt in evaluation.prompts]
-    with patch.applied(model):
-        length = evaluation.max_new_tokens
-        written = generate(model, tokenizer, prompts, max_new_tokens=length, keep_special=True)
-        found = {
-            aim: divergence(tasks[aim].wanted, answer_logits(model, tasks[aim].evaluation.completed)) for aim in aims
-        }
-        perplexity = unrelated_perplexity(model, windows)
+    """A patch's own answers, which rules they follow, its divergence from the instructed models ``aims``, and what it
+    does to other text."""
+    chat = tasks["joint"].chat
+    with patch.applied(chat.model):
+        answers, ratio = chat.written(), unrelated.ratio(chat.model)
+        found = {aim: tasks[aim].chat.divergence().means for aim in aims}
     return {
-        "answers": [one.text for one in written],
-        "kl": {aim: float(torch.cat(own.kl).mean()) for aim, own in found.items()},
-        "agreement": {aim: float(torch.cat(own.agrees).mean()) for aim, own in found.items()},
-        "perplexity_ratio": perplexity / original,
+        "answers": answers,
+        "kl": {aim: own["kl"] for aim, own in found.items()},
+        "agreement": {aim: own["agreement"] for aim, own in found.items()},
+        "perplexity_ratio": ratio,
         "rank": patch.rank,
+        "follows": follows(answers, rules),
     }
 
 
 def references(tasks: Mapping[str, Task], rules: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The plain model and the instructed ones, in the form of :func:`measure`'s results with ``follows``."""
-    plain = {aim: tasks[aim].plain for aim in ("joint", "A")}
+    plain = {aim: tasks[aim].chat.plain.means for aim in ("joint", "A")}
     rows: dict[str, dict[str, Any]] = {
         "plain": {
-            "answers": [one.text for one in tasks["joint"].evaluation.plain],
-            "kl": {aim: float(torch.cat(own.kl).mean()) for aim, own in plain.items()},
-            "agreement": {aim: float(torch.cat(own.agrees).mean()) for aim, own in plain.items()},
+            "answers": [one.text for one in tasks["joint"].chat.evaluation.plain],
+            "kl": {aim: own["kl"] for aim, own in plain.items()},
+            "agreement": {aim: own["agreement"] for aim, own in plain.items()},
             "perplexity_ratio": 1.0,
         }
     }
     for key, task in tasks.items():
-        rows[f"instructed: {key}"] = {"answers": [one.text for one in task.evaluation.instructed]}
+        rows[f"instructed: {key}"] = {"answers": [one.text for one in task.chat.evaluation.instructed]}
     return {name: {**row, "follows": follows(row["answers"], rules)} for name, row in rows.items()}
 
 
@@ -276,7 +242,7 @@ def draw(
     out: str | Path,
 ) -> None:
     """Rules followed, KL and perplexity against the scale, as an SVG file."""
-    figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
+    figure, axes = panels(4, 13, 3.2)
     titles = [f"answers that follow A ({rules[0]})", f"that follow B ({rules[1]})", "KL to the joint prompt, nats"]
     for panel, title in zip(axes, [*titles, "unrelated perplexity ×"], strict=True):
         panel.set(title=title, xlabel="scale")
@@ -294,17 +260,15 @@ def draw(
     axes[2].set_ylim(bottom=0)
     axes[0].legend(fontsize="small")
     save_figure(figure, out)
-    pyplot.close(figure)
 
 
 def page(record: Mapping[str, Any], samples: int, name: str) -> str:
     """The results as Markdown."""
     rows, texts = record["rows"], record["instructions"]
     gaps = {(entry["patch"], entry["from"]): entry["relative"] for entry in record["distances"]}
+    follows_head = ["follows A", "follows B", "both", "KL to the joint prompt"]
+    head = ["", "", *follows_head, "agreement", "KL to A", "unrelated perplexity ×", "rank"]
     lines = [
-        f"`python -m recipes.tasks.compose --config recipes/tasks/compose.yaml` on {record['model']}; settings: "
-        f"`{json.dumps(record['settings'])}`",
-        "",
         f"- A: *{texts['A']}*",
         f"- B: *{texts['B']}*",
         f"- the joint prompt: *{texts['joint']}*",
@@ -312,11 +276,7 @@ def page(record: Mapping[str, Any], samples: int, name: str) -> str:
         f"Shares of {len(record['questions'])} answers, with 95 % intervals (Wilson). KL and agreement with the "
         "instructed model along its own answers; the plain run has the model's default system message.",
         "",
-        "| | | follows A | follows B | both | KL to the joint prompt | agreement | KL to A | unrelated perplexity × "
-        "| rank |",
-        "|---|---|" + "---:|" * 8,
-        *(_line(key, row) for key, row in rows.items()),
-        "",
+        table(head, (_line(key, row) for key, row in rows.items()), left=2),
         "What is exact and what is not:",
         "",
         "- Adding, subtracting and scaling *patches* is exact in the weights, to rounding: (A + B) − B is A to "
@@ -332,49 +292,44 @@ def page(record: Mapping[str, Any], samples: int, name: str) -> str:
         "- *A, then B* was fitted to what the model with A's patch does with B in the prompt, not to the joint prompt; "
         "its preservation statistics are that model's.",
         "",
-        "| patch | distance of the weights from | ‖ΔW − ΔW'‖ ÷ ‖ΔW'‖ |",
-        "|---|---|---:|",
-        *(f"| {one} | {two} | {value:.2g} |" for (one, two), value in gaps.items()),
-        "",
+        table(
+            ["patch", "distance of the weights from", "‖ΔW − ΔW'‖ ÷ ‖ΔW'‖"],
+            [[*names, f"{value:.2g}"] for names, value in gaps.items()],
+            left=2,
+        ),
         "Scaled:",
         "",
-        "| patch | scale | follows A | follows B | both | KL to the joint prompt | unrelated perplexity × |",
-        "|---|" + "---:|" * 6,
     ]
-    for patch, points in record["scales"].items():
-        for point in points:
-            cells = [patch, f"{point['scale']:g}", *(share(point["follows"][key]) for key in ("A", "B", "both"))]
-            cells += [f"{point['kl']['joint']:.3f}", f"{point['perplexity_ratio']:.4f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+    scaled = [
+        [patch, f"{point['scale']:g}", *_line("", point)[2:6], _line("", point)[8]]
+        for patch, points in record["scales"].items()
+        for point in points
+    ]
+    lines.append(table(["patch", "scale", *follows_head, "unrelated perplexity ×"], scaled))
     least = {patch: min(points, key=lambda point: point["kl"]["joint"]) for patch, points in record["scales"].items()}
     lines += [
-        "",
         "KL is least at " + ", ".join(f"{point['scale']:g} × ({patch})" for patch, point in least.items()) + ". A rule "
         "says how far an answer goes, KL whether it is what the instructed model would say: a scale that makes more "
         "answers follow the rules than the joint prompt does is no better copy of it.",
         "",
-        f"![Rules followed, KL and perplexity by scale]({name}.svg)",
-        "",
     ]
+    lines.append(f"![Rules followed, KL and perplexity by scale]({name}.svg)\n")
     columns = ("plain", "instructed: joint", "A + B", "joint")
-    lines += ["| question | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for index, question in enumerate(record["questions"][:samples]):
-        cells = [question, *(rows[column]["answers"][index] for column in columns)]
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|")[:200] for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    answers = [
+        [question, *(one_line(rows[column]["answers"][index], 200) for column in columns)]
+        for index, question in enumerate(record["questions"][:samples])
+    ]
+    return "\n".join([*lines, table(["question", *columns], answers, left=5)])
 
 
-def _line(name: str, row: Mapping[str, Any]) -> str:
+def _line(name: str, row: Mapping[str, Any]) -> list[str | None]:
     """One line of the table."""
     kl, agreement = row.get("kl", {}), row.get("agreement", {})
+    numbers = [kl.get("joint"), agreement.get("joint"), kl.get("A")]
     cells = [name, WAYS.get(name, ""), *(share(row["follows"][key]) for key in ("A", "B", "both"))]
-    cells += [_number(kl.get("joint")), _number(agreement.get("joint")), _number(kl.get("A"))]
-    cells += [_number(row.get("perplexity_ratio"), 4), str(row.get("rank", "–"))]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    cells += [None if number is None else f"{number:.3f}" for number in numbers]
+    ratio = row.get("perplexity_ratio")
+    return [*cells, None if ratio is None else f"{ratio:.4f}", row.get("rank")]
 
 
 if __name__ == "__main__":

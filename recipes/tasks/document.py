@@ -13,19 +13,17 @@ differ, and what other settings do. Writes a Markdown and a JSON table and an SV
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jsonargparse
-import torch
 from torch import Tensor
 from torchmetrics.functional.text import squad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
+from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation, batch_logits, output_batches, unrelated_perplexity
 from lit_thought.patch.results import RUNS
@@ -34,12 +32,13 @@ from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import generate
 from lit_thought.solve.intervals import perplexity_ratio
 from recipes.harness import provenance, shown, write_results
+from lit_thought.evaluation.compare import RUNS
+from lit_thought.evaluation.intervals import perplexity_ratio
+from recipes.harness import Unrelated, check_names, shown, write_results
 from recipes.tasks import document_tables as tables
+from recipes.tasks.chats import Chat
 from recipes.tasks.self_study import Document, contains, coverage, load_document, recite, requests, write_questions
-from recipes.tasks.system_prompt import Divergence, by_place, divergence
 
-TEMPLATE = PromptTemplate.chat()
-SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "given questions": {"source": "given"},
     "given and self-study questions": {"source": "both"},
@@ -63,20 +62,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Task(NamedTuple):
-    """A document, pairs about it to fit to, and the plain and the instructed answers to the tested questions.
-
-    The pairs have the model's own answers: to questions that it wrote, to given ones, and to other requests.
-    """
+    """A document, and pairs about it to fit to, with the model's own answers: to questions that it wrote, to given
+    ones, and to other requests."""
 
     document: Document
     tokens: int
+    chat: Chat
     studied: list[dict[str, str]]
     given: list[dict[str, str]]
     requests: list[dict[str, str]]
-    evaluation: Evaluation
-    batches: list[tuple[PairBatch, Tensor]]
-    wanted: list[Tensor]
-    plain: Divergence
 
 
 def document(
@@ -128,8 +122,7 @@ def document(
     settings |= {"preserve_weight": preserve_weight, "answer_weight": answer_weight}
     curves = [("rank", value) for value in ranks] + [("questions", value) for value in counts]
     lm, tokenizer = load_model(model)
-    windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
-    original = unrelated_perplexity(lm, windows)
+    unrelated = Unrelated(lm, tokenizer, unrelated_windows)
     runs = []
     for own in chosen:
         tried: list[tuple[str, str | None, dict[str, Any]]] = [(tables.AS_SET, None, {})]
@@ -140,20 +133,17 @@ def document(
         task = prepare(lm, tokenizer, own, most, seed, max_new_tokens, request_tokens)
         for name, curve, changes in tried:
             setting = {**settings, **changes}
-            pairs, arguments = study(lm, tokenizer, task, setting, max_new_tokens)
-            patch = transmute(lm, tokenizer, own.chunk, pairs, TEMPLATE, progress=False, **arguments)
+            pairs, arguments = study(task, setting)
+            patch = task.chat.fit(pairs, **arguments)
             run = {"document": own.name, "passage_tokens": task.tokens, "variant": name, "curve": curve}
             run |= {"changes": changes, "rank": setting["rank"], "questions": setting["questions"], "pairs": len(pairs)}
-            run |= score(lm, tokenizer, task, patch, windows, original)
+            run |= score(task, patch, unrelated)
             runs.append({**run, **report(task, pairs, run["texts"])})
             print(tables.progress(runs[-1]), flush=True)
     settings |= {"seed": seed, "max_new_tokens": max_new_tokens, "request_tokens": request_tokens}
-    record = {"model": shown(model), "settings": settings, **provenance()}
-    record |= {"unrelated_perplexity": original, "runs": runs}
-    where = f"{shown(model)}, commit {record['commit']}"
-    page = f"`python -m recipes.tasks.document` on {where}; settings: `{json.dumps(settings)}`\n\n"
-    tables.draw(runs, Path(out).with_suffix(".svg"))
-    write_results(out, page + tables.page(runs, samples, Path(out).name), record)
+    record = {"model": shown(model), "settings": settings, "unrelated_perplexity": unrelated.perplexity, "runs": runs}
+    tables.draw(runs, out)
+    write_results(__file__, out, tables.page(runs, samples, Path(out).name), record)
 
 
 def check(
@@ -174,11 +164,9 @@ def check(
     names = [own.name for own in chosen]
     if not chosen or len(set(names)) < len(names):
         raise ThoughtError(f"documents: expected at least one, each once; got {list(documents)}; correct the list.")
-    given = {**{argument: (part, names) for argument, part in parts.items()}, "variants": (variants, list(VARIANTS))}
-    for argument, (part, known) in given.items():
-        unknown = sorted(set(part) - set(known))
-        if unknown:
-            raise ThoughtError(f"{argument}: expected some of {', '.join(known)}; got {unknown}; correct the names.")
+    for argument, part in parts.items():
+        check_names(argument, part, names)
+    check_names("variants", variants, VARIANTS)
     for own in chosen:
         if len(own.questions) < 2:
             raise ThoughtError(
@@ -204,39 +192,12 @@ def prepare(
 ) -> Task:
     """Let the model study a document, and answer the questions to test with as the plain and the instructed run."""
     asked = write_questions(model, tokenizer, own, questions, seed) if questions else []
-    evaluation = Evaluation(
-        model,
-        tokenizer,
-        instruction=own.chunk,
-        pairs=[{"input": row["input"]} for row in own.questions],
-        template=TEMPLATE,
-        unrelated=None,
-        max_new_tokens=max_new_tokens,
-        batch_size=8,
-        progress=False,
-    )
-    batches = output_batches(tokenizer, evaluation.completed, evaluation.instructions, evaluation.batch_size)
-    wanted = answer_logits(model, batches, "target")
-    return Task(
-        own,
-        len(tokenizer(own.passage)["input_ids"]),
-        answer(model, tokenizer, own.chunk, asked, max_new_tokens),
-        answer(model, tokenizer, own.chunk, own.given, max_new_tokens),
-        answer(model, tokenizer, own.chunk, requests(own), request_tokens),
-        evaluation,
-        batches,
-        wanted,
-        divergence(wanted, answer_logits(model, batches, "plain")),
-    )
+    chat = Chat(model, tokenizer, own.chunk, [row["input"] for row in own.questions], max_new_tokens)
+    answers = (chat.answer(asked), chat.answer(own.given), chat.answer(requests(own), request_tokens))
+    return Task(own, len(tokenizer(own.passage)["input_ids"]), chat, *answers)
 
 
-def study(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    settings: Mapping[str, Any],
-    max_new_tokens: int,
-) -> tuple[list[dict[str, str]], dict[str, Any]]:
+def study(task: Task, settings: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """The pairs that a setting asks for, and what is left of it for ``transmute``."""
     arguments = dict(settings)
     source, count = arguments.pop("source"), arguments.pop("questions")
@@ -246,80 +207,19 @@ def study(
     if source != "self-study":
         pairs = pairs + task.given
     if sampled:
-        inputs = [pair["input"] for pair in pairs]
-        pairs = answer(model, tokenizer, task.document.chunk, inputs, max_new_tokens, sampled)
+        pairs = task.chat.answer([pair["input"] for pair in pairs], sampled=sampled)
     return pairs + recited + (task.requests if requested else []), arguments
 
 
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    chunk: str,
-    inputs: Sequence[str],
-    max_new_tokens: int,
-    sampled: int = 0,
-) -> list[dict[str, str]]:
-    """Pairs of the inputs and the instructed model's answers: the greedy one, or ``sampled`` drawn ones each."""
-    if not inputs:
-        return []
-    inputs = [*inputs] * max(sampled, 1)
-    prompts = [TEMPLATE.tokenise(tokenizer, chunk, text).instructed_ids for text in inputs]
-    written = generate(
-        *(model, tokenizer, prompts),
-        max_new_tokens=max_new_tokens,
-        options=SAMPLED if sampled else None,
-        keep_special=True,
-    )
-    return [{"input": text, "output": own.text} for text, own in zip(inputs, written, strict=True)]
-
-
-@torch.no_grad()
-def answer_logits(
-    model: PreTrainedModel, batches: Sequence[tuple[PairBatch, Tensor]], side: Literal["plain", "target"]
-) -> list[Tensor]:
-    """Logits of one run at the tokens that predict each answer and its end, (n, vocabulary) each.
-
-    Args:
-        model: the model as it is now.
-        batches: completed pairs, from ``output_batches``; the answers are in their order.
-        side: which of the two runs.
-    """
-    logits: list[Tensor] = []
-    leads: dict[int, Any] = {}
-    for batch, weights in batches:
-        every = batch_logits(model, batch, side, leads)
-        owners = batch.plain_rows // batch.plain.ids.shape[1] if batch.plain is not None else weights.new_zeros(0)
-        for owner in owners[weights > 0].unique():
-            logits.append(every[(owners == owner) & (weights > 0)])
-    return logits
-
-
-@torch.no_grad()
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    patch: ThoughtPatch,
-    windows: Sequence[Sequence[int]],
-    original: float,
-) -> dict[str, Any]:
+def score(task: Task, patch: ThoughtPatch, unrelated: Unrelated) -> dict[str, Any]:
     """The patched model's answers, its divergence from the instructed one, and its perplexity on unrelated text."""
-    own = task.evaluation
-    with patch.applied(model):
-        prompts = [prompt.plain_ids for prompt in own.prompts]
-        written = generate(model, tokenizer, prompts, max_new_tokens=own.max_new_tokens, keep_special=True)
-        found = {"plain": task.plain, "patched": divergence(task.wanted, answer_logits(model, task.batches, "plain"))}
-        perplexity = unrelated_perplexity(model, windows)
-    texts = {"plain": own.plain, "instructed": own.instructed, "patched": written}
-    kl = {run: float(torch.cat(those.kl).mean()) for run, those in found.items()}
-    return {
-        "texts": {run: [text.text for text in texts[run]] for run in RUNS},
-        "output_kl": kl,
-        "output_kl_interval": {run: mean_interval(those.kl) for run, those in found.items()},
-        "output_agreement": {run: float(torch.cat(those.agrees).mean()) for run, those in found.items()},
-        "output_kl_by_place": {run: by_place(those.kl) for run, those in found.items()},
-        "perplexity_ratio": perplexity / original,
-    }
+    chat, known = task.chat, task.chat.evaluation
+    scored, patched = chat.score(patch, unrelated)
+    with patch.applied(chat.model):
+        written = chat.written()
+    intervals = {"plain": mean_interval(chat.plain.kl), "patched": mean_interval(patched.kl)}
+    texts = {"plain": [one.text for one in known.plain], "instructed": [one.text for one in known.instructed]}
+    return {"texts": {**texts, "patched": written}, **scored, "output_kl_interval": intervals}
 
 
 def mean_interval(values: Sequence[Tensor]) -> tuple[float, float]:

@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
-from lit_thought.evaluation.compare import unrelated_perplexity
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair
@@ -38,7 +37,7 @@ from lit_thought.runs.streams import Stream, forward_inputs
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import solve_constrained
 from lit_thought.statistics.preserve import WINDOW, Preservation, preservation
-from recipes.harness import DATA, write_results
+from recipes.harness import DATA, Unrelated, one_line, shown, table, write_results
 
 COMPLETION = PromptTemplate("{input} {output}")
 
@@ -121,7 +120,7 @@ def edit_fact(
         ],
     }
     lm, tokenizer = load_model(model)
-    windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
+    unrelated = Unrelated(lm, tokenizer, unrelated_windows)
 
     pairs = [{"input": question.input, "output": new} for question in questions["efficacy"]]
     prompt = template.partition("{output}")[0].rstrip()
@@ -162,7 +161,7 @@ def edit_fact(
     print("Blocks chosen: " + ", ".join(f"{name}, {block}" for name, block in chosen.items()) + "\n")
 
     ask_on = Asker(lm, tokenizer, COMPLETION, statement)
-    shown = [asked[index * len(asked) // samples] for asked in questions.values() for index in range(samples)]
+    asked_of = [asked[index * len(asked) // samples] for asked in questions.values() for index in range(samples)]
     found: dict[str, dict[str, Scores]] = {}
     runs: dict[str, dict[str, float]] = {}
     answers: dict[str, list[str]] = {}
@@ -171,30 +170,21 @@ def edit_fact(
         with made.applied(lm, check=False) if made is not None else nullcontext():
             found[name] = {kind: ask(asked, instructed) for kind, asked in questions.items()}
             found[name] |= {kind: ask_on(asked, instructed) for kind, asked in completions.items()}
-            answers[name] = ask.answers(shown, instructed, max_new_tokens)
-            perplexity = runs["plain"]["perplexity"] if instructed else unrelated_perplexity(lm, windows)
+            answers[name] = ask.answers(asked_of, instructed, max_new_tokens)
+            ratio = 1.0 if made is None else unrelated.ratio(lm)
         runs[name] = summary(found[name], found["plain"], found.get("instructed"))
-        runs[name]["perplexity_ratio"] = perplexity / runs["plain"].setdefault("perplexity", perplexity)
+        runs[name]["perplexity_ratio"] = ratio
     runs["plain"] |= summary(found["plain"], found["plain"], found["instructed"])
+    runs["plain"]["perplexity"] = unrelated.perplexity
 
-    page = table(runs, old, new) + "\n" + answer_table(shown, answers)
-    print(page)
     options = {"rank": rank, "ridge": ridge, "answer_weight": answer_weight, "preserve_weight": preserve_weight}
-    options |= {
-        "blocks": blocks,
-        "preserve_tokens": preserve_tokens,
-        "wordings": wordings,
-        "edit_ridge": edit_ridge,
-        "edit_scale": edit_scale,
-    }
-    record = {"model": model, "statement": statement, "settings": options, "blocks_chosen": chosen, "runs": runs}
-    record |= {"samples": [question.input for question in shown], "answers": answers}
-    header = (
-        f"`python -m recipes.tasks.edit_fact` on {model}; “{statement}” before "
-        f"`{prompt.encode('unicode_escape').decode()}`; settings: `{json.dumps(options)}`; "
-        f"blocks chosen for the closed form: `{json.dumps(chosen)}`\n\n"
-    )
-    write_results(out, header + page, record)
+    options |= {"blocks": blocks, "preserve_tokens": preserve_tokens, "wordings": wordings}
+    options |= {"edit_ridge": edit_ridge, "edit_scale": edit_scale}
+    record = {"model": shown(model), "statement": statement, "settings": options, "blocks_chosen": chosen, "runs": runs}
+    record |= {"samples": [question.input for question in asked_of], "answers": answers}
+    page = f"“{statement}” before `{prompt.encode('unicode_escape').decode()}`; blocks chosen for the closed form: "
+    page += f"`{json.dumps(chosen)}`\n\n{score_table(runs, old, new)}\n{answer_table(asked_of, answers)}"
+    write_results(__file__, out, page, record)
 
 
 class Asker:
@@ -312,7 +302,7 @@ def summary(
     return {"score": harmonic_mean(three), **figures}
 
 
-def table(runs: Mapping[str, Mapping[str, float]], old: str, new: str) -> str:
+def score_table(runs: Mapping[str, Mapping[str, float]], old: str, new: str) -> str:
     """The runs side by side."""
     rows = {
         "score (harmonic mean of the next three)": ("score", ".2f"),
@@ -332,19 +322,19 @@ def table(runs: Mapping[str, Mapping[str, float]], old: str, new: str) -> str:
         f"plain completions: P(true) > P({new}), other landmarks": ("completion_neighbourhood", ".2f"),
         f"plain completions: P({new}), other landmarks": ("completion_neighbourhood_other", ".3f"),
     }
-    lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
-    for label, (key, form) in rows.items():
-        lines.append(f"| {label} | " + " | ".join(format(run[key], form) for run in runs.values()) + " |")
-    return "\n".join(lines) + "\n"
+    return table(
+        ["", *runs],
+        [[label, *(format(run[key], form) for run in runs.values())] for label, (key, form) in rows.items()],
+    )
 
 
 def answer_table(questions: Sequence[Question], answers: Mapping[str, Sequence[str]]) -> str:
     """Greedy answers to some questions."""
-    lines = ["| question | " + " | ".join(answers) + " |", "|---|" + "---|" * len(answers)]
-    for index, question in enumerate(questions):
-        cells = [" ".join(own[index].split()).replace("|", "\\|") for own in answers.values()]
-        lines.append(f"| {question.input} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [question.input, *(one_line(own[index], 200) for own in answers.values())]
+        for index, question in enumerate(questions)
+    ]
+    return table(["question", *answers], rows, left=1 + len(answers))
 
 
 def _ask(wording: str, landmark: str) -> str:

@@ -21,17 +21,32 @@ from statistics import mean
 from typing import Any
 
 import jsonargparse
-from matplotlib import pyplot
 from torchmetrics.functional.text import chrf_score, sacre_bleu_score
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import load_model, transmute
+from lit_thought import load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.solve.intervals import paired_difference
 from recipes.harness import DATA, METHODS, TEMPLATE, Split, demonstrations, save_figure, share, shown, write_results
+from lit_thought.evaluation.compare import RUNS
+from recipes.harness import (
+    DATA,
+    METHODS,
+    Split,
+    Trial,
+    Unrelated,
+    check_names,
+    difference,
+    one_line,
+    panels,
+    save_figure,
+    share,
+    shown,
+    table,
+    write_results,
+)
 from recipes.studies.accuracy_by_step import Record, plot_steps, step_table
 
 FOLDER = DATA / "translation"
@@ -81,47 +96,41 @@ def translation(
         samples: answers shown of each language and kind.
         out: path of the three result files, without suffix.
     """
-    _check_names("languages", languages, LANGUAGES)
-    _check_names("kinds", kinds, KINDS)
-    _check_names("step_kind", [step_kind], KINDS)
-    _check_names("step_methods", step_methods, METHODS)
+    check_names("languages", languages, LANGUAGES)
+    check_names("kinds", kinds, KINDS)
+    check_names("step_kind", [step_kind], KINDS)
+    check_names("step_methods", step_methods, METHODS)
     tasks = {
         key: load_translations(*key, shots, fit, test)
         for key in product(languages, dict.fromkeys([*kinds, step_kind]), seeds)
     }
     lm, tokenizer = load_model(model)
-    windows = text_windows(tokenizer, load_texts("default", "evaluate", "unrelated"), 512)[:unrelated_windows]
-    original = unrelated_perplexity(lm, windows)
+    unrelated = Unrelated(lm, tokenizer, unrelated_windows)
     runs = []
     for language, kind, seed in product(languages, kinds, seeds):
         split, accepted = tasks[language, kind, seed]
-        found = compare(lm, tokenizer, split, accepted, rank, max_new_tokens, windows, original)
+        found = compare(Trial(lm, tokenizer, split, max_new_tokens), accepted, rank, unrelated)
         runs.append({"language": language, "kind": kind, "seed": seed, **found})
         print(_line(runs[-1:]), flush=True)
     history: dict[str, dict[str, Any]] = {}
     settings: dict[str, Any] = {"steps": steps, "step_size": step_size, "pairs_per_step": pairs_per_step}
     for language, method in product(languages, step_methods):
-        split, _ = tasks[language, step_kind, seeds[0]]
-        patch = transmute(
-            *(lm, tokenizer, split.instruction, split.fit, TEMPLATE),
-            **{"rank": rank, **METHODS[method], **settings},
-            val_pairs=split.test[:step_test],
-            max_new_tokens=max_new_tokens,
-            progress=False,
-        )
+        trial = Trial(lm, tokenizer, tasks[language, step_kind, seeds[0]][0], max_new_tokens)
+        chosen = {"rank": rank, **METHODS[method], **settings}
+        patch = trial.fit(**chosen, val_pairs=trial.split.test[:step_test])
         history.setdefault(language, {})[method] = patch.provenance["history"]
         print(language, method, [round(entry["accuracy"], 2) for entry in patch.provenance["history"]], flush=True)
     record = {
         "model": shown(model),
         "settings": {"rank": rank, "shots": shots, "fit": fit, "test": test, "seeds": list(seeds)},
-        "unrelated_perplexity": original,
+        "unrelated_perplexity": unrelated.perplexity,
         "runs": runs,
         "by_step": {"kind": step_kind, "seed": seeds[0], "test": step_test, **settings, "history": history},
     }
     record["settings"] |= {"max_new_tokens": max_new_tokens}
     if history:
         draw(history, step_kind, out)
-    write_results(out, page(record, samples, Path(out).name), record)
+    write_results(__file__, out, page(record, samples, Path(out).name), record)
 
 
 def load_translations(
@@ -141,33 +150,21 @@ def load_translations(
     random.Random(seed).shuffle(entries)
     pairs = [{"input": entry["input"], "output": entry[language][0]} for entry in entries]
     rest = slice(shots + fit, shots + fit + test)
-    fitted = [{"input": pair["input"]} for pair in pairs[shots : shots + fit]]
-    split = Split(f"{language} {kind}", demonstrations(pairs[:shots]), fitted, pairs[rest])
+    split = Split(f"{language} {kind}", pairs[:shots], pairs[shots : shots + fit], pairs[rest])
     return split, [entry[language] for entry in entries[rest]]
 
 
-def compare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    accepted: Sequence[Sequence[str]],
-    rank: int,
-    max_new_tokens: int,
-    windows: Sequence[Sequence[int]],
-    original: float,
-) -> dict[str, Any]:
+def compare(trial: Trial, accepted: Sequence[Sequence[str]], rank: int, unrelated: Unrelated) -> dict[str, Any]:
     """Fit one task and score the plain, the instructed and the patched model."""
-    common: dict[str, Any] = {"template": TEMPLATE, "max_new_tokens": max_new_tokens, "progress": False}
-    evaluation = Evaluation(model, tokenizer, instruction=split.instruction, pairs=split.test, unrelated=None, **common)
-    patch = transmute(model, tokenizer, split.instruction, split.fit, rank=rank, **METHODS["both"], **common)
-    result = evaluation.score(patch)
-    with patch.applied(model):
-        perplexity = unrelated_perplexity(model, windows)
+    patch = trial.fit(rank=rank, **METHODS["both"])
+    result = trial.evaluation(unrelated=None).score(patch)
+    with patch.applied(trial.model):
+        ratio = unrelated.ratio(trial.model)
     items = result["items"]
     return {
         "scores": {run: scores([item[run] for item in items], accepted) for run in RUNS},
         **{key: result[key] for key in ("fidelity", "output_kl", "output_agreement", "prompt_tokens")},
-        "perplexity_ratio": perplexity / original,
+        "perplexity_ratio": ratio,
         "items": [
             {"input": item["input"], "accepted": list(own), **{run: item[run] for run in RUNS}}
             for item, own in zip(items, accepted, strict=True)
@@ -190,53 +187,41 @@ def plainly(text: str) -> str:
     return unicodedata.normalize("NFC", text).replace("’", "'").strip(" \t\n.,!?¿¡").casefold()
 
 
-def _check_names(argument: str, names: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ThoughtError(f"{argument}: expected some of {', '.join(known)}; got {unknown}; correct the names.")
-
-
 def draw(history: Mapping[str, Record], kind: str, out: str | Path) -> None:
     """Accuracy by step, a panel for each language, as an SVG file."""
-    count = len(history)
-    figure, grid = pyplot.subplots(1, count, figsize=(3.6 * count, 3.2), squeeze=False, layout="constrained")
-    for axes, (language, curves) in zip(grid[0], history.items(), strict=True):
+    figure, every = panels(len(history), 3.6 * len(history), 3.2)
+    for axes, (language, curves) in zip(every, history.items(), strict=True):
         plot_steps(axes, curves, f"English to {language.capitalize()}, {kind}")
     save_figure(figure, out)
-    pyplot.close(figure)
 
 
 def page(record: Mapping[str, Any], samples: int, name: str) -> str:
     """The results as Markdown."""
-    runs = record["runs"]
-    groups = {(run["language"], run["kind"]): [] for run in runs}
-    for run in runs:
-        groups[run["language"], run["kind"]].append(run)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        groups.setdefault((run["language"], run["kind"]), []).append(run)
     ratios = [_accuracy(own, "patched") / _accuracy(own, "instructed") for own in groups.values() if _solved(own)]
+    head = ["English to", "tests", "accuracy: plain", "instructed", "patched", "patched − instructed"]
+    head += ["chrF: plain, instructed, patched", "BLEU: plain, instructed, patched"]
+    head += [
+        "output equal to the instructed one",
+        "KL of the output, plain → patched",
+        "unrelated perplexity × (worst)",
+    ]
     lines = [
-        f"`python -m recipes.tasks.translation --config recipes/tasks/translation.yaml` on {record['model']}; "
-        f"settings: `{json.dumps(record['settings'])}`",
-        "",
-        "| English to | tests | accuracy: plain | instructed | patched | patched − instructed "
-        "| chrF: plain, instructed, patched | BLEU: plain, instructed, patched | output equal to the instructed one "
-        "| KL of the output, plain → patched | unrelated perplexity × (worst) | prompt tokens, instructed → patched |",
-        "|---|" + "---:|" * 11,
-        *map(_line, groups.values()),
-        "",
+        table([*head, "prompt tokens, instructed → patched"], map(_line, groups.values())),
         "Accuracy is the share of answers that are an accepted translation, patched with its 95 % interval (Wilson), "
         "the difference on the same inputs with Newcombe's. BLEU says little about single words.",
     ]
     if ratios:
         lines[-1] += f" Patched ÷ instructed accuracy: {mean(ratios):.2f} on average, {min(ratios):.2f} at least."
-    lines += [""]
-    if record["by_step"]["history"]:
-        lines += _step_tables(record["by_step"], name)
-    lines += ["| English to | input | accepted | " + " | ".join(RUNS) + " |", "|---|---|---|" + "---|" * len(RUNS)]
+    lines += ["", *(_step_tables(record["by_step"], name) if record["by_step"]["history"] else [])]
+    rows = []
     for (language, _), own in groups.items():
         for item in own[0]["items"][:samples]:
-            cells = [language, item["input"], " / ".join(item["accepted"]), *(item[run] for run in RUNS)]
-            lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|")[:90] for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+            texts = [item["input"], " / ".join(item["accepted"]), *(item[run] for run in RUNS)]
+            rows.append([language, *(one_line(text, 90) for text in texts)])
+    return "\n".join([*lines, table(["English to", "input", "accepted", *RUNS], rows, left=6)])
 
 
 def _solved(runs: Sequence[Mapping[str, Any]]) -> bool:
@@ -247,12 +232,12 @@ def _accuracy(runs: Sequence[Mapping[str, Any]], which: str) -> float:
     return mean(one for run in runs for one in run["scores"][which]["right"])
 
 
-def _line(runs: Sequence[Mapping[str, Any]]) -> str:
+def _line(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """One language and kind, its seeds together; chrF and BLEU are means over seeds."""
     right = {which: [one for run in runs for one in run["scores"][which]["right"]] for which in RUNS}
     cells = [f"{runs[0]['language'].capitalize()}, {runs[0]['kind']}", str(len(right["plain"]))]
     cells += [f"{_accuracy(runs, 'plain'):.2f}", f"{_accuracy(runs, 'instructed'):.2f}", share(right["patched"])]
-    cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*paired_difference(right["patched"], right["instructed"])))
+    cells.append(difference(right["patched"], right["instructed"]))
     for score in ("chrf", "bleu"):
         cells.append(", ".join(f"{mean(run['scores'][which][score] for run in runs):.1f}" for which in RUNS))
     cells.append(f"{mean(run['fidelity'] for run in runs):.2f}")
@@ -260,7 +245,7 @@ def _line(runs: Sequence[Mapping[str, Any]]) -> str:
     ratio = [run["perplexity_ratio"] for run in runs]
     cells.append(f"{mean(ratio):.4f} ({max(ratio):.4f})")
     tokens = [mean(run["prompt_tokens"][which] for run in runs) for which in ("instructed", "plain")]
-    return "| " + " | ".join([*cells, " → ".join(f"{count:.0f}" for count in tokens)]) + " |"
+    return [*cells, " → ".join(f"{count:.0f}" for count in tokens)]
 
 
 def _step_tables(by_step: Mapping[str, Any], name: str) -> list[str]:

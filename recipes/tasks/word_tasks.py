@@ -30,6 +30,22 @@ from lit_thought.evaluation.compare import Evaluation
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.patch.results import RUNS
 from recipes.harness import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, provenance, shown, write_results
+from lit_thought import PromptTemplate, ThoughtPatch, load_model
+from lit_thought.evaluation.compare import RUNS
+from recipes.harness import (
+    METHODS,
+    SIX_TASKS,
+    TEMPLATE,
+    Trial,
+    difference,
+    equal,
+    load_split,
+    provenance,
+    share,
+    shown,
+    table,
+    write_results,
+)
 
 
 def word_tasks(
@@ -73,62 +89,58 @@ def word_tasks(
     for task, seed in product(tasks, seeds):
         if (Path(task).stem, seed) in finished:
             continue
-        split = load_split(task, seed, shots, fit, test)
-        common = {"instruction": split.instruction, "template": TEMPLATE, "max_new_tokens": max_new_tokens}
-        evaluation = Evaluation(lm, tokenizer, pairs=split.test, progress=False, **common)
-        left_out = _left_out(lm, tokenizer, split, max_new_tokens)
+        trial = Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
+        evaluation = trial.evaluation()
+        left_out = _left_out(trial)
         for where in sites:
-            chosen: dict[str, Any] = {"rank": rank, **METHODS[where]}
-            patch = transmute(lm, tokenizer, pairs=split.fit, **chosen, progress=False, **common)
+            patch = trial.fit(**{"rank": rank, **METHODS[where]})
             result = evaluation.score(patch)
             items = result.pop("items")
-            correct = {run: [item[run].strip() == item["reference"].strip() for item in items] for run in RUNS}
-            about = {"task": split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch)}
+            about = {"task": trial.split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch)}
             about["selection"] = patch.provenance.get("selection")
+            correct = {run: equal(items, run) for run in RUNS}
             runs.append({**about, **result, "correct": correct, "left_out": left_out})
-            accuracy = result["accuracy"]
             print(
-                f"{split.name}, seed {seed}, {where}: "
-                f"accuracy {accuracy['instructed']:.2f} → {accuracy['patched']:.2f}, "
-                f"fidelity {result['fidelity']:.2f}, perplexity × {result['perplexity_ratio']:.3f}",
+                f"{trial.split.name}, seed {seed}, {where}: accuracy {result['accuracy']['instructed']:.2f} → "
+                f"{result['accuracy']['patched']:.2f}, fidelity {result['fidelity']:.2f}, "
+                f"perplexity × {result['perplexity_ratio']:.3f}",
                 flush=True,
             )
             commits.append(provenance()["commit"] or "unknown")
             if settings is None or about["selection"] is None:
                 settings, versions = patch.provenance["settings"], patch.provenance["versions"]
-    settings = {key: value for key, value in (settings or {}).items() if key != "sites"}
-    table = _table(runs, sites)
-    print("\n" + table)
     record = {
         "model": shown(model),
         "commit": ", ".join(dict.fromkeys(commits)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": settings,
+        "settings": {key: value for key, value in (settings or {}).items() if key != "sites"},
         "versions": versions,
         "runs": runs,
     }
-    where = f"{shown(model)}, commit {record['commit']}"
-    header = f"`python -m recipes.tasks.word_tasks` on {where}; settings: `{json.dumps(settings)}`\n\n"
-    write_results(out, header + table, record)
+    write_results(__file__, out, _page(runs, sites), record)
 
 
-def _left_out(lm: Any, tokenizer: Any, split: Split, max_new_tokens: int) -> list[bool]:
+def _left_out(trial: Trial) -> list[bool]:
     """Whether the first token of each test word's answer is in no output that is fitted or shown."""
-    template = PromptTemplate.parse(TEMPLATE)
-    data = PairDataModule(split.fit, split.instruction, TEMPLATE, max_new_tokens=max_new_tokens)
-    prepare_pairs(data, lm, tokenizer)
-    written = [text for _, text, _ in data.written]
-    shown = [line.removeprefix("A: ") for line in split.instruction.splitlines() if line.startswith("A: ")]
+    template, split, data = PromptTemplate.parse(TEMPLATE), trial.split, trial.data()
+    written = [
+        text for _, text, _ in data.write(trial.model, trial.tokenizer, data.check(trial.model, trial.tokenizer))
+    ]
 
     def tokens(output: str) -> tuple[int, ...]:
-        pair = template.tokenise(tokenizer, split.instruction, "x", output)
+        pair = template.tokenise(trial.tokenizer, split.instruction, "x", output)
         return pair.plain_ids[slice(*pair.output_span)]
 
-    targets = {token for output in [*written, *shown] if output.strip() for token in tokens(output)}
+    targets = {
+        token
+        for output in [*written, *(pair["output"] for pair in split.shown)]
+        if output.strip()
+        for token in tokens(output)
+    }
     return [tokens(pair["output"])[0] not in targets for pair in split.test]
 
 
-def _size(patch: Any) -> int:
+def _size(patch: ThoughtPatch) -> int:
     with TemporaryDirectory() as folder:
         patch.save_adapter(Path(folder) / "adapter")
         return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -137,55 +149,44 @@ def _size(patch: Any) -> int:
 def _on_left_out(own: Sequence[dict[str, Any]], correct: dict[str, list[bool]]) -> str:
     """Accuracy of the instructed and the patched run on words left out, the latter with its interval; how many."""
     there = [one for run in own for one in run["left_out"]]
-    count = sum(there)
-    if not count:
+    if not any(there):
         return "0 words"
-    hits = {k: sum(a and b for a, b in zip(correct[k], there, strict=True)) for k in ("instructed", "patched")}
-    low, high = wilson(hits["patched"], count)
-    patched = f"{hits['patched'] / count:.3f} ({low:.2f} to {high:.2f})"
-    return f"{hits['instructed'] / count:.3f}, {patched}, {count}"
+    instructed, patched = (
+        [hit for hit, left in zip(correct[k], there, strict=True) if left] for k in ("instructed", "patched")
+    )
+    return f"{mean(instructed):.3f}, {share(patched, 3)}, {sum(there)}"
 
 
-def _table(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
+def _page(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
     """Means over seeds by task and sites, and the mean ratio and fidelity of each choice of sites."""
-    lines = [
-        "| task | sites | plain | instructed | patched | patched ÷ instructed | patched − instructed "
-        "| left out: instructed, patched, of words | fidelity | KL of the output, nats | perplexity × (worst) "
-        "| adapter |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = ["task", "sites", "plain", "instructed", "patched", "patched ÷ instructed", "patched − instructed"]
+    head += ["left out: instructed, patched, of words", "fidelity", "KL of the output, nats"]
+    rows = []
     ratios: dict[str, dict[str, float]] = {where: {} for where in sites}
     fidelities: dict[str, list[float]] = {where: [] for where in sites}
     for task, where in product(dict.fromkeys(run["task"] for run in runs), sites):
         own = [run for run in runs if run["task"] == task and run["sites"] == where]
-        accuracy = {k: mean(run["accuracy"][k] for run in own) for k in ("plain", "instructed", "patched")}
+        accuracy = {k: mean(run["accuracy"][k] for run in own) for k in RUNS}
         ratio = accuracy["patched"] / accuracy["instructed"] if accuracy["instructed"] else float("nan")
         fidelity = mean(run["fidelity"] for run in own)
         perplexity = [run["perplexity_ratio"] for run in own]
         ratios[where][task] = ratio
         fidelities[where].append(fidelity)
-        correct = {k: [one for run in own for one in run["correct"][k]] for k in accuracy}
-        low, high = wilson(sum(correct["patched"]), len(correct["patched"]))
-        cells = [task, where, *(f"{accuracy[k]:.3f}" for k in accuracy), f"{ratio:.3f}"]
-        cells[4] += f" ({low:.2f} to {high:.2f})"
-        difference = paired_difference(correct["patched"], correct["instructed"])
-        cells.append("{:+.3f} ({:+.2f} to {:+.2f})".format(*difference))
-        cells += [_on_left_out(own, correct), f"{fidelity:.3f}"]
-        cells.append(f"{mean(run['output_kl']['patched'] for run in own):.3f}")
-        cells.append(f"{mean(perplexity):.4f} ({max(perplexity):.4f})")
-        cells.append(f"{own[0]['adapter_bytes'] / 1e6:.2f} MB")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
+        correct = {k: [one for run in own for one in run["correct"][k]] for k in RUNS}
+        cells = [task, where, f"{accuracy['plain']:.3f}", f"{accuracy['instructed']:.3f}", share(correct["patched"], 3)]
+        cells += [f"{ratio:.3f}", difference(correct["patched"], correct["instructed"], 3), _on_left_out(own, correct)]
+        cells += [f"{fidelity:.3f}", f"{mean(run['output_kl']['patched'] for run in own):.3f}"]
+        cells += [f"{mean(perplexity):.4f} ({max(perplexity):.4f})", f"{own[0]['adapter_bytes'] / 1e6:.2f} MB"]
+        rows.append(cells)
+    lines = [table([*head, "perplexity × (worst)", "adapter"], rows, left=2)]
     for where in sites:
         strong = {task: ratio for task, ratio in ratios[where].items() if task != "english-french"}
         line = f"- {where}: mean fidelity {mean(fidelities[where]):.3f}"
         line += f"; patched ÷ instructed: mean {mean(ratios[where].values()):.3f}"
         if strong:
             worst = min(strong, key=lambda task: strong[task])
-            line += (
-                f"; patched ÷ instructed without english-french: mean {mean(strong.values()):.3f}, "
-                f"lowest {strong[worst]:.3f} ({worst})"
-            )
+            line += f"; patched ÷ instructed without english-french: mean {mean(strong.values()):.3f}, "
+            line += f"lowest {strong[worst]:.3f} ({worst})"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
