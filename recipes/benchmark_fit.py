@@ -31,7 +31,7 @@ from tasks import SIX_TASKS, TEMPLATE, load_split, write_results
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
 from lit_thought.fit.api import fit
-from lit_thought.model.calls import find_decoder
+from lit_thought.model.calls import cache_arguments, find_decoder
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import forward_inputs, lead_cache
 
@@ -163,7 +163,8 @@ def bare(lm: Any, data: PairDataModule) -> None:
                 )
             else:
                 length = 0
-            decoder(**forward_inputs(tokens, length), past_key_values=cache, use_cache=cache is not None)
+            given = cache_arguments(decoder, cache)
+            decoder(**forward_inputs(tokens, length), **given, use_cache=cache is not None)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import TextMatch
 from lit_thought.model.blocks import DEFAULT_SITES, find_blocks
+from lit_thought.model.calls import cache_arguments
 from lit_thought.patch.patch import Factors
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import common_prefix, pad
@@ -110,7 +111,7 @@ def last_logits(
     columns, inverse = places.unique(return_inverse=True)  # the head is costly: only where some logits are wanted
     logits = model(
         **forward_inputs(tokens, ahead),
-        past_key_values=cache,
+        **cache_arguments(model, cache),
         use_cache=True,
         logits_to_keep=columns.to(model.device),
     ).logits
