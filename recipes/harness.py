@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_thought.files import atomic_file
-from lit_thought.fit.provenance import versions
-from lit_thought.prompts.pairs import load_pairs
-from lit_thought.solve.intervals import wilson
 import torch
+from lit_thought.evaluation.intervals import paired_difference
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,8 +22,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought import PairDataModule, ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
-from lit_thought.evaluation.intervals import paired_difference, wilson
+from lit_thought.files import atomic_file
+from lit_thought.fit.provenance import versions
+from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.solve.intervals import wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought.errors import check_counts
 from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
 from lit_thought.files import atomic_file
+from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS, items_text
@@ -338,7 +339,7 @@ def batch_logits(
     if lead is not None:
         cache.batch_repeat_interleave(len(tokens.ids))
     inputs = forward_inputs(tokens.to(model.device), cache.get_seq_length())
-    logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(**inputs, **cache_arguments(model, cache), use_cache=True).logits
     if batch.lead is None:
         leads[batch.index] = cache
     return logits.flatten(0, 1)[rows.to(model.device)]

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from lit_thought import ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from recipes.harness import Trial, load_split, machine, shown, table, write_results
 from recipes.studies.distillation import distil, lora_patch
 
@@ -224,8 +224,8 @@ def _page(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = {
         "Seconds: ours, the rival's at the learning rate that was soonest there, and at all rates together; × is over "
         "ours.": [_times(row) for row in rows],
-        "On the test words: ours, the rival's best when our fit ends (then), and at its end. KL(instructed ‖ ·) in nats "
-        "a token: of the output, which is what the rival is trained on, and of all compared tokens.": [
+        "On the test words: ours, the rival's best when our fit ends (then), and at its end. KL(instructed ‖ ·) in "
+        "nats a token: of the output, which is what the rival is trained on, and of all compared tokens.": [
             _quality(row, run) for row, run in best
         ],
         "Every learning rate:": [_course(row, run) for row, run in runs],

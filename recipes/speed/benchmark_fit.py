@@ -28,7 +28,7 @@ import torch
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.preparing import prepare_pairs
-from lit_thought.model.calls import find_decoder
+from lit_thought.model.calls import cache_arguments, find_decoder
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import forward_inputs, lead_cache
 from recipes.harness import SIX_TASKS, TEMPLATE, load_split, machine, repeated, shown, table, write_results
@@ -167,7 +167,8 @@ def bare(lm: Any, data: PairDataModule) -> None:
             if batch.lead in leads:
                 length = leads[batch.lead].get_seq_length()
                 cache = repeated(leads[batch.lead], len(tokens.ids))
-            decoder(**forward_inputs(tokens, length), past_key_values=cache, use_cache=cache is not None)
+            given = cache_arguments(decoder, cache)
+            decoder(**forward_inputs(tokens, length), **given, use_cache=cache is not None)
 
 
 @contextmanager

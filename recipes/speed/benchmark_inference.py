@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
+from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import lead_cache
@@ -133,7 +134,8 @@ def write(case: Case, size: int, new_tokens: int) -> dict[str, Any]:
         cache = repeated(case.lead, size)
     tokens = [torch.tensor([list(case.ids)], device=case.model.device).expand(size, -1)]
     for _ in range(new_tokens):
-        logits = case.model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        given = cache_arguments(case.model, cache)
+        logits = case.model(input_ids=tokens[-1], **given, use_cache=True, logits_to_keep=1).logits
         tokens.append(logits[:, -1:].argmax(-1))
         if len(tokens) == 2:
             first = Stopwatch.now()

@@ -34,8 +34,6 @@ import torch
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import token_kl
-from lit_thought.fit.preparing import prepare_pairs
-from lit_thought.solve.intervals import wilson
 from lit_thought.theory import apply_token_patches, best_block, thought_vectors, token_patches, vector_patch
 from recipes.harness import (
     METHODS,

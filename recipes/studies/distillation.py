@@ -27,8 +27,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lit_thought import ThoughtPatch
 from lit_thought.errors import ThoughtError
-from lit_thought.model.blocks import DEFAULT_SITES, find_blocks
-from lit_thought.patch.patch import Factors
+from lit_thought.model.blocks import find_blocks
+from lit_thought.model.calls import cache_arguments
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import common_prefix, pad
 from lit_thought.runs.streams import forward_inputs, lead_cache
@@ -109,7 +109,7 @@ def last_logits(
     columns, inverse = places.unique(return_inverse=True)  # the head is costly: only where some logits are wanted
     logits = model(
         **forward_inputs(tokens, ahead),
-        past_key_values=cache,
+        **cache_arguments(model, cache),
         use_cache=True,
         logits_to_keep=columns.to(model.device),
     ).logits

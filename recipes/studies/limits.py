@@ -22,15 +22,19 @@ from typing import Any
 import jsonargparse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import load_model, transmute
+from lit_thought import ThoughtPatch, load_model
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
-from lit_thought.prompts.pairs import load_pairs
-from lit_thought.solve.intervals import wilson
-from recipes.harness import DATA, TEMPLATE, demonstrations, load_split, provenance, shown, write_results
-from lit_thought import ThoughtPatch, load_model
-from lit_thought.evaluation.compare import RUNS, Evaluation
-from recipes.harness import TEMPLATE, Trial, demonstrations, load_split, share, shown, table, write_results
+from recipes.harness import (
+    TEMPLATE,
+    Trial,
+    demonstrations,
+    load_split,
+    share,
+    shown,
+    table,
+    write_results,
+)
 from recipes.tasks.chats import Chat
 from recipes.tasks.self_study import Document, contains, load_document
 

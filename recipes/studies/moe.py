@@ -22,7 +22,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
-from lit_thought.evaluation.compare import RUNS
+from lit_thought.patch.results import RUNS
 from recipes.harness import SIX_TASKS, TEMPLATE, Trial, load_split, shown, table, write_results
 
 _SAME = (

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import load_model
 from lit_thought.errors import SingularSystemError
-from lit_thought.model.blocks import SITES, find_blocks
+from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.runner import StreamRunner
 from lit_thought.runs.streams import SitePatch

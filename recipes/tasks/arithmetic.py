@@ -24,16 +24,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jsonargparse
-from lit_thought.evaluation.intervals import paired_difference, wilson
-from matplotlib import pyplot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, PromptTemplate, ThoughtCallback, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
-from lit_thought.files import atomic_file
 from lit_thought.patch.results import RUNS
-from lit_thought.evaluation.compare import RUNS, Evaluation
 from lit_thought.runs.generate import generate
 from recipes.harness import (
     METHODS,

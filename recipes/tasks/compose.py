@@ -23,7 +23,7 @@ import jsonargparse
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
-from lit_thought.patch.patch import Factors
+from lit_thought.solve.factors import Factors
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.saved_solve import solve_saved
 from recipes.harness import Unrelated, one_line, panels, save_figure, share, shown, table, write_results

@@ -25,15 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation, batch_logits, output_batches, unrelated_perplexity
 from lit_thought.patch.results import RUNS
-from lit_thought.prompts.batches import PairBatch
-from lit_thought.prompts.unrelated import load_texts, text_windows
-from lit_thought.runs.generate import generate
 from lit_thought.solve.intervals import perplexity_ratio
-from recipes.harness import provenance, shown, write_results
-from lit_thought.evaluation.compare import RUNS
-from lit_thought.evaluation.intervals import perplexity_ratio
 from recipes.harness import Unrelated, check_names, shown, write_results
 from recipes.tasks import document_tables as tables
 from recipes.tasks.chats import Chat

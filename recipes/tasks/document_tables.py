@@ -8,14 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-from matplotlib import pyplot
-
-from lit_thought.files import atomic_file
 from lit_thought.patch.results import RUNS
-from lit_thought.solve.intervals import paired_difference, wilson
-from recipes.tasks.system_prompt import PLACES
-from lit_thought.evaluation.compare import RUNS
 from recipes.harness import difference, one_line, panels, save_figure, share, table
 from recipes.tasks.chats import place_table
 

@@ -21,14 +21,8 @@ from typing import Any, NamedTuple
 import jsonargparse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
-from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
-from lit_thought.evaluation.metrics import token_kl
-from lit_thought.patch.results import RUNS
-from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought import ThoughtPatch, load_model
-from lit_thought.evaluation.compare import RUNS
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.pairs import load_pairs
 from recipes.harness import DATA, Unrelated, check_names, one_line, shown, table, write_results
 from recipes.tasks.chats import Chat, place_table

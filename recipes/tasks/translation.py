@@ -25,12 +25,7 @@ from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 
 from lit_thought import load_model
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
 from lit_thought.patch.results import RUNS
-from lit_thought.prompts.unrelated import load_texts, text_windows
-from lit_thought.solve.intervals import paired_difference
-from recipes.harness import DATA, METHODS, TEMPLATE, Split, demonstrations, save_figure, share, shown, write_results
-from lit_thought.evaluation.compare import RUNS
 from recipes.harness import (
     DATA,
     METHODS,

@@ -23,15 +23,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonargparse
-from lit_thought.evaluation.intervals import paired_difference, wilson
 
-from lit_thought import PairDataModule, PromptTemplate, load_model, transmute
-from lit_thought.evaluation.compare import Evaluation
-from lit_thought.fit.preparing import prepare_pairs
-from lit_thought.patch.results import RUNS
-from recipes.harness import METHODS, SIX_TASKS, TEMPLATE, Split, load_split, provenance, shown, write_results
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
-from lit_thought.evaluation.compare import RUNS
+from lit_thought.patch.results import RUNS
 from recipes.harness import (
     METHODS,
     SIX_TASKS,

@@ -169,7 +169,6 @@ def test_roles(family: str) -> None:
         assert (JOINT in block.sites) == block.parallel
         assert (block.output_norm is not None) == (family in NORMED)
         assert (block.mlp_norm is not None) == bool(block.firsts)
-        assert (block.like is not None) == (family in ("gpt_neo", "gptj", "falcon", "bloom"))
         for name, site in block.sites.items():
             assert (site.name, site.d_out) == (name, 32)
             assert (site.gain is not None) == (family in NORMED)
