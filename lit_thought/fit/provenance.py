@@ -58,6 +58,7 @@ def identity_of(callback: ThoughtCallback, identity: str, data: PairDataModule, 
         "preserve": callback.preserved.texts,
         "batch_size": data.settings.batch_size,
         "processes": processes,
+        "statistics": callback.settings.statistics_dir is not None,  # stages are kept with their sums, too
     }
 
 

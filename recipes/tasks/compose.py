@@ -33,7 +33,7 @@ from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import generate
 from lit_thought.solve.factors import Factors
 from lit_thought.statistics.saved import SavedStatistics
-from lit_thought.statistics.saved_solve import solve_saved
+from lit_thought.statistics.solve import solve_saved
 from recipes.harness import save_figure, share, shown, write_results
 from recipes.tasks.system_prompt import FOLDER, Task, answer, answer_logits, divergence, fit_patch, prepare
 from recipes.tasks.system_prompt_rules import RULES
