@@ -33,8 +33,10 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "check_output_folder",
+    "check_version",
     "expanded",
     "is_own_file",
+    "own_file",
     "parse_json",
     "read_json",
     "writing",
@@ -282,6 +284,38 @@ def is_own_file(file: Path) -> bool:
     return target.is_relative_to(folder) or any(
         target.parent == place / "blobs" or target.parent.parent == place.parent / "blobs" for place in repositories
     )
+
+
+def own_file(file: Path, wanted: str, error: type[ThoughtError] = ThoughtError) -> Path:
+    """A file of a folder that :func:`is_own_file` finds there.
+
+    Raises:
+        ThoughtError: of the class ``error``, when it does not; names the folder, and says that a ``wanted`` one was
+            expected.
+    """
+    if not is_own_file(file):
+        raise error(f"{file.parent.name!r} has no {file.name} of its own. Expected {wanted}.")
+    return file
+
+
+def check_version(
+    value: Any, key: str, known: int, name: str, remedy: str, error: type[ThoughtError] = ThoughtError
+) -> None:
+    """Check the version of a format in what a file says of itself.
+
+    Args:
+        value: a value from JSON.
+        key: where in it the version is.
+        known: the version that is read here.
+        name: what a message calls the file.
+        remedy: what a message says to do.
+
+    Raises:
+        ThoughtError: of the class ``error``, when it is another one, or none.
+    """
+    found = value.get(key) if isinstance(value, dict) else None
+    if type(found) is not int or found != known:
+        raise error(f"{name}: {key} is {found!r}, this lit_thought reads {known}. {remedy}")
 
 
 def parse_json(text: str, **options: Any) -> Any:

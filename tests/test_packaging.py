@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer
+from command_line import fit_arguments, make_files
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,12 +34,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_both_hold_the_whole_package(built: dict[str, Path]) -> None:
-    wanted = {
-        f"lit_thought/{path.relative_to(ROOT / 'lit_thought')}"
-        for path in (ROOT / "lit_thought").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert {"lit_thought/py.typed", "lit_thought/text/preserve.txt"} <= wanted
+    tree = (path for path in (ROOT / "lit_thought").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    wanted = {path.relative_to(ROOT).as_posix() for path in tree}
+    assert {"lit_thought/py.typed", "lit_thought/prompts/text/preserve.txt"} <= wanted
     with zipfile.ZipFile(built[".whl"]) as wheel:
         names = set(wheel.namelist())
         entry = next(name for name in names if name.endswith("entry_points.txt"))
@@ -58,25 +54,18 @@ def test_the_wheel_states_what_pyproject_does(built: dict[str, Path]) -> None:
         lines = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode().splitlines()
     assert f"Version: {project['version']}" in lines
     assert "License-Expression: Apache-2.0" in lines
-    required = {
-        re.split(r"[\[<>=]", line.removeprefix("Requires-Dist: "))[0]
-        for line in lines
-        if "extra ==" not in line
-        if line.startswith("Requires-Dist: ")
-    }
-    assert required == {re.split(r"[\[<>=]", one)[0] for one in project["dependencies"]}
+    stated = {Requirement(line) for line in project["dependencies"]}
+    required = {Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")}
+    assert {requirement for requirement in required if "extra" not in str(requirement.marker)} == stated
 
 
 def test_the_wheel_fits_a_model_without_the_source_tree(built: dict[str, Path], tmp_path: Path) -> None:
     place = tmp_path / "site"
     with zipfile.ZipFile(built[".whl"]) as wheel:
         wheel.extractall(place)
-    make_model("llama").float().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    pairs = [{"input": "hot", "output": "cold"}, {"input": "big", "output": "small"}]
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    command = [sys.executable, "-c", "import sys, lit_thought.cli as c; print(c.__file__); c.main(sys.argv[1:])", "fit"]
-    command += ["--pairs=pairs.json", "--instruction=up: down\n", "--model=model", "--rank=2", "--out=adapter"]
+    make_files(tmp_path)
+    code = "import sys, lit_thought.cli as c; print(c.__file__); c.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *fit_arguments(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(place), "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,11 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from peft import PeftModel
 from test_export import uneven
 from test_patch import make_vectors
-from test_recipes import ELSEWHERE, REDUCED
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
@@ -164,10 +163,11 @@ def read(words: list[str]) -> None:
     assert words[0] in READ
     if words[0] == "curl":
         json.loads(words[words.index("-d") + 1])
-    if words[0] == "python" and words[1].startswith("recipes/"):
-        assert Path(words[1]).stem in {*REDUCED, *ELSEWHERE}
-        assert words[2] == "--config"
-        assert (ROOT / words[3]).is_file()
+    if words[0] == "python" and "recipes" in words[1] + words[2]:
+        script = words[1] if words[1] != "-m" else f"{words[2].replace('.', '/')}.py"
+        assert (ROOT / script).is_file()
+        assert words[-2] == "--config"
+        assert (ROOT / words[-1]).is_file()
     if words[0] == "mkdocs":
         assert (ROOT / words[words.index("-f") + 1]).is_file()
 

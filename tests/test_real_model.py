@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,7 @@ from peft import PeftModel
 
 from lit_thought import ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-from tasks import TEMPLATE, Split, load_split  # noqa: E402
+from recipes.harness import TEMPLATE, Split, load_split
 
 pytestmark = [
     pytest.mark.real_model,

@@ -18,15 +18,13 @@ import griffe
 import matplotlib
 import pytest
 import yaml
+from browsing import visit
 from click.testing import CliRunner
 from mkdocs.__main__ import cli
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-from test_report_browser import browser, visit
 
 import lit_thought
-
-__all__ = ["browser"]  # a fixture
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "recipes" / "site"
@@ -127,7 +125,11 @@ def test_a_recipe_is_shown_with_its_config(pages: dict[str, Html]) -> None:
         assert (ROOT / "recipes" / name).read_text("utf-8").strip() in text
     assert "source/recipes/quickstart.py.html" in pages["guide.html"].links
     links = pages["results/index.html"].links
-    assert {"../source/recipes/sweep.py.html", "../source/recipes/theory.py.html", "sweep_mlp_in.html"} <= set(links)
+    assert {
+        "../source/recipes/studies/sweep.py.html",
+        "../source/recipes/studies/theory.py.html",
+        "sweep_mlp_in.html",
+    } <= set(links)
 
 
 def test_every_public_name_is_documented(pages: dict[str, Html]) -> None:
@@ -274,7 +276,7 @@ def test_links_are_those_of_the_site(hooks: Any, home: str, uri: str, link: str,
 
 def test_a_section_ends_at_the_next_heading(hooks: Any) -> None:
     text = hooks.section("recipes/README.md", "What it cannot do", "how_to/x.md")
-    assert text.startswith("`python recipes/limits.py")
+    assert text.startswith("`python -m recipes.studies.limits")
     assert "](../results/limits.md)" in text
     assert "Troubleshooting" not in text
     with pytest.raises(ValueError, match=r"README\.md has no section 'Nothing'"):

@@ -1,16 +1,19 @@
-"""Seconds and peaks of memory by stage, with and without a GPU's events."""
+"""Seconds and peaks of memory by name, with and without a GPU's events."""
 
 from __future__ import annotations
+
+import weakref
 
 import pytest
 import torch
 
+from lit_thought import timing
 from lit_thought.timing import Stopwatch
 
 
-def test_stopwatch_adds_up_how_far_each_stage_raised_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_adds_up_how_far_each_name_raised_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([100, 150, 150, 180, 170])
-    monkeypatch.setattr("lit_thought.timing.peak_memory", lambda: next(readings))
+    monkeypatch.setattr(timing, "peak_memory", readings.__next__)
     stopwatch = Stopwatch()
     for name in ("solve", "forward", "solve", "forward"):
         with stopwatch(name):
@@ -24,13 +27,16 @@ class Gpu:
 
     def __init__(self) -> None:
         self.queued, self.done, self.waits = 0.0, 0.0, 0
+        self.events = weakref.WeakSet[Event]()
 
     def work(self) -> None:
         self.queued += 10
 
     def event(self, enable_timing: bool) -> Event:
         assert enable_timing
-        return Event(self)
+        event = Event(self)
+        self.events.add(event)
+        return event
 
 
 class Event:
@@ -82,13 +88,13 @@ def test_events_that_have_passed_are_not_kept(gpu: Gpu) -> None:
         gpu.done = gpu.queued
     with stopwatch("forward"):
         pass
-    assert len(stopwatch._under_way) == 0
+    assert not gpu.events
     assert stopwatch.seconds == {"forward": 1000}
 
 
 def test_what_began_before_the_gpu_was_used_is_timed_by_the_host(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     stopwatch = Stopwatch()
-    monkeypatch.setattr("time.perf_counter", iter([5.0, 7.0]).__next__)
+    monkeypatch.setattr(timing.time, "perf_counter", iter([5.0, 7.0]).__next__)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     start = stopwatch.mark()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -21,7 +21,9 @@ def fit(
     instruction: str | None = None,
     instruction_file: str | None = None,
     template: str = "Q: {input}\nA: {output}\n",
+    val_pairs: str | None = None,
     overwrite: bool = False,
+    progress: bool = True,
     *,
     loading: Loading,
     settings: Mapping[str, Any],
@@ -37,9 +39,11 @@ def fit(
         instruction_file: a UTF-8 text file to read it from instead.
         template: text with {input} and {output} (and {instruction} where the chunk is not at the start), "chat"
             (instruction as system message) or "chat-user" (inside the user message).
+        val_pairs: file of pairs to follow the fit with, step by step.
         overwrite: replace the folder if it exists.
+        progress: show progress bars.
         loading: the model.
-        settings: of :func:`lit_thought.fit.api.transmute`.
+        settings: of the fit.
     """
     from lit_thought.files import check_output_folder
 
@@ -48,10 +52,10 @@ def fit(
     from lit_thought.fit.api import transmute
     from lit_thought.fit.selection import format_selection
 
-    patch = transmute(loading.load, None, text, pairs, template, **settings)
+    patch = transmute(loading.load, None, text, pairs, template, val_pairs=val_pairs, progress=progress, **settings)
     seconds, selection = patch.provenance["seconds"], patch.provenance.get("selection")
-    for stage, value in seconds.items():
-        _log.debug("%s took %.2f s", stage, value)
+    for phase, value in seconds.items():
+        _log.debug("%s took %.2f s", phase, value)
     patch.save_adapter(out, overwrite=overwrite)
     size = _size(out)
     say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
@@ -163,8 +167,9 @@ def preserve(
     """
     from lit_thought.errors import check_counts
     from lit_thought.files import atomic_file
-    from lit_thought.model.blocks import DEFAULT_SITES, check_sites, find_blocks
+    from lit_thought.model.blocks import find_blocks
     from lit_thought.prompts.unrelated import load_texts, text_windows
+    from lit_thought.settings import DEFAULT_SITES, check_sites
     from lit_thought.statistics.preserve import WINDOW, preservation, preservation_bar
     from lit_thought.statistics.preserve_file import DEFAULT_RANK, check_settings, check_suffix
 

@@ -35,7 +35,7 @@ def inspect(
     """
     from lit_thought.errors import check_counts
     from lit_thought.fit.inspection import format_inspection, inspect_model
-    from lit_thought.model.blocks import check_sites
+    from lit_thought.settings import check_sites
 
     check_counts(tokens=tokens, chunk_tokens=chunk_tokens, rank=rank, preserve_tokens=preserve_tokens)
     if sites is not None:

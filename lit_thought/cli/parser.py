@@ -6,17 +6,14 @@ mistake and completion in the shell take no longer than Python itself.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import os
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from importlib.metadata import version
-from importlib.resources import files
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import jsonargparse
 from jsonargparse.typing import register_type
@@ -25,7 +22,7 @@ import lit_thought
 from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.model import Loading
 from lit_thought.cli.output import Output, Result
-from lit_thought.prompts.unrelated import TextSource
+from lit_thought.settings import FitSettings
 
 __all__ = ["Command", "build_parser", "call", "command_parser", "complete", "positional"]
 
@@ -34,7 +31,7 @@ _CONFIG = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # which i
 _GROUPS: dict[str, type] = {"loading": Loading}
 """Arguments of a command that stand for a group of flags."""
 _SETTINGS = "settings"
-"""The argument of a command that takes the settings of :func:`lit_thought.fit.api.transmute`."""
+"""The argument of a command that takes those of :class:`FitSettings`."""
 
 
 class _Help(RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
@@ -70,7 +67,7 @@ def command_parser(command: Command) -> Any:
     own = {name for name in inspect.signature(command).parameters if name in (*_GROUPS, _SETTINGS)}
     parser.add_function_arguments(command, as_group=False, as_positional=False, skip=own)
     if _SETTINGS in own:
-        parser.add_function_arguments(_settings(), as_group=False, as_positional=False)
+        parser.add_class_arguments(FitSettings, as_group=True)
     for group in (*(_GROUPS[name] for name in own & _GROUPS.keys()), Output):
         parser.add_class_arguments(group, as_group=True)
     for action in parser._actions:
@@ -123,7 +120,7 @@ def call(command: Command, values: Mapping[str, Any]) -> Result:
         if argument in parameters:
             given[argument] = group(**{name: given.pop(name) for name in _names(group)})
     if _SETTINGS in parameters:
-        given[_SETTINGS] = {name: given.pop(name) for name in list(given) if name not in parameters}
+        given[_SETTINGS] = {name: given.pop(name) for name in FitSettings.names()}
     return command(**given)
 
 
@@ -146,29 +143,6 @@ def _new(**options: Any) -> Any:
     parser = jsonargparse.ArgumentParser(formatter_class=_Help, exit_on_error=False, allow_abbrev=False, **options)
     parser.add_argument("--config", action=_CONFIG, help="a YAML file with values of the flags.")
     return parser
-
-
-@cache
-def _settings() -> Callable[..., None]:
-    """A function with the settings of :func:`lit_thought.fit.api.transmute`, read off its source: to import it takes
-    seconds, for the flags of ``fit`` are needed at every press of the tab key."""
-    tree = ast.parse(files("lit_thought").joinpath("fit", "api.py").read_text(encoding="utf-8"))
-    node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "transmute")
-
-    def settings(**values: Any) -> None: ...
-
-    arguments = node.args.kwonlyargs
-    settings.__annotations__ = {one.arg: ast.unparse(one.annotation) for one in arguments if one.annotation is not None}
-    known = {"os": os, "Any": Any, "Literal": Literal, "Mapping": Mapping, "Sequence": Sequence}
-    hints = get_type_hints(settings, {**known, "TextSource": TextSource})
-    defaults = (ast.literal_eval(value) for value in node.args.kw_defaults if value is not None)
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
-        for name, default in zip(hints, defaults, strict=True)
-    ]
-    settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    settings.__doc__ = ast.get_docstring(node)
-    return settings
 
 
 def _names(group: type) -> list[str]:

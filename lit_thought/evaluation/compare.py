@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought.errors import check_counts
 from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
 from lit_thought.files import atomic_file
+from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.card import number
 from lit_thought.patch.patch import ThoughtPatch
@@ -26,9 +27,10 @@ from lit_thought.prompts.batches import PairBatch, make_batches, pad
 from lit_thought.prompts.instruction_hash import check_instruction
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
-from lit_thought.prompts.unrelated import TextSource, load_texts, text_windows
+from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import Generation, generate
 from lit_thought.runs.streams import forward_inputs
+from lit_thought.settings import TextSource
 
 __all__ = [
     "Evaluation",
@@ -338,7 +340,7 @@ def batch_logits(
     if lead is not None:
         cache.batch_repeat_interleave(len(tokens.ids))
     inputs = forward_inputs(tokens.to(model.device), cache.get_seq_length())
-    logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(**inputs, **cache_arguments(model, cache), use_cache=True).logits
     if batch.lead is None:
         leads[batch.index] = cache
     return logits.flatten(0, 1)[rows.to(model.device)]

@@ -10,13 +10,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
-from lit_thought.errors import MemoryBudgetError, ThoughtError, is_finite
+from lit_thought.errors import MemoryBudgetError
 from lit_thought.fit.estimate import (
     Estimate,
     Load,
@@ -31,7 +30,7 @@ from lit_thought.runs.storage import Place
 from lit_thought.statistics.distributed import gather_json
 from lit_thought.timing import format_bytes
 
-__all__ = ["check_budget", "choose_place", "free_disk", "free_memory", "needs", "plan", "room"]
+__all__ = ["choose_place", "free_disk", "free_memory", "needs", "plan", "room"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -43,19 +42,6 @@ _PLACES: dict[str, tuple[Place, ...]] = {
     "cpu": ("cpu",),
     "disk": ("disk",),
 }
-
-
-def check_budget(memory_budget: Any) -> float | None:
-    """Check a budget in GB; None for what is free.
-
-    Raises:
-        ThoughtError: when it is not a finite number above 0.
-    """
-    if memory_budget is None:
-        return None
-    if not is_finite(memory_budget) or not 0 < memory_budget < 1e9:
-        raise ThoughtError(f"memory_budget must be a number of GB above 0, or left out; got {memory_budget!r}.")
-    return float(memory_budget)
 
 
 def room(device: torch.device, memory_budget: float | None = None, processes: int = 1) -> dict[str, int]:
@@ -112,7 +98,6 @@ def plan(
     *,
     offload: str,
     memory_budget: float | None,
-    statistics_dtype: torch.dtype,
     preserve: bool,
     processes: int,
     steps: int,
@@ -124,7 +109,7 @@ def plan(
         model: the model, with its ``blocks``.
         stages: what a step of the fit goes through.
         batches: this process's share of a step's pairs.
-        offload, memory_budget, statistics_dtype, preserve, steps: the settings of the fit.
+        offload, memory_budget, preserve, steps: the settings of the fit.
         processes: on this machine.
         complete: whether the batches are final; otherwise outputs are missing, and only a lower bound of the bytes is
             known.
@@ -134,7 +119,7 @@ def plan(
     """
     device, load = model.device, Load.of(batches)
     tokens = sum(gather_json(load.compared, device))
-    found = estimate_bytes(model, blocks, stages, load, tokens, statistics_dtype, preserve)
+    found = estimate_bytes(model, blocks, stages, load, tokens, preserve)
     refusal, place = None, found.place
     try:
         place = choose_place(found, offload, device, room(device, memory_budget, processes), at_least=not complete)
@@ -155,10 +140,7 @@ def _refusal(estimate: Estimate, offload: str, device: torch.device, rooms: Mapp
     there = ", ".join(f"{format_bytes(rooms[name])} {_WORDS[name]}" for name in where)
     advice = []
     if estimate.work_bytes > rooms["device"]:
-        advice += [
-            'statistics_dtype="float32"',
-            "fewer pairs or sites with fewer inputs (sites, see lit-thought inspect)",
-        ]
+        advice += ["fewer pairs or sites with fewer inputs (sites, see lit-thought inspect)"]
     else:
         advice += ["fewer or shorter pairs", "pairs_per_step", "a smaller chunk"]
         advice += [] if offload in ("auto", "disk") else ['offload="auto" or "disk"']

@@ -240,7 +240,6 @@ def estimate_bytes(
     stages: Sequence[Stage],
     load: Load,
     tokens: int,
-    statistics_dtype: torch.dtype = torch.float64,
     preserve: bool = True,
 ) -> Estimate:
     """The bytes of a fit.
@@ -250,14 +249,13 @@ def estimate_bytes(
         stages: what the fit goes through.
         load: what this process runs.
         tokens: compared tokens of all processes together, which one of them solves from.
-        statistics_dtype: of the sums.
         preserve: whether unrelated text is preserved.
     """
     sizes = ModelSizes.of(model)
     sites = [blocks[stage.block].sites[stage.site] for stage in stages]
 
     def work(site: Site) -> tuple[int, int]:
-        return statistics_bytes(site, tokens, statistics_dtype.itemsize), solve_bytes(site, tokens, preserve)
+        return statistics_bytes(site, tokens), solve_bytes(site, tokens, preserve)
 
     widest = max(sites, key=lambda site: sum(work(site)))
     return Estimate(

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 import lit_thought
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
+from lit_thought.fit.preparing import PreservationSource
 from lit_thought.model.blocks import Block
 from lit_thought.model.loading import model_name
 from lit_thought.prompts.instruction_hash import hash_text
+from lit_thought.settings import FitSettings
 from lit_thought.timing import Stopwatch
 
-if TYPE_CHECKING:
-    from lit_thought.fit.callback import ThoughtCallback
-
-__all__ = ["costs", "describe", "fit_settings", "versions"]
+__all__ = ["costs", "describe", "identity_of", "kept_settings", "versions"]
 
 
 def describe(
-    callback: ThoughtCallback, model: PreTrainedModel, blocks: Sequence[Block], identity: str, data: PairDataModule
+    settings: Mapping[str, Any],
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    identity: str,
+    data: PairDataModule,
+    store_instruction: bool,
 ) -> dict[str, Any]:
     """The model, the prompt, the settings and the versions behind a patch, as JSON values.
 
     Args:
-        callback: the fit's settings.
+        settings: what :func:`kept_settings` gives.
         model: the model it was fitted on, with its ``blocks`` and its fingerprint, ``identity``.
         data: the pairs, prepared.
+        store_instruction: keep the instruction, or only a hash of it.
     """
     return {
         "model": model_name(model),
@@ -39,16 +44,40 @@ def describe(
         "fingerprint": identity,
         "model_type": model.config.model_type,
         "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
-        **_instructions(callback, data),
+        **_instructions(data, store_instruction),
         "template": data.template.to_dict(),
-        "settings": {**fit_settings(callback, data), "answer_weight": data.applied_answer_weight},
+        "settings": dict(settings),
         "versions": versions(),
     }
 
 
-def _instructions(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
+def identity_of(
+    settings: Mapping[str, Any], texts: Sequence[str] | None, identity: str, data: PairDataModule, processes: int
+) -> dict[str, Any]:
+    """What two fits share exactly when one may go on with the other's finished stages, as JSON values.
+
+    Args:
+        settings: what :func:`kept_settings` gives.
+        texts: unrelated texts to preserve.
+        identity: the model's fingerprint.
+        data: the pairs.
+        processes: of the fit.
+    """
+    return {
+        "model": identity,
+        "settings": settings,
+        "pairs": data.pairs,
+        "instructions": data.instructions,
+        "template": data.template.to_dict(),
+        "preserve": texts,
+        "batch_size": data.settings.batch_size,
+        "processes": processes,
+    }
+
+
+def _instructions(data: PairDataModule, store: bool) -> dict[str, Any]:
     """The instruction, or those of the pairs; of one that is not to be stored a hash, of several nothing."""
-    if callback.store_instruction:
+    if store:
         return {"instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions))}
     every = set(data.instructions)
     return {"instruction": None, "instruction_hash": hash_text(every.pop()) if len(every) == 1 else None}
@@ -60,37 +89,41 @@ def versions() -> dict[str, str]:
     return {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}}
 
 
-def fit_settings(callback: ThoughtCallback, data: PairDataModule) -> dict[str, Any]:
-    """Every setting that a fit's result depends on, as JSON values."""
-    file = callback.preservation_file
-    preserving = callback.texts is not None or file is not None
+def kept_settings(
+    settings: FitSettings,
+    parts: Mapping[str, Sequence[str]],
+    preserved: PreservationSource,
+    data: PairDataModule,
+) -> dict[str, Any]:
+    """Every setting that a fit's result depends on, as JSON values.
+
+    Args:
+        settings: the callback's, settled, with the sites that the model has.
+        parts: what is solved for at each site.
+        preserved: the unrelated text, or a file of its statistics.
+        data: the pairs, with settings of their own.
+    """
+    kept = settings.options(passing=False) | data.settings.options(data=True, passing=False)
+    if data.settings.answer_weight is None:
+        kept["answer_weight"] = settings.answer_weight
+    if not preserved:
+        kept |= {"preserve_weight": 0.0, "preserve_tokens": 0}
+    elif preserved.file is not None:
+        kept["preserve_tokens"] = preserved.file.manifest["tokens"]
     return {
-        "sites": list(callback.sites),
-        "parts": {site: list(parts) for site, parts in callback.parts.items()},
-        "blocks": callback.chosen,
-        "order": callback.order,
-        "steps": callback.steps,
-        "step_size": callback.step_size,
-        "pairs_per_step": callback.pairs_per_step,
-        "passes": callback.passes,
-        "rank": callback.rank,
-        "ridge": callback.ridge,
-        "preserve_weight": callback.preserve_weight if preserving else 0.0,
-        "preserve_tokens": (callback.preserve_tokens if file is None else file.manifest["tokens"]) if preserving else 0,
-        "preserve_file": None if file is None else file.digest,
-        "statistics_dtype": callback.statistics_dtype,
+        **kept,
+        "sites": list(settings.sites or ()),
+        "parts": {site: list(own) for site, own in parts.items()},
+        "generate": dict(data.settings.generate or {}),
+        "preserve_file": None if preserved.file is None else preserved.file.digest,
         "pairs": len(data.pairs),
-        "generated_outputs": sum("output" not in pair for pair in data.pairs),
-        "generate": data.generate_options,
-        "max_new_tokens": data.max_new_tokens,
-        "answer_weight": data.answer_weight,
-        "seed": data.seed,
+        "generated_outputs": len(data.missing),
     }
 
 
 def costs(stopwatch: Stopwatch, estimate: Estimate | None) -> dict[str, Any]:
-    """What a fit took so far, as JSON values: ``seconds`` by stage, and in ``memory``, in bytes, the ``peak`` (of the
-    process, or on the GPU, model included), by how much each stage ``raised`` it, and what was ``estimated``."""
+    """What a fit took so far, as JSON values: ``seconds`` by phase, and in ``memory``, in bytes, the ``peak`` (of the
+    process, or on the GPU, model included), by how much each phase ``raised`` it, and what was ``estimated``."""
     memory: dict[str, Any] = {"peak": stopwatch.peak, "raised": dict(stopwatch.raised)}
     if estimate is not None:
         parts = {"streams": estimate.streams_bytes, "shared prompts": estimate.lead_bytes}

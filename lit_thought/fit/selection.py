@@ -40,16 +40,19 @@ from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
+from lit_thought.fit.preparing import write_outputs
 from lit_thought.model.blocks import find_blocks
+from lit_thought.model.loading import context_window
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.unrelated import load_texts
+from lit_thought.settings import FitSettings
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.saved_solve import solve_several
 
 __all__ = ["AUTO", "MAX_DRIFT", "Selection", "check_auto", "choose", "format_selection", "select_settings", "split"]
 
-AUTO = ("ridge", "preserve_weight", "rank", "scale", "blocks")
+AUTO = FitSettings.names(auto=True)
 """The settings that can be ``"auto"``."""
 
 MAX_DRIFT = 0.04
@@ -67,13 +70,11 @@ class Selection:
     Attributes:
         settings: arguments of :class:`~lit_thought.fit.callback.ThoughtCallback`: all that were given, and the chosen
             ones.
-        scale: what to multiply the fitted patch by.
         outputs: what the instructed model wrote for pairs without output, for ``PairDataModule.known``.
         record: the candidates with their figures, the choice and the seconds it took, as JSON values.
     """
 
     settings: dict[str, Any]
-    scale: float
     outputs: list[tuple[int, str, bool]]
     record: dict[str, Any]
 
@@ -144,7 +145,6 @@ def select_settings(
     data: PairDataModule,
     names: Sequence[str] = AUTO,
     *,
-    scale: float = 1.0,
     seed: int = 0,
     progress: bool = True,
     **settings: Any,
@@ -155,10 +155,9 @@ def select_settings(
         module: the model; left bit for bit as it was.
         data: the pairs of the fit.
         names: which settings to choose, of :data:`AUTO`.
-        scale: of the patch, where it is not to be chosen.
         seed: of which pairs are held back.
         progress: show progress bars.
-        **settings: the other arguments of the fit's :class:`~lit_thought.fit.callback.ThoughtCallback`.
+        settings: the other arguments of the fit's :class:`~lit_thought.fit.callback.ThoughtCallback`.
 
     Raises:
         ThoughtError: for an unknown name, fewer than 8 pairs, preserve_weight without text to preserve, with
@@ -173,23 +172,20 @@ def select_settings(
     given = {name: value for name, value in settings.items() if name not in names}
     model, tokenizer = module.model, module.tokenizer
     rest, held = split(len(data.pairs), seed)
-    outputs = data.write(model, tokenizer, data.check(model, tokenizer), progress)
+    data.tokenise(tokenizer, context_window(model))
+    outputs = write_outputs(data, model, tokenizer, progress)
     with tempfile.TemporaryDirectory(prefix="lit-thought-") as root:
         folder = Path(root) / "statistics" if set(names) & set(_SOLVED) else None
         ours = {name: value for name, value in given.items() if name not in _OF_THE_LAST_FIT}
         callback = ThoughtCallback(**ours, statistics_dir=folder)
         patch = fit(module, _part(data, rest, outputs), callback, progress)
-        texts = callback.texts or load_texts("default", "preserve", "preserve")
+        texts = callback.preserved.texts or load_texts("default", "preserve", "preserve")
         pairs = _completed(module, data, held, outputs)
-        measure = HeldBack(model, tokenizer, pairs, [data.instructions[i] for i in held], texts, data.batch_size)
-        defaults = {
-            "ridge": callback.ridge,
-            "preserve_weight": callback.preserve_weight,
-            "rank": callback.rank,
-            "scale": float(scale),
-            "blocks": callback.chosen,
-        }
-        search = _Search(measure, defaults, float(scale) * patch, progress)
+        measure = HeldBack(
+            model, tokenizer, pairs, [data.instructions[i] for i in held], texts, data.settings.batch_size
+        )
+        defaults = callback.settings.options(auto=True)
+        search = _Search(measure, defaults, patch, progress)
         if folder is not None:
             saved = SavedStatistics.load(folder, model.device)
             largest = min(min(head.d_in, head.d_out) for head in saved.heads)
@@ -197,8 +193,8 @@ def select_settings(
 
             def solve(candidates: list[dict[str, Any]]) -> list[ThoughtPatch]:
                 chosen = [{name: settings[name] for name in solved} for settings in candidates]
-                found = solve_several(saved, chosen, cache_dir=callback.cache_dir, model=model)
-                return [float(scale) * patch for patch in found]
+                found = solve_several(saved, chosen, cache_dir=callback.settings.cache_dir, model=model)
+                return [defaults["scale"] * patch for patch in found]
 
             search.solve(solve, {name: _other_values(name, defaults[name], largest) for name in solved})
     if "scale" in names:
@@ -216,8 +212,8 @@ def select_settings(
         "chosen": {name: best.settings[name] for name in names},
         "seconds": round(time.perf_counter() - started, 2),
     }
-    chosen = {name: best.settings[name] for name in names if name != "scale"}
-    return Selection({**given, **chosen}, best.settings["scale"], outputs, record)
+    chosen = {name: best.settings[name] for name in names}
+    return Selection({**given, **chosen}, outputs, record)
 
 
 def format_selection(record: Mapping[str, Any]) -> str:
@@ -346,14 +342,7 @@ def _owners(module: ThoughtModule) -> dict[str, int]:
 def _part(data: PairDataModule, indices: Sequence[int], outputs: Sequence[tuple[int, str, bool]]) -> PairDataModule:
     """Some of the pairs, with the outputs that were written for them."""
     part = PairDataModule(
-        [data.pairs[i] for i in indices],
-        data.instruction,
-        data.template,
-        batch_size=data.batch_size,
-        max_new_tokens=data.max_new_tokens,
-        generate=data.generate_options,
-        seed=data.seed,
-        answer_weight=data.answer_weight,
+        [data.pairs[i] for i in indices], data.instruction, data.template, **data.settings.options(data=True)
     )
     place = {index: row for row, index in enumerate(indices)}
     part.known = [(place[i], text, finished) for i, text, finished in outputs if i in place]

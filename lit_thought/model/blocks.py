@@ -26,7 +26,7 @@ kind of block once (:mod:`lit_thought.model.discovery`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,32 +35,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_thought.errors import SingularSystemError, ThoughtError, UnsupportedModelError
+from lit_thought.errors import SingularSystemError, UnsupportedModelError
 from lit_thought.model.calls import find_layers
 from lit_thought.model.discovery import Roles, Writer, channel_gain
 from lit_thought.model.layers import sits_beside, weight_of
 from lit_thought.model.sharding import gathered
 from lit_thought.model.tracing import Trace, trace_model
+from lit_thought.settings import SITES
 
 __all__ = [
-    "DEFAULT_SITES",
     "JOINT",
-    "SITES",
     "Block",
     "Projection",
     "Site",
-    "check_indices",
-    "check_sites",
     "find_blocks",
     "plain_outputs",
     "require_site",
 ]
 
-SITES = ("attn_out", "mlp_in", "mlp_out")
-"""The sites in the order in which a block's forward pass reaches them."""
-
-DEFAULT_SITES = ("attn_out", "mlp_out")
-"""What is patched, where a block has it, when sites are left out."""
 
 JOINT = "attn_out+mlp_out"
 """The site that attn_out and mlp_out are together where attention and MLP are parallel."""
@@ -212,46 +204,6 @@ class Block:
         if JOINT in self.sites and {"attn_out", "mlp_out"} <= set(sites):
             return (JOINT,)
         return tuple(name for name in SITES if name in sites and name in self.sites)
-
-
-def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
-    """Return ``sites`` in forward order.
-
-    Raises:
-        ThoughtError: when ``sites`` is empty, repeats a site or names one that does not exist.
-    """
-    names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
-    unknown = [name for name in names if name not in SITES]
-    if unknown or not names or len(set(names)) != len(names):
-        raise ThoughtError(
-            f"sites must name one or more of {list(SITES)}, each once; got {list(names)!r}. "
-            "Leave it out for the default, attn_out and mlp_out wherever a block has them."
-        )
-    return tuple(name for name in SITES if name in names)
-
-
-def check_indices(blocks: Sequence[int] | None, count: int | None = None) -> list[int] | None:
-    """Return indices of blocks in ascending order, or None for all of them.
-
-    Args:
-        blocks: indices from 0 on, each once, or None.
-        count: how many blocks the model has, where that is known.
-
-    Raises:
-        ThoughtError: for anything else, or an index the model does not have.
-    """
-    if blocks is None:
-        return None
-    chosen = list(blocks) if isinstance(blocks, Iterable) else []
-    if not chosen or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in chosen):
-        raise ThoughtError(
-            f"blocks must be indices of blocks, from 0 on; got {blocks!r}. Leave it out for all of them."
-        )
-    if len(set(chosen)) != len(chosen):
-        raise ThoughtError(f"blocks must name each block once; got {chosen!r}.")
-    if count is not None and max(chosen) >= count:
-        raise ThoughtError(f"blocks: the model has blocks 0 to {count - 1}; got {max(chosen)}.")
-    return sorted(chosen)
 
 
 def require_site(blocks: Sequence[Block], name: str) -> None:

@@ -6,13 +6,14 @@ differ from layer to layer. They are recorded from one pass of the decoder in wh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from lit_thought.errors import UnsupportedModelError
 from lit_thought.model.sharding import is_sharded, unhooked
@@ -21,6 +22,7 @@ __all__ = [
     "Call",
     "Recording",
     "StopForwardError",
+    "cache_arguments",
     "find_decoder",
     "find_layers",
     "first_float",
@@ -91,6 +93,15 @@ def find_layers(model: PreTrainedModel) -> list[nn.Module]:
             f"{count} modules (num_hidden_layers); expected one."
         )
     return list(outer[0])
+
+
+def cache_arguments(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+    """``cache`` as a keyword argument of a model or its decoder, by the name that its ``forward`` has for it.
+
+    transformers calls it ``past_key_values`` up to 5.23, ``cache`` since.
+    """
+    name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

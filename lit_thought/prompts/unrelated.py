@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Literal
 from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
 from lit_thought.prompts.pairs import check_unicode
+from lit_thought.settings import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["load_texts", "text_windows"]
-
-TextSource = str | os.PathLike[str] | Sequence[str]
 
 
 def load_texts(source: TextSource, part: Literal["preserve", "evaluate"], argument: str) -> list[str]:

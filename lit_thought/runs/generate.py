@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from lit_thought.errors import ThoughtError
+from lit_thought.model.calls import cache_arguments
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
 from lit_thought.runs.streams import lead_cache
 
 __all__ = ["Generation", "generate"]
 
-_REFUSED = ("num_beams", "num_return_sequences", "return_dict_in_generate", "past_key_values")
+_REFUSED = ("num_beams", "num_return_sequences", "return_dict_in_generate", "past_key_values", "cache")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def generate(
             if lead is not None:
                 cache = copy.deepcopy(lead)
                 cache.batch_repeat_interleave(len(members))
-                arguments["past_key_values"] = cache
+                arguments |= cache_arguments(model, cache)
             if stop:
                 arguments["stopping_criteria"] = StoppingCriteriaList([_StopAtText(tokenizer, ids.shape[1], stop)])
             try:

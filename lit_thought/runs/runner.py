@@ -25,9 +25,7 @@ from lit_thought.runs.storage import Kept, Storage
 from lit_thought.runs.streams import SitePatch, Stream, TokenBatch
 from lit_thought.solve.factors import Factors
 
-__all__ = ["ORDERS", "Observation", "Stage", "StreamRunner", "goes_on_from", "stages_of"]
-
-ORDERS = ("sequential", "teacher-forced")
+__all__ = ["Observation", "Stage", "StreamRunner", "goes_on_from", "stages_of"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class Observation:
         a: the site's input in the plain run, with each token's factor γ in it, (n, d_in).
         delta: the error that the site's matrix should explain, target less plain, (n, d), float32 or better: of
             norm(m) at mlp_in, of the residual stream right after the site elsewhere. What a patch that is there
-            already explains of it is taken off; from the second pass on, what the passes before this one explain is
-            put back, since their patch will be replaced.
+            already explains of it is taken off.
         shift: the error that its vector should explain, likewise, (n, d): of the residual stream, at mlp_in that of m.
         weights: (n,).
         scale: γ, by which a vector reaches the residual stream, (n, 1); None for ones.
@@ -53,25 +50,18 @@ class Observation:
 
 
 class Stage(NamedTuple):
-    """One site of one block, for the ``turn``-th time."""
+    """One site of one block."""
 
     block: int
     site: str
-    turn: int
 
 
-def stages_of(
-    blocks: Sequence[Block], sites: Sequence[str], chosen: Sequence[int] | None = None, passes: int = 1
-) -> list[Stage]:
-    """What a fit goes through, in order: the sites that each chosen block has; ``passes`` times where a norm follows.
-
-    Elsewhere the residual stream is linear in the patch, and a second pass would find the same solution.
-    """
+def stages_of(blocks: Sequence[Block], sites: Sequence[str], chosen: Sequence[int] | None = None) -> list[Stage]:
+    """What a step of a fit goes through, in order: the sites that each chosen block has."""
     return [
-        Stage(index, site, turn)
+        Stage(index, site)
         for index in (range(len(blocks)) if chosen is None else chosen)
         for site in blocks[index].stages(sites)
-        for turn in range(1 if blocks[index].sites[site].gain is None else passes)
     ]
 
 
@@ -109,8 +99,6 @@ class StreamRunner:
         storage: where the streams are kept between uses; on the device when left out.
         chosen: indices of the blocks to patch, ascending; all of them when left out.
         start: patches that are there already, by (block index, site).
-        passes: how often to observe and solve each site before going on (Gauss-Newton passes, which matter where a
-            norm follows the projection: its γ is read anew with the patch in place).
     """
 
     def __init__(
@@ -122,12 +110,11 @@ class StreamRunner:
         storage: Storage | None = None,
         chosen: Sequence[int] | None = None,
         start: Mapping[tuple[int, str], SitePatch] | None = None,
-        passes: int = 1,
     ) -> None:
         self.model, self.blocks, self.order = model, list(blocks), order
         self.device = next(model.parameters()).device
         self.storage = storage or Storage()
-        self.stages = stages_of(self.blocks, sites, chosen, passes)
+        self.stages = stages_of(self.blocks, sites, chosen)
         self.stage = 0
         self._start = dict(start or {})
         self._pairs: dict[int, _Pair] = {}
@@ -136,7 +123,7 @@ class StreamRunner:
 
     @property
     def num_stages(self) -> int:
-        """Sites of the chosen blocks × passes."""
+        """Sites of the chosen blocks."""
         return len(self.stages)
 
     @property
@@ -151,7 +138,7 @@ class StreamRunner:
 
     @property
     def start(self) -> SitePatch:
-        """The patch that was at the current site before its first pass."""
+        """The patch that was at the current site before this step."""
         return self._start.get((self.block.index, self.site), SitePatch())
 
     @property
@@ -173,11 +160,6 @@ class StreamRunner:
     def _last(self) -> bool:
         """Whether the current stage is the last one of its block."""
         return self.stage + 1 == self.num_stages or self.stages[self.stage + 1].block != self.stages[self.stage].block
-
-    @property
-    def _last_turn(self) -> bool:
-        """Whether the current site has no other turn after this one."""
-        return self._last or self.stages[self.stage + 1].site != self.site
 
     @torch.inference_mode()
     def open(self, batches: Sequence[PairBatch]) -> None:
@@ -211,10 +193,8 @@ class StreamRunner:
         pair = self._pairs[batch.index]
         if self._first:
             self._run_target(pair)
-        goal_input, goal = (None if kept is None else kept.get() for kept in pair.goals[self.site])
+        goal_input, goal = (None if kept is None else kept.get() for kept in pair.goals.pop(self.site))
         assert goal is not None
-        if self._last_turn:
-            del pair.goals[self.site]
         if pair.plain is None:
             nothing = self._nothing(goal.shape[1])
             return Observation(self._nothing(self.block.sites[self.site].d_in), nothing, nothing, pair.batch.weights)
@@ -233,10 +213,6 @@ class StreamRunner:
         if goal_input is not None:  # a patch at mlp_in acts after norm(m) and m were read
             delta = self._error(goal_input, a) - _change(here.matrix, a)
             shift = shift - _constant(here.vector)
-        elif self.stages[self.stage].turn > 0:
-            gain, factor = 1.0 if site.gain is None else site.gain, 1.0 if scale is None else scale
-            delta = delta + gain * (_change(here.matrix, a) - _change(self.start.matrix, a))
-            shift = shift + gain * (_constant(here.vector) - _constant(self.start.vector)) * factor
         if self._leads_on:
             pair.after = (self.storage.put(reading.residual), self.storage.put(reading.input))
         if self._to_output:

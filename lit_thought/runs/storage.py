@@ -12,17 +12,16 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import torch
 from torch import Tensor
 
-from lit_thought.errors import MemoryBudgetError, ThoughtError
+from lit_thought.errors import MemoryBudgetError
 
-__all__ = ["OFFLOAD", "Kept", "Place", "Storage", "check_offload"]
+__all__ = ["Kept", "Place", "Storage"]
 
 Place = Literal["device", "cpu", "disk"]
-OFFLOAD = ("auto", "device", "cpu", "disk")
 
 
 class Kept(ABC):
@@ -125,15 +124,3 @@ class _Mapping(mmap.mmap):
     """Refers to what it maps, whose region cannot be written anew before this mapping is gone."""
 
     kept: _OnDisk
-
-
-def check_offload(offload: Any) -> str:
-    """Check where streams are to be kept; True means ``"cpu"`` and False ``"device"``.
-
-    Raises:
-        ThoughtError: for anything else than these and the places in :data:`OFFLOAD`.
-    """
-    place = {True: "cpu", False: "device"}[offload] if isinstance(offload, bool) else offload
-    if place not in OFFLOAD:
-        raise ThoughtError(f"offload must be one of {list(OFFLOAD)}, True (cpu) or False (device); got {offload!r}.")
-    return str(place)

@@ -25,6 +25,7 @@ from lit_thought.model.blocks import Block, Projection, Site
 from lit_thought.model.calls import (
     Call,
     StopForwardError,
+    cache_arguments,
     find_decoder,
     first_float,
     hidden_of,
@@ -149,11 +150,9 @@ class Stream:
             for layer, ahead in zip(self._layers, lead._layers, strict=True):
                 layer.lead = ahead
         with recorded_calls([block.module for block in blocks], blocks[0].like) as recording:
-            find_decoder(model)(
-                **forward_inputs(tokens, lead_length),
-                past_key_values=Cache(layers=list(self._layers)),
-                use_cache=True,
-            )
+            decoder = find_decoder(model)
+            cache = cache_arguments(decoder, Cache(layers=list(self._layers)))
+            decoder(**forward_inputs(tokens, lead_length), **cache, use_cache=True)
         assert recording.entrance is not None
         self._calls = _kept_calls(recording.calls, self._storage)
         self.hidden = recording.entrance
@@ -337,8 +336,8 @@ def lead_cache(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache:
 
     The cache keeps every token also where a layer's window is sliding: the masks do the windowing.
     """
-    cache = DynamicCache()
-    device = next(model.parameters()).device
+    cache, decoder = DynamicCache(), find_decoder(model)
+    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     with gathered(model):
-        find_decoder(model)(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
+        decoder(input_ids=tokens, **cache_arguments(decoder, cache), use_cache=True)
     return cache

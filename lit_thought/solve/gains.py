@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.settings import check_rank
 from lit_thought.solve.least_squares import (
     COARSE_RIDGE,
     Prior,
     Solution,
     check_finite,
-    check_rank,
     check_terms,
     describe,
     ridge_scale,

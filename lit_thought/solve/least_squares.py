@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.settings import check_rank
 from lit_thought.solve.gram import products
 from lit_thought.solve.spectral import largest_eigenvalue, top_eigenvectors
 from lit_thought.solve.sums import Statistics
@@ -37,7 +38,6 @@ __all__ = [
     "Prior",
     "Solution",
     "check_finite",
-    "check_rank",
     "check_terms",
     "describe",
     "ridge_scale",
@@ -107,30 +107,6 @@ class Solution:
     A: Tensor
     B: Tensor
     diagnostics: dict[str, float] = field(default_factory=dict)
-
-
-def check_rank(rank: int | float | None, limit: int) -> None:
-    """Check a rank setting.
-
-    Args:
-        rank: an int in 1..limit, a fraction of explained energy in (0, 1), or None for full rank.
-        limit: the largest rank that the layers allow, min(d_in, d_out).
-
-    Raises:
-        ThoughtError: for anything else.
-    """
-    if rank is None:
-        return
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    if whole and not 1 <= rank <= limit:
-        raise ThoughtError(
-            f"rank must be between 1 and {limit}, the largest rank these layers allow; got {rank}. "
-            "Use None for full rank."
-        )
-    if not whole and not (isinstance(rank, float) and 0 < rank < 1):
-        raise ThoughtError(
-            f"rank must be an integer, a fraction of explained energy between 0 and 1, or None; got {rank!r}."
-        )
 
 
 def solve(

@@ -17,20 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.files import atomic_folder, expanded, is_own_file, read_json
-from lit_thought.model.blocks import DEFAULT_SITES, Block, check_sites, require_site
+from lit_thought.files import atomic_folder, expanded, own_file, read_json
+from lit_thought.model.blocks import Block, require_site
 from lit_thought.model.discovery import wider
 from lit_thought.model.loading import fingerprint, model_name
 from lit_thought.model.sharding import gathered, is_sharded
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import Stream
+from lit_thought.settings import DEFAULT_SITES, check_sites
 from lit_thought.solve.gram import add_products, mirror
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.distributed import gather_json
@@ -43,6 +42,7 @@ from lit_thought.statistics.preserve_file import (
     config_hash,
     pack,
 )
+from lit_thought.tensor_files import TensorFile, write_tensors
 
 __all__ = [
     "WINDOW",
@@ -60,6 +60,7 @@ WINDOW = 256
 _FORMAT = 5
 _MANIFEST = "manifest.json"
 _PARTS = ("values", "vectors", "gram")
+_REMEDY = "Delete the cache's folder, which is made anew."
 
 
 def default_cache_dir() -> Path:
@@ -83,9 +84,15 @@ class Preservation:
     def prior(self, block: Block, site: str) -> Prior:
         """Z₀ of one site: the mean of a aᵀ over the unrelated tokens, as a
         :class:`~lit_thought.solve.least_squares.Prior`.
+
+        Raises:
+            ThoughtError: when the cache's file is damaged or gone.
         """
-        with safe_open(_file(self.folder, block.index), framework="pt", device=str(self.device)) as content:
-            return Prior(*(content.get_tensor(f"{site}.{part}") for part in _PARTS))
+        file = _file(self.folder, block.index)
+        found = _opened(file).read(f"{site}.", self.device, copy=False)  # of the Gram matrix little is used
+        if found.keys() != set(_PARTS):
+            raise ThoughtError(f"{file.name} of the cache has no {site}. {_REMEDY}")
+        return Prior(*(found[part] for part in _PARTS))
 
     def save(
         self,
@@ -240,7 +247,7 @@ def unpack(
             tensors: dict[str, Tensor] = {}
             for name in names:
                 tensors |= _tensors(name, file.gram(index, name, device), precision)
-            save_file(tensors, _file(folder, index))
+            write_tensors(_file(folder, index), tensors, hashed=())
             if progress is not None:
                 progress(index + 1)
 
@@ -315,7 +322,7 @@ def _compute(
             if folder is not None:
                 tensors |= _tensors(name, mirror(gram) / count, torch.float64)
         if folder is not None:
-            save_file(tensors, _file(folder, block.index))
+            write_tensors(_file(folder, block.index), tensors, hashed=())
         if progress is not None:
             progress(block.index + 1)
 
@@ -324,28 +331,27 @@ def _tensors(name: str, gram: Tensor, precision: torch.dtype) -> dict[str, Tenso
     """What the cache keeps of one site's mean Gram matrix, (d_in, d_in); ``precision`` is that of its decomposition."""
     values, vectors = torch.linalg.eigh(gram.to(precision))
     kept = (values.double().clamp_min(0), vectors.float(), gram.float())
-    return {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in zip(_PARTS, kept, strict=True)}
+    return {f"{name}.{part}": tensor for part, tensor in zip(_PARTS, kept, strict=True)}
 
 
 def _file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:04d}.safetensors"
 
 
+def _opened(file: Path) -> TensorFile:
+    return TensorFile(file, f"{file.name} of the cache", _REMEDY)
+
+
 def _valid(folder: Path, manifest: dict[str, Any], sizes: Sequence[Mapping[str, int]]) -> bool:
     """Whether an entry is complete, of these sizes, and is what its name says; a damaged one is made anew."""
     try:
         found = read_json(folder / _MANIFEST)
-        return found == manifest and all(_complete(folder, index, own) for index, own in enumerate(sizes))
-    except (OSError, ValueError, SafetensorError):
+        return found == manifest and all(_complete(_file(folder, index), own) for index, own in enumerate(sizes))
+    except (OSError, ValueError):
         return False
 
 
-def _complete(folder: Path, index: int, sizes: Mapping[str, int]) -> bool:
-    file = _file(folder, index)
-    if not is_own_file(file):
-        return False
-    shapes = {f"{name}.{part}": [d] if part == "values" else [d, d] for name, d in sizes.items() for part in _PARTS}
-    with safe_open(file, framework="pt") as content:  # refuses a truncated file
-        slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
-        known = {name: part.get_shape() for name, part in slices.items() if part.get_dtype() in ("F32", "F64")}
-        return known == shapes
+def _complete(file: Path, sizes: Mapping[str, int]) -> bool:
+    content = _opened(own_file(file, "a file of the cache"))
+    shapes = {f"{name}.{part}": (d,) if part == "values" else (d, d) for name, d in sizes.items() for part in _PARTS}
+    return content.shapes == shapes and set(content.dtypes.values()) <= {"F32", "F64"}

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_thought.checksum import check_hash, tensors_hash
 from lit_thought.errors import ThoughtError
-from lit_thought.files import atomic_file, expanded, parse_json
-from lit_thought.model.blocks import JOINT, SITES
+from lit_thought.files import expanded, parse_json
+from lit_thought.model.blocks import JOINT
+from lit_thought.settings import SITES
+from lit_thought.tensor_files import TensorFile, write_tensors
 
 __all__ = [
     "DEFAULT_RANK",
@@ -47,8 +46,6 @@ Storage = Literal["int8", "float16", "float32"]
 _FORMAT = 1
 _METADATA = "lit_thought_preservation"
 _PARTS = ("factor", "scale", "rest")
-_HASH = "sha256"
-"""Of each matrix, in the header; earlier versions wrote none."""
 _TEXTS = ("model", "fingerprint", "config", "dtype", "windows")
 
 
@@ -154,30 +151,24 @@ class PreservationFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], argument: str = "path") -> None:
-        self.path, self.argument = expanded(path, argument), argument
-        self._name = f"{argument}={str(path)!r}"
+        self.path, self._name = expanded(path, argument), f"{argument}={str(path)!r}"
         try:
-            if not self.path.is_file():
-                raise FileNotFoundError("there is no such file")
+            self._content = TensorFile(self.path, self._name, "Get it anew.")
             with self.path.open("rb") as file:
                 self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-            with safe_open(self.path, framework="pt") as content:
-                metadata = (content.metadata() or {}).get(_METADATA)
-                slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
-                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                dtypes = {name: part.get_dtype() for name, part in slices.items()}
-        except (OSError, SafetensorError) as error:
+        except (OSError, ThoughtError) as error:
             raise ThoughtError(
-                f"{self._name} cannot be read as a file of preservation statistics ({error}). Get it anew, or write "
-                "one with lit-thought preserve."
+                f"{self._name} cannot be read as a file of preservation statistics ({error.__cause__ or error}). Get "
+                "it anew, or write one with lit-thought preserve."
             ) from error
-        if metadata is None:
+        shapes, dtypes = self._content.shapes, self._content.dtypes
+        if _METADATA not in self._content.header:
             raise ThoughtError(
                 f"{self._name} is a safetensors file without preservation statistics. Give one that lit-thought "
                 "preserve wrote, or a text file with another suffix."
             )
         try:
-            self.manifest = _checked(parse_json(metadata), shapes, dtypes)
+            self.manifest = _checked(parse_json(self._content.header[_METADATA]), shapes, dtypes)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ThoughtError(f"{self._name} is damaged or of another version: {error}. Get it anew.") from error
         self.sites: list[list[str]] = self.manifest["sites"]
@@ -194,18 +185,11 @@ class PreservationFile:
     ) -> None:
         """Write the compact forms of all sites, by block and site, under ``manifest``."""
         tensors = {
-            _key(block, site, part): packed[part].cpu().contiguous()
-            for (block, site), packed in matrices.items()
-            for part in _PARTS
+            _key(block, site, part): packed[part] for (block, site), packed in matrices.items() for part in _PARTS
         }
         sites = [[site for block, site in matrices if block == index] for index in range(manifest["blocks"])]
-        record = {**manifest, "format": _FORMAT, "sites": sites}
-        hashes = {
-            _key(block, site, _HASH): tensors_hash({part: packed[part] for part in _PARTS})
-            for (block, site), packed in matrices.items()
-        }
-        with atomic_file(path, overwrite) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA: json.dumps(record), **hashes})
+        header = {_METADATA: json.dumps({**manifest, "format": _FORMAT, "sites": sites})}
+        write_tensors(path, tensors, header, [_key(block, site, "") for block, site in matrices], overwrite)
 
     def gram(self, block: int, site: str, device: torch.device | str = "cpu") -> Tensor:
         """Z₀ of one site, (d_in, d_in), float64.
@@ -213,13 +197,7 @@ class PreservationFile:
         Raises:
             ThoughtError: when its numbers are not those of a Gram matrix.
         """
-        with safe_open(self.path, framework="pt", device=str(device)) as content:
-            parts = {part: content.get_tensor(_key(block, site, part)) for part in _PARTS}
-            kept = (content.metadata() or {}).get(_key(block, site, _HASH))
-        try:
-            check_hash(parts, kept)
-        except ThoughtError as error:
-            raise ThoughtError(f"{self._name} is damaged: block {block}, {site}: {error} Get it anew.") from error
+        parts = self._content.read(_key(block, site, ""), device, f"block {block}, {site}")
         gram = expand(**parts)
         if not bool(gram.isfinite().all()) or bool((parts["rest"] < 0).any()):
             raise ThoughtError(f"{self._name} is damaged: block {block}, {site} is no Gram matrix. Get it anew.")

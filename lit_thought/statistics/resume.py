@@ -19,16 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lit_thought.checksum import check_hash, tensors_hash
 from lit_thought.errors import ThoughtError
-from lit_thought.files import atomic_file, expanded, is_own_file, parse_json, read_json
+from lit_thought.files import atomic_file, check_version, expanded, is_own_file, parse_json, read_json
 from lit_thought.model.blocks import Site
 from lit_thought.prompts.instruction_hash import hash_text, is_text_of
 from lit_thought.runs.streams import SitePatch
 from lit_thought.solve.factors import Factors
+from lit_thought.tensor_files import TensorFile, write_tensors
 
 __all__ = ["FitProgress"]
 
@@ -86,14 +84,13 @@ class FitProgress:
             if not is_own_file(file):
                 raise ValueError("it is no file of this folder")
             found = read_json(file)
-            version, fit, outputs, digest = (found[key] for key in ("format", "fit", "outputs", "outputs_hash"))
+            remedy = "Delete the folder to start anew, or go on with the version that wrote it."
+            check_version(found, "format", _FORMAT, f"resume_dir: {file.name}", remedy)
+            fit, outputs, digest = (found[key] for key in ("fit", "outputs", "outputs_hash"))
+        except ThoughtError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ThoughtError(f"resume_dir: {file.name} is not readable ({error}). Delete the folder.") from error
-        if type(version) is not int or version != _FORMAT:
-            raise ThoughtError(
-                f"resume_dir: {file.name} is of format {version!r}, this lit_thought reads {_FORMAT}. Delete the "
-                "folder to start anew, or go on with the version that wrote it."
-            )
         if not is_text_of(fit, self._identity):
             raise ThoughtError(
                 f"resume_dir={str(self.folder)!r} belongs to another fit: the model, the instruction, the pairs or a "
@@ -130,9 +127,7 @@ class FitProgress:
             tensors = {} if patch.matrix is None else {"A": patch.matrix.A, "B": patch.matrix.B}
             if patch.vector is not None:
                 tensors["vector"] = patch.vector
-            tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-            with atomic_file(self._stage_file(self.stages)) as file:
-                save_file(tensors, file, metadata={"record": json.dumps(record), "sha256": tensors_hash(tensors)})
+            write_tensors(self._stage_file(self.stages), tensors, {"record": json.dumps(record)})
         self.stages += 1
 
     def load(self, stage: int, device: torch.device, site: Site) -> tuple[SitePatch, dict[str, Any]]:
@@ -142,21 +137,16 @@ class FitProgress:
             ThoughtError: when its file is damaged, or not of this site.
         """
         file = self._stage_file(stage)
+        content = TensorFile(file, f"resume_dir: {file.name}", "Delete the folder.")
+        tensors = content.read(device=device)
         try:
-            with safe_open(file, framework="pt", device=str(device)) as content:
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-                metadata = content.metadata() or {}
-            record = parse_json(metadata["record"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            record = parse_json(content.header["record"])
+        except (ValueError, KeyError) as error:
             raise ThoughtError(f"resume_dir: {file.name} is damaged ({error}). Delete the folder.") from error
         if not _fits(tensors, site) or not _is_record(record):
             raise ThoughtError(
                 f"resume_dir: {file.name} is damaged, or not of this fit's {site.name}. Delete the folder."
             )
-        try:
-            check_hash(tensors, metadata.get("sha256"))
-        except ThoughtError as error:
-            raise ThoughtError(f"resume_dir: {file.name} is damaged: {error} Delete the folder.") from error
         matrix = Factors(tensors["A"], tensors["B"]) if "A" in tensors else None
         return SitePatch(matrix, tensors.get("vector")), record
 

@@ -1,6 +1,6 @@
 """The statistics of a whole fit, kept in a folder: ``manifest.json`` and one safetensors file a stage.
 
-A stage is one site of one block; of several steps or passes the last one's is kept, with the patch that was there when
+A stage is one site of one block; of several steps the last one's is kept, with the patch that was there when
 its sums were taken. Stages are read one by one when they are asked for: at d_ff 14336 a single Gram matrix is 1.6 GB.
 
 Sums add over sets of pairs, Z = Z₁ + Z₂ and C = C₁ + C₂, and subtract (:meth:`SavedStatistics.merge`,
@@ -22,14 +22,19 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from lit_thought.checksum import check_hash, tensors_hash
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import atomic_folder, check_output_folder, expanded, is_own_file, read_json, writing
+from lit_thought.files import (
+    atomic_folder,
+    check_output_folder,
+    check_version,
+    expanded,
+    own_file,
+    read_json,
+    writing,
+)
 from lit_thought.statistics.saved_stage import Manifest, SavedStage, StageHead
+from lit_thought.tensor_files import TensorFile, write_tensors
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,8 +50,6 @@ FORMAT_VERSION = 1
 """Of ``manifest.json``; rises when an older reader would misread the folder."""
 
 MANIFEST = "manifest.json"
-_HASH = "sha256"
-"""In a stage's header; earlier versions wrote none."""
 
 
 class _AbortedError(Exception):
@@ -95,9 +98,7 @@ class StatisticsWriter:
         self._heads[head.block, head.site] = head
         index = list(self._heads).index((head.block, head.site))
         with writing(self._target, self._folder):
-            tensors = stage.to_tensors()
-            label = {**_label(self.id, head), _HASH: tensors_hash(tensors)}
-            save_file(tensors, self._folder / _file_name(index), label)
+            write_tensors(self._folder / _file_name(index), stage.to_tensors(), _label(self.id, head))
 
     def close(self) -> None:
         """Write the manifest, and put the folder where it belongs.
@@ -173,7 +174,7 @@ class SavedStatistics:
         except (KeyError, TypeError, ValueError) as error:
             raise PatchError(f"{MANIFEST} in {root.name!r} is damaged ({error}). Copy or save it again.") from error
         for index, head in enumerate(heads):
-            _read_stage(root, index, head, value.get("id"), None)
+            _opened(root, index, head, value.get("id"))
         return cls(manifest, heads, lambda index: _stage(root, index, heads[index], value.get("id"), device), device)
 
     def __len__(self) -> int:
@@ -214,8 +215,6 @@ class SavedStatistics:
         settings, uncompared = self.manifest.settings, self.manifest.uncompared
         if any(head.start for head in self.heads):
             return "the fit took several steps, and each starts from the patch of the one before"
-        if settings["passes"] != 1 and any(head.gain for head in self.heads):
-            return f"the fit took {settings['passes']} passes, and each reads the norms with the last one's patch"
         if len(self.heads) == 1:
             return None
         if settings["order"] != "teacher-forced":
@@ -288,57 +287,30 @@ def _label(identity: Any, head: StageHead) -> dict[str, str]:
     return {"statistics": str(identity), "block": str(head.block), "site": head.site}
 
 
-def _find(folder: Path, name: str) -> Path:
-    """A file of the folder; a link that leads elsewhere is none."""
-    file = folder / name
-    if not is_own_file(file):
-        raise PatchError(f"{folder.name!r} has no {name} of its own. Expected a folder of saved statistics.")
-    return file
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = _find(folder, MANIFEST)
+    file = own_file(folder / MANIFEST, "a folder of saved statistics", PatchError)
     try:
         value = read_json(file)
     except (ValueError, OSError) as error:
         raise PatchError(f"{MANIFEST} in {folder.name!r} is not readable JSON ({error}). Save it again.") from error
-    version = value.get("format_version") if isinstance(value, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise PatchError(
-            f"{MANIFEST} in {folder.name!r}: format_version is {version!r}, this lit_thought reads {FORMAT_VERSION}. "
-            "Upgrade lit-thought, or save the statistics again."
-        )
+    remedy = "Upgrade lit-thought, or save the statistics again."
+    check_version(value, "format_version", FORMAT_VERSION, f"{MANIFEST} in {folder.name!r}", remedy, PatchError)
     return dict(value)
 
 
-def _read_stage(
-    folder: Path, index: int, head: StageHead, identity: Any, device: torch.device | None
-) -> tuple[dict[str, Tensor], str | None]:
-    """A stage's tensors and their hash; none without a device, only the check that the file is whole and belongs here.
-
-    They are copied out of the file's memory map: aligned as new tensors are, they give the same sums bit for bit.
-    """
-    file = _find(folder, _file_name(index))
-    try:
-        with safe_open(file, framework="pt") as content:
-            found = content.metadata() or {}
-            names = list(content.keys()) if device is not None else []
-            tensors = {name: content.get_tensor(name).to(device, copy=True) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise PatchError(f"{file.name} in {folder.name!r} is damaged ({error}). Copy or save it again.") from error
+def _opened(folder: Path, index: int, head: StageHead, identity: Any) -> TensorFile:
+    """A stage's file, whole and of this save."""
+    file = own_file(folder / _file_name(index), "a folder of saved statistics", PatchError)
+    content = TensorFile(file, f"{file.name} in {folder.name!r}", "Copy or save it again.", PatchError)
     label = _label(identity, head)
-    if {key: found.get(key) for key in label} != label:
+    if {key: content.header.get(key) for key in label} != label:
         raise PatchError(f"{file.name} in {folder.name!r} is not that of {head.name}: the folder mixes two saves.")
-    return tensors, found.get(_HASH)
+    return content
 
 
 def _stage(folder: Path, index: int, head: StageHead, identity: Any, device: torch.device) -> SavedStage:
+    tensors = _opened(folder, index, head, identity).read(device=device)
     try:
-        tensors, kept = _read_stage(folder, index, head, identity, device)
-        stage = SavedStage.from_tensors(head, tensors)
-        check_hash(tensors, kept)
-        return stage
-    except PatchError:
-        raise
+        return SavedStage.from_tensors(head, tensors)
     except ThoughtError as error:
         raise PatchError(f"{_file_name(index)} in {folder.name!r} is damaged: {error} Save it again.") from error

@@ -16,7 +16,6 @@ from types import EllipsisType, SimpleNamespace
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from lit_thought.model.layers import is_linear, layer_shape
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import check_solve_settings
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.sums import Statistics
@@ -34,7 +34,7 @@ from lit_thought.statistics.preserve import Preservation, default_cache_dir, unp
 from lit_thought.statistics.preserve_file import PreservationFile
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.saved_stage import SavedStage, StageHead
-from lit_thought.statistics.stage import StageSettings, StageSums, check_solve_settings, target_changes, vector_inputs
+from lit_thought.statistics.stage import StageSettings, StageSums, target_changes, vector_inputs
 
 __all__ = ["PriorOf", "solve_saved", "solve_several"]
 
@@ -96,7 +96,7 @@ def solve_saved(
     file = None if preserve is None else _preservation_file(saved, preserve)
     if file is not None:
         chosen |= {"preserve_file": file.digest, "preserve_tokens": file.manifest["tokens"]}
-    settings = _settings({**chosen, "statistics_dtype": fitted["statistics_dtype"]})
+    settings = _settings(chosen)
     changed = [name for name, value in chosen.items() if value != fitted.get(name)]
     coupled = saved.coupling() if changed else None
     if coupled is not None and not approximate:
@@ -230,7 +230,6 @@ def _settings(chosen: Mapping[str, Any]) -> StageSettings:
         float(chosen["ridge"]),
         float(chosen["preserve_weight"]),
         float(chosen["step_size"]),
-        getattr(torch, chosen["statistics_dtype"]),
     )
 
 
@@ -322,7 +321,7 @@ def _priors(preservation: Preservation, missing: str) -> PriorOf:
     def prior_of(block: int, site: str) -> Prior:
         try:
             return preservation.prior(cast(Block, SimpleNamespace(index=block)), site)
-        except (OSError, KeyError, SafetensorError) as error:
+        except ThoughtError as error:
             raise ThoughtError(missing) from error
 
     return prior_of

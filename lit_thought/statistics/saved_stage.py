@@ -14,20 +14,19 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import ThoughtError
-from lit_thought.model.blocks import JOINT, SITES, Site
+from lit_thought.model.blocks import JOINT, Site
 from lit_thought.patch.provenance import check_provenance
-from lit_thought.runs.runner import ORDERS
 from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import ORDERS, PARTS, SITES, check_solve_settings
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.sums import Statistics, VectorStatistics
-from lit_thought.statistics.stage import PARTS, check_solve_settings
 
 __all__ = ["Manifest", "SavedStage", "StageHead"]
 
 _ENTRY = re.compile(r"preserve-[0-9a-f]{24}")
 _TOLD = ("instruction", "instruction_hash")
 """What a provenance says of the instructions: the texts, or the hash of one that it must not tell."""
-_NEEDED = ("order", "rank", "ridge", "preserve_weight", "step_size", "passes", "statistics_dtype")
+_NEEDED = ("order", "rank", "ridge", "preserve_weight", "step_size")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 _OF_THE_PAIRS = ("pairs", "generated_outputs")
 """Settings that count pairs: they add as the sums do."""
@@ -308,7 +307,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         ValueError: for one that is none of a fit.
     """
     check_solve_settings(*(settings[name] for name in ("ridge", "rank", "preserve_weight", "step_size")))
-    counts = [settings["passes"], *(settings[name] + 1 for name in _OF_THE_PAIRS if name in settings)]
+    counts = [settings[name] + 1 for name in _OF_THE_PAIRS if name in settings]
     wrong = not all(type(count) is int and count > 0 for count in counts)
-    if wrong or settings["order"] not in ORDERS or settings["statistics_dtype"] not in ("float32", "float64"):
+    if wrong or settings["order"] not in ORDERS:
         raise ValueError("a setting of its provenance is out of range")

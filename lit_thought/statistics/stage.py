@@ -16,17 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
-from lit_thought.errors import ThoughtError, is_finite
+from lit_thought.errors import ThoughtError
 from lit_thought.model.blocks import Site
 from lit_thought.runs.runner import Observation
 from lit_thought.runs.streams import SitePatch
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.gains import solve_with_gains
-from lit_thought.solve.least_squares import COARSE_RIDGE, Prior, check_finite, check_rank, solve
+from lit_thought.solve.least_squares import COARSE_RIDGE, Prior, check_finite, solve
 from lit_thought.solve.rank import reduce_rank
 from lit_thought.solve.sums import Statistics, VectorStatistics
 from lit_thought.statistics.distributed import (
@@ -39,78 +39,11 @@ from lit_thought.statistics.distributed import (
 )
 
 __all__ = [
-    "PARTS",
-    "Defaults",
     "StageSettings",
     "StageSums",
-    "check_parts",
-    "check_solve_settings",
-    "site_defaults",
     "target_changes",
     "vector_inputs",
 ]
-
-PARTS = ("matrix", "vector")
-
-
-class Defaults(NamedTuple):
-    """Settings that depend on the sites: ρ, the weight of the output's tokens, the number of steps and their size η."""
-
-    preserve_weight: float
-    answer_weight: float
-    steps: int
-    step_size: float
-
-
-def site_defaults(sites: Sequence[str]) -> Defaults:
-    """What did best on held-back inputs of the word tasks (recipes/results/sweep*.md).
-
-    A vector cannot tell inputs apart: at mlp_in alone it has to come from the tokens that matter, preservation can only
-    shrink it, and it takes more than one step, since no block can undo what the others have added.
-    """
-    return Defaults(1.0, 100.0, 2, 0.5) if tuple(sites) == ("mlp_in",) else Defaults(3.0, 10.0, 1, 1.0)
-
-
-def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """What to solve for at each site.
-
-    Args:
-        parts: ``"matrix"``, ``"vector"`` or both; None for each site's own form: a matrix, and at mlp_in, where the
-            matrix corrects norm(m) but not m itself, a vector too.
-        sites: the sites of the fit.
-
-    Raises:
-        ThoughtError: for an unknown part, or for both at an output projection, where both explain the same error.
-    """
-    if parts is None:
-        return {site: PARTS if site == "mlp_in" else ("matrix",) for site in sites}
-    names = (parts,) if isinstance(parts, str) or not isinstance(parts, Iterable) else tuple(parts)
-    if not names or any(name not in PARTS for name in names) or len(set(names)) != len(names):
-        raise ThoughtError(
-            f"parts must name one or both of {list(PARTS)}, each once; got {list(names)!r}. "
-            "Leave it out for each site's own form."
-        )
-    outputs = [site for site in sites if site != "mlp_in"]
-    if len(names) == 2 and outputs:
-        raise ThoughtError(
-            f"parts={list(names)!r} with sites={list(sites)!r}: at {outputs[0]} a matrix and a vector explain the same "
-            "error. Choose one of them, or leave parts out."
-        )
-    return {site: tuple(name for name in PARTS if name in names) for site in sites}
-
-
-def check_solve_settings(ridge: Any, rank: Any, preserve_weight: Any, step_size: Any) -> None:
-    """Check what can be checked of a solve's settings without a model.
-
-    Raises:
-        ThoughtError: for one out of range.
-    """
-    check_rank(rank, 10**9)
-    for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
-        if not is_finite(value) or value < 0:
-            raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
-    if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
-        raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")
 
 
 @dataclass(frozen=True)
@@ -121,7 +54,6 @@ class StageSettings:
     ridge: float
     prior_weight: float
     step_size: float
-    dtype: torch.dtype
 
 
 class StageSums:
@@ -137,9 +69,9 @@ class StageSums:
     def __init__(self, site: Site, parts: Sequence[str], settings: StageSettings, name: str) -> None:
         self.site, self.settings, self.name = site, settings, name
         products = torch.float32 if settings.ridge >= COARSE_RIDGE else None
-        matrix = Statistics(site.d_in, site.d_out, settings.dtype, product_dtype=products)
+        matrix = Statistics(site.d_in, site.d_out, product_dtype=products)
         self.matrix = matrix if "matrix" in parts else None
-        self.vector = VectorStatistics(site.d_out, settings.dtype) if "vector" in parts else None
+        self.vector = VectorStatistics(site.d_out) if "vector" in parts else None
 
     def update(self, seen: Observation) -> None:
         """Add one batch's compared tokens."""

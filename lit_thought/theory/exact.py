@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, UnsupportedModelError
-from lit_thought.model.blocks import Block, check_indices, find_blocks
+from lit_thought.model.blocks import Block, find_blocks
 from lit_thought.model.calls import find_decoder, hidden_of, unwrapped
 from lit_thought.model.discovery import wider
 from lit_thought.model.layers import weight_of
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.prompts.template import PromptTemplate
+from lit_thought.settings import check_blocks
 
 __all__ = ["TokenPatches", "TokenRuns", "Trace", "apply_token_patches", "check_texts", "token_patches"]
 
@@ -229,7 +230,7 @@ class TokenRuns:
         self.model = model
         self.blocks = find_blocks(model)
         _check_blocks(self.blocks)
-        self.chosen = check_indices(blocks, len(self.blocks)) or list(range(len(self.blocks)))
+        self.chosen = check_blocks(blocks, len(self.blocks)) or list(range(len(self.blocks)))
         self.output = _check_output(output, self.blocks)
         check_texts(instruction, text, tokens)
         pair = _TEMPLATE.tokenise(tokenizer, instruction, text)

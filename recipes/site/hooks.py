@@ -132,9 +132,9 @@ def results_page() -> str:
 
 def recipe_of(path: Path) -> str | None:
     """The script whose name a page of figures begins with, the longest if there are several."""
-    names = [script.stem for script in (ROOT / "recipes").glob("*.py")]
-    fitting = [name for name in names if f"{path.stem}_".startswith(f"{name}_")]
-    return f"recipes/{max(fitting, key=len)}.py" if fitting else None
+    scripts = [script for script in (ROOT / "recipes").rglob("*.py") if script.with_suffix(".yaml").is_file()]
+    fitting = [script for script in scripts if f"{path.stem}_".startswith(f"{script.stem}_")]
+    return max(fitting, key=lambda script: len(script.stem)).relative_to(ROOT).as_posix() if fitting else None
 
 
 def linked_sources(home: Path) -> set[str]:

@@ -1,6 +1,6 @@
 """Draws the pictures of the page on concepts, into recipes/site/pages/pictures.
 
-    python recipes/site/pictures.py
+    python -m recipes.site.pictures
 
 Three are schematic: the two runs and their shared tokens, what a block adds to the residual stream, the order of a
 fit. Two show figures of recipes/results: which one change does how much, and what preservation and ridge trade. The

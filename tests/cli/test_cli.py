@@ -11,40 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import make_model, make_tokenizer
+from command_line import DEMONSTRATIONS, INPUTS, fit_arguments
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
 from lit_thought.errors import ThoughtError
-
-DEMONSTRATIONS = "Q: hot\nA: cold\nQ: big\nA: small\n"
-INPUTS = ["up", "good", "fox", "dog", "brown"]
-
-
-@pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a tiny model, a pairs file, a test file and an instruction file."""
-    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
-    make_model("llama").float().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"input": word, "output": "down"} for word in INPUTS]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "test.json").write_text(json.dumps(rows[:2]), encoding="utf-8")
-    (tmp_path / "instruction.txt").write_text(DEMONSTRATIONS, encoding="utf-8")
-    return tmp_path
-
-
-def fit_arguments(files: Path, out: str = "adapter") -> list[str]:
-    return [
-        "fit",
-        f"--model={files / 'model'}",
-        f"--pairs={files / 'pairs.jsonl'}",
-        f"--instruction_file={files / 'instruction.txt'}",
-        f"--out={files / out}",
-        "--rank=4",
-        "--preserve_tokens=300",
-        "--progress=false",
-    ]
 
 
 def test_fit_then_evaluate(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
-from test_files import limited, posix
+from models import make_model, make_tokenizer
+from system import limited, posix
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import COMMANDS, main

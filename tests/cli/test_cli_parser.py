@@ -9,15 +9,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 import lit_thought
 from lit_thought.cli import COMMANDS, main
 from lit_thought.cli.errors import EXIT_CODES
-from lit_thought.cli.parser import _settings, call, command_parser, positional
-from lit_thought.fit.api import transmute
+from lit_thought.cli.parser import call, command_parser, positional
 
 COMMON = ("config", "json", "quiet", "verbose", "traceback")
 
@@ -74,20 +73,6 @@ def test_version_names_what_results_depend_on(capsys: pytest.CaptureFixture[str]
 
 
 # --- flags --------------------------------------------------------------------------------------------------------
-
-
-def test_the_settings_of_fit_are_those_of_transmute() -> None:
-    stub, genuine = inspect.signature(_settings()).parameters, inspect.signature(transmute).parameters
-    hints = get_type_hints(transmute)
-    wanted = {name: one for name, one in genuine.items() if one.kind is one.KEYWORD_ONLY}
-    assert list(stub) == list(wanted)
-    assert len(stub) > 25
-    for name, one in stub.items():
-        assert (one.default, type(one.default)) == (wanted[name].default, type(wanted[name].default))
-        assert one.annotation == hints[name], name
-    assert inspect.getdoc(_settings()) == inspect.getdoc(transmute)
-    flags = parsed("fit", "--pairs=p", "--out=o")
-    assert {name: flags[name] for name in wanted} == {name: one.default for name, one in wanted.items()}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
+from fits import INSTRUCTION, PAIRS, TEXTS, Untouched, make_patch, mixed_model, readable, written
+from models import FAMILIES, make_model, make_tokenizer
 from scipy.special import log_softmax
-from test_fit import INSTRUCTION, PAIRS, TEXTS, Untouched, make_patch, mixed_model, readable, written
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_thought.errors import PatchError, ThoughtError

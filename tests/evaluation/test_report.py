@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from command_line import fit_arguments
 from hypothesis import given
 from hypothesis import strategies as st
 from report_run import ATTACK, INSTRUCTION, ITEMS, RESULT, SCRIPT, make_patch, make_run, write_evaluation
-from test_cli import files, fit_arguments  # noqa: F401  # a fixture
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
@@ -451,7 +451,7 @@ def test_the_card_gets_the_figures_once_and_keeps_its_reader_s_edits(tmp_path: P
     assert ThoughtPatch.load(run).rank == 3  # the folder is an adapter still
 
 
-def test_fit_evaluate_report(files: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_fit_evaluate_report(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*fit_arguments(files), f"--val_pairs={files / 'test.json'}"])
     adapter = files / "adapter"
     known = ThoughtPatch.load(adapter).provenance

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import visit
 from report_run import SCRIPT, make_run
 
 from lit_thought.evaluation.report import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
-_FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
-)
 _VIEWS = [(width, scheme) for width in (375, 1280) for scheme in ("light", "dark")]
 _HEADINGS = {
     *("Instruction as weights", "What was asked", "Results", "Samples", "Preservation", "The fit"),
@@ -40,41 +35,10 @@ return found;
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    program, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("no Chromium with its chromedriver on the path (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    running.get("about:blank")  # instead of the browser's own first page, which asks for things
-    yield running
-    running.quit()
-
-
-@pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("run") / "adapter")
     write_report(run)
     return run / "report.html"
-
-
-def visit(browser: Any, page: Path, width: int = 1280, scheme: str = "light") -> tuple[list[str], list[str]]:
-    """Open a page; returns its console messages and the addresses it asked for."""
-    for log in ("browser", "performance"):
-        browser.get_log(log)  # what was before
-    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(page.as_uri())
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [entry["message"] for entry in browser.get_log("browser")], asked
 
 
 def contrast(one: str, other: str) -> float:

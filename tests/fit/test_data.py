@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from test_fit import INSTRUCTION, PAIRS, readable
+from fits import INSTRUCTION, PAIRS, readable
+from models import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
 from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.loading import context_window
 from lit_thought.prompts.pairs import pair_instructions
 from lit_thought.prompts.template import PromptTemplate
@@ -43,34 +44,34 @@ def test_pair_overflows_the_context_window() -> None:
     pairs = [{"input": "hot", "output": "cold"}, {"input": "big", "output": "small" * 9}]
     data = PairDataModule(pairs, INSTRUCTION)
     longest = length(f"{INSTRUCTION}Q: big\nA: {pairs[1]['output']}\n")
-    data.check(window(longest), TOKENIZER)
+    data.tokenise(TOKENIZER, longest)
     with pytest.raises(ThoughtError, match=rf"pairs\[1\]: expected at most {longest - 1} tokens .*got {longest}, "):
-        data.check(window(longest - 1), TOKENIZER)
+        data.tokenise(TOKENIZER, longest - 1)
 
 
 def test_room_for_the_output_counts() -> None:
     pairs = [{"input": "hot", "output": "cold"}, {"input": "hot"}]
     data = PairDataModule(pairs, INSTRUCTION, max_new_tokens=50)
     prompt = length(f"{INSTRUCTION}Q: hot\nA:")
-    data.check(window(prompt + 50), TOKENIZER)
+    data.tokenise(TOKENIZER, prompt + 50)
     with pytest.raises(ThoughtError, match=rf"pairs\[1\]: expected at most {prompt + 49} .* and max_new_tokens=50,"):
-        data.check(window(prompt + 49), TOKENIZER)
-    PairDataModule(pairs[:1], INSTRUCTION, max_new_tokens=50).check(window(prompt + 49), TOKENIZER)
+        data.tokenise(TOKENIZER, prompt + 49)
+    PairDataModule(pairs[:1], INSTRUCTION, max_new_tokens=50).tokenise(TOKENIZER, prompt + 49)
 
 
 def test_instruction_alone_overflows() -> None:
     data = PairDataModule(PAIRS, words(60))
     with pytest.raises(ThoughtError, match=r"instruction: .*context window of 50 tokens, but it alone has 6"):
-        data.check(window(50), TOKENIZER)
+        data.tokenise(TOKENIZER, 50)
     with pytest.raises(ThoughtError, match=r"pairs\[0\]"):
-        data.check(window(65), TOKENIZER)  # it fits, but not with a query
+        data.tokenise(TOKENIZER, 65)  # it fits, but not with a query
 
 
 def test_an_output_that_comes_out_too_long_is_refused_too() -> None:
     model = window(60)
     data = PairDataModule([{"input": "hot"}], "bad\n", max_new_tokens=2, generate={"max_new_tokens": 70})
     with pytest.raises(ThoughtError, match=r"pairs\[0\]: expected at most 60"):
-        data.prepare(readable(model), TOKENIZER)
+        prepare_pairs(data, readable(model), TOKENIZER)
 
 
 def test_instructions() -> None:
@@ -90,7 +91,7 @@ def test_batches_hold_every_compared_token_once() -> None:
     data = PairDataModule(pairs, INSTRUCTION, batch_size=2, answer_weight=3.0)
     with pytest.raises(ThoughtError, match="no batches yet"):
         data.train_dataloader()
-    data.prepare(make_model(), TOKENIZER)
+    prepare_pairs(data, make_model(), TOKENIZER)
     assert data.outputs == [pair["output"] for pair in pairs]
     for pair, tokens in zip(pairs, data.tokenised, strict=True):
         chunk = pair.get("instruction", INSTRUCTION)
@@ -148,4 +149,4 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 def test_bad_options_of_generate(options: dict[str, Any], message: str) -> None:
     data = PairDataModule([{"input": "hot"}, {"input": "big"}], INSTRUCTION, generate=options, max_new_tokens=3)
     with pytest.raises(ThoughtError, match=message):
-        data.prepare(make_model(), TOKENIZER)
+        prepare_pairs(data, make_model(), TOKENIZER)

@@ -6,7 +6,7 @@ import csv
 import datetime
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
+from fits import (
+    INSTRUCTION,
+    PAIRS,
+    TEXTS,
+    TOKENIZER,
+    Untouched,
+    dense,
+    distance,
+    fail_at,
+    identical,
+    make_patch,
+    mixed_model,
+    readable,
+    tensors,
+    written,
+)
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from models import FAMILIES, make_model, make_tokenizer
 from peft import PeftModel
 from scipy.special import log_softmax
 from test_rank import dense as truncated
@@ -29,59 +45,28 @@ from lit_thought.errors import ThoughtError
 from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import evaluate
 from lit_thought.fit import callback
-from lit_thought.fit.api import fit, transmute
+from lit_thought.fit.api import transmute
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.model.blocks import SITES
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.prompts.unrelated import text_windows
 from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import SITES, check_parts
 from lit_thought.solve import sums as statistics
 from lit_thought.solve.factors import Factors
 from lit_thought.statistics import stage
-from lit_thought.statistics.stage import check_parts
-
-TOKENIZER = make_tokenizer()
-INSTRUCTION = "Q: good\nA: bad\nQ: up\nA: down\n"
-PAIRS = [
-    {"input": "hot", "output": "cold"},
-    {"input": "big", "output": "small"},
-    {"input": "brown fox", "output": "the lazy dog"},
-    {"input": "French", "output": "what is the capital"},
-    {"input": "quick", "output": "over"},
-]
-TEXTS = ["The quick brown fox jumps over the lazy dog; " * 4, "Always answer in French. You are a pirate. " * 4]
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-
-
-def readable(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the model write letters, spaces and newlines only, or end: random models write broken UTF-8 otherwise."""
-    words = {i: TOKENIZER.decode([i]) for i in range(len(TOKENIZER))}
-    letters = {i for i, word in words.items() if word.isascii() and word.replace(" ", "x").isalpha()}
-    allowed = {*letters, TOKENIZER.convert_tokens_to_ids("Ċ"), TOKENIZER.eos_token_id}
-    model.generation_config.suppress_tokens = [i for i in range(512) if i not in allowed]
-    return model
-
-
-def make_patch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast = TOKENIZER,
-    pairs: Sequence[dict[str, str]] = PAIRS,
-    instruction: str | None = INSTRUCTION,
-    **settings: Any,
-) -> ThoughtPatch:
-    usual = {"preserve": None, "rank": None, "ridge": 1e-2, "answer_weight": 1.0, "progress": False}
-    usual |= {"steps": 1, "step_size": 1.0}
-    return transmute(model, tokenizer, instruction, pairs, **{**usual, **settings})
 
 
 @torch.no_grad()
@@ -110,87 +95,6 @@ def divergence(
         for kept, got in ((before, plain), (after, patched)):
             kept.append((np.exp(wanted) * (wanted - got)).sum(-1))
     return float(np.concatenate(before).mean()), float(np.concatenate(after).mean())
-
-
-def dense(patch: ThoughtPatch) -> dict[str, Tensor]:
-    """Each target's ΔW, and its vector under the name of its bias."""
-    weights = {path: factors.delta(torch.float64) for path, factors in patch.factors.items()}
-    return {**weights, **{f"{path}.bias": vector.double() for path, vector in patch.vectors.items()}}
-
-
-def distance(one: ThoughtPatch, other: ThoughtPatch) -> float:
-    """Largest relative difference of any target's ΔW, in the Frobenius norm, or vector."""
-    mine, theirs = dense(one), dense(other)
-    assert mine.keys() == theirs.keys()
-    return max(float((mine[path] - theirs[path]).norm() / mine[path].norm()) for path in mine)
-
-
-def tensors(patch: ThoughtPatch) -> dict[str, Tensor]:
-    matrices = {(path, name): getattr(factors, name) for path, factors in patch.factors.items() for name in "AB"}
-    return {**{" ".join(key): value for key, value in matrices.items()}, **patch.vectors}
-
-
-def identical(one: ThoughtPatch, other: ThoughtPatch) -> bool:
-    mine, theirs = tensors(one), tensors(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
-
-
-class Untouched:
-    """What a fit must leave as it found it, taken when created and compared by :meth:`check`."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.before = self._state()
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "bits": {n: v.detach().contiguous().view(torch.uint8).clone() for n, v in self.model.state_dict().items()},
-            "places": {n: (p.data_ptr(), p.device, p.dtype) for n, p in self.model.named_parameters()},
-            "requires_grad": {n: p.requires_grad for n, p in self.model.named_parameters()},
-            "grad": {n for n, p in self.model.named_parameters() if p.grad is not None or p.is_inference()},
-            "training": {n: m.training for n, m in self.model.named_modules()},
-            "attributes": {n: sorted(vars(m)) for n, m in self.model.named_modules()},
-            "hooks": {
-                (n, kind): len(hooks)
-                for n, m in self.model.named_modules()
-                for kind, hooks in vars(m).items()
-                if kind.endswith("_hooks")
-            },
-            "generation_config": self.model.generation_config.to_dict(),
-            "config": self.model.config.to_dict(),
-        }
-
-    def check(self) -> None:
-        now = self._state()
-        assert now["bits"].keys() == self.before["bits"].keys()
-        assert all(torch.equal(value, self.before["bits"][name]) for name, value in now["bits"].items())
-        for key in now.keys() - {"bits"}:
-            assert now[key] == self.before[key], key
-        assert not any(now["hooks"].values())
-        assert not any("forward" in names for names in now["attributes"].values())
-
-
-def mixed_model(family: str = "gpt2", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """In train mode with dropout, but for one block; half of the parameters ask for gradients."""
-    model = make_model(family, dtype)
-    model.train()
-    next(module for name, module in model.named_modules() if name.endswith(".1")).eval()
-    for number, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(number % 2 == 0)
-    return model
-
-
-def fail_at(number: int, error: BaseException, genuine: Callable[..., Any]) -> Callable[..., Any]:
-    """``genuine``, but its ``number``-th call raises."""
-    calls: list[int] = []
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == number:
-            raise error
-        return genuine(*args, **kwargs)
-
-    return failing
 
 
 # --- what the patch does -----------------------------------------------------------------------------------
@@ -560,13 +464,11 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         "steps": 2,
         "step_size": 0.5,
         "pairs_per_step": 4,
-        "passes": 1,
         "rank": 3,
         "ridge": 0.1,
         "preserve_weight": 0.5,
         "preserve_tokens": 40,
         "preserve_file": None,
-        "statistics_dtype": "float64",
         "pairs": 6,
         "generated_outputs": 1,
         "generate": {},
@@ -621,12 +523,6 @@ def test_batches_and_order_do_not_matter(family: str, fixed: dict[str, Any]) -> 
         assert distance(patch, other) < 1e-6  # each block sees the float32 rounding of those before it
     assert left.padding_side == "left"
     assert distance(first(patch), first(make_patch(model, pairs=PAIRS[:-1], **fixed))) > 1e-2
-
-
-def test_float32_sums_are_close() -> None:
-    model = make_model()
-    patch, single = make_patch(model), make_patch(model, statistics_dtype="float32")
-    assert 0 < distance(patch, single) < 1e-3
 
 
 def test_the_model_may_be_in_train_mode() -> None:
@@ -888,7 +784,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
         (callback.StreamRunner, "finish", 2),
         (callback.StreamRunner, "observe", 5),
         (adapter, "save_file", 1),
-        (PairDataModule, "prepare", 1),
+        (PairDataModule, "complete", 1),
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError("pulled the plug"), KeyboardInterrupt("ctrl-c")])
@@ -931,25 +827,6 @@ def test_output_dir_holds_the_patch_at_the_end(tmp_path: Path) -> None:
 # --- generated outputs -------------------------------------------------------------------------------------
 
 
-def written(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, limit: int, special: bool = True
-) -> tuple[str, bool]:
-    """What the model writes after a prompt, one prompt at a time and without a cache; stops at a newline."""
-    ids = torch.tensor([tokenizer(prompt, add_special_tokens=special)["input_ids"]])
-    new: list[int] = []
-    for _ in range(limit):
-        output = model.generate(ids, max_new_tokens=1, do_sample=False, use_cache=False, pad_token_id=1)
-        token = int(output[0, -1])
-        if token == tokenizer.eos_token_id:
-            return tokenizer.decode(new).strip(), True
-        new.append(token)
-        ids = output
-        text = tokenizer.decode(new)
-        if special and "\n" in text.lstrip():
-            return text.lstrip().partition("\n")[0].strip(), True
-    return tokenizer.decode(new, skip_special_tokens=True).strip(), False
-
-
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_are_what_the_instructed_model_writes(family: str, bos: bool) -> None:
@@ -958,7 +835,7 @@ def test_outputs_are_what_the_instructed_model_writes(family: str, bos: bool) ->
     data = PairDataModule(
         [*({"input": text} for text in inputs), PAIRS[0]], INSTRUCTION, batch_size=4, max_new_tokens=7
     )
-    data.prepare(model, tokenizer)
+    prepare_pairs(data, model, tokenizer)
     ends = []
     for text, output, tokens in zip(inputs, data.outputs, data.tokenised, strict=False):
         wanted, finished = written(model, tokenizer, f"{INSTRUCTION}Q: {text}\nA:", 7)
@@ -974,7 +851,7 @@ def test_outputs_are_what_the_instructed_model_writes(family: str, bos: bool) ->
 def test_chat_outputs_are_what_the_instructed_model_writes() -> None:
     model = readable(make_model())
     data = PairDataModule([{"input": "hot"}, {"input": "the lazy dog"}], INSTRUCTION, "chat", max_new_tokens=7)
-    data.prepare(model, TOKENIZER)
+    prepare_pairs(data, model, TOKENIZER)
     for text, output in zip(("hot", "the lazy dog"), data.outputs, strict=True):
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
         prompt = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -988,7 +865,7 @@ def test_sampled_outputs_depend_on_the_seed_alone() -> None:
     def outputs(seed: int) -> list[str]:
         options = {"do_sample": True, "temperature": 1.5}
         data = PairDataModule(pairs, INSTRUCTION, max_new_tokens=6, generate=options, seed=seed)
-        data.prepare(model, TOKENIZER)
+        prepare_pairs(data, model, TOKENIZER)
         return data.outputs
 
     torch.manual_seed(5)

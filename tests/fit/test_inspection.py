@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
 from quantised import quantise_
 
 from lit_thought import transmute

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
 from families import make_family
+from models import FAMILIES, make_model, make_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,13 +21,13 @@ from lit_thought import ThoughtPatch, transmute
 from lit_thought.cli import main
 from lit_thought.errors import MemoryBudgetError, ThoughtError
 from lit_thought.fit import budget, callback
-from lit_thought.fit.api import fit
 from lit_thought.fit.budget import choose_place, free_disk, free_memory, room
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate, Load, estimate_bytes, estimate_seconds
+from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.model.blocks import SITES, find_blocks
+from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.template import PromptTemplate
@@ -35,6 +35,7 @@ from lit_thought.runs import storage
 from lit_thought.runs.runner import StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import SITES
 from lit_thought.solve.sums import Statistics
 
 TOKENIZER = make_tokenizer()
@@ -130,7 +131,7 @@ def test_the_patch_does_not_depend_on_the_place(family: str, settings: dict[str,
 
 def test_a_norm_after_the_projections(temporary: Path) -> None:
     model = make_family("gemma3_text")
-    wanted, found = (bits(make_patch(model, offload=place, passes=2)) for place in ("device", "disk"))
+    wanted, found = (bits(make_patch(model, offload=place)) for place in ("device", "disk"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -254,18 +255,17 @@ def test_on_disk_no_stream_stays_in_memory() -> None:
 
 
 def test_the_sums_take_what_is_said() -> None:
-    """While there are few tokens these, then Z and C, against the tensors of the statistics; in both dtypes."""
+    """While there are few tokens these, then Z and C, against the tensors of the statistics."""
     model = make_model()
     blocks = find_blocks(model)
     site, stages = blocks[0].sites["mlp_out"], stages_of(blocks, BOTH)
     for tokens in (10, 100):
-        for dtype in (torch.float64, torch.float32):
-            stats = Statistics(site.d_in, site.d_out, dtype)
-            stats.update(torch.randn(tokens, site.d_in), torch.randn(tokens, site.d_out))
-            size = sum(x.numel() * x.element_size() for x in stats.to_tensors().values() if x.ndim == 2)
-            found = estimate_bytes(model, blocks, stages, Load.typical(tokens, 0), tokens, dtype)
-            assert found.statistics_bytes == size
-            assert found.widest == ("mlp_out", site.d_in)
+        stats = Statistics(site.d_in, site.d_out)
+        stats.update(torch.randn(tokens, site.d_in), torch.randn(tokens, site.d_out))
+        size = sum(x.numel() * x.element_size() for x in stats.to_tensors().values() if x.ndim == 2)
+        found = estimate_bytes(model, blocks, stages, Load.typical(tokens, 0), tokens)
+        assert found.statistics_bytes == size
+        assert found.widest == ("mlp_out", site.d_in)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_a_fit_that_cannot_fit_is_refused_before_any_forward(
     assert ("at least" in text) == missing
     for part in ("streams of", "keys and values", "widest site (mlp_out, 48 inputs)", "its solve", "memory_budget"):
         assert part in text
-    assert ('statistics_dtype="float32"' in text) == ("offload" not in settings)
+    assert ("fewer pairs or sites with fewer inputs" in text) == ("offload" not in settings)
     assert ("a smaller chunk" in text) == ("offload" in settings)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from fits import INSTRUCTION, TEXTS, distance, identical, readable
+from models import make_model, make_tokenizer
 from scipy.special import log_softmax
 from support import State
-from test_fit import INSTRUCTION, TEXTS, distance, identical, readable
 from torch import Tensor
 
 from lit_thought.cli import main
@@ -347,4 +347,4 @@ def test_command_line_prints_the_candidates(tmp_path: Path, capsys: pytest.Captu
     assert "Chosen on 4 of 10 pairs" in printed
     assert "scale 1.2" in printed
     record = ThoughtPatch.load("adapter").provenance["selection"]
-    assert record["names"] == ["ridge", "scale", "blocks"]
+    assert record["names"] == ["blocks", "scale", "ridge"]

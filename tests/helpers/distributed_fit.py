@@ -21,9 +21,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from conftest import make_model, make_tokenizer
 from families import make_family
 from lightning.pytorch import Callback, LightningModule, Trainer
+from models import make_model, make_tokenizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,7 +90,7 @@ FITS: dict[str, dict[str, Any]] = {
         "model": ("gemma3_text", "float64", False),
         "pairs": PAIRS,
         "shuffled": {"batch_size": 2},
-        "thought": {"passes": 2, "rank": 4, "blocks": [0, 1]},
+        "thought": {"rank": 4, "blocks": [0, 1]},
     },
     "float32": {
         "model": ("llama", "float32", False),

@@ -16,10 +16,10 @@ from typing import Any
 import distributed_fit as base
 import torch
 import torch.distributed as dist
-from conftest import _SMALL, make_model, make_tokenizer
 from families import make_family
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from models import SMALL, make_model, make_tokenizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -64,7 +64,7 @@ def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
     if family in ("odd", "deep"):
         sizes = {"intermediate_size": 49, "vocab_size": 511} if family == "odd" else {"num_hidden_layers": 5}
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**{**_SMALL, **sizes})).to(dtype).eval()
+        return LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes})).to(dtype).eval()
     return make_model(family, dtype) if family in ("llama", "gpt2") else make_family(family, dtype)
 
 

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, __version__, transmute
 from lit_thought.files import atomic_file
-from lit_thought.model.blocks import JOINT, SITES, Block
+from lit_thought.model.blocks import JOINT, Block
 from lit_thought.prompts.alignment import TokenisedPair
+from lit_thought.settings import SITES
 
 TEMPLATE = "{input}{output}"
 

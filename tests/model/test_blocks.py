@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
 from families import make_family
+from models import FAMILIES, make_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import ThoughtError, UnsupportedModelError
-from lit_thought.model.blocks import SITES, check_sites, find_blocks
+from lit_thought.model.blocks import find_blocks
 from lit_thought.model.calls import find_decoder
 from lit_thought.model.layers import weight_of
+from lit_thought.settings import SITES, check_sites
 
 
 @pytest.mark.parametrize("family", FAMILIES)

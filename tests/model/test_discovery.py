@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 from families import make_family
+from fits import Untouched
 from quantised import QuantLinear, quantise_
-from test_fit import Untouched
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, UnsupportedModelError
-from lit_thought.model.blocks import JOINT, SITES, Block, Site, find_blocks, require_site
+from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
 from lit_thought.model.discovery import channel_gain
 from lit_thought.model.layers import weight_of
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import Reading, Stream
+from lit_thought.settings import SITES
 
 IDS = [7, 300, 41, 12, 9]
 
@@ -168,7 +169,6 @@ def test_roles(family: str) -> None:
         assert (JOINT in block.sites) == block.parallel
         assert (block.output_norm is not None) == (family in NORMED)
         assert (block.mlp_norm is not None) == bool(block.firsts)
-        assert (block.like is not None) == (family in ("gpt_neo", "gptj", "falcon", "bloom"))
         for name, site in block.sites.items():
             assert (site.name, site.d_out) == (name, 32)
             assert (site.gain is not None) == (family in NORMED)

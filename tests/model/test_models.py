@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
+from models import FAMILIES, make_model, make_tokenizer
 from quantised import quantise_
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from models import make_model
 from quantised import KINDS, dequantise_, packed_bytes, packed_linear, quantise_
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
 from huggingface_hub import ModelCard
+from models import FAMILIES, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_patch import IDS, make_patch, make_vectors, output_projections

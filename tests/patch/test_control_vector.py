@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model
 from families import make_family
+from models import FAMILIES, make_model
 from test_patch import IDS, make_patch
 from torch import Tensor
 from transformers import PreTrainedModel

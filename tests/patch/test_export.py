@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
 from families import make_family
+from models import FAMILIES, make_model, make_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_adapter import logits_of

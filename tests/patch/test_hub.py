@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from hub_server import Hub, Repo, running_hub
 from huggingface_hub import ModelCard, constants
+from models import make_model, make_tokenizer
 from report_run import make_run
 from safetensors.torch import load_file
 from support import Task
@@ -23,8 +23,9 @@ from test_patch import make_patch
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.patch.card import public_name, with_metadata, with_results
+from lit_thought.patch.card import with_metadata, with_results
 from lit_thought.patch.hub import adapter_folder, push_adapter
+from lit_thought.patch.provenance import public_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own uploads
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "thought.json"]
@@ -85,7 +86,7 @@ def connect(self, address):
     return genuine(self, address)
 socket.socket.connect = connect
 import torch
-from conftest import make_model
+from models import make_model
 from peft import PeftModel
 from lit_thought import ThoughtPatch
 
@@ -107,7 +108,7 @@ def test_another_process_and_peft_read_what_was_pushed(hub: Hub, patch: ThoughtP
     hub.repos["me/it"].commit({"adapter_model.bin": b"a pickle", "code.py": b"raise SystemExit"})
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1] / "helpers")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ThoughtPatch(model='tiny'")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from models import FAMILIES, make_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

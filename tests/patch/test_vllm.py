@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from models import make_model
 from test_patch import make_patch
 
 from lit_thought.errors import PatchError

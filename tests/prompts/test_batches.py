@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lit_thought.errors import ThoughtError

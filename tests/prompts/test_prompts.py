@@ -7,9 +7,9 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from conftest import CORPUS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import CORPUS, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

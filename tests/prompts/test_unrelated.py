@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CORPUS, make_tokenizer
+from models import CORPUS, make_tokenizer
 
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.unrelated import load_texts, text_windows

@@ -1,21 +1,23 @@
-"""The baseline of recipes/distillation.py: its loss, its tokens, its teacher, its student."""
+"""The baseline of recipes/studies/distillation.py: its loss, its tokens, its teacher, its student."""
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from support import State
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-from benchmark_baselines import order, soonest, summary
-from distillation import (
+from lit_thought import PairDataModule
+from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.fit.preparing import prepare_pairs
+from lit_thought.prompts.alignment import TokenisedPair
+from recipes.speed.benchmark_baselines import order, soonest, summary
+from recipes.studies.distillation import (
     HeldOut,
     distil,
     distillation_loss,
@@ -24,11 +26,6 @@ from distillation import (
     teach,
     with_lora,
 )
-
-from lit_thought import PairDataModule
-from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation
-from lit_thought.prompts.alignment import TokenisedPair
 
 INSTRUCTION = "Q: hot\nA: cold\nQ: big\nA: small\n"
 PAIRS = [
@@ -43,7 +40,7 @@ TEMPLATE = "Q: {input}\nA: {output}\n"
 @pytest.fixture
 def data(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PairDataModule:
     data = PairDataModule(PAIRS, INSTRUCTION, TEMPLATE, batch_size=2)
-    data.prepare(llama, tokenizer)
+    prepare_pairs(data, llama, tokenizer)
     return data
 
 
@@ -91,7 +88,7 @@ def test_tokens_are_those_that_a_fit_makes_heavier(data: PairDataModule, llama: 
 def test_teacher_and_student_see_what_whole_prompts_give(family: str, batch_size: int) -> None:
     model, tokenizer = make_model(family), make_tokenizer()
     data = PairDataModule(PAIRS, INSTRUCTION, TEMPLATE)
-    data.prepare(model, tokenizer)
+    prepare_pairs(data, model, tokenizer)
     examples = teach(model, data.tokenised, batch_size)
     with torch.no_grad():
         got = student_logits(model, examples).log_softmax(-1)
@@ -201,7 +198,8 @@ def test_held_out_figures_are_those_of_the_evaluation(
 
 def test_pairs_without_output_are_left_out(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     data = PairDataModule([*PAIRS, {"input": "France"}], INSTRUCTION, TEMPLATE)
-    prompts = data.check(llama, tokenizer)
+    data.tokenise(tokenizer, 256)
+    prompts = data.tokenised
     assert len(teach(llama, prompts)) == len(PAIRS)
     with pytest.raises(ThoughtError, match="pairs: expected at least one with an output"):
         teach(llama, prompts[-1:])

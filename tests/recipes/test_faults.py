@@ -10,16 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import seeded_fit
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import faults  # noqa: E402
-from tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer  # noqa: E402
-
-from lit_thought import ThoughtPatch, transmute  # noqa: E402
-from lit_thought.files import _HOST, atomic_folder  # noqa: E402
+from lit_thought.files import _HOST, atomic_folder
+from recipes.robustness import faults
+from recipes.robustness.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults strike forked copies of the process")
 
@@ -96,32 +92,14 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_n
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, "out"])
 
 
-SCRIPT = """
-import sys
-sys.path[:0] = {paths!r}
-from test_faults import seeded
-seeded().save_adapter({out!r})
-"""
-
-
-def seeded() -> ThoughtPatch:
-    """A patch from sampled outputs."""
-    options = {"do_sample": True, "temperature": 1.5}
-    pairs = [{"input": pair["input"]} for pair in PAIRS]
-    common = {"rank": 2, "preserve": TEXTS, "max_new_tokens": 6, "progress": False, "seed": 7, "generate": options}
-    return transmute(tiny_model(), tiny_tokenizer(), INSTRUCTION, pairs, **common)  # type: ignore[arg-type]
-
-
 def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [str(ROOT / "tests"), str(ROOT / "recipes"), str(ROOT)]
-    script = SCRIPT.format(paths=paths, out=str(tmp_path / "one"))
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment = {**os.environ, **threads, "LIT_THOUGHT_CACHE": str(tmp_path / "cache one")}
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, seeded_fit.__file__, str(tmp_path / "one")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache two"))
-    seeded().save_adapter(tmp_path / "two")
+    seeded_fit.seeded().save_adapter(tmp_path / "two")
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     assert len(one) > 1_000

@@ -1,11 +1,10 @@
 """Malformed input of every kind ends in the library's own error, or does no harm, and leaves no file behind.
 
-A smaller number of the cases of recipes/scorecard.py, other ones, and values that hypothesis makes up.
+A smaller number of the cases of recipes/robustness/scorecard.py, other ones, and values that hypothesis makes up.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,18 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import mutations  # noqa: E402
-from fuzz_inputs import TOKENIZER  # noqa: E402
-from fuzzing import Kind, Reached, fuzz  # noqa: E402
-from scorecard import KINDS  # noqa: E402
-
-from lit_thought import PromptTemplate, transmute  # noqa: E402
-from lit_thought.errors import ThoughtError  # noqa: E402
-from lit_thought.patch.provenance import check_provenance  # noqa: E402
-from lit_thought.prompts.pairs import load_pairs  # noqa: E402
+from lit_thought import PromptTemplate, transmute
+from lit_thought.errors import ThoughtError
+from lit_thought.patch.provenance import check_provenance
+from lit_thought.prompts.pairs import load_pairs
+from recipes.robustness import mutations
+from recipes.robustness.fuzz_inputs import TOKENIZER
+from recipes.robustness.fuzzing import Kind, Reached, fuzz
+from recipes.robustness.scorecard import KINDS
 
 CASES = dict.fromkeys(KINDS, 110) | {"configs": 15, "unfinished fits": 30, "preservation caches": 40}
 CASES |= {"adapter folders": 80, "adapter folders with vectors": 60, "evaluations": 60}

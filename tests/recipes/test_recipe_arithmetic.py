@@ -11,20 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
 from lit_thought import load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import arithmetic_model  # noqa: E402
-from accuracy_by_step import step_table  # noqa: E402
-from arithmetic import (  # noqa: E402
+from recipes.harness import ROOT
+from recipes.studies.accuracy_by_step import step_table
+from recipes.tasks import arithmetic_model
+from recipes.tasks.arithmetic import (
     arithmetic,
     choose,
     instructed_texts,
@@ -34,7 +31,7 @@ from arithmetic import (  # noqa: E402
     right_when_instructed,
     verdict,
 )
-from arithmetic_model import (  # noqa: E402
+from recipes.tasks.arithmetic_model import (
     OPERATIONS,
     TEMPLATE,
     WORDINGS,
@@ -58,7 +55,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(cache: Path, *arguments: str) -> tuple[str, dict[str, Any], str]:
     out = cache / "out"
-    command = [sys.executable, "recipes/arithmetic.py", "--config=recipes/arithmetic.yaml", f"--out={out}"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.tasks.arithmetic",
+        "--config=recipes/tasks/arithmetic.yaml",
+        f"--out={out}",
+    ]
     command += [f"--training.{name}={value}" for name, value in SMALL.items()]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(cache / "cache")}
     done = subprocess.run(
@@ -92,7 +95,7 @@ def test_arithmetic(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert {len(history) for one in record["history"].values() for history in one.values()} == {3}
     assert list(record["history"]["sum"]) == ["mlp_in", "matrix", "vector"]
     assert (cache / "out.svg").read_text(encoding="utf-8").startswith("<?xml")
-    assert page.startswith("`python recipes/arithmetic.py --config recipes/arithmetic.yaml`")
+    assert page.startswith("`python -m recipes.tasks.arithmetic --config recipes/tasks/arithmetic.yaml`")
     assert "(out.svg)" in page
     assert "the bar of 0.95 is" in page
 

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from baselines import mixed_up, table  # noqa: E402
+from recipes.harness import ROOT
+from recipes.studies.baselines import mixed_up, table
 
 METHODS = [
     "thought vector",
@@ -33,7 +31,7 @@ def test_baselines(tmp_path: Path) -> None:
     make_model("llama").float().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     out = tmp_path / "baselines"
-    command = [sys.executable, "recipes/baselines.py", "--config=recipes/baselines.yaml"]
+    command = [sys.executable, "-m", "recipes.studies.baselines", "--config=recipes/studies/baselines.yaml"]
     command += [f"--model={tmp_path / 'model'}", "--tasks=[common_words/antonym]", "--fit=6", "--test=3", "--rank=4"]
     command += ["--steps=2", "--max_new_tokens=3", f"--out={out}"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}

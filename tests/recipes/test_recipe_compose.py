@@ -12,18 +12,16 @@ from typing import Any, cast
 import numpy
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from compose import SCALED, WAYS, distance, fit_after, follows, instructions, measure  # noqa: E402
-from system_prompt import Divergence, Task, prepare  # noqa: E402
+from recipes.harness import ROOT
+from recipes.tasks import compose
+from recipes.tasks.compose import SCALED, WAYS, distance, fit_after, follows, instructions, measure
+from recipes.tasks.system_prompt import Divergence, Task, prepare
 
 
 def make_tasks(model: Any, tokenizer: Any, *keys: str) -> dict[str, Task]:
@@ -37,7 +35,13 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     make_model("llama").float().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     out = folder / "compose"
-    command = [sys.executable, "recipes/compose.py", "--config=recipes/compose.yaml", f"--model={folder / 'model'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.tasks.compose",
+        "--config=recipes/tasks/compose.yaml",
+        f"--model={folder / 'model'}",
+    ]
     command += ["--fit=6", "--test=4", "--rank=4", "--max_new_tokens=3", "--scales=[0,1,2]", "--unrelated_windows=1"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(folder / "cache")}
     done = subprocess.run(
@@ -46,7 +50,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| A + B | the two patches added |" in done.stdout
     page = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert page.startswith("`python recipes/compose.py --config recipes/compose.yaml` on model; settings: ")
+    assert page.startswith("`python -m recipes.tasks.compose --config recipes/tasks/compose.yaml` on model; settings: ")
     assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
     assert str(folder) not in page
     return json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
@@ -147,8 +151,8 @@ def test_a_fit_after_another_is_of_the_patched_model(monkeypatch: pytest.MonkeyP
         assert Path(settings["cache_dir"]).is_dir(), "statistics of the changed model must not stay in the cache"
         return ThoughtPatch({path: two}, {"fingerprint": fingerprint(model)})
 
-    monkeypatch.setattr("compose.answer", stub_answer)
-    monkeypatch.setattr("compose.fit_patch", stub_fit)
+    monkeypatch.setattr(compose, "answer", stub_answer)
+    monkeypatch.setattr(compose, "fit_patch", stub_fit)
     task = Task("B", "Be brief.", frozenset(), ["hot"], cast(Any, None), [], Divergence([], []))
     after = fit_after(model, tokenizer, before, task, {"fit": 1, "max_new_tokens": 3})
     for weight in seen:

@@ -13,19 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation, output_batches
 from lit_thought.runs.generate import Generation, generate
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import document_tables as tables  # noqa: E402
-import self_study  # noqa: E402
-from document import TEMPLATE, VARIANTS, answer_logits, check, document, mean_interval, token_f1  # noqa: E402
-from self_study import Document, contains, coverage, keep_questions, load_document, sentences  # noqa: E402
+from recipes.harness import ROOT
+from recipes.tasks import document_tables as tables
+from recipes.tasks import self_study
+from recipes.tasks.document import TEMPLATE, VARIANTS, answer_logits, check, document, mean_interval, token_f1
+from recipes.tasks.self_study import Document, contains, coverage, keep_questions, load_document, sentences
 
 PASSAGE = "Oz is a land. Its queen is Ada."
 QUESTIONS = ["Who rules Oz?", "What is Oz?", "Who is Ada?", "Is Oz a land?", "Is Ada a queen?", "Where is Ada?"]
@@ -49,8 +46,9 @@ def test_document(config: str, tmp_path: Path) -> None:
     out = tmp_path / "result"
     command = [
         sys.executable,
-        "recipes/document.py",
-        f"--config=recipes/{config}.yaml",
+        "-m",
+        "recipes.tasks.document",
+        f"--config=recipes/tasks/{config}.yaml",
         f"--model={tmp_path / 'model'}",
         f"--documents=[{tmp_path / 'oz.json'}]",
         "--source=given",
@@ -81,14 +79,14 @@ def test_document(config: str, tmp_path: Path) -> None:
     assert runs["two sampled answers to each question"]["pairs"] == 10
     assert len({run["output_kl"]["patched"] for run in runs.values()}) == len(runs), "the changes must reach the fit"
     page = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert page.startswith("`python recipes/document.py` on model, commit ")
+    assert page.startswith("`python -m recipes.tasks.document` on model, commit ")
     assert "| oz, answer weight 1 |" in page
     assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
 
 
 @pytest.mark.parametrize("config", ["document", "document_variants"])
 def test_configs_ask_for_what_there_is(config: str) -> None:
-    values = yaml.safe_load((ROOT / f"recipes/{config}.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load((ROOT / f"recipes/tasks/{config}.yaml").read_text(encoding="utf-8"))
     parts = {argument: values[argument] for argument in ("curved", "analysed")}
     chosen = check(values["documents"], parts, values["variants"], values["source"])
     assert [own.name for own in chosen] == values["documents"]

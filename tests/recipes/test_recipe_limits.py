@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from limits import FORMS, demonstrations  # noqa: E402
+from recipes.harness import ROOT
+from recipes.studies.limits import FORMS, demonstrations
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -23,7 +21,13 @@ def test_limits(tmp_path: Path) -> None:
     town["questions"] = [{"input": text, "outputs": ["hill"]} for text in ("Who?", "Where?", "When?")]
     (tmp_path / "town.json").write_text(json.dumps(town), encoding="utf-8")
     out = tmp_path / "limits"
-    command = [sys.executable, "recipes/limits.py", "--config=recipes/limits.yaml", f"--model={tmp_path / 'model'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.studies.limits",
+        "--config=recipes/studies/limits.yaml",
+        f"--model={tmp_path / 'model'}",
+    ]
     command += [f"--document={tmp_path / 'town.json'}", f"--out={out}"]
     command += ["--shots=3", "--fit=4", "--test=3", "--rank=4", "--document_rank=4", "--max_new_tokens=3"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}

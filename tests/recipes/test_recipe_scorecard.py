@@ -11,22 +11,27 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_settings import all_exist
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from faults import FAULTS, Outcome  # noqa: E402
-from fuzzing import Tally  # noqa: E402
-from junit import Case  # noqa: E402
-from scorecard import KINDS, scorecard, serving_lines, table, verdict, version_lines  # noqa: E402
+from recipes.harness import ROOT
+from recipes.robustness.faults import FAULTS, Outcome
+from recipes.robustness.fuzzing import Tally
+from recipes.robustness.junit import Case
+from recipes.robustness.scorecard import KINDS, scorecard, serving_lines, table, verdict, version_lines
 
 
 def test_scorecard(tmp_path: Path) -> None:
     cases = json.dumps({"templates": 30, "unfinished fits": 5})
-    command = [sys.executable, "recipes/scorecard.py", "--config=recipes/scorecard.yaml", f"--cases={cases}"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.robustness.scorecard",
+        "--config=recipes/robustness/scorecard.yaml",
+        f"--cases={cases}",
+    ]
     command += ["--faults=[forward raises,file size limit]", f"--out={tmp_path / 'scorecard'}"]
     command += [
-        "--serving={a hash: [tests/test_checksum.py::test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names]}"
+        "--serving={a hash: [tests/test_tensor_files.py::test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names]}"
     ]
     command += [f"--versions={tmp_path / 'none.json'}"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
@@ -37,7 +42,7 @@ def test_scorecard(tmp_path: Path) -> None:
     assert {fault["fault"] for fault in record["faults"]} == {"forward raises", "file size limit"}
     assert all(fault["fine"] for fault in record["faults"])
     page = (tmp_path / "scorecard.md").read_text()
-    assert page.startswith("`python recipes/scorecard.py")
+    assert page.startswith("`python -m recipes.robustness.scorecard")
     assert "| a hash | verified | 1 | 0 | 0 |" in page
     assert "Not run." in page.partition("## Versions")[2]
     assert [case["end"] for case in record["serving"]["a hash"]] == ["passed"]
@@ -46,21 +51,11 @@ def test_scorecard(tmp_path: Path) -> None:
 
 
 def test_the_config_names_every_kind_and_fault_and_enough_cases() -> None:
-    config = yaml.safe_load((ROOT / "recipes" / "scorecard.yaml").read_text())
+    config = yaml.safe_load((ROOT / "recipes/robustness/scorecard.yaml").read_text())
     assert set(config["cases"]) == set(KINDS)
     assert set(config["faults"]) == set(FAULTS)
     assert sum(config["cases"].values()) >= 10_000
     assert all(all_exist(tests) for tests in config["serving"].values())
-
-
-def all_exist(tests: list[str]) -> bool:
-    """Whether there are such files, with such tests in them."""
-    for test in tests:
-        file, _, name = test.partition("::")
-        text = (ROOT / file).read_text()
-        if name and f"\ndef {name.partition('[')[0]}(" not in text:
-            return False
-    return True
 
 
 def test_what_was_not_run_is_not_verified() -> None:
@@ -119,9 +114,9 @@ def test_the_page_counts_and_names_what_went_wrong() -> None:
 @pytest.mark.parametrize("arguments", [["--cases={pears: 3}", "--faults=[]"], ["--faults=[flood]", "--cases={}"]])
 def test_unknown_names_are_refused(arguments: list[str]) -> None:
     from jsonargparse import auto_cli
-    from scorecard import main
 
     from lit_thought.errors import ThoughtError
+    from recipes.robustness.scorecard import main
 
     with pytest.raises(ThoughtError, match="expected some of"):
         auto_cli(main, as_positional=False, args=[*arguments, "--serving={}", "--out=unused"])

@@ -12,18 +12,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 
 from lit_thought.errors import ThoughtError
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import system_prompt_rules as rules  # noqa: E402
-import tasks  # noqa: E402
-from system_prompt import (  # noqa: E402
+from recipes import harness as tasks
+from recipes.harness import ROOT
+from recipes.tasks import system_prompt_rules as rules
+from recipes.tasks.system_prompt import (
     VARIANTS,
     Divergence,
     Task,
@@ -42,7 +39,7 @@ def test_system_prompt(tmp_path: Path) -> None:
     make_model("llama").float().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     out = tmp_path / "prompts"
-    command = [sys.executable, "recipes/system_prompt.py", "--config=recipes/system_prompt.yaml"]
+    command = [sys.executable, "-m", "recipes.tasks.system_prompt", "--config=recipes/tasks/system_prompt.yaml"]
     command += [
         f"--model={tmp_path / 'model'}",
         "--instructions=[pirate,refuse,poet]",

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
 from families import make_family
+from models import make_tokenizer
 
 from lit_thought.errors import ThoughtError
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from translation import KINDS, LANGUAGES, load_translations, page, plainly, scores, translation  # noqa: E402
+from recipes.harness import ROOT
+from recipes.tasks.translation import KINDS, LANGUAGES, load_translations, page, plainly, scores, translation
 
 DATA = ROOT / "recipes/data/translation"
 
@@ -29,7 +26,7 @@ def test_translation(tmp_path: Path) -> None:
     make_family("gemma3_text").save_pretrained(tmp_path / "model")
     make_tokenizer(bos=True).save_pretrained(tmp_path / "model")
     out = tmp_path / "translation"
-    command = [sys.executable, "recipes/translation.py", "--config=recipes/translation.yaml"]
+    command = [sys.executable, "-m", "recipes.tasks.translation", "--config=recipes/tasks/translation.yaml"]
     command += [f"--model={tmp_path / 'model'}", "--languages=[french,german]", "--kinds=[words]", "--seeds=[0,1]"]
     command += ["--shots=3", "--fit=4", "--test=3", "--rank=4", "--max_new_tokens=3", "--unrelated_windows=1"]
     command += ["--step_methods=[both]", "--steps=2", "--pairs_per_step=2", "--step_test=2", "--samples=1"]
@@ -57,7 +54,9 @@ def test_translation(tmp_path: Path) -> None:
     assert [entry["step"] for entry in history] == [0, 1, 2]
     assert history[2]["output_kl"] < history[0]["output_kl"]
     text = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert text.startswith("`python recipes/translation.py --config recipes/translation.yaml` on model; settings: ")
+    assert text.startswith(
+        "`python -m recipes.tasks.translation --config recipes/tasks/translation.yaml` on model; settings: "
+    )
     assert "| French, words | 6 | " in text
     assert str(tmp_path) not in text
     assert out.with_suffix(".svg").is_file()

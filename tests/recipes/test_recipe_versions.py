@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from recipe_settings import all_exist
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from junit import Case, read_report, run_tests  # noqa: E402
-from test_recipe_scorecard import all_exist  # noqa: E402
-from versions import counts, environment, main, named_combinations, stated_minima, table, versions_in  # noqa: E402
-
-from lit_thought.errors import ThoughtError  # noqa: E402
+from lit_thought.errors import ThoughtError
+from recipes.harness import ROOT
+from recipes.robustness.junit import Case, read_report, run_tests
+from recipes.robustness.versions import counts, environment, main, named_combinations, stated_minima, table, versions_in
 
 PROJECT = '[project]\ndependencies = ["one>=1.2,<3", "two[extra]>=0.4", "three", "four==5"]\n'
 REPORT = """<?xml version="1.0"?><testsuites><testsuite>
@@ -99,7 +95,7 @@ def test_an_environment_has_its_own_versions_before_those_of_the_running_one(tmp
 
 
 def test_the_selection_is_of_tests_that_there_are() -> None:
-    config = yaml.safe_load((ROOT / "recipes" / "versions.yaml").read_text())
+    config = yaml.safe_load((ROOT / "recipes/robustness/versions.yaml").read_text())
     assert all_exist(config["tests"])
     assert set(config["packages"]) <= set(stated_minima((ROOT / "pyproject.toml").read_text()))
 

@@ -10,52 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
+from recipe_settings import ELSEWHERE, REDUCED, SCRIPTS
 
-ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-REDUCED = {
-    "quickstart": ["--test=2"],
-    "word_tasks": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3"],
-    "word_tasks_gemma": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3"],
-    "word_tasks_auto": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--test=2", "--fit=8", "--max_new_tokens=3"],
-    "moe": ["--tasks=[common_words/antonym]", "--experts=4", "--test=2", "--fit=4", "--max_new_tokens=3"],
-    "sweep": ["--tasks=[common_words/antonym]", "--seeds=[0]", "--preserve_weights=[1.0]", "--ridges=[0.01,0.1]"],
-    "benchmark_fit": ["--pairs=[4]", "--chunks=[20]", "--chunk_pairs=3", "--repeats=1"],
-    "benchmark_processes": ["--pairs=4", "--repeats=1"],
-    "benchmark_baselines": [
-        "--tasks=[function_vectors/present-past]",
-        "--pairs=[4,400]",
-        "--learning_rates=[0.0001,0.01]",
-        "--every=5",
-        "--max_steps=12",
-        "--max_times=1000",
-        "--test=3",
-        "--max_new_tokens=3",
-        "--repeats=1",
-    ],
-    "benchmark_inference": ["--chunks=[10,100]", "--batches=[1,2]", "--new_tokens=3", "--repeats=2"],
-    "theory": ["--tasks=[common_words/antonym]", "--tokens=20", "--fit=4", "--test=2", "--max_new_tokens=3"],
-    "accuracy_by_step": ["--steps=2", "--pairs_per_step=2", "--fit=4", "--test=2", "--max_new_tokens=3"],
-    "edit_fact": [
-        "--landmarks=3",
-        "--blocks=[1,2]",
-        "--edit_blocks=[0,2]",
-        "--unrelated_windows=1",
-        "--samples=1",
-    ],
-}
+from recipes.harness import ROOT
 
-
-SCRIPTS = {"word_tasks_gemma": "word_tasks", "word_tasks_auto": "word_tasks", "document_variants": "document"}
-"""Configs of another recipe's script."""
-
-ELSEWHERE = {
-    *("arithmetic", "baselines", "compose", "document", "document_variants", "limits"),
-    *("preservation_file", "scorecard", "system_prompt", "translation", "versions"),
-}
-"""Recipes with a test in another file."""
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +30,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(name: str, tiny: Path, *arguments: str, model: str = "model") -> str:
-    script = SCRIPTS.get(name, name)
-    command = [sys.executable, f"recipes/{script}.py", f"--config=recipes/{name}.yaml", f"--model={tiny / model}"]
+    (config,) = (path for path in RECIPES if path.stem == name)
+    folder = config.parent.name
+    script = ["recipes/quickstart.py"] if folder == "recipes" else ["-m", f"recipes.{folder}.{SCRIPTS.get(name, name)}"]
+    command = [sys.executable, *script, f"--config={config}", f"--model={tiny / model}"]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tiny / "cache")}
     done = subprocess.run(
         [*command, *REDUCED[name], *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -117,8 +80,8 @@ def test_word_tasks_with_settings_chosen(tiny: Path) -> None:
 
 def test_words_left_out_have_answers_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from tasks import Split
-    from word_tasks import _left_out
+    from recipes.harness import Split
+    from recipes.tasks.word_tasks import _left_out
 
     tokenizer = make_tokenizer()
     monkeypatch.setattr("lit_thought.fit.data.PairDataModule.write", lambda *_: [(0, "cold", True)])
@@ -143,8 +106,7 @@ def test_moe(tiny: Path) -> None:
 
 
 def test_upcycling_without_noise_leaves_the_model_what_it_is() -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from moe import upcycle
+    from recipes.studies.moe import upcycle
 
     dense = make_model("llama").float()
     sparse = upcycle(dense, experts=4, experts_per_token=2, noise=0.0, seed=0)
@@ -211,12 +173,9 @@ def test_benchmark_inference(tiny: Path) -> None:
 
 
 def test_every_way_to_ask_is_answered_as_the_whole_prompt_is() -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from benchmark_inference import Case, measure, with_adapter, write
-
-    from lit_thought.patch.patch import ThoughtPatch
+    from lit_thought.patch.patch import Factors, ThoughtPatch
     from lit_thought.runs.streams import lead_cache
-    from lit_thought.solve.factors import Factors
+    from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
 
     lm, ids = make_model("llama").float(), list(range(5, 35))
     target = "model.layers.1.mlp.down_proj"
@@ -286,8 +245,7 @@ def test_edited_fact_is_tested_on_other_wordings_and_landmarks() -> None:
 
 
 def test_splits_share_nothing() -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from tasks import SIX_TASKS, load_split
+    from recipes.harness import SIX_TASKS, load_split
 
     for task in SIX_TASKS:
         split = load_split(task, 1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
+from models import FAMILIES, make_model, make_tokenizer
 from transformers import LogitsProcessor, PreTrainedModel
 
 from lit_thought.errors import ThoughtError

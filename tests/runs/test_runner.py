@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
 from test_streams import first_linears, install, layer_at
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_thought.model.blocks import JOINT, SITES, Block, find_blocks
+from lit_thought.model.blocks import JOINT, Block, find_blocks
 from lit_thought.model.calls import find_layers
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import make_batches, pad
@@ -29,6 +29,7 @@ from lit_thought.runs.runner import StreamRunner, stages_of
 from lit_thought.runs.storage import Place as StoragePlace
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch, Stream
+from lit_thought.settings import SITES
 from lit_thought.solve.factors import Factors
 
 WORDS = [("hot", "cold"), ("big", "small"), ("the capital of France?", None), ("up", "down"), ("good", "a bad fox")]
@@ -611,12 +612,8 @@ class Reference(BruteForce):
                 found[block, site] = Sight(inputs, outputs, factors, residual)
         return entrances, found
 
-    def see(self, block: int, site: str, since: Mapping[tuple[int, str], SitePatch] | None = None) -> list[Tensor]:
-        """a, δ, the shift, weights and γ of a stage's compared tokens.
-
-        ``since``: the patches before the first pass; δ and the shift are as if the site's patch were still theirs, but
-        with the γ that the plain run has now.
-        """
+    def see(self, block: int, site: str) -> list[Tensor]:
+        """a, δ, the shift, weights and γ of a stage's compared tokens."""
         columns: list[list[Tensor]] = [[], [], [], [], []]
         for plain, (goals, wanted), matches in self.comparisons:
             here, there = [p for p, _, _ in matches], [q for _, q, _ in matches]
@@ -625,17 +622,7 @@ class Reference(BruteForce):
                 forced = {index: (here, goals[index][there]) for index in range(1, block + 1)}
             _, seen = self.sights(self.changed, plain, forced)
             sight = seen[block, site]
-            residual = sight.residual
-            if since is not None:
-                (part,) = self.places[block][site].parts
-                gain = 1 if part.norm is None else scale_of(self.module(self.model, block, part.norm))
-                before, z = since.get((block, site), SitePatch()), sight.inputs[0]
-                with torch.no_grad():
-                    y = self.module(self.model, block, part.path)(z)
-                y = y if before.matrix is None else y + before.matrix(z)
-                y = y if before.vector is None else y + before.vector
-                residual = residual + gain * sight.factors[0] * (y - sight.outputs[0])
-            error = wanted[block, site].residual[there] - residual[here]
+            error = wanted[block, site].residual[there] - sight.residual[here]
             weights = torch.tensor([weight for _, _, weight in matches], dtype=torch.float64)
             for column, values in zip(
                 columns, (sight.a[here], error, error, weights, sight.factors[-1][here]), strict=True
@@ -647,15 +634,14 @@ class Reference(BruteForce):
 def walk(
     family: str,
     sites: Sequence[str],
-    stages: Sequence[tuple[int, str, int]],
+    stages: Sequence[tuple[int, str]],
     parts: str = "matrix",
     order: str = "sequential",
-    passes: int = 1,
     started: bool = False,
 ) -> None:
     """Go through the expected stages with arbitrary patches, each compared with brute force.
 
-    ``parts``: which part the patches have; with ``passes``, the reference can tell only one of them at a time.
+    ``parts``: which part the patches have.
     """
     pairs = make_pairs()[:3]
     reference = Reference(family, pairs, order)
@@ -670,18 +656,16 @@ def walk(
         matrix = Factors(random(2, d_in), random(32, 2)) if parts != "vector" else None
         return SitePatch(matrix, random(32) if parts != "matrix" else None)
 
-    start = {(block, site): patch(block, site) for block, site, turn in stages if turn == 0} if started else {}
+    start = {(block, site): patch(block, site) for block, site in stages} if started else {}
     reference.install(start)
     batches = make_batches(pairs, 2, 0, "right", answer_weight=ANSWER_WEIGHT)
-    runner = StreamRunner(model, blocks, sites, order, start=start, passes=passes)  # type: ignore[arg-type]
+    runner = StreamRunner(model, blocks, sites, order, start=start)  # type: ignore[arg-type]
     assert [tuple(stage) for stage in runner.stages] == list(stages)
-    for block, site, turn in stages:
+    for block, site in stages:
         assert (runner.block.index, runner.site) == (block, site)
         seen = [runner.observe(batch) for batch in batches]
-        wanted = reference.see(block, site, start if turn else None)
+        wanted = reference.see(block, site)
         columns = [torch.cat([getattr(o, name) for o in seen]) for name in ("a", "delta", "shift", "weights")]
-        if turn:  # each part of a patch is put back into its own error only
-            columns[1] = columns[2] = columns[1 if parts == "matrix" else 2]
         Sums.of(*columns).assert_equal(Sums.of(*wanted[:4]), tol)
         scales = [o.scale if o.scale is not None else torch.ones(len(o.weights), 1) for o in seen]
         found, expected = moments(torch.cat(scales), columns[3]), moments(wanted[4], wanted[3])
@@ -697,8 +681,8 @@ def moments(scale: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([(weights.double() * scale.double().flatten() ** k).sum() for k in range(1, 4)])
 
 
-def each(blocks: Sequence[int], sites: Sequence[str], passes: int = 1) -> list[tuple[int, str, int]]:
-    return [(block, site, turn) for block in blocks for site in sites for turn in range(passes)]
+def each(blocks: Sequence[int], sites: Sequence[str]) -> list[tuple[int, str]]:
+    return [(block, site) for block in blocks for site in sites]
 
 
 BOTH = ("attn_out", "mlp_out")
@@ -712,23 +696,13 @@ def test_sites_behind_norms_and_factors_equal_brute_force(family: str, parts: st
     walk(family, BOTH, each(range(len(PLACES[family])), BOTH), parts, order)
 
 
-@pytest.mark.parametrize("parts", ["matrix", "vector"])
-@pytest.mark.parametrize("started", [False, True], ids=["from nothing", "from patches"])
-@pytest.mark.parametrize("family", ["gemma2", "hyperclovax", "olmo2"])
-def test_a_second_pass_replaces_the_first_ones_patch_and_keeps_its_gain(family: str, started: bool, parts: str) -> None:
-    """From the second pass on, δ is as if the passes before had not been, but for the γ, which is read with them."""
-    walk(family, BOTH, each(range(len(PLACES[family])), BOTH, 3), parts, passes=3, started=started)
-
-
-def test_passes_are_for_sites_behind_norms() -> None:
-    for family, sites, expected in (
-        ("llama", SITES, each(range(3), SITES)),
-        ("phi", BOTH, each(range(3), (JOINT,))),
-        ("granite", BOTH, each(range(3), BOTH)),
-        ("gemma2", ("mlp_out",), each((1, 3), ("mlp_out",), 2)),
+def test_a_fit_goes_through_the_sites_of_the_chosen_blocks() -> None:
+    for family, sites, chosen, expected in (
+        ("llama", SITES, None, each(range(3), SITES)),
+        ("phi", BOTH, None, each(range(3), (JOINT,))),
+        ("gemma2", ("mlp_out",), (1, 3), each((1, 3), ("mlp_out",))),
     ):
-        chosen = (1, 3) if family == "gemma2" else None
-        assert stages_of(find_blocks(make_family(family)), sites, chosen, passes=2) == expected
+        assert stages_of(find_blocks(make_family(family)), sites, chosen) == expected
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["from nothing", "from patches"])
@@ -751,8 +725,8 @@ def test_one_projection_of_a_parallel_block(family: str, site: str) -> None:
     ("family", "sites", "stages"),
     [
         ("mixtral", BOTH, each(range(3), ("attn_out",))),
-        ("qwen3_moe", BOTH, [(0, "attn_out", 0), *each((1,), BOTH), *each((2, 3), ("attn_out",))]),
-        ("qwen3_moe", ("mlp_out",), [(1, "mlp_out", 0)]),  # the others are only passed through
+        ("qwen3_moe", BOTH, [(0, "attn_out"), *each((1,), BOTH), *each((2, 3), ("attn_out",))]),
+        ("qwen3_moe", ("mlp_out",), [(1, "mlp_out")]),  # the others are only passed through
         ("qwen2_moe", BOTH, each(range(4), BOTH)),
         ("qwen2_moe", ("mlp_out",), each(range(4), ("mlp_out",))),
     ],

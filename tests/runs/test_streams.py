@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from models import FAMILIES, make_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_thought.model.blocks import SITES, Block, find_blocks
+from lit_thought.model.blocks import Block, find_blocks
+from lit_thought.model.calls import cache_arguments
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import SitePatch, Stream, TokenBatch, forward_inputs, lead_cache
+from lit_thought.settings import SITES
 from lit_thought.solve.factors import Factors
 
 LEAD = [5, 17, 300, 8, 9, 44]
@@ -381,7 +383,7 @@ def test_lead_cache_continues_as_the_full_forward(family: str) -> None:
         cache = lead_cache(model, LEAD + LEAD)
         assert cache.get_seq_length() == 2 * len(LEAD)
         tokens = pad([ROWS[0]], 0, "right")
-        logits = model(**forward_inputs(tokens, 2 * len(LEAD)), past_key_values=cache).logits[0]
+        logits = model(**forward_inputs(tokens, 2 * len(LEAD)), **cache_arguments(model, cache)).logits[0]
     assert_same(logits, Reference(model, LEAD + LEAD + ROWS[0]).logits[2 * len(LEAD) :])
 
 

@@ -10,7 +10,8 @@ import scipy.linalg
 import torch
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.solve.least_squares import DUAL, Prior, Solution, check_rank, solve
+from lit_thought.settings import check_rank
+from lit_thought.solve.least_squares import DUAL, Prior, Solution, solve
 from lit_thought.solve.sums import Statistics
 
 D_IN, D_OUT = 24, 10

@@ -12,10 +12,10 @@ from typing import Any
 import distributed_fit as script
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from distributed_fit import difference
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
+from models import make_model, make_tokenizer
 from torch import Tensor
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch

@@ -12,10 +12,10 @@ import distributed_fit as base
 import fsdp_fit as script
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from distributed_fit import difference
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
+from models import make_model, make_tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

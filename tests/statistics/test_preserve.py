@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from models import FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import ThoughtError
-from lit_thought.model.blocks import SITES, find_blocks
+from lit_thought.model.blocks import find_blocks
+from lit_thought.settings import SITES
 from lit_thought.statistics.preserve import Preservation, default_cache_dir, preservation
 
 WINDOWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [30, 31], [5, 5, 90, 91, 92], [77, 3, 77, 3]]

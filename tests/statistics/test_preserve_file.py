@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -424,7 +424,12 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
 
 
 def test_recipe(files: Path) -> None:
-    command = [sys.executable, "recipes/preservation_file.py", "--config=recipes/preservation_file.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.studies.preservation_file",
+        "--config=recipes/studies/preservation_file.yaml",
+    ]
     command += [f"--model={files / 'model'}", f"--out={files / 'result'}", "--tasks=[common_words/antonym]"]
     command += ["--file_ranks=[8,null]", "--preserve_tokens=300", "--rank=4", "--fit=4", "--test=2"]
     done = subprocess.run(

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from families import make_family
+from fits import INSTRUCTION, PAIRS, TEXTS, distance, identical
+from models import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_fit import INSTRUCTION, PAIRS, TEXTS, distance, identical
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.fit.api import fit
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.model.blocks import find_blocks
 from lit_thought.patch.patch import ThoughtPatch
@@ -154,12 +154,12 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     "sequential": (make_model, {}),
     "few tokens": (make_model, {"pairs": PAIRS[:1], "tokenizer": make_tokenizer()}),
     "full rank, no preservation": (make_model, {"rank": None, "preserve": None}),
-    "share of the energy, float32 sums": (make_model, {"rank": 0.8, "statistics_dtype": "float32"}),
+    "share of the energy": (make_model, {"rank": 0.8}),
     "steps": (make_model, {"steps": 3, "step_size": 0.5, "pairs_per_step": 2}),
     "all sites of GPT-2": (lambda: make_model("gpt2"), {"sites": ["attn_out", "mlp_in", "mlp_out"]}),
     "the paper's": (make_model, {"sites": ["mlp_in"], "order": "teacher-forced"}),
     "vectors": (make_model, {"parts": "vector", "steps": 2, "blocks": [0, 2]}),
-    "norms, passes": (lambda: make_family("gemma2", torch.float64), {"passes": 2}),
+    "norms": (lambda: make_family("gemma2", torch.float64), {}),
     "norms, vectors": (lambda: make_family("gemma2", torch.float64), {"parts": "vector", "steps": 2}),
     "parallel": (lambda: make_family("gpt_neox", torch.float64), {"order": "teacher-forced"}),
 }
@@ -189,7 +189,6 @@ def test_a_stage_is_read_as_it_was_written() -> None:
     fitted(model, sites=["mlp_out"], parts="vector", steps=2)
     saved, sites = reread(), [block.sites["mlp_out"] for block in find_blocks(model)]
     assert [(head.block, head.site) for head in saved.heads] == [(i, "mlp_out") for i in range(len(sites))]
-    assert saved.manifest.settings["statistics_dtype"] == "float64"
     assert {
         "model",
         "revision",
@@ -245,7 +244,6 @@ COUPLED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = 
     "two sites": (make_model, {"sites": None}, "a block's second site"),
     "steps": (make_model, {"steps": 2}, "several steps"),
     "no BOS": (make_model, {"tokenizer": make_tokenizer()}, r"5 tokens of the plain runs .* no BOS"),
-    "passes": (lambda: make_family("gemma2", torch.float64), {"passes": 2, "blocks": [1]}, "2 passes"),
 }
 
 
@@ -411,7 +409,6 @@ def replace_settings(saved: SavedStatistics, **settings: Any) -> SavedStatistics
         ({"blocks": [0, 2]}, "settings: blocks"),
         ({"preserve_tokens": 30}, "preservation is"),
         ({"model": make_model(seed=1)}, "fingerprint"),
-        ({"statistics_dtype": "float32"}, "settings: statistics_dtype"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from models import make_model
 from test_rank import dense
 from test_solve import Problem
 from torch import Tensor
@@ -17,11 +17,12 @@ from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.model.blocks import Site, find_blocks
 from lit_thought.runs.runner import Observation
 from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import check_parts
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
-from lit_thought.statistics.stage import StageSettings, StageSums, check_parts, target_changes
+from lit_thought.statistics.stage import StageSettings, StageSums, target_changes
 
-SETTINGS = StageSettings(rank=4, ridge=1e-2, prior_weight=0.7, step_size=1.0, dtype=torch.float64)
+SETTINGS = StageSettings(rank=4, ridge=1e-2, prior_weight=0.7, step_size=1.0)
 FEW, MANY = 9, 60  # tokens that are kept as rows, and tokens that are folded into sums
 
 

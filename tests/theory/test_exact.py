@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CORPUS, FAMILIES, make_model, make_tokenizer
 from families import make_family
+from models import CORPUS, FAMILIES, make_model, make_tokenizer
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
 from families import make_family
+from models import FAMILIES, make_model, make_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

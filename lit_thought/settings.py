@@ -1,0 +1,354 @@
+"""The settings of a fit, in one place: names, types, defaults, help and checks. Imports neither torch nor Lightning.
+
+``transmute(…)``, ``ThoughtCallback(…)`` and ``PairDataModule(…)`` take them by name, ``lit-thought fit`` as flags, a
+patch's provenance keeps those that it depends on, and ``"auto"`` chooses some: all of that derives from
+:class:`FitSettings`, where a new setting is a field and a line of the docstring.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+from lit_thought.errors import ThoughtError, check_counts, is_finite
+
+__all__ = [
+    "DEFAULT_SITES",
+    "ORDERS",
+    "PARTS",
+    "SITES",
+    "FitSettings",
+    "TextSource",
+    "check_blocks",
+    "check_parts",
+    "check_rank",
+    "check_sites",
+    "check_solve_settings",
+    "takes_settings",
+]
+
+SITES = ("attn_out", "mlp_in", "mlp_out")
+"""The sites in the order in which a block's forward pass reaches them."""
+
+DEFAULT_SITES = ("attn_out", "mlp_out")
+"""What is patched, where a block has it, when sites are left out."""
+
+PARTS = ("matrix", "vector")
+ORDERS = ("sequential", "teacher-forced")
+OFFLOAD = ("auto", "device", "cpu", "disk")
+
+TextSource = str | os.PathLike[str] | Sequence[str]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+_DATA = {"data": True}
+"""The data module takes it, not the callback."""
+_AUTO = {"auto": True}
+"""It can be ``"auto"``: chosen on pairs that are held back."""
+_PASSING = {"passing": True}
+"""The patch does not depend on it, or not on it alone; a patch's provenance does not keep it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """What a fit can be told, besides the model, the instruction, the pairs and the template.
+
+    Args:
+        sites: where to patch each block: attn_out, mlp_in (the paper's), mlp_out or several of them. A block that
+            lacks one goes without (mlp_out in a mixture of experts); left out, attn_out and mlp_out.
+        parts: what to solve for, matrix, vector or both; left out, a matrix, and at mlp_in a vector too.
+        blocks: indices of the blocks to patch; all when left out.
+        scale: what to multiply the patch by.
+        order: sequential (each block's plain run has been through the blocks patched so far) or teacher-forced (it
+            enters each block as the instructed run does).
+        steps: how often to go through the blocks, the patch so far in place; left out, 1, and 2 for mlp_in alone.
+        step_size: η in (0, 1], how much of each step's solution is added; left out, 1, and 0.5 for mlp_in alone.
+        pairs_per_step: pairs that a step is solved from, the next ones each time; all pairs when left out.
+        rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
+        ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
+        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
+            for mlp_in alone.
+        preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None; or a
+            .safetensors file of this model's preservation statistics, from lit-thought preserve.
+        preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 3,
+            and 1 for mlp_in alone.
+        preserve_tokens: most tokens of unrelated text to use; a file of statistics has its own.
+        generate: options of model.generate for outputs that are missing; greedy when left out.
+        max_new_tokens: longest output that the instructed model may write.
+        batch_size: pairs a batch; the patch does not depend on it.
+        seed: seed of the generated outputs, where they are sampled, and of which pairs "auto" holds back.
+        offload: where the streams are kept between uses: device (also False), cpu (main memory; also True), disk (a
+            temporary file) or auto, the first of them where they fit; the patch is the same.
+        memory_budget: GB that the fit may take besides the model; left out, 0.8 of what is free. A fit that cannot
+            keep to it is refused before it starts.
+        resume_dir: folder for the finished stages of this fit; interrupted, the same call goes on from there.
+        statistics_dir: folder to keep the statistics of every stage in, to solve again at other settings.
+        cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
+        store_instruction: keep the instruction in the patch's provenance, and so in adapter, statistics and report.
+            False keeps a salted hash of it, with which an evaluation checks the one that it is given, and no generated
+            outputs in resume_dir. The template is kept either way.
+
+    Raises:
+        ThoughtError: for a value out of range, naming the setting.
+    """
+
+    # what to patch
+    sites: Sequence[str] | None = None
+    parts: Sequence[str] | None = None
+    blocks: Literal["auto"] | Sequence[int] | None = field(default=None, metadata=_AUTO)
+    scale: float | Literal["auto"] = field(default=1.0, metadata=_AUTO | _PASSING)
+    # how to solve
+    order: Literal["sequential", "teacher-forced"] = "sequential"
+    steps: int | None = None
+    step_size: float | None = None
+    pairs_per_step: int | None = None
+    rank: int | float | Literal["auto"] | None = field(default=16, metadata=_AUTO)
+    ridge: float | Literal["auto"] = field(default=3e-2, metadata=_AUTO)
+    answer_weight: float | None = field(default=None, metadata=_DATA)
+    # what to preserve
+    preserve: TextSource | None = field(default="default", metadata=_PASSING)
+    preserve_weight: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
+    preserve_tokens: int = 12_000
+    # how to run
+    generate: Mapping[str, Any] | None = field(default=None, metadata=_DATA)
+    max_new_tokens: int = field(default=64, metadata=_DATA)
+    batch_size: int = field(default=32, metadata=_DATA | _PASSING)
+    seed: int = field(default=0, metadata=_DATA)
+    offload: Literal["auto", "device", "cpu", "disk"] | bool = field(default="auto", metadata=_PASSING)
+    memory_budget: float | None = field(default=None, metadata=_PASSING)
+    # what to keep
+    resume_dir: str | os.PathLike[str] | None = field(default=None, metadata=_PASSING)
+    statistics_dir: str | os.PathLike[str] | None = field(default=None, metadata=_PASSING)
+    cache_dir: str | os.PathLike[str] | None = field(default=None, metadata=_PASSING)
+    store_instruction: bool = field(default=True, metadata=_PASSING)
+
+    def __post_init__(self) -> None:
+        if self.sites is not None:
+            object.__setattr__(self, "sites", check_sites(self.sites))
+        check_parts(self.parts, self.sites or DEFAULT_SITES)
+        if self.blocks != "auto":
+            object.__setattr__(self, "blocks", check_blocks(self.blocks))
+        if self.scale != "auto" and not is_finite(self.scale):
+            raise ThoughtError(f'scale must be a finite number or "auto"; got {self.scale!r}.')
+        if self.order not in ORDERS:
+            raise ThoughtError(f"order must be one of {list(ORDERS)}; got {self.order!r}.")
+        counts = {"steps": self.steps, "pairs_per_step": self.pairs_per_step}
+        check_counts(**{name: value for name, value in counts.items() if value is not None})
+        by_site = {
+            name: value for name in ("preserve_weight", "step_size") if (value := getattr(self, name)) is not None
+        }
+        solved = {"ridge": self.ridge, "rank": self.rank, **by_site}
+        check_solve_settings(**{name: value for name, value in solved.items() if not _is_auto(value)})
+        weight = self.answer_weight
+        if weight is not None and not (is_finite(weight) and weight > 0):
+            raise ThoughtError(f"answer_weight must be a finite number above 0; got {weight!r}.")
+        if type(self.preserve_tokens) is not int or self.preserve_tokens < 2:
+            raise ThoughtError(f"preserve_tokens must be a whole number of 2 or more; got {self.preserve_tokens!r}.")
+        self._check_generate()
+        check_counts(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        place = {True: "cpu", False: "device"}[self.offload] if isinstance(self.offload, bool) else self.offload
+        if place not in OFFLOAD:
+            raise ThoughtError(
+                f"offload must be one of {list(OFFLOAD)}, True (cpu) or False (device); got {self.offload!r}."
+            )
+        object.__setattr__(self, "offload", place)
+        budget = self.memory_budget
+        if budget is not None and not (is_finite(budget) and 0 < budget < 1e9):
+            raise ThoughtError(f"memory_budget must be a number of GB above 0, or left out; got {budget!r}.")
+        if not isinstance(self.store_instruction, bool):
+            raise ThoughtError(f"store_instruction must be True or False; got {self.store_instruction!r}.")
+
+    def _check_generate(self) -> None:
+        if self.generate is not None and not isinstance(self.generate, Mapping):
+            raise ThoughtError(f"generate must be options of model.generate by name; got {self.generate!r:.60}.")
+        try:
+            json.dumps(self.generate, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ThoughtError(f"generate must hold JSON values only, for the patch's provenance ({error}).") from error
+
+    @classmethod
+    def names(cls, **where: bool) -> tuple[str, ...]:
+        """The names of all settings, or of those whose metadata say so: ``names(data=True)``, ``names(auto=True)``."""
+        return tuple(
+            one.name
+            for one in fields(cls)
+            if all(one.metadata.get(key, False) is value for key, value in where.items())
+        )
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """The settings that are to be chosen."""
+        return tuple(name for name in self.names(auto=True) if _is_auto(getattr(self, name)))
+
+    def options(self, **where: bool) -> dict[str, Any]:
+        """The settings by name, all or those that :meth:`names` selects."""
+        return {name: getattr(self, name) for name in self.names(**where)}
+
+    def settled(self) -> FitSettings:
+        """With what depends on the sites filled in.
+
+        What did best on held-back inputs of the word tasks (recipes/results/sweep*.md). A vector cannot tell inputs
+        apart: at mlp_in alone it has to come from the tokens that matter, preservation can only shrink it, and it takes
+        more than one step, since no block can undo what the others have added.
+        """
+        alone = tuple(self.sites or DEFAULT_SITES) == ("mlp_in",)
+        steps, step_size, preserve_weight, answer_weight = (2, 0.5, 1.0, 100.0) if alone else (1, 1.0, 3.0, 10.0)
+        return replace(
+            self,
+            steps=steps if self.steps is None else self.steps,
+            step_size=step_size if self.step_size is None else self.step_size,
+            preserve_weight=preserve_weight if self.preserve_weight is None else self.preserve_weight,
+            answer_weight=answer_weight if self.answer_weight is None else self.answer_weight,
+        )
+
+
+def takes_settings(**where: bool) -> Callable[[_Function], _Function]:
+    """A decorator: the ``**settings`` of a function are :class:`FitSettings`' own, as signature and checks go.
+
+    Args:
+        where: which of them, as for :meth:`FitSettings.names`.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        known = FitSettings.names(**where)
+        own = inspect.signature(function)
+        options = next(one.name for one in own.parameters.values() if one.kind is one.VAR_KEYWORD)
+
+        def called(*args: Any, **given: Any) -> Any:
+            for name in given.keys() - own.parameters.keys() - set(known):
+                near = difflib.get_close_matches(name, [*own.parameters, *known], 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}.{hint}")
+            return function(*args, **given)
+
+        parameters = [one for one in own.parameters.values() if one.name != options]
+        more = [
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+            for one in fields(FitSettings)
+            if one.name in known
+        ]
+        called.__signature__ = own.replace(parameters=[*parameters, *more])  # type: ignore[attr-defined]
+        for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+            setattr(called, name, getattr(function, name))
+        return called  # type: ignore[return-value]
+
+    return decorate
+
+
+def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
+    """Return ``sites`` in forward order.
+
+    Raises:
+        ThoughtError: when ``sites`` is empty, repeats a site or names one that does not exist.
+    """
+    names = _listed(sites)
+    if not names or any(name not in SITES for name in names) or len(set(names)) != len(names):
+        raise ThoughtError(
+            f"sites must name one or more of {list(SITES)}, each once; got {list(names)!r}. "
+            "Leave it out for the default, attn_out and mlp_out wherever a block has them."
+        )
+    return tuple(name for name in SITES if name in names)
+
+
+def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What to solve for at each site.
+
+    Args:
+        parts: ``"matrix"``, ``"vector"`` or both; None for each site's own form: a matrix, and at mlp_in, where the
+            matrix corrects norm(m) but not m itself, a vector too.
+        sites: the sites of the fit.
+
+    Raises:
+        ThoughtError: for an unknown part, or for both at an output projection, where both explain the same error.
+    """
+    if parts is None:
+        return {site: PARTS if site == "mlp_in" else ("matrix",) for site in sites}
+    names = _listed(parts)
+    if not names or any(name not in PARTS for name in names) or len(set(names)) != len(names):
+        raise ThoughtError(
+            f"parts must name one or both of {list(PARTS)}, each once; got {list(names)!r}. "
+            "Leave it out for each site's own form."
+        )
+    outputs = [site for site in sites if site != "mlp_in"]
+    if len(names) == 2 and outputs:
+        raise ThoughtError(
+            f"parts={list(names)!r} with sites={list(sites)!r}: at {outputs[0]} a matrix and a vector explain the same "
+            "error. Choose one of them, or leave parts out."
+        )
+    return {site: tuple(name for name in PARTS if name in names) for site in sites}
+
+
+def check_blocks(blocks: Sequence[int] | None, count: int | None = None) -> list[int] | None:
+    """Return indices of blocks in ascending order, or None for all of them.
+
+    Args:
+        blocks: indices from 0 on, each once, or None.
+        count: how many blocks the model has, where that is known.
+
+    Raises:
+        ThoughtError: for anything else, or an index the model does not have.
+    """
+    if blocks is None:
+        return None
+    chosen = list(blocks) if isinstance(blocks, Iterable) else []
+    if not chosen or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in chosen):
+        raise ThoughtError(
+            f"blocks must be indices of blocks, from 0 on; got {blocks!r}. Leave it out for all of them."
+        )
+    if len(set(chosen)) != len(chosen):
+        raise ThoughtError(f"blocks must name each block once; got {chosen!r}.")
+    if count is not None and max(chosen) >= count:
+        raise ThoughtError(f"blocks: the model has blocks 0 to {count - 1}; got {max(chosen)}.")
+    return sorted(chosen)
+
+
+def check_rank(rank: int | float | None, limit: int) -> None:
+    """Check a rank setting.
+
+    Args:
+        rank: an int in 1..limit, a fraction of explained energy in (0, 1), or None for full rank.
+        limit: the largest rank that the layers allow, min(d_in, d_out).
+
+    Raises:
+        ThoughtError: for anything else.
+    """
+    if rank is None:
+        return
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if whole and not 1 <= rank <= limit:
+        raise ThoughtError(
+            f"rank must be between 1 and {limit}, the largest rank these layers allow; got {rank}. "
+            "Use None for full rank."
+        )
+    if not whole and not (isinstance(rank, float) and 0 < rank < 1):
+        raise ThoughtError(
+            f"rank must be an integer, a fraction of explained energy between 0 and 1, or None; got {rank!r}."
+        )
+
+
+def check_solve_settings(ridge: Any = 0.0, rank: Any = None, preserve_weight: Any = 0.0, step_size: Any = 1.0) -> None:
+    """Check what can be checked of a solve's settings without a model.
+
+    Raises:
+        ThoughtError: for one out of range.
+    """
+    check_rank(rank, 10**9)
+    for name, value in (("ridge", ridge), ("preserve_weight", preserve_weight)):
+        if not is_finite(value) or value < 0:
+            raise ThoughtError(f"{name} must be a finite number ≥ 0; got {value!r}.")
+    if not (is_finite(step_size) and 0 < step_size <= 1):
+        raise ThoughtError(f"step_size must be above 0 and at most 1; got {step_size!r}.")
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
+
+
+def _listed(names: Any) -> tuple[Any, ...]:
+    """One name, or several."""
+    return (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)

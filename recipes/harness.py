@@ -1,0 +1,273 @@
+"""What the recipes share: word tasks, a model with one of them, unrelated text, tables, figures and result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lit_thought.evaluation.intervals import paired_difference
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought import PairDataModule, ThoughtPatch, transmute
+from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
+from lit_thought.files import atomic_file
+from lit_thought.fit.provenance import versions
+from lit_thought.prompts.pairs import load_pairs
+from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.solve.intervals import wilson
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout."""
+DATA = ROOT / "recipes" / "data"
+SIX_TASKS = (
+    "common_words/country-capital",
+    "common_words/antonym",
+    "common_words/english-french",
+    "function_vectors/singular-plural",
+    "function_vectors/present-past",
+    "function_vectors/capitalize",
+)
+TEMPLATE = "Q: {input}\nA: {output}\n"
+_ONE_STEP: dict[str, Any] = {"sites": ("mlp_in",), "steps": 1, "step_size": 1.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "both": {"sites": ("attn_out", "mlp_out")},
+    "auto": {
+        "sites": ("attn_out", "mlp_out"),
+        **dict.fromkeys(("ridge", "preserve_weight", "rank", "scale", "blocks"), "auto"),
+    },
+    "attn_out": {"sites": ("attn_out",)},
+    "mlp_out": {"sites": ("mlp_out",)},
+    "mlp_in": {"sites": ("mlp_in",)},
+    "matrix": {"sites": ("mlp_in",), "parts": ("matrix",)},
+    "vector": {"sites": ("mlp_in",), "parts": ("vector",)},
+    "mlp_in, 1 step": {**_ONE_STEP},
+    "matrix, 1 step": {**_ONE_STEP, "parts": ("matrix",)},
+    "vector, 1 step": {**_ONE_STEP, "parts": ("vector",)},
+    "mlp_in, teacher-forced": {**_ONE_STEP, "order": "teacher-forced"},
+    "mlp_in, blocks 15 to 29": {**_ONE_STEP, "blocks": tuple(range(15, 30))},
+    "mlp_in, block 20": {**_ONE_STEP, "blocks": (20,)},
+    "vector, block 20": {**_ONE_STEP, "blocks": (20,), "parts": ("vector",)},
+    "mlp_in, blocks 18 to 21": {**_ONE_STEP, "blocks": (18, 19, 20, 21)},
+    "mlp_in, 2 steps": {"sites": ("mlp_in",), "steps": 2, "step_size": 0.5},
+    "mlp_in, 3 batches": {"sites": ("mlp_in",), "steps": 3, "step_size": 0.5, "pairs_per_step": 10},
+    "mlp_in, 4 steps": {"sites": ("mlp_in",), "steps": 4, "step_size": 0.5},
+    "mlp_in, 4 short steps": {"sites": ("mlp_in",), "steps": 4, "step_size": 0.25},
+    "attn_out + mlp_in": {"sites": ("attn_out", "mlp_in"), "parts": ("matrix",)},
+    "all three": {"sites": ("attn_out", "mlp_in", "mlp_out"), "parts": ("matrix",)},
+}
+"""What the recipes compare, as arguments of ``transmute``: our default, the same with settings chosen on pairs held
+back, its sites alone, the paper's site with thought matrix and thought vector together and apart, variants of it."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a task, as pairs with outputs: those shown as demonstrations, those fitted, those tested."""
+
+    name: str
+    shown: list[dict[str, str]]
+    labelled: list[dict[str, str]]
+    test: list[dict[str, str]]
+
+    @property
+    def instruction(self) -> str:
+        """The demonstrations."""
+        return demonstrations(self.shown)
+
+    @property
+    def fit(self) -> list[dict[str, str]]:
+        """The pairs to fit without their outputs."""
+        return [{"input": pair["input"]} for pair in self.labelled]
+
+
+def load_split(task: str, seed: int, shots: int = 10, fit: int = 30, test: int = 100) -> Split:
+    """Shuffle a task with a seed: ``shots`` demonstrations, ``fit`` pairs to fit, up to ``test`` others.
+
+    Args:
+        task: a name below ``recipes/data`` or the path of a JSON, JSONL or CSV file of input/output pairs.
+        seed: seed of the shuffle.
+        shots: demonstrations in the instruction.
+        fit: pairs to fit on.
+        test: most pairs to test on.
+    """
+    path = DATA / f"{task}.json"
+    pairs = load_pairs(path if path.is_file() else task)
+    random.Random(seed).shuffle(pairs)
+    rest = pairs[shots:]
+    return Split(Path(task).stem, pairs[:shots], rest[:fit], rest[fit : fit + test])
+
+
+def demonstrations(pairs: Sequence[Mapping[str, str]], form: str = TEMPLATE) -> str:
+    """Pairs written in a form, one after the other."""
+    return "".join(form.replace("{input}", pair["input"]).replace("{output}", pair["output"]) for pair in pairs)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model and a split of a task: what is fitted and what is tested, with the same prompts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    split: Split
+    max_new_tokens: int = 12
+
+    def data(self, pairs: Sequence[Mapping[str, str]] | None = None, **options: Any) -> PairDataModule:
+        """The inputs to fit, or other pairs, behind the split's instruction."""
+        pairs = self.split.fit if pairs is None else pairs
+        return PairDataModule(pairs, self.split.instruction, TEMPLATE, max_new_tokens=self.max_new_tokens, **options)
+
+    def fit(self, pairs: Sequence[Mapping[str, str]] | None = None, **settings: Any) -> ThoughtPatch:
+        """The patch of the inputs to fit, or of other pairs; settings as ``transmute`` takes them."""
+        settings = {"max_new_tokens": self.max_new_tokens, "progress": False, **settings}
+        pairs = self.split.fit if pairs is None else pairs
+        return transmute(self.model, self.tokenizer, self.split.instruction, pairs, TEMPLATE, **settings)
+
+    def evaluation(self, pairs: Sequence[Mapping[str, str]] | None = None, **options: Any) -> Evaluation:
+        """The plain and the instructed run on the pairs to test, or on others, to score patches with."""
+        common = {"instruction": self.split.instruction, "template": TEMPLATE, "max_new_tokens": self.max_new_tokens}
+        pairs = self.split.test if pairs is None else pairs
+        return Evaluation(self.model, self.tokenizer, pairs=pairs, **{"progress": False, **common, **options})
+
+    def completed(self) -> list[dict[str, str]]:
+        """The inputs to fit, each with what the instructed model writes."""
+        data = self.data()
+        data.prepare(self.model, self.tokenizer)
+        return [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
+
+
+class Unrelated:
+    """The first windows, of 512 tokens each, of unrelated text, and the original model's perplexity on them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+        texts = load_texts("default", "evaluate", "unrelated")
+        self.windows: Sequence[Sequence[int]] = text_windows(tokenizer, texts, 512)[:count]
+        self.perplexity = unrelated_perplexity(model, self.windows)
+
+    def ratio(self, model: PreTrainedModel) -> float:
+        """The model's perplexity as it is now, against the original one."""
+        return unrelated_perplexity(model, self.windows) / self.perplexity
+
+
+def equal(items: Iterable[Mapping[str, str]], run: str, other: str = "reference") -> list[bool]:
+    """Of an evaluation's items, which outputs of a run are those of another, white space at their ends apart."""
+    return [item[run].strip() == item[other].strip() for item in items]
+
+
+def check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that stand for nothing.
+
+    Raises:
+        ThoughtError: A name is not among the known ones.
+    """
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ThoughtError(f"{argument}: expected some of {', '.join(known)}; got {unknown}; correct the names.")
+
+
+def shown(model: str | Path) -> str:
+    """A model's name for results: of a path on this machine the last part only."""
+    return Path(model).name if Path(model).exists() else str(model)
+
+
+# --- tables, figures, files ------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """A Markdown table; all but the first ``left`` columns are of numbers, and None is a dash."""
+    marks = ["---"] * left + ["---:"] * (len(head) - left)
+    lines = ["| " + " | ".join(map(str, head)) + " |", f"|{'|'.join(marks)}|"]
+    lines += ["| " + " | ".join("–" if cell is None else str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def one_line(text: str, longest: int) -> str:
+    """A text as a table takes it."""
+    return " ".join(text.split()).replace("|", "\\|")[:longest]
+
+
+def share(hits: Sequence[bool], digits: int = 2) -> str:
+    """A share with its 95 % interval (Wilson), for a table."""
+    low, high = wilson(sum(hits), len(hits))
+    return f"{sum(hits) / len(hits):.{digits}f} ({low:.2f} to {high:.2f})"
+
+
+def difference(after: Sequence[bool], before: Sequence[bool], digits: int = 2) -> str:
+    """The difference of two shares of the same items with its 95 % interval (Newcombe), for a table."""
+    value, low, high = paired_difference(after, before)
+    return f"{value:+.{digits}f} ({low:+.2f} to {high:+.2f})"
+
+
+def panels(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels side by side."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, **options)[0])
+
+
+def save_figure(figure: Figure, out: str | Path) -> None:
+    """Write a figure to ``out`` with the suffix .svg, the same bytes for the same figure."""
+    with rc_context({"svg.hashsalt": "lit_thought"}), atomic_file(Path(out).with_suffix(".svg")) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def write_results(script: str, out: str | Path, page: str, record: Mapping[str, Any]) -> None:
+    """Print a page, and write it and its record to ``out`` with the suffixes .md and .json.
+
+    Args:
+        script: the recipe's ``__file__``. The page begins with its command, and the record's model and settings.
+        out: path without suffix.
+        page: Markdown.
+        record: gets :func:`provenance`, which the page ends with, unless it has its own.
+    """
+    record = {**provenance(), **record}
+    module = ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
+    head = f"`python -m {module}`" + (f" on {record['model']}" if "model" in record else "")
+    head += f"; settings: `{json.dumps(record['settings'])}`" if "settings" in record else ""
+    packages = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    page = f"{head}\n\n{page.rstrip()}\n\nCommit {record['commit']}; {packages}.\n"
+    print(f"\n{page}", flush=True)
+    for suffix, content in ((".md", page), (".json", json.dumps(record, indent=1) + "\n")):
+        with atomic_file(Path(out).with_suffix(suffix)) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def provenance() -> dict[str, Any]:
+    """For a record: ``commit``, what git calls the checkout, or None without git, and ``versions``.
+
+    Changed files make it dirty, but for results, of which one recipe writes some after another.
+    """
+    commit = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)recipes/results")
+    return {"commit": f"{commit}-dirty" if commit and changed else commit, "versions": versions()}
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def repeated(cache: DynamicCache, size: int) -> DynamicCache:
+    """A KV cache of batch size 1 for a batch of so many, in the same memory; it is left as it is."""
+    shape = (size, -1, -1, -1)
+    return DynamicCache([(keys.expand(shape), values.expand(shape)) for keys, values, _ in cache])
+
+
+def machine(device: torch.device) -> str:
+    """What a time was measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}"

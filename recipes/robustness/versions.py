@@ -1,0 +1,180 @@
+"""Which versions of the libraries that it rests on lit_thought runs with: the oldest that it states, and the newest.
+
+    python -m recipes.robustness.versions --config recipes/robustness/versions.yaml
+
+For each combination a virtual environment is made, the named packages are installed there by pip, which also chooses
+what they need, and a selection of the tests is run. Everything else, torch above all, is taken from the environment
+that runs the recipe, so that a combination takes some megabytes instead of a gigabyte. The oldest versions are those
+in pyproject.toml, the newest those that pip finds.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jsonargparse import auto_cli
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from lit_thought.errors import ThoughtError
+from recipes.harness import provenance, write_results
+from recipes.robustness.junit import ROOT, Case, count, run, run_tests
+
+SHARED = "torch"
+
+
+def main(
+    packages: list[str],
+    tests: list[str],
+    combinations: list[str] | None = None,
+    minutes: float = 30,
+    out: str = "recipes/results/versions",
+) -> None:
+    """Install and test every combination, and write the table.
+
+    Args:
+        packages: whose versions are varied, of those that pyproject.toml names with a minimum.
+        tests: files of tests, or single tests, as pytest takes them.
+        combinations: names of those to try: "newest", "oldest PACKAGE" for each of the packages (the others newest),
+            "all oldest". None: all of them.
+        minutes: longest time for the tests of one combination.
+        out: path of the two result files, without suffix.
+    """
+    minima = stated_minima((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    unknown = [name for name in packages if name not in minima]
+    if unknown:
+        raise ThoughtError(f"packages: pyproject.toml states no minimum of {unknown[0]!r}; expected {sorted(minima)}.")
+    every = named_combinations(packages, minima)
+    unknown = [name for name in combinations or [] if name not in every]
+    if unknown:
+        raise ThoughtError(f"combinations: there is no {unknown[0]!r}; expected some of {list(every)}.")
+    lines = []
+    for name in every if combinations is None else combinations:
+        print(f"{name}: {' '.join(every[name])} …", flush=True)
+        lines.append({"name": name, **tried(every[name], [*packages, SHARED], tests, 60 * minutes)})
+        print(row(lines[-1], packages), flush=True)
+    record = {
+        "settings": {"packages": packages, "tests": tests, "minutes": minutes},
+        "minima": {name: minima[name] for name in [*packages, SHARED]},
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "combinations": lines,
+        **provenance(),
+    }
+    page = "\n".join(
+        ["`python -m recipes.robustness.versions --config recipes/robustness/versions.yaml`", "", *table(record), ""]
+    )
+    print(page)
+    write_results(out, f"{page}\nCommit {record['commit']}.\n", record)
+
+
+def stated_minima(pyproject: str) -> dict[str, str]:
+    """The version after ``>=`` of each dependency that has one, by the text of pyproject.toml."""
+    found = {}
+    for line in tomllib.loads(pyproject)["project"]["dependencies"]:
+        requirement = Requirement(line)
+        for part in requirement.specifier:
+            if part.operator == ">=":
+                found[requirement.name] = part.version
+    return found
+
+
+def named_combinations(packages: Sequence[str], minima: Mapping[str, str]) -> dict[str, list[str]]:
+    """What pip is asked for: the newest of all, the oldest of each with the newest of the others, the oldest of all."""
+    old = {"newest": [], **{f"oldest {name}": [name] for name in packages}, "all oldest": list(packages)}
+    return {
+        key: [f"{name}=={minima[name]}" if name in those else name for name in packages] for key, those in old.items()
+    }
+
+
+def tried(specifiers: Sequence[str], packages: Sequence[str], tests: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What came of one combination: the versions installed, and of the tests how many passed, failed and skipped; None
+    for what did not come to its end."""
+    with TemporaryDirectory() as folder:
+        found: dict[str, Any] = {"asked": list(specifiers), "installed": None, **counts(None)}
+        python = environment(Path(folder), specifiers)
+        if python is not None:
+            started = time.monotonic()
+            found |= counts(run_tests(tests, python, seconds))
+            found |= {"installed": versions_in(python, packages), "seconds": round(time.monotonic() - started)}
+        return found
+
+
+def environment(folder: Path, specifiers: Sequence[str]) -> str | None:
+    """The Python of a new virtual environment in ``folder`` with these packages, before those of the running one; None
+    where pip finds no way to install them."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = str(folder / "bin" / "python")
+    own = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], 60).stdout.strip()
+    line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    (Path(own) / "shared.pth").write_text(line, encoding="utf-8")
+    install = [python, "-m", "pip", "install", "--quiet", "--upgrade", "--disable-pip-version-check", *specifiers]
+    done = run(install, 1800)
+    if done.returncode:
+        print(done.stderr[-1000:], file=sys.stderr, flush=True)
+    return python if done.returncode == 0 else None
+
+
+def versions_in(python: str, packages: Sequence[str]) -> dict[str, str]:
+    """The versions of packages in an environment."""
+    lines = "import json, sys; from importlib.metadata import version; "
+    lines += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    found: dict[str, str] = json.loads(run([python, "-c", lines, *packages], 60).stdout)
+    return found
+
+
+def counts(cases: Sequence[Case] | None) -> dict[str, Any]:
+    """Of tests, how many passed, failed and skipped, and which failed; None where the run did not come to its end."""
+    if cases is None:
+        return {"passed": None, "failed": None, "skipped": None, "failures": []}
+    numbers = {end: count(cases, end) for end in ("passed", "failed", "skipped")}
+    return {**numbers, "failures": [case.name for case in cases if case.end == "failed"]}
+
+
+def table(record: Mapping[str, Any]) -> list[str]:
+    """The lines of a record's page, without the command and the commit; the scorecard shows them, too."""
+    packages, lines = record["settings"]["packages"], record["combinations"]
+    torch = next((line["installed"][SHARED] for line in lines if line["installed"]), None)
+    stated = record["minima"][SHARED]
+    fine = sum(line["failed"] == 0 and bool(line["passed"]) for line in lines)
+    head = [
+        f"{fine} of {len(lines)} combinations pass {len(record['settings']['tests'])} files or single tests, on Python "
+        f"{record['python']}.",
+        "",
+        f"| combination | {' | '.join(packages)} | passed | failed | skipped | seconds |",
+        "|---|" + "---|" * len(packages) + "---:|" * 4,
+        *(row(line, packages) for line in lines),
+    ]
+    if torch is not None:
+        reached = Version(torch).release[:2] == Version(stated).release[:2]
+        untested = "" if reached else f"; its oldest stated version, {stated}, was not tested"
+        head += [
+            "",
+            f"Each in a virtual environment of its own over one with torch {torch}, the same for all{untested}.",
+        ]
+    failures = [f"- {line['name']}: {name}" for line in lines for name in line["failures"]]
+    return [*head, *(["", "Failed:", "", *failures] if failures else [])]
+
+
+def row(line: Mapping[str, Any], packages: Sequence[str]) -> str:
+    """One combination's line of the table."""
+    installed = line["installed"] or {}
+    numbers = [line[key] for key in ("passed", "failed", "skipped")]
+    if not installed:
+        numbers = ["not installed", None, None]
+    elif numbers[0] is None:
+        numbers = ["did not end", None, None]
+    cells = [installed.get(name) for name in packages] + numbers + [line.get("seconds")]
+    return f"| {line['name']} | " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

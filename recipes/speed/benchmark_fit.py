@@ -1,0 +1,209 @@
+"""What a fit costs, against the forward passes that it cannot avoid.
+
+    python -m recipes.speed.benchmark_fit --config recipes/speed/benchmark_fit.yaml
+
+Unavoidable: the chunk once, and every compared token twice (with the chunk and without it), through the decoder
+without its head, in the same batches, process and threads. The fit goes from pairs with outputs to an adapter on
+disk; the preservation statistics come from their cache, whose own cost is printed beside. Measured for several numbers
+of pairs, with demonstrations as the chunk, and for several lengths of the chunk, with prose. Prints a Markdown table
+and writes it with a JSON record.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jsonargparse
+import psutil
+import torch
+
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
+from lit_thought.fit.fitting import fit
+from lit_thought.fit.preparing import prepare_pairs
+from lit_thought.model.calls import cache_arguments, find_decoder
+from lit_thought.prompts.unrelated import load_texts
+from lit_thought.runs.streams import forward_inputs, lead_cache
+from recipes.harness import SIX_TASKS, TEMPLATE, load_split, machine, repeated, shown, table, write_results
+
+
+def benchmark(
+    model: str = "smollm2",
+    dtype: str = "float32",
+    device: str | None = None,
+    task: str = "function_vectors/capitalize",
+    pairs: Sequence[int] = (10, 30, 100, 300, 1000),
+    chunks: Sequence[int] = (50, 500, 2000),
+    chunk_pairs: int = 100,
+    rank: int = 16,
+    statistics_dtype: str = "float64",
+    repeats: int = 5,
+    out: str = "recipes/results/benchmark_fit",
+) -> None:
+    """Time fits and bare forward passes in turn and print their ratio.
+
+    Args:
+        model: "smollm2" (the embedded default), a hub id or a local directory.
+        dtype: dtype of the model.
+        device: where to run; the CPU when left out.
+        task: a word task; beyond its words, inputs come from the other word tasks.
+        pairs: numbers of pairs to fit on.
+        chunks: lengths of the chunk to compare, in tokens.
+        chunk_pairs: number of pairs they are compared at.
+        rank: rank of the adapter.
+        statistics_dtype: float64 or float32.
+        repeats: measurements of each; medians are reported.
+        out: path of the two result files, without suffix.
+    """
+    lm, tokenizer = load_model(model, dtype=dtype, device=device)
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        first = None
+        for count, instruction in _cases(tokenizer, task, pairs, chunks, chunk_pairs):
+            inputs = _inputs(task, count)
+            data = PairDataModule(inputs, instruction, TEMPLATE, max_new_tokens=12)
+            start = time.perf_counter()
+            prepare_pairs(data, lm, tokenizer)
+            generating = time.perf_counter() - start
+            labelled = [{**pair, "output": text} for pair, text in zip(inputs, data.outputs, strict=True)]
+
+            settings = {"rank": rank, "cache_dir": cache, "statistics_dtype": statistics_dtype}
+            run = partial(fit_once, lm, tokenizer, labelled, instruction, settings)
+            warm = run()
+            if first is None:
+                first = warm.stopwatch.seconds["preserve"]
+            bare(lm, data)
+            bares, fits, stages = [], [], []
+            for _ in range(repeats):
+                bares.append(_seconds(partial(bare, lm, data)))
+                start = time.perf_counter()
+                stages.append(dict(run().stopwatch.seconds))
+                fits.append(time.perf_counter() - start)
+            with peak_memory(lm.device) as peak:
+                run()
+            rows.append(
+                {
+                    "pairs": count,
+                    "compared_tokens": sum(len(b.plain_rows) for b in data.batches),
+                    "chunk_tokens": max(b.target.ids.shape[1] for b in data.batches if len(b.target.ids) == 1),
+                    "bare_seconds": median(bares),
+                    "fit_seconds": median(fits),
+                    "ratio": median(f / b for f, b in zip(fits, bares, strict=True)),
+                    "stages": {name: median(s[name] for s in stages) for name in stages[0]},
+                    "generate_seconds": generating,
+                    "peak_bytes": peak["bytes"],
+                }
+            )
+    environment, names = machine(lm.device), list(rows[0]["stages"])
+    head = ["pairs", "chunk tokens", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward"]
+    head += [*(f"{name}, s" for name in names), "peak memory above the model, MB", "(outputs, if generated, s)"]
+    lines = [
+        [
+            *(row["pairs"], row["chunk_tokens"], row["compared_tokens"]),
+            *(f"{row[key]:.2f}" for key in ("bare_seconds", "fit_seconds", "ratio")),
+            *(f"{row['stages'][name]:.2f}" for name in names),
+            *(f"{row['peak_bytes'] / 1e6:.0f}", f"{row['generate_seconds']:.2f}"),
+        ]
+        for row in rows
+    ]
+    page = f"{table(head, lines, left=0)}\nPreservation statistics, once per model: {first:.1f} s. {environment}\n"
+    record = {"model": shown(model), "settings": {"dtype": dtype, "rank": rank, "task": task}, "rows": rows}
+    write_results(__file__, out, page, record | {"preserve_seconds_once": first, "environment": environment})
+
+
+def _cases(
+    tokenizer: Any, task: str, pairs: Sequence[int], chunks: Sequence[int], chunk_pairs: int
+) -> list[tuple[int, str]]:
+    """Numbers of pairs and instructions: demonstrations for ``pairs``, then prose of the lengths in ``chunks``."""
+    prose = tokenizer(load_texts("default", "evaluate", "chunks")[0], add_special_tokens=False).input_ids
+    if max(chunks, default=0) > len(prose):
+        raise SystemExit(f"chunks must be {len(prose)} tokens at most, the length of the text; got {max(chunks)}.")
+    demonstrations = load_split(task, 0).instruction
+    return [(n, demonstrations) for n in pairs] + [(chunk_pairs, tokenizer.decode(prose[:n])) for n in chunks]
+
+
+def _inputs(task: str, count: int) -> list[dict[str, str]]:
+    """This many different inputs without outputs: the task's, then those of the other word tasks."""
+    words = [pair["input"] for name in (task, *SIX_TASKS) for pair in load_split(name, 0, fit=10**9).fit]
+    different = list(dict.fromkeys(words))
+    if count > len(different):
+        raise SystemExit(f"pairs must be {len(different)} at most, the words there are; got {count}.")
+    return [{"input": word} for word in different[:count]]
+
+
+def fit_once(
+    lm: Any, tokenizer: Any, pairs: list[dict[str, str]], instruction: str, settings: dict[str, Any]
+) -> ThoughtCallback:
+    """From pairs with outputs to an adapter on disk."""
+    callback = ThoughtCallback(**settings)
+    patch = fit(ThoughtModule(lm, tokenizer), PairDataModule(pairs, instruction, TEMPLATE), callback, progress=False)
+    with callback.stopwatch("save"):
+        patch.save_adapter(Path(settings["cache_dir"]) / "adapter", overwrite=True)
+    return callback
+
+
+@torch.inference_mode()
+def bare(lm: Any, data: PairDataModule) -> None:
+    """The forward passes that no fit can avoid."""
+    decoder = find_decoder(lm)
+    for side in ("target", "plain"):
+        leads: dict[int, Any] = {}
+        for batch in data.batches:
+            tokens = getattr(batch, side)
+            if tokens is None or batch.plain is batch.target:
+                continue
+            tokens = tokens.to(lm.device)
+            if batch.lead is None and len(tokens.ids) == 1:
+                leads[batch.index] = lead_cache(lm, tokens.ids[0].tolist())
+                continue
+            cache, length = None, 0
+            if batch.lead in leads:
+                length = leads[batch.lead].get_seq_length()
+                cache = repeated(leads[batch.lead], len(tokens.ids))
+            given = cache_arguments(decoder, cache)
+            decoder(**forward_inputs(tokens, length), **given, use_cache=cache is not None)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Largest memory above what is there at the start: allocated on a GPU, resident in this process otherwise."""
+    peak = {"bytes": 0}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak["bytes"] = torch.cuda.max_memory_allocated(device) - before
+        return
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak["bytes"] = max(peak["bytes"], process.memory_info().rss - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(benchmark)

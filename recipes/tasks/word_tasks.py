@@ -1,0 +1,189 @@
+"""Six word-level tasks: demonstrations become adapters, scored beside the instructed model.
+
+    python -m recipes.tasks.word_tasks --config recipes/tasks/word_tasks.yaml
+
+For each task and seed, the first 10 pairs of a shuffle are the instruction, the next 30 inputs are fitted (their
+outputs are not used: the instructed model writes its own), and up to 100 others are the test. Both sites together are
+compared with either alone. Intervals are of 95 % (Wilson; of differences on the same words, Newcombe), over the words
+of all seeds together. A word is *left out* where the first token of its answer is no token of any output that was
+fitted or shown: what the patch gets right there it cannot have copied. Writes a Markdown and a JSON table.
+
+    python -m recipes.tasks.word_tasks --config recipes/tasks/word_tasks_auto.yaml    # beside settings "auto"
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jsonargparse
+
+from lit_thought import PromptTemplate, ThoughtPatch, load_model
+from lit_thought.patch.results import RUNS
+from recipes.harness import (
+    METHODS,
+    SIX_TASKS,
+    TEMPLATE,
+    Trial,
+    difference,
+    equal,
+    load_split,
+    provenance,
+    share,
+    shown,
+    table,
+    write_results,
+)
+
+
+def word_tasks(
+    model: str = "smollm2",
+    tasks: Sequence[str] = SIX_TASKS,
+    seeds: Sequence[int] = (0, 1, 2),
+    sites: Sequence[str] = ("both", "attn_out", "mlp_out"),
+    rank: int = 16,
+    shots: int = 10,
+    fit: int = 30,
+    test: int = 100,
+    max_new_tokens: int = 12,
+    out: str = "recipes/results/word_tasks",
+    done: Sequence[str] = (),
+) -> None:
+    """Fit and test every task, seed and choice of sites.
+
+    Args:
+        model: "smollm2" (the embedded default), a hub id or a local directory.
+        tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
+        seeds: seeds of the splits.
+        sites: names of harness.METHODS: "both", "attn_out", "mlp_out", or "auto" (both, all settings "auto").
+        rank: rank of the adapters, but for "auto".
+        shots: demonstrations in the instruction.
+        fit: inputs to fit on.
+        test: most pairs to test on.
+        max_new_tokens: longest output.
+        out: path of the two result files, without suffix.
+        done: JSON files of earlier runs with the same settings, which are taken over instead of repeated; so that
+            seeds can be spread over processes.
+    """
+    lm, tokenizer = load_model(model)
+    runs: list[dict[str, Any]] = []
+    settings, versions = None, None
+    commits: list[str] = []
+    for record in (json.loads(Path(file).read_text(encoding="utf-8")) for file in done):
+        runs += record["runs"]
+        settings, versions = record["settings"], record["versions"]
+        commits.append(record["commit"])
+    finished = {(run["task"], run["seed"]) for run in runs}
+    for task, seed in product(tasks, seeds):
+        if (Path(task).stem, seed) in finished:
+            continue
+        trial = Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
+        evaluation = trial.evaluation()
+        left_out = _left_out(trial)
+        for where in sites:
+            patch = trial.fit(**{"rank": rank, **METHODS[where]})
+            result = evaluation.score(patch)
+            items = result.pop("items")
+            about = {"task": trial.split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch)}
+            about["selection"] = patch.provenance.get("selection")
+            correct = {run: equal(items, run) for run in RUNS}
+            runs.append({**about, **result, "correct": correct, "left_out": left_out})
+            print(
+                f"{trial.split.name}, seed {seed}, {where}: accuracy {result['accuracy']['instructed']:.2f} → "
+                f"{result['accuracy']['patched']:.2f}, fidelity {result['fidelity']:.2f}, "
+                f"perplexity × {result['perplexity_ratio']:.3f}",
+                flush=True,
+            )
+            commits.append(provenance()["commit"] or "unknown")
+            if settings is None or about["selection"] is None:
+                settings, versions = patch.provenance["settings"], patch.provenance["versions"]
+    record = {
+        "model": shown(model),
+        "commit": ", ".join(dict.fromkeys(commits)),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": {key: value for key, value in (settings or {}).items() if key != "sites"},
+        "versions": versions,
+        "runs": runs,
+    }
+    write_results(__file__, out, _page(runs, sites), record)
+
+
+def _left_out(trial: Trial) -> list[bool]:
+    """Whether the first token of each test word's answer is in no output that is fitted or shown."""
+    template, split, data = PromptTemplate.parse(TEMPLATE), trial.split, trial.data()
+    written = [
+        text for _, text, _ in data.write(trial.model, trial.tokenizer, data.check(trial.model, trial.tokenizer))
+    ]
+
+    def tokens(output: str) -> tuple[int, ...]:
+        pair = template.tokenise(trial.tokenizer, split.instruction, "x", output)
+        return pair.plain_ids[slice(*pair.output_span)]
+
+    targets = {
+        token
+        for output in [*written, *(pair["output"] for pair in split.shown)]
+        if output.strip()
+        for token in tokens(output)
+    }
+    return [tokens(pair["output"])[0] not in targets for pair in split.test]
+
+
+def _size(patch: ThoughtPatch) -> int:
+    with TemporaryDirectory() as folder:
+        patch.save_adapter(Path(folder) / "adapter")
+        return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def _on_left_out(own: Sequence[dict[str, Any]], correct: dict[str, list[bool]]) -> str:
+    """Accuracy of the instructed and the patched run on words left out, the latter with its interval; how many."""
+    there = [one for run in own for one in run["left_out"]]
+    if not any(there):
+        return "0 words"
+    instructed, patched = (
+        [hit for hit, left in zip(correct[k], there, strict=True) if left] for k in ("instructed", "patched")
+    )
+    return f"{mean(instructed):.3f}, {share(patched, 3)}, {sum(there)}"
+
+
+def _page(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
+    """Means over seeds by task and sites, and the mean ratio and fidelity of each choice of sites."""
+    head = ["task", "sites", "plain", "instructed", "patched", "patched ÷ instructed", "patched − instructed"]
+    head += ["left out: instructed, patched, of words", "fidelity", "KL of the output, nats"]
+    rows = []
+    ratios: dict[str, dict[str, float]] = {where: {} for where in sites}
+    fidelities: dict[str, list[float]] = {where: [] for where in sites}
+    for task, where in product(dict.fromkeys(run["task"] for run in runs), sites):
+        own = [run for run in runs if run["task"] == task and run["sites"] == where]
+        accuracy = {k: mean(run["accuracy"][k] for run in own) for k in RUNS}
+        ratio = accuracy["patched"] / accuracy["instructed"] if accuracy["instructed"] else float("nan")
+        fidelity = mean(run["fidelity"] for run in own)
+        perplexity = [run["perplexity_ratio"] for run in own]
+        ratios[where][task] = ratio
+        fidelities[where].append(fidelity)
+        correct = {k: [one for run in own for one in run["correct"][k]] for k in RUNS}
+        cells = [task, where, f"{accuracy['plain']:.3f}", f"{accuracy['instructed']:.3f}", share(correct["patched"], 3)]
+        cells += [f"{ratio:.3f}", difference(correct["patched"], correct["instructed"], 3), _on_left_out(own, correct)]
+        cells += [f"{fidelity:.3f}", f"{mean(run['output_kl']['patched'] for run in own):.3f}"]
+        cells += [f"{mean(perplexity):.4f} ({max(perplexity):.4f})", f"{own[0]['adapter_bytes'] / 1e6:.2f} MB"]
+        rows.append(cells)
+    lines = [table([*head, "perplexity × (worst)", "adapter"], rows, left=2)]
+    for where in sites:
+        strong = {task: ratio for task, ratio in ratios[where].items() if task != "english-french"}
+        line = f"- {where}: mean fidelity {mean(fidelities[where]):.3f}"
+        line += f"; patched ÷ instructed: mean {mean(ratios[where].values()):.3f}"
+        if strong:
+            worst = min(strong, key=lambda task: strong[task])
+            line += f"; patched ÷ instructed without english-french: mean {mean(strong.values()):.3f}, "
+            line += f"lowest {strong[worst]:.3f} ({worst})"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(word_tasks)

@@ -1,0 +1,85 @@
+"""The settings of a fit, and that everything that takes, checks, keeps or documents one derives from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+import pytest
+from fits import INSTRUCTION, PAIRS, make_patch
+from models import make_model
+
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, transmute
+from lit_thought.cli import COMMANDS
+from lit_thought.cli.parser import command_parser
+from lit_thought.fit.selection import AUTO
+from lit_thought.settings import FitSettings, takes_settings
+
+
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def test_one_home() -> None:
+    """A new setting is a field and a line of the docstring; the rest follows."""
+    every = {one.name: one.default for one in dataclasses.fields(FitSettings)}
+    assert len(every) <= 24
+    documented = [line.strip().partition(":")[0] for line in (FitSettings.__doc__ or "").splitlines()]
+    assert [name for name in documented if name in every] == list(every)
+    taken = {"transmute": parameters(transmute), "callback": parameters(ThoughtCallback)}
+    data = parameters(PairDataModule)
+    for name, default in every.items():
+        places = [taken["transmute"], data if name in FitSettings.names(data=True) else taken["callback"]]
+        assert all(place[name].default is default or place[name].default == default for place in places), name
+    assert not data.keys() & set(FitSettings.names(data=False))
+    assert not taken["callback"].keys() & set(FitSettings.names(data=True))
+    flags = vars(command_parser(COMMANDS["fit"]).parse_args(["--pairs=p", "--out=o"]))
+    assert {name: flags[name] for name in every} == every
+    assert set(AUTO) == {"blocks", "scale", "rank", "ridge", "preserve_weight"}
+    kept = make_patch(make_model()).provenance["settings"]
+    assert set(FitSettings.names(passing=False)) <= kept.keys()
+    assert json.loads(json.dumps(kept)) == kept
+
+
+def test_what_depends_on_the_sites() -> None:
+    settled = FitSettings().settled()
+    assert (settled.steps, settled.step_size, settled.preserve_weight, settled.answer_weight) == (1, 1.0, 3.0, 10.0)
+    alone = FitSettings(sites="mlp_in", steps=5).settled()
+    assert (alone.steps, alone.step_size, alone.preserve_weight, alone.answer_weight) == (5, 0.5, 1.0, 100.0)
+    assert alone.sites == ("mlp_in",)
+    assert FitSettings(sites=["mlp_out", "attn_out"], blocks=(2, 0)).blocks == [0, 2]
+    assert [FitSettings(offload=place).offload for place in (True, False)] == ["cpu", "device"]
+
+
+def test_auto_is_found_and_not_checked_as_a_number() -> None:
+    assert FitSettings(ridge="auto", rank="auto", blocks="auto").auto == ("blocks", "rank", "ridge")
+    with pytest.raises(ThoughtError, match="ridge must be a finite number ≥ 0; got 'automatic'"):
+        FitSettings(ridge="automatic")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: transmute(None, None, "x", PAIRS, rnk=3), r"transmute\(\) got an .*'rnk'\. Did you mean 'rank'\?"),
+        (lambda: PairDataModule(PAIRS, INSTRUCTION, ridge=1), "PairDataModule.__init__.* argument 'ridge'"),
+        (lambda: ThoughtCallback(batch_sise=3), "ThoughtCallback.__init__.* argument 'batch_sise'"),
+    ],
+)
+def test_an_unknown_setting_is_a_mistake_with_a_suggestion(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_the_signature_names_the_settings_that_are_taken() -> None:
+    @takes_settings(auto=True)
+    def function(first: int, *, last: int = 0, **settings: Any) -> dict[str, Any]:
+        """Text."""
+        return {"first": first, "last": last, **settings}
+
+    assert list(parameters(function)) == ["first", "last", *FitSettings.names(auto=True)]
+    assert (function.__name__, function.__doc__) == ("function", "Text.")
+    assert function(1, rank=2) == {"first": 1, "last": 0, "rank": 2}
+    with pytest.raises(TypeError, match="seed"):
+        function(1, seed=3)
