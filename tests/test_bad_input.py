@@ -328,7 +328,7 @@ def test_adapter_folder_with_a_missing_tensor() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["save_file", "_write_json", "model_card"])
+@pytest.mark.parametrize("step", ["save_file", "json_text", "model_card"])
 def test_interrupted_save(step: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     patch = make_patch(make_model(), rank=2)
     patch.save_adapter("out")

@@ -19,8 +19,9 @@ from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
 from lit_thought.files import atomic_file
 from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window, evaluating
+from lit_thought.patch.card import number
 from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.patch.results import RUNS, items_text
+from lit_thought.patch.results import RUNS, figures, items_text
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches, pad
 from lit_thought.prompts.instruction_hash import check_instruction
@@ -348,36 +349,13 @@ def batch_logits(
 def format_result(result: Mapping[str, Any], samples: int = 5) -> str:
     """The comparison as a small Markdown table, with a few three-way samples."""
 
-    def cell(value: float | None, form: str = ".2f") -> str:
-        return "–" if value is None else format(value, form)
-
-    def row(label: str, values: Mapping[str, float | None] | None, form: str = ".2f") -> str:
-        return f"| {label} | " + " | ".join(cell((values or {}).get(run), form) for run in RUNS) + " |"
-
-    perplexity = result["perplexity"] or {}
-    lines = [
-        f"| {result['pairs']} held-out pairs | " + " | ".join(RUNS) + " |",
-        "|---|" + "---:|" * len(RUNS),
-        row("accuracy (exact match)", result["accuracy"]),
-        row("first-token accuracy", result["first_token_accuracy"]),
-        row(
-            "output equal to the instructed one",
-            {"plain": result["fidelity_plain"], "patched": result["fidelity"]},
-        ),
-        row("KL(instructed ‖ ·), nats a token", result["kl"], ".3f"),
-        row("top-1 agreement with instructed", result["agreement"]),
-        row(
-            "perplexity of unrelated text",
-            {"plain": perplexity.get("original"), "patched": perplexity.get("patched")},
-        ),
-        row(
-            "prompt tokens a query",
-            {**result["prompt_tokens"], "patched": result["prompt_tokens"]["plain"]},
-            ".1f",
-        ),
+    lines = [f"| {result['pairs']} held-out pairs | " + " | ".join(RUNS) + " |", "|---|" + "---:|" * len(RUNS)]
+    for _, label, values, digits in figures(result):
+        lines.append(f"| {label} | " + " | ".join(number(values.get(run), digits) for run in RUNS) + " |")
+    recovery, fidelity, ratio = result["recovery"], result["fidelity"], result["perplexity_ratio"]
+    lines += [
         "",
-        f"recovery {cell(result['recovery'])}, fidelity {cell(result['fidelity'])}, "
-        f"unrelated perplexity × {cell(result['perplexity_ratio'], '.3f')}",
+        f"recovery {number(recovery)}, fidelity {number(fidelity)}, unrelated perplexity × {number(ratio, 3)}",
     ]
     if samples and result["items"]:
         lines += ["", "| input | " + " | ".join(RUNS) + " |", "|---|" + "---|" * len(RUNS)]

@@ -19,6 +19,7 @@ from lit_thought.patch.provenance import is_hub_id, public_name, summands
 __all__ = [
     "CARD",
     "fenced",
+    "flat",
     "for_hub",
     "interval",
     "model_card",
@@ -294,17 +295,23 @@ def _by_layer(diagnostics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """One row per value; a nested table's keys are joined by dots; long lists stay in thought.json."""
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value with its key; a nested table's keys are joined by dots."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from _rows(value, f"{prefix}{key}.")
-        elif not isinstance(value, list) or len(value) <= 8:
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            shown = " ".join(shown.split())
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _rows(table: Mapping[str, Any]) -> Iterator[str]:
+    """One row per value; long lists stay in thought.json."""
+    for key, value in flat(table):
+        if not isinstance(value, list) or len(value) <= 8:
+            shown = " ".join((f"{value:.4g}" if isinstance(value, float) else str(value)).split())
             if len(shown) <= 200:
                 escaped = shown.replace("\\", "\\\\").replace("|", "\\|")
-                yield f"| {prefix}{key} | {escaped} |"
+                yield f"| {key} | {escaped} |"
 
 
 def fenced(text: str) -> list[str]:

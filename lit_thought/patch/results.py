@@ -20,7 +20,16 @@ from lit_thought.patch.adapter import WEIGHTS
 from lit_thought.patch.provenance import are_figures, is_number
 from lit_thought.solve.intervals import paired_difference, perplexity_ratio, wilson
 
-__all__ = ["RUNS", "adapter_digest", "items_text", "of_adapter", "read_evaluation", "three_way", "write_result"]
+__all__ = [
+    "RUNS",
+    "adapter_digest",
+    "figures",
+    "items_text",
+    "of_adapter",
+    "read_evaluation",
+    "three_way",
+    "write_result",
+]
 
 RUNS = ("plain", "instructed", "patched")
 RESULT_VERSION = 1
@@ -161,6 +170,22 @@ def _mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
+def figures(result: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float | None], int]]:
+    """The rows of the three-way table: key, label, the values by run where there are any, decimals."""
+    perplexity, lengths = result["perplexity"] or {}, result["prompt_tokens"]
+    fidelity = {"plain": result.get("fidelity_plain"), "patched": result["fidelity"]}
+    unrelated = {"plain": perplexity.get("original"), "patched": perplexity.get("patched")}
+    return [
+        ("accuracy", "accuracy (exact match)", result["accuracy"] or {}, 2),
+        ("first_token_accuracy", "first-token accuracy", result.get("first_token_accuracy") or {}, 2),
+        ("fidelity", "output equal to the instructed one", fidelity, 2),
+        ("kl", "KL(instructed ‖ ·), nats a token", result["kl"], 3),
+        ("agreement", "top-1 agreement with instructed", result["agreement"], 2),
+        ("perplexity", "perplexity of unrelated text", unrelated, 2),
+        ("prompt_tokens", "prompt tokens a query", {**lengths, "patched": lengths["plain"]}, 1),
+    ]
+
+
 def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], samples: int = 0) -> dict[str, Any]:
     """The comparison of the three runs as cards and reports show it, with 95 % intervals.
 
@@ -171,19 +196,20 @@ def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], sam
     answered = [item for item in items if item.get("reference") is not None]
     right = {run: [_same(item[run], item["reference"]) for item in answered] for run in RUNS}
     faithful = {run: [_same(item[run], item["instructed"]) for item in items] for run in ("plain", "patched")}
-    first = result.get("first_token_accuracy")
-    perplexity = result["perplexity"] or {}
+    first = result.get("first_token_accuracy") or {}
+    cells = {
+        "accuracy": {run: _share(sum(hits), len(hits)) for run, hits in right.items() if hits},
+        "first_token_accuracy": {
+            run: _share(round(first[run] * len(answered)), len(answered)) for run in RUNS if first and answered
+        },
+        "fidelity": {run: _share(sum(hits), len(hits)) for run, hits in faithful.items()},
+    }
+    rows = []
+    for key, label, values, digits in figures(result):
+        own = cells.get(key, {run: {"value": values[run]} for run in RUNS if values.get(run) is not None})
+        if own:
+            rows.append({"key": key, "label": label, "digits": digits, "runs": {run: own.get(run) for run in RUNS}})
     lengths = result["prompt_tokens"]
-    unrelated = {"plain": perplexity.get("original"), "patched": perplexity.get("patched")}
-    rows = [
-        _shares("accuracy", "accuracy (exact match)", right),
-        _row("first_token_accuracy", "first-token accuracy", first and _with_intervals(first, len(answered)), 2),
-        _shares("fidelity", "output equal to the instructed one", faithful),
-        _row("kl", "KL(instructed ‖ ·), nats a token", _bare(result["kl"]), 3),
-        _row("agreement", "top-1 agreement with instructed", _bare(result["agreement"]), 2),
-        _row("perplexity", "perplexity of unrelated text", _bare(unrelated), 2),
-        _row("prompt_tokens", "prompt tokens a query", _bare({**lengths, "patched": lengths["plain"]}), 1),
-    ]
     differences = []
     if answered:
         differences = [
@@ -197,18 +223,18 @@ def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], sam
         "pairs": len(items),
         "answered": len(answered),
         "confidence": 0.95,
-        "table": [row for row in rows if any(cell is not None for cell in row["runs"].values())],
+        "table": rows,
         "differences": differences,
         "recovery": result.get("recovery"),
-        "perplexity_ratio": _ratio(result, unrelated),
+        "perplexity_ratio": _ratio(result),
         "tokens_saved": lengths["instructed"] - lengths["plain"],
         "samples": [{key: item.get(key) for key in ("input", "reference", *RUNS)} for item in items[:samples]],
     }
 
 
-def _ratio(result: Mapping[str, Any], perplexity: Mapping[str, float | None]) -> dict[str, Any] | None:
+def _ratio(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """The ratio of the perplexities, with its interval where the losses of two windows or more are known."""
-    original, patched = perplexity["plain"], perplexity["patched"]
+    original, patched = map((result["perplexity"] or {}).get, ("original", "patched"))
     if not original or patched is None:
         return None
     windows = _mapping(result.get("perplexity_windows"))
@@ -220,23 +246,6 @@ def _ratio(result: Mapping[str, Any], perplexity: Mapping[str, float | None]) ->
 
 def _same(text: str, other: str) -> bool:
     return text.strip() == other.strip()
-
-
-def _row(key: str, label: str, runs: Mapping[str, Any] | None, digits: int) -> dict[str, Any]:
-    return {"key": key, "label": label, "digits": digits, "runs": {run: (runs or {}).get(run) for run in RUNS}}
-
-
-def _bare(values: Mapping[str, float | None]) -> dict[str, Any]:
-    return {run: {"value": values[run]} for run in RUNS if values.get(run) is not None}
-
-
-def _shares(key: str, label: str, outcomes: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    shares = {run: _share(sum(hits), len(hits)) for run, hits in outcomes.items() if hits}
-    return _row(key, label, shares, 2)
-
-
-def _with_intervals(shares: Mapping[str, float], count: int) -> dict[str, Any]:
-    return {run: _share(round(shares[run] * count), count) for run in RUNS if count}
 
 
 def _share(successes: int, count: int) -> dict[str, float]:

@@ -263,7 +263,7 @@ def test_the_three_forms_have_the_same_figures(written: Path) -> None:
         assert cells[:4] == [layer["layer"], *errors]
         assert "| " + " | ".join([cells[0].replace("_", r"\_"), *cells[1:]]) + " |" in lines
     stages = [["prepare", "0.5 s", "–"], ["forward", "1.0 s", "–"], ["solve", "2.5 s", "30.0 MB"]]
-    assert page.tables["By stage"][1:] == stages
+    assert page.tables["By phase"][1:] == stages
     assert "| solve | 2.5 s | 30.0 MB |" in lines
     spectrum = [f"{value:.3g}" for value in record["spectrum"][0]["values"]]
     assert page.tables["Singular values of each changed weight's ΔW"][1][1].split() == spectrum

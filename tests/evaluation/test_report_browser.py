@@ -18,7 +18,7 @@ _VIEWS = [(width, scheme) for width in (375, 1280) for scheme in ("light", "dark
 _HEADINGS = {
     *("Instruction as weights", "What was asked", "Results", "Samples", "Preservation", "The fit"),
     *("Time and memory", "Settings and versions", "Plain, instructed and patched", "Accuracy by step"),
-    *("Error left by block", "Effective rank by block", "Spectrum of the patch", "Time by stage"),
+    *("Error left by block", "Effective rank by block", "Spectrum of the patch", "Time by phase"),
 }
 # for each visible element with text of its own: text, colour, and the colours of what lies behind it, nearest first
 _COLOURS = """

@@ -130,7 +130,7 @@ def _steps(steps: Sequence[Mapping[str, float]]) -> Figure | None:
         axes.grid(axis="y")
         _legend(axes, len(lines))
 
-    return _draw("Accuracy by step", "How the validation pairs do after each pass through the blocks.", draw)
+    return _draw("Accuracy by step", "How the validation pairs do after each time through the blocks.", draw)
 
 
 _STEP_LINES = (("accuracy", "accuracy"), ("fidelity", "fidelity"), ("instructed_accuracy", "instructed accuracy"))

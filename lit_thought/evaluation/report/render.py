@@ -6,14 +6,14 @@ import difflib
 import html
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_thought.evaluation.report.figures import draw_figures
-from lit_thought.patch.card import fenced, interval, number
+from lit_thought.patch.card import fenced, flat, interval, number
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.timing import format_bytes, format_duration
@@ -92,7 +92,7 @@ def _render(template: str, content: Mapping[str, Any], **more: Any) -> str:
         advice=_ADVICE,
         differences=differences,
         layer_columns=_LAYER_COLUMNS,
-        rows_of=lambda table: list(_flat(table)),
+        rows_of=_rows,
         summary=_summary(content["evaluation"]),
         step_columns=_step_columns,
     )
@@ -138,15 +138,13 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 and abs(value) < 1e6 else f"{value:.3g}"
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """One row a value; a nested table's keys are joined by dots."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", ", ".join(map(str, value)) or _NONE
-        else:
-            yield f"{prefix}{key}", _NONE if value is None else str(value)
+def _rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One row a value."""
+
+    def shown(value: Any) -> str:
+        return (", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)) or _NONE
+
+    return [(key, shown(value)) for key, value in flat(table)]
 
 
 def _template_text(template: Any) -> str:
