@@ -3,7 +3,7 @@
 Each fault strikes a small fit that writes all that a fit can write. Afterwards the model must be bit for bit what
 it was, without a hook, and each output folder must be whole or not there, with nothing hidden beside it. Faults
 that end the process (SIGKILL), or last as long as it does (limits, another user), strike a forked copy of it. Where
-a fit was killed, the next one must succeed, with the bytes of a fit that nothing struck, and remove what the killed
+a fit was killed, the next one must succeed, with the patch of a fit that nothing struck, and remove what the killed
 one left.
 """
 
@@ -68,7 +68,7 @@ class Outcome:
         end: the exception, or how the process ended; None where the fit went on to its end.
         unchanged: whether the model was bit for bit what it was, without a hook; None where its process is gone.
         partial: names of what is not whole, or hidden, among the outputs.
-        again: of a killed fit, whether the next one has the bytes of one that nothing struck, and nothing hidden is
+        again: of a killed fit, whether the next one has the patch of one that nothing struck, and nothing hidden is
             left; None elsewhere.
     """
 
@@ -313,7 +313,7 @@ def killed(most: int = 2, every: int = 1) -> Iterator[Outcome]:
     """
     with tempfile.TemporaryDirectory() as root:
         run_fit(tiny_model(), Path(root))
-        wanted = _weights(Path(root))
+        wanted = _changes(Path(root))
     for resume in (False, True):
         places = [(*point, False) for point in _points(_STAGES, most, resume)]
         places += [(*point, True) for point in _points(("lit_thought.files._replace_folder",), 3, resume)]
@@ -322,7 +322,7 @@ def killed(most: int = 2, every: int = 1) -> Iterator[Outcome]:
             yield _killed_at(target, number, after, resume, wanted)
 
 
-def _killed_at(target: str, number: int, after: bool, resume: bool, wanted: bytes) -> Outcome:
+def _killed_at(target: str, number: int, after: bool, resume: bool, wanted: dict[str, torch.Tensor]) -> Outcome:
     def kill(*args: Any) -> None:
         if target in _WRITERS:
             _half(*args)
@@ -342,14 +342,22 @@ def _killed_at(target: str, number: int, after: bool, resume: bool, wanted: byte
         end = "killed" if status == -signal.SIGKILL else None
         try:
             run_fit(tiny_model(), folder, resume, overwrite=True)
-            again = _weights(folder) == wanted and not partial(folder) and not (folder / "unfinished").exists()
+            again = _near(_changes(folder), wanted) and not partial(folder) and not (folder / "unfinished").exists()
         except ThoughtError:
             again = False
         return Outcome("SIGKILL", where, end, None, found, again)
 
 
-def _weights(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def _changes(folder: Path) -> dict[str, torch.Tensor]:
+    factors = ThoughtPatch.load(folder / "adapter").factors
+    return {path: change.delta(torch.float64) for path, change in factors.items()}
+
+
+def _near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    """Whether nothing but rounding is between two patches."""
+    return found.keys() == wanted.keys() and all(
+        bool((found[path] - change).norm() <= 1e-3 * change.norm()) for path, change in wanted.items()
+    )
 
 
 def _struck_in_a_fork(fault: str, where: str, prepare: Callable[[], None], mode: int = 0o777) -> Outcome:

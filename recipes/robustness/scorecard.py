@@ -147,7 +147,7 @@ def table(tallies: dict[str, Tally], outcomes: Sequence[Outcome], seconds: float
         *(_line(name, [outcome for outcome in outcomes if outcome.fault == name]) for name in _names(outcomes)),
         "",
         "Struck: the places and calls at which it happened. A killed process leaves no model to compare; the next fit "
-        "of the same call must give the bytes of one that nothing struck, and remove what the killed one left.",
+        "of the same call must give the patch of one that nothing struck, and remove what the killed one left.",
         "",
     ]
     wrong = [f"- {name}: {entry['change']}, case {entry['number']}: {entry['end']}" for name, entry in escaped]

@@ -1,5 +1,5 @@
-"""Fits that are interrupted: ``python interrupted_fit.py FOLDER OUT NUMBER`` is killed at its NUMBER-th solve, or writes
-its adapter to OUT."""
+"""Fits that are interrupted: ``python interrupted_fit.py FOLDER OUT NUMBER`` is killed at its NUMBER-th solve, or
+writes its adapter to OUT."""
 
 from __future__ import annotations
 
