@@ -188,15 +188,15 @@ def _best_given(target: Tensor, left: Tensor, x: Tensor, y: Tensor, ridge: float
     """The minimiser A of :func:`_factors`'s objective given the span of B, and that B rotated to go with it.
 
     With ``left`` orthonormal, (m, r), B = (diag(x) + λ I)^{-1/2} left; the r × r systems of all columns of A,
-    yₖ Bᵀ diag(x) B + λ Bᵀ B, are diagonal once B is turned by the eigenvectors of λ Bᵀ B = I − Bᵀ diag(x) B.
+    yₖ Bᵀ diag(x) B + λ Bᵀ B, are diagonal once B is rotated by the eigenvectors of λ Bᵀ B = I − Bᵀ diag(x) B.
 
     Returns:
         B, (m, r), and A, (r, k).
     """
     share = ridge / (x + ridge)
-    values, turn = torch.linalg.eigh((left.T * share) @ left)
+    values, rotation = torch.linalg.eigh((left.T * share) @ left)
     values = values.clamp(share.min(), share.max()).unsqueeze(1)
-    B = (left @ turn) / (x + ridge).sqrt().unsqueeze(1)
+    B = (left @ rotation) / (x + ridge).sqrt().unsqueeze(1)
     return B, (B.T @ target) / (y * (1 - values) + values)
 
 

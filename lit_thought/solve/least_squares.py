@@ -344,8 +344,8 @@ def _solve_dual(
     weighted = rotated / (values + ridge * scale)
     dual_values, dual_vectors = torch.linalg.eigh(rotated @ weighted.T)
     shrink = dual_values.clamp_min(0)
-    turned = dual_vectors.T @ delta
-    half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * turned
+    rotated_delta = dual_vectors.T @ delta
+    half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * rotated_delta
     if len(half) < stats.d_out:
         gains, left = top_eigenvectors(half @ half.T, rank)
         # a left singular vector of half with gain g belongs to the basis vector halfᵀ left / √g; what is
@@ -355,7 +355,7 @@ def _solve_dual(
         basis = (half.T @ left) / gains[keep].sqrt()
     else:
         gains, basis = top_eigenvectors(half.T @ half, rank)
-    A = ((turned @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
+    A = ((rotated_delta @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
     if vectors is not None:
         A = A @ vectors.T
     before = float(stats.energy) / stats.weight

@@ -30,14 +30,13 @@ from fits import (
     tensors,
     written,
 )
+from full_forwards import BruteForce, trace
+from least_squares import Problem
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from models import FAMILIES, make_model, make_tokenizer
 from peft import PeftModel
 from scipy.special import log_softmax
-from test_rank import dense as truncated
-from test_runner import BruteForce, trace
-from test_solve import Problem
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -236,7 +235,7 @@ def loop(
                 total = step_size * (problem.least_squares() if rank is None else problem.reduced_rank(rank))
                 if matrix is not None:
                     total = total + matrix.A.numpy()
-                    total = total if rank is None else truncated(problem, total, rank)
+                    total = total if rank is None else problem.truncated(total, rank)
                 matrix = Factors(torch.tensor(total), torch.eye(32, dtype=torch.float64))
             if "vector" in solved:
                 mean = torch.tensor(step_size * (problem.share * shift).sum(0) / (1 + preserve_weight))

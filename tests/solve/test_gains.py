@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
-from test_solve import D_IN, D_OUT, FEW, MANY, RIDGES, Problem, close, make_problem, product
+from least_squares import D_IN, D_OUT, FEW, MANY, RIDGES, Problem, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.solve.gains import solve_with_gains

@@ -8,9 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from least_squares import Problem
 from models import make_model
-from test_rank import dense
-from test_solve import Problem
 from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
@@ -133,7 +132,7 @@ def test_the_matrix_goes_from_what_is_there_towards_the_least_squares(
         total = array(start.matrix) + step_size * solution
         second, after = case.solve(("matrix",), start, rank=rank)
         assert second.vector is start.vector
-        wanted = total if rank is None else dense(case.problem, total, rank)
+        wanted = total if rank is None else case.problem.truncated(total, rank)
         assert_near(array(second.matrix), wanted)
         assert len(second.matrix.A) <= min(case.site.d_in, case.site.d_out, rank or 32)
         for found, change, whole in (
