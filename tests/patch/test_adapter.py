@@ -12,9 +12,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from models import FAMILIES, make_model
+from patches import logits_of, make_patch, make_vectors, output_projections
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_patch import IDS, make_patch, make_vectors, output_projections
 from torch import Tensor
 
 from lit_thought.errors import PatchError, ThoughtError
@@ -23,11 +23,6 @@ from lit_thought.patch import adapter
 from lit_thought.patch.adapter import read_adapter, to_peft
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
-
-
-def logits_of(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
