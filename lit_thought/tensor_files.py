@@ -88,9 +88,10 @@ class TensorFile:
                 self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
                 self.dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
         except (OSError, SafetensorError) as problem:
-            raise self._damaged(f" ({problem}).") from problem
+            raise self.damaged(f" ({problem}).") from problem
 
-    def _damaged(self, problem: str) -> ThoughtError:
+    def damaged(self, problem: str) -> ThoughtError:
+        """The error that says what is wrong, after the words "is damaged"."""
         return self._error(f"{self._name} is damaged{problem} {self._remedy}")
 
     def read(
@@ -113,11 +114,11 @@ class TensorFile:
             with safe_open(self.file, framework="pt") as content:
                 found = {key: content.get_tensor(key) for key in self.shapes if key.startswith(prefix)}
         except (OSError, SafetensorError) as problem:
-            raise self._damaged(f" ({problem}).") from problem
+            raise self.damaged(f" ({problem}).") from problem
         tensors, kept = _group(found, prefix), self.header.get(f"{prefix}{_HASH}")
         if kept is not None and tensors_hash(tensors) != kept:
             named = f"{part}: " if part else ""
-            raise self._damaged(f": {named}its numbers are not those that were written (their SHA-256 is another).")
+            raise self.damaged(f": {named}its numbers are not those that were written (their SHA-256 is another).")
         return {name: tensor.to(device, copy=copy) for name, tensor in tensors.items()}
 
 

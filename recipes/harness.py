@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lit_thought.evaluation.intervals import paired_difference
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +25,7 @@ from lit_thought.files import atomic_file
 from lit_thought.fit.provenance import versions
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows
-from lit_thought.solve.intervals import wilson
+from lit_thought.solve.intervals import paired_difference, wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fixture_files import IDENTITY, OUTPUTS, numbers, unfinished
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lit_thought import ThoughtPatch
+from lit_thought.errors import ThoughtError
+from lit_thought.prompts.instruction_hash import is_text_of
+from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.resume import UnfinishedFit
+from lit_thought.statistics.saved import SavedStatistics
+
 FIXTURES = Path(__file__).parent / "fixtures"
-sys.path.insert(0, str(FIXTURES))
-
-from make import IDENTITY, OUTPUTS, numbers  # noqa: E402
-
-from lit_thought import ThoughtPatch  # noqa: E402
-from lit_thought.errors import ThoughtError  # noqa: E402
-from lit_thought.prompts.instruction_hash import is_text_of  # noqa: E402
-from lit_thought.statistics.preserve_file import PreservationFile  # noqa: E402
-from lit_thought.statistics.resume import FitProgress  # noqa: E402
-from lit_thought.statistics.saved import SavedStatistics  # noqa: E402
-
-VERSIONS = sorted(path for path in FIXTURES.iterdir() if (path / "numbers.json").is_file())
+VERSIONS = sorted(FIXTURES.iterdir())
 
 
 def test_there_are_fixtures_and_they_are_small() -> None:
-    assert VERSIONS[0].name == "v1"
+    assert [version.name for version in VERSIONS] == ["v1", "v2"]
     assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 200_000
 
 
@@ -46,15 +42,25 @@ def same(found: Any, wanted: Any) -> bool:
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda path: path.name)
 def test_every_number_is_what_it_was(folder: Path) -> None:
     wanted = json.loads((folder / "numbers.json").read_text())
+    progress = wanted.pop("unfinished")
     found = json.loads(json.dumps(numbers(folder)))
     assert found.keys() == wanted.keys()
     for key in wanted:
         assert same(found[key], wanted[key]), key
-    assert wanted["unfinished"]["outputs"] == [list(output) for output in OUTPUTS]
     vectors = ThoughtPatch.load(folder / "adapter_with_vectors")
     assert vectors.vectors
     assert vectors.provenance["instruction"] is None
     assert is_text_of(vectors.provenance["instruction_hash"], "Answer with the opposite.\n")
+    assert progress["outputs"] == [list(output) for output in OUTPUTS]
+    if folder == VERSIONS[-1]:
+        assert same(json.loads(json.dumps(unfinished(folder))), progress)
+
+
+def test_an_unfinished_fit_of_an_earlier_version_is_refused_by_name() -> None:
+    with pytest.raises(
+        ThoughtError, match=r"^resume_dir: fit\.json: format is 2, this lit_thought reads 3\. Delete the"
+    ):
+        unfinished(FIXTURES / "v1")
 
 
 def edited(name: str, key: str) -> Callable[[Path], None]:
@@ -66,11 +72,10 @@ def edited(name: str, key: str) -> Callable[[Path], None]:
 
 
 def edited_file(folder: Path) -> None:
-    file = folder / "preservation.safetensors"
-    tensors = load_file(file)
+    file, key = folder / "preservation.safetensors", "lit_thought_preservation"
     with safe_open(file, framework="pt") as content:
-        ((key, record),) = content.metadata().items()
-    save_file(tensors, file, {key: json.dumps({**json.loads(record), "format": 99})})
+        header = content.metadata()
+    save_file(load_file(file), file, {**header, key: json.dumps({**json.loads(header[key]), "format": 99})})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def edited_file(folder: Path) -> None:
     [
         (edited("adapter/thought.json", "format_version"), lambda folder: ThoughtPatch.load(folder / "adapter")),
         (edited("statistics/manifest.json", "format_version"), lambda f: SavedStatistics.load(f / "statistics")),
-        (edited("unfinished/fit.json", "format"), lambda folder: FitProgress(folder / "unfinished", IDENTITY)),
+        (edited("unfinished/fit.json", "format"), lambda folder: UnfinishedFit(folder / "unfinished", IDENTITY)),
         (edited_file, lambda folder: PreservationFile(folder / "preservation.safetensors")),
     ],
     ids=["adapter", "statistics", "unfinished fit", "preservation file"],
@@ -89,5 +94,5 @@ def test_a_later_version_is_refused_by_name(
     shutil.copytree(VERSIONS[-1], tmp_path / "later")
     read(tmp_path / "later")
     edit(tmp_path / "later")
-    with pytest.raises(ThoughtError, match=r"(is|of format) 99, this (lit_thought|version) reads \d"):
+    with pytest.raises(ThoughtError, match=r"is 99, this (lit_thought|version) reads \d"):
         read(tmp_path / "later")

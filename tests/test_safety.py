@@ -32,7 +32,7 @@ from lit_thought.prompts.pairs import load_pairs
 from lit_thought.runs.generate import Generation
 from lit_thought.statistics.preserve import Preservation, preservation
 from lit_thought.statistics.preserve_file import PreservationFile
-from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.stage import StageSums
 
@@ -369,17 +369,17 @@ def test_a_report_stays_in_its_folders(tmp_path: Path) -> None:
 
 def test_an_unfinished_fit_stays_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "place" / "unfinished"
-    progress = FitProgress(folder, {"a": 1})
+    progress = UnfinishedFit(folder, {"a": 1})
     progress.start([])
     (folder / "precious.txt").write_text("mine")
     lead_out(folder / "fit.json")
     with pytest.raises(ThoughtError, match=r"fit\.json is not readable"):
-        FitProgress(folder, {"a": 1})
+        UnfinishedFit(folder, {"a": 1})
     progress.remove()
     assert [file.name for file in folder.iterdir()] == ["precious.txt"]
     (tmp_path / "file").touch()
     with pytest.raises(ThoughtError, match="is a file; expected a folder"):
-        FitProgress(tmp_path / "file", {})
+        UnfinishedFit(tmp_path / "file", {})
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fixture_files
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-FIXTURES = Path(__file__).parent / "fixtures"
-sys.path.insert(0, str(FIXTURES))
-
-import make  # noqa: E402
-
-from lit_thought.errors import ThoughtError  # noqa: E402
-from lit_thought.model.blocks import find_blocks  # noqa: E402
-from lit_thought.statistics.preserve_file import PreservationFile  # noqa: E402
-from lit_thought.statistics.resume import FitProgress  # noqa: E402
-from lit_thought.statistics.saved import SavedStatistics  # noqa: E402
-from lit_thought.tensor_files import TensorFile, tensors_hash, write_tensors  # noqa: E402
+from lit_thought.errors import ThoughtError
+from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.saved import SavedStatistics
+from lit_thought.tensor_files import TensorFile, tensors_hash, write_tensors
 
 
 def test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names() -> None:
@@ -67,15 +60,8 @@ def test_a_group_is_read_as_it_was_written_and_checked(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written") / "now"
-    make.main(folder)
+    fixture_files.main(folder)
     return folder
-
-
-def read_unfinished(folder: Path) -> object:
-    model = make.tiny_model()
-    return FitProgress(folder / "unfinished", make.IDENTITY).load(
-        0, model.device, find_blocks(model)[0].sites["attn_out"]
-    )
 
 
 FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -95,7 +81,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "unfinished fit": (
         "unfinished/stage-00000.safetensors",
-        read_unfinished,
+        fixture_files.unfinished,
         r"stage-00000\.safetensors is damaged.*SHA-256",
     ),
 }

@@ -109,7 +109,7 @@ def solve(
 
     check_output_folder(out, overwrite)
     from lit_thought.statistics.saved import SavedStatistics
-    from lit_thought.statistics.saved_solve import solve_saved
+    from lit_thought.statistics.solve import solve_saved
 
     saved = SavedStatistics.load(statistics, device or "cpu")
     lm = None

@@ -32,11 +32,12 @@ from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import DEFAULT_SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings
 from lit_thought.statistics.distributed import rank_and_size
+from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.preserve import Preservation
-from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import StatisticsWriter, check_statistics_folder
-from lit_thought.statistics.saved_stage import Manifest, SavedStage
-from lit_thought.statistics.stage import StageSettings, StageSums, target_changes, vector_inputs
+from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
+from lit_thought.statistics.stage_file import KeptStage
 from lit_thought.timing import Stopwatch
 
 __all__ = ["ThoughtCallback"]
@@ -102,11 +103,10 @@ class ThoughtCallback(Callback):
         self.history: list[dict[str, float]] = []
         self._preservation: Preservation | None = None
         self._sums: StageSums | None = None
-        self._patches: dict[tuple[int, str], SitePatch] = {}
-        self._diagnostics: dict[str, dict[str, float]] = {}
+        self._solved = SolvedStages()
         self._provenance: dict[str, Any] = {}
         self._validation: Validation | None = None
-        self._finished: FitProgress | None = None
+        self._finished: UnfinishedFit | None = None
         self._writer: StatisticsWriter | None = None
         self._storage = Storage()
 
@@ -176,8 +176,9 @@ class ThoughtCallback(Callback):
         kept = kept_settings(replace(self.settings, sites=self.sites), self.parts, self.preserved, data)
         finished = None
         if self.settings.resume_dir is not None:
-            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size)
-            finished = FitProgress(
+            summing = self.settings.statistics_dir is not None
+            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size, summing)
+            finished = UnfinishedFit(
                 self.settings.resume_dir, whole, trainer.is_global_zero, self.settings.store_instruction
             )
         with self.stopwatch("prepare"):
@@ -238,23 +239,26 @@ class ThoughtCallback(Callback):
                 trainer, pl_module, [i % len(data.pairs) for i in range(first, first + settings.pairs_per_step)]
             )
         runner = pl_module.runner = StreamRunner(
-            pl_module.model, blocks, self.sites, settings.order, self._storage, settings.blocks, self._patches
+            pl_module.model, blocks, self.sites, settings.order, self._storage, settings.blocks, self._solved.patches
         )
         with self.stopwatch("forward"):
             runner.open(data.batches)
 
-    def _go_through(self, trainer: Trainer, pl_module: ThoughtModule, finished: FitProgress) -> None:
+    def _go_through(self, trainer: Trainer, pl_module: ThoughtModule, finished: UnfinishedFit) -> None:
         """Through the stages that are finished, but for the last one of the fit, with their patches: nothing is summed
         or solved, but the streams run as they did."""
         runner, validation = _runner(pl_module), self._validation
         self._validation = None  # what it found is kept with the stages
         last = self.steps * runner.num_stages - 1
         for number in range(min(finished.stages, last)):
-            patch, kept = finished.load(number, pl_module.device, runner.block.sites[runner.site])
+            site = runner.block.sites[runner.site]
+            stage = finished.load(number, pl_module.device, runner.block.index, site)
             for batch in _data(trainer).batches:
                 runner.observe(batch)
-            self._install(trainer, pl_module, patch, kept["figures"])
-            self.history = kept["history"] or self.history
+            if self._writer is not None:
+                self._writer.add(stage)
+            self._install(trainer, pl_module, stage.patch, stage.figures)
+            self.history = stage.history or self.history
             runner = _runner(pl_module)
         finished.stages, self._validation = min(finished.stages, last), validation
 
@@ -293,10 +297,11 @@ class ThoughtCallback(Callback):
             owner = 0 if saving else runner.stage % trainer.world_size
             device = pl_module.device
             sums.reduce(owner, device)
+        kept = (sums.matrix, sums.vector) if saving and rank_and_size()[0] == owner else ()
+        stage = KeptStage.of(runner.block.index, sums.site, runner.start, *kept)
         if self._writer is not None:
             with self.stopwatch("save"):
-                site = runner.block.sites[runner.site]
-                self._writer.add(SavedStage.of(runner.block.index, site, runner.start, sums.matrix, sums.vector))
+                self._writer.add(stage)
         with self.stopwatch("solve"):
             known = self._preservation if rank_and_size()[0] == owner else None
             prior = known.prior(runner.block, runner.site) if known is not None else None
@@ -305,15 +310,14 @@ class ThoughtCallback(Callback):
         pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)
         self._install(trainer, pl_module, patch, figures)
         if self._finished is not None and self.patch is None:
-            self._finished.save(patch, {"figures": figures, "history": self.history})
+            self._finished.save(stage.solved(patch, figures, self.history))
 
     def _install(
         self, trainer: Trainer, pl_module: LightningModule, patch: SitePatch, figures: Mapping[str, float]
     ) -> None:
         """Keep a stage's patch and go on; after the last stage of a step, the next step or the end."""
         runner = _runner(pl_module)
-        self._patches[runner.block.index, runner.site] = patch
-        self._diagnostics[runner.block.sites[runner.site].label] = {k: round(v, 8) for k, v in figures.items()}
+        self._solved.add(runner.block.index, runner.block.sites[runner.site], patch, figures)
         with self.stopwatch("forward"):
             runner.finish(patch)
         if runner.stage == runner.num_stages:
@@ -323,21 +327,17 @@ class ThoughtCallback(Callback):
         """After the last stage of a step: the patch so far, how it does, and the next step or the end."""
         assert isinstance(pl_module, ThoughtModule)
         self.step += 1
-        sites = {(index, name): blocks[index].sites[name] for index, name in self._patches}
-        factors, vectors = target_changes(sites, self._patches)
         if self._validation is not None:
             with self.stopwatch("validate"):
-                self.history += self._validation.rows(self.step, factors, vectors, trainer)
+                self.history += self._validation.rows(self.step, self._solved.patch(), trainer)
         if self.step < self.steps:
             self._start_step(trainer, pl_module, blocks)
             return
         with self.stopwatch("patch"):
-            if vectors:  # an adapter has a matrix for each of them, too
-                self._provenance["d_in"] = vector_inputs(sites.values(), vectors)
-            self._provenance |= {"diagnostics": self._diagnostics, "history": self.history}
+            self._provenance["history"] = self.history
             self._provenance |= costs(self.stopwatch, self.estimate)
             self._provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            patch = ThoughtPatch(factors, self._provenance, vectors)
+            patch = self._solved.patch(self._provenance)
             self.patch = patch if self.settings.scale == 1 else self.settings.scale * patch
             if self.output_dir is not None and trainer.is_global_zero:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)

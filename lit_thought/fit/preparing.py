@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -199,12 +198,10 @@ class Validation:
         )
         return cls(evaluation)
 
-    def rows(
-        self, step: int, factors: Mapping[str, Any], vectors: Mapping[str, Tensor], trainer: Trainer
-    ) -> list[dict[str, float]]:
+    def rows(self, step: int, patch: ThoughtPatch, trainer: Trainer) -> list[dict[str, float]]:
         """The figures after a step, before the first one too those of the plain model as step 0; also logged, as
         ``val/…``."""
-        result = self.evaluation.score(ThoughtPatch(factors, {}, vectors))
+        result = self.evaluation.score(patch)
         rows = []
         for number, run in ((0, "plain"), (step, "patched"))[step > 1 :]:
             figures = {

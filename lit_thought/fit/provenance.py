@@ -52,7 +52,12 @@ def describe(
 
 
 def identity_of(
-    settings: Mapping[str, Any], texts: Sequence[str] | None, identity: str, data: PairDataModule, processes: int
+    settings: Mapping[str, Any],
+    texts: Sequence[str] | None,
+    identity: str,
+    data: PairDataModule,
+    processes: int,
+    summing: bool,
 ) -> dict[str, Any]:
     """What two fits share exactly when one may go on with the other's finished stages, as JSON values.
 
@@ -62,6 +67,7 @@ def identity_of(
         identity: the model's fingerprint.
         data: the pairs.
         processes: of the fit.
+        summing: whether it keeps its sums.
     """
     return {
         "model": identity,
@@ -72,6 +78,7 @@ def identity_of(
         "preserve": texts,
         "batch_size": data.settings.batch_size,
         "processes": processes,
+        "statistics": summing,  # stages are kept with their sums, too
     }
 
 

@@ -3,7 +3,7 @@
 1. A seeded quarter of the pairs is held back (4 to 50 of them). The others are fitted once, at the defaults of the
    settings to choose, and the sums are kept for a while.
 2. Other ridges, preservation weights and ranks are solved again from these sums
-   (:func:`~lit_thought.statistics.saved_solve.solve_several`), one setting at a time, and then what is better of each
+   (:func:`~lit_thought.statistics.solve.solve_several`), one setting at a time, and then what is better of each
    together. Other scales, and quarters of the blocks left out, need no solve; they are tried on what has been chosen so
    far.
 3. A candidate's score is, on the held-back pairs, KL(instructed ‖ patched) over the tokens that predict the output or
@@ -48,7 +48,7 @@ from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.settings import FitSettings
 from lit_thought.statistics.saved import SavedStatistics
-from lit_thought.statistics.saved_solve import solve_several
+from lit_thought.statistics.solve import solve_several
 
 __all__ = ["AUTO", "MAX_DRIFT", "Selection", "check_auto", "choose", "format_selection", "select_settings", "split"]
 

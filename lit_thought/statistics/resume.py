@@ -1,8 +1,10 @@
 """What a fit that was interrupted needs to go on: the patches of its finished stages, and the outputs it had written.
 
 A folder with ``fit.json`` (what the fit was, and the generated outputs) and one file for each finished stage, in the
-order of the stages; safetensors and JSON only, each written under a temporary name and renamed. A resumed fit runs its
-streams through the finished blocks again, without statistics and solves, and so arrives at the very same bits.
+order of the stages, as :mod:`lit_thought.statistics.stage_file` writes them; a fit that saves its statistics keeps the
+stages' sums in them, too. A resumed fit runs its streams through the finished blocks again, without statistics and
+solves, and arrives at the same patch to rounding: the matrices are the same bits, but a processor may round products
+with them otherwise in another process.
 
 What the fit was is kept as a salted hash. The outputs are kept as they are, or, where no text may be stored, as a hash
 too: a resumed fit then writes them again, and is refused if they are other ones.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,23 +24,22 @@ from typing import Any
 import torch
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import atomic_file, check_version, expanded, is_own_file, parse_json, read_json
+from lit_thought.files import atomic_file, check_version, expanded, is_own_file, read_json
 from lit_thought.model.blocks import Site
 from lit_thought.prompts.instruction_hash import hash_text, is_text_of
-from lit_thought.runs.streams import SitePatch
-from lit_thought.solve.factors import Factors
-from lit_thought.tensor_files import TensorFile, write_tensors
+from lit_thought.statistics.stage_file import KeptStage, label
+from lit_thought.tensor_files import TensorFile
 
-__all__ = ["FitProgress"]
+__all__ = ["UnfinishedFit"]
 
-_FORMAT = 2
+_FORMAT = 3
 _FIT = "fit.json"
 _NAME = r"(fit\.json|stage-\d{5}\.safetensors)"
 _LEFT = re.compile(rf"\.{_NAME}\.[0-9a-f]{{12}}\.tmp\.\w+")
 """Temporary names of our files, as a killed process leaves them."""
 
 
-class FitProgress:
+class UnfinishedFit:
     """The finished stages of one fit on disk.
 
     Args:
@@ -63,6 +65,7 @@ class FitProgress:
     ) -> None:
         self.folder, self.write, self.store_text = expanded(folder, "resume_dir"), write, store_text
         self._identity = json.dumps(identity, sort_keys=True, allow_nan=False)
+        self.id = uuid.uuid4().hex
         self.outputs: list[tuple[int, str, bool]] | None = None
         self._outputs_hash: dict[str, str] | None = None
         file = self.folder / _FIT
@@ -86,7 +89,7 @@ class FitProgress:
             found = read_json(file)
             remedy = "Delete the folder to start anew, or go on with the version that wrote it."
             check_version(found, "format", _FORMAT, f"resume_dir: {file.name}", remedy)
-            fit, outputs, digest = (found[key] for key in ("fit", "outputs", "outputs_hash"))
+            self.id, fit, outputs, digest = str(found["id"]), found["fit"], found["outputs"], found["outputs_hash"]
         except ThoughtError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -115,40 +118,38 @@ class FitProgress:
             )
         self.outputs = outputs
         if self.write:
-            kept = {"outputs": outputs, "outputs_hash": None}
+            told = {"outputs": outputs, "outputs_hash": None}
             hidden = {"outputs": None, "outputs_hash": hash_text(text)}
-            record = {"format": _FORMAT, "fit": hash_text(self._identity), **(kept if self.store_text else hidden)}
+            value = {"format": _FORMAT, "id": self.id, "fit": hash_text(self._identity)}
             with atomic_file(self.folder / _FIT) as file:
-                file.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+                text = json.dumps({**value, **(told if self.store_text else hidden)}, ensure_ascii=False)
+                file.write_text(text, encoding="utf-8")
 
-    def save(self, patch: SitePatch, record: Mapping[str, Any]) -> None:
-        """Add the next stage: its patch, and JSON values to keep with it."""
+    def save(self, stage: KeptStage) -> None:
+        """Add the next stage, solved."""
         if self.write:
-            tensors = {} if patch.matrix is None else {"A": patch.matrix.A, "B": patch.matrix.B}
-            if patch.vector is not None:
-                tensors["vector"] = patch.vector
-            write_tensors(self._stage_file(self.stages), tensors, {"record": json.dumps(record)})
+            stage.write(self._stage_file(self.stages), self.id)
         self.stages += 1
 
-    def load(self, stage: int, device: torch.device, site: Site) -> tuple[SitePatch, dict[str, Any]]:
-        """A finished stage's patch and what was kept with it.
+    def load(self, number: int, device: torch.device, block: int, site: Site) -> KeptStage:
+        """A finished stage.
+
+        Args:
+            number: which one, in the order of the fit.
+            device: where to put its tensors.
+            block: index of the block that it must be of.
+            site: the site that it must be of.
 
         Raises:
-            ThoughtError: when its file is damaged, or not of this site.
+            ThoughtError: when its file is damaged, or of another stage or fit.
         """
-        file = self._stage_file(stage)
+        file = self._stage_file(number)
         content = TensorFile(file, f"resume_dir: {file.name}", "Delete the folder.")
-        tensors = content.read(device=device)
-        try:
-            record = parse_json(content.header["record"])
-        except (ValueError, KeyError) as error:
-            raise ThoughtError(f"resume_dir: {file.name} is damaged ({error}). Delete the folder.") from error
-        if not _fits(tensors, site) or not _is_record(record):
-            raise ThoughtError(
-                f"resume_dir: {file.name} is damaged, or not of this fit's {site.name}. Delete the folder."
-            )
-        matrix = Factors(tensors["A"], tensors["B"]) if "A" in tensors else None
-        return SitePatch(matrix, tensors.get("vector")), record
+        stage, wanted = KeptStage.read(content, device), label(self.id, block, site.name)
+        fits = {key: content.header.get(key) for key in wanted} == wanted
+        if not fits or (stage.head.d_in, stage.head.d_out) != (site.d_in, site.d_out) or not stage.is_solved:
+            raise content.damaged(f", or not of this fit's {site.name}.")
+        return stage
 
     def remove(self) -> None:
         """Delete what this class writes, and the folder if that is all, once the fit has ended well."""
@@ -159,30 +160,13 @@ class FitProgress:
                         entry.unlink()
                 self.folder.rmdir()
 
-    def _stage_file(self, stage: int) -> Path:
-        return self.folder / f"stage-{stage:05d}.safetensors"
+    def _stage_file(self, number: int) -> Path:
+        return self.folder / f"stage-{number:05d}.safetensors"
 
 
 def _are_outputs(value: Any) -> bool:
-    """Whether these are [index, text, finished], as :meth:`FitProgress.start` keeps them."""
+    """Whether these are [index, text, finished], as :meth:`UnfinishedFit.start` keeps them."""
     kinds = (int, str, bool)
     return isinstance(value, list) and all(
         isinstance(entry, list) and [type(part) for part in entry] == list(kinds) for entry in value
     )
-
-
-def _fits(tensors: Mapping[str, torch.Tensor], site: Site) -> bool:
-    """Whether these are the tensors of a patch of the site, in float32 or better."""
-    if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors.values()) or not tensors:
-        return False
-    rank = max(1, len(tensors["A"])) if "A" in tensors and tensors["A"].ndim else 0
-    wanted = {"A": (rank, site.d_in), "B": (site.d_out, rank), "vector": (site.d_out,)}
-    whole = tensors.keys() in ({"A", "B"}, {"vector"}, {"A", "B", "vector"})
-    return whole and all(tuple(tensor.shape) == wanted[name] for name, tensor in tensors.items())
-
-
-def _is_record(value: Any) -> bool:
-    """Whether it holds a stage's figures and the history up to it."""
-    figures, history = (value.get(key) if isinstance(value, dict) else None for key in ("figures", "history"))
-    rows = [figures, *history] if isinstance(history, list) else [None]
-    return all(isinstance(row, dict) and all(isinstance(x, (int, float)) for x in row.values()) for row in rows)

@@ -5,8 +5,8 @@ its sums were taken. Stages are read one by one when they are asked for: at d_ff
 
 Sums add over sets of pairs, Z = Z₁ + Z₂ and C = C₁ + C₂, and subtract (:meth:`SavedStatistics.merge`,
 :meth:`SavedStatistics.subtract`). That is exact where no stage's sums depend on patches that the fit solved before it,
-which :meth:`SavedStatistics.coupling` looks into. :func:`lit_thought.statistics.saved_solve.solve_saved` makes patches
-of them.
+which :meth:`SavedStatistics.coupling` looks into. :func:`lit_thought.statistics.solve.solve_saved` makes patches of
+them.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ from lit_thought.files import (
     read_json,
     writing,
 )
-from lit_thought.statistics.saved_stage import Manifest, SavedStage, StageHead
-from lit_thought.tensor_files import TensorFile, write_tensors
+from lit_thought.statistics.manifest import Manifest
+from lit_thought.statistics.stage_file import KeptStage, StageHead, label
+from lit_thought.tensor_files import TensorFile
 
 __all__ = [
     "FORMAT_VERSION",
-    "Manifest",
-    "SavedStage",
+    "MANIFEST",
     "SavedStatistics",
-    "StageHead",
     "StatisticsWriter",
     "check_statistics_folder",
 ]
@@ -60,14 +59,13 @@ def check_statistics_folder(folder: Any, output_dir: Any, resume_dir: Any, overw
     """Refuse, before anything runs, a folder for statistics that would fail at the end.
 
     Raises:
-        ThoughtError: when it cannot be written, holds or lies in ``output_dir``, or goes with a ``resume_dir``.
+        ThoughtError: when it cannot be written, or holds or lies in one of the others.
     """
     place = check_output_folder(folder, overwrite)
-    other = check_output_folder(output_dir, overwrite) if output_dir is not None else None
-    if other is not None and (place == other or place in other.parents or other in place.parents):
-        raise ThoughtError("statistics_dir and output_dir must be folders of their own, neither in the other.")
-    if resume_dir is not None:
-        raise ThoughtError("statistics_dir and resume_dir exclude each other: a resumed fit does not sum anew.")
+    for name, given in (("output_dir", output_dir), ("resume_dir", resume_dir)):
+        other = None if given is None else expanded(given, name).resolve()
+        if other is not None and (place == other or place in other.parents or other in place.parents):
+            raise ThoughtError(f"statistics_dir and {name} must be folders of their own, neither in the other.")
 
 
 class StatisticsWriter:
@@ -85,20 +83,20 @@ class StatisticsWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, overwrite: bool = False) -> None:
-        self.id, self._record = uuid.uuid4().hex, asdict(manifest)  # a copy: the provenance grows as the fit goes on
-        Manifest.from_json(self._record)
+        self.id, self._manifest = uuid.uuid4().hex, asdict(manifest)  # a copy: the provenance grows as the fit goes on
+        Manifest.from_json(self._manifest)
         self._heads: dict[tuple[int, str], StageHead] = {}
         self._open = ExitStack()
         self._target = folder
         self._folder = self._open.enter_context(atomic_folder(folder, overwrite))
 
-    def add(self, stage: SavedStage) -> None:
-        """Write a stage; one of the same block and site takes the place of the one before."""
+    def add(self, stage: KeptStage) -> None:
+        """Write a stage with its sums; one of the same block and site takes the place of the one before."""
         head = stage.head
         self._heads[head.block, head.site] = head
         index = list(self._heads).index((head.block, head.site))
         with writing(self._target, self._folder):
-            write_tensors(self._folder / _file_name(index), stage.to_tensors(), _label(self.id, head))
+            stage.write(self._folder / _file_name(index), self.id)
 
     def close(self) -> None:
         """Write the manifest, and put the folder where it belongs.
@@ -110,7 +108,7 @@ class StatisticsWriter:
             self.abort()
             raise ThoughtError("there are no statistics to save: no stage was added.")
         stages = [asdict(head) for head in self._heads.values()]
-        value = {"format_version": FORMAT_VERSION, "id": self.id, **self._record, "stages": stages}
+        value = {"format_version": FORMAT_VERSION, "id": self.id, **self._manifest, "stages": stages}
         with self._open:
             text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
             (self._folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -148,7 +146,7 @@ class SavedStatistics:
         self,
         manifest: Manifest,
         heads: tuple[StageHead, ...],
-        read: Callable[[int], SavedStage],
+        read: Callable[[int], KeptStage],
         device: torch.device,
     ) -> None:
         self.manifest, self.heads, self.device, self._read = manifest, heads, device, read
@@ -171,11 +169,17 @@ class SavedStatistics:
             heads = tuple(map(StageHead.from_json, value["stages"]))
             if not heads or len({(head.block, head.site) for head in heads}) < len(heads):
                 raise ValueError("it names no stage, or one of them twice")
+            if not all(head.parts for head in heads):
+                raise ValueError("it names a stage without sums")
         except (KeyError, TypeError, ValueError) as error:
             raise PatchError(f"{MANIFEST} in {root.name!r} is damaged ({error}). Copy or save it again.") from error
         for index, head in enumerate(heads):
             _opened(root, index, head, value.get("id"))
-        return cls(manifest, heads, lambda index: _stage(root, index, heads[index], value.get("id"), device), device)
+
+        def read(index: int) -> KeptStage:
+            return KeptStage.read(_opened(root, index, heads[index], value.get("id")), device, heads[index])
+
+        return cls(manifest, heads, read, device)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -185,7 +189,7 @@ class SavedStatistics:
         tokens = max(head.tokens for head in self.heads)
         return f"SavedStatistics(model={name!r}, stages={len(self)}, tokens={tokens}, order={order!r})"
 
-    def stage(self, index: int) -> SavedStage:
+    def stage(self, index: int) -> KeptStage:
         """Read one stage.
 
         Raises:
@@ -193,7 +197,7 @@ class SavedStatistics:
         """
         return self._read(index)
 
-    def stages(self) -> Iterator[SavedStage]:
+    def stages(self) -> Iterator[KeptStage]:
         """Read one stage after the other."""
         return map(self.stage, range(len(self)))
 
@@ -282,11 +286,6 @@ def _file_name(index: int) -> str:
     return f"stage-{index:04d}.safetensors"
 
 
-def _label(identity: Any, head: StageHead) -> dict[str, str]:
-    """What a stage's file says of itself."""
-    return {"statistics": str(identity), "block": str(head.block), "site": head.site}
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = own_file(folder / MANIFEST, "a folder of saved statistics", PatchError)
     try:
@@ -302,15 +301,7 @@ def _opened(folder: Path, index: int, head: StageHead, identity: Any) -> TensorF
     """A stage's file, whole and of this save."""
     file = own_file(folder / _file_name(index), "a folder of saved statistics", PatchError)
     content = TensorFile(file, f"{file.name} in {folder.name!r}", "Copy or save it again.", PatchError)
-    label = _label(identity, head)
-    if {key: content.header.get(key) for key in label} != label:
+    wanted = label(str(identity), head.block, head.site)
+    if {key: content.header.get(key) for key in wanted} != wanted:
         raise PatchError(f"{file.name} in {folder.name!r} is not that of {head.name}: the folder mixes two saves.")
     return content
-
-
-def _stage(folder: Path, index: int, head: StageHead, identity: Any, device: torch.device) -> SavedStage:
-    tensors = _opened(folder, index, head, identity).read(device=device)
-    try:
-        return SavedStage.from_tensors(head, tensors)
-    except ThoughtError as error:
-        raise PatchError(f"{_file_name(index)} in {folder.name!r} is damaged: {error} Save it again.") from error

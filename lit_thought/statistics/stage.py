@@ -14,7 +14,7 @@ then gⱼ mⱼ / ((1 + ρ) gⱼ² + λ ḡ²), with m the mean of δᵢ / γᵢ 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ import torch
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model.blocks import Site
+from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.runner import Observation
 from lit_thought.runs.streams import SitePatch
 from lit_thought.solve.factors import Factors
@@ -38,12 +39,7 @@ from lit_thought.statistics.distributed import (
     share_tensors,
 )
 
-__all__ = [
-    "StageSettings",
-    "StageSums",
-    "target_changes",
-    "vector_inputs",
-]
+__all__ = ["SolvedStages", "StageSettings", "StageSums"]
 
 
 @dataclass(frozen=True)
@@ -195,23 +191,43 @@ def _norm(A: torch.Tensor, B: torch.Tensor) -> float:
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
 
 
-def target_changes(
-    sites: Mapping[tuple[int, str], Site], patches: Mapping[tuple[int, str], SitePatch]
-) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
-    """The weights' factors and the biases' vectors that patches of sites come to, by module path."""
-    factors: dict[str, Factors] = {}
-    vectors: dict[str, torch.Tensor] = {}
-    for key, patch in patches.items():
-        site = sites[key]
-        if patch.matrix is not None:
-            found = site.factors(patch.matrix.A, patch.matrix.B)
-            factors |= {path: Factors(A, B) for path, (A, B) in found.items()}
-        if patch.vector is not None:
-            vectors[site.path] = vectors[site.path] + patch.vector if site.path in vectors else patch.vector
-    return factors, vectors
+class SolvedStages:
+    """What the stages have come to so far.
 
+    Attributes:
+        patches: of the sites, by (block index, site).
+        figures: of their quality, by the site's label.
+    """
 
-def vector_inputs(sites: Iterable[Site], vectors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Number of inputs, by path, of the layers that take a vector: an adapter has a matrix for each of them, too."""
-    written = (projection for site in sites for projection in site.projections)
-    return {projection.path: projection.d_in for projection in written if projection.path in vectors}
+    def __init__(self) -> None:
+        self.patches: dict[tuple[int, str], SitePatch] = {}
+        self.figures: dict[str, dict[str, float]] = {}
+        self._sites: dict[tuple[int, str], Site] = {}
+
+    def add(self, block: int, site: Site, patch: SitePatch, figures: Mapping[str, float]) -> None:
+        """Put a site's patch in the place of what was there."""
+        self.patches[block, site.name], self._sites[block, site.name] = patch, site
+        self.figures[site.label] = {name: round(value, 8) for name, value in figures.items()}
+
+    @torch.no_grad()
+    def patch(self, provenance: Mapping[str, Any] | None = None) -> ThoughtPatch:
+        """The patch of the model that the sites' come to.
+
+        Args:
+            provenance: how it was made, which the figures are added to; left out, only the inputs of layers with a
+                vector are said, for an adapter has a matrix for each of them, too.
+        """
+        factors: dict[str, Factors] = {}
+        vectors: dict[str, torch.Tensor] = {}
+        for key, own in self.patches.items():
+            site = self._sites[key]
+            if own.matrix is not None:
+                found = site.factors(own.matrix.A, own.matrix.B)
+                factors |= {path: Factors(A, B) for path, (A, B) in found.items()}
+            if own.vector is not None:
+                vectors[site.path] = vectors[site.path] + own.vector if site.path in vectors else own.vector
+        told = {} if provenance is None else {**provenance, "diagnostics": self.figures}
+        if vectors:
+            written = [projection for site in self._sites.values() for projection in site.projections]
+            told["d_in"] = {layer.path: layer.d_in for layer in written if layer.path in vectors}
+        return ThoughtPatch(factors, told, vectors)

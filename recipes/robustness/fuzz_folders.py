@@ -27,9 +27,10 @@ from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.preserve import WINDOW, preservation, site_sizes
 from lit_thought.statistics.preserve_file import PreservationFile
-from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
-from lit_thought.statistics.saved_solve import solve_saved
+from lit_thought.statistics.solve import solve_saved
+from lit_thought.statistics.stage_file import KeptStage
 from recipes.robustness.fuzzing import Kind, spoil_some_file
 from recipes.robustness.mutations import dumped, spoil_bytes, spoil_value
 from recipes.robustness.tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
@@ -192,21 +193,20 @@ _IDENTITY = {"model": "tiny", "pairs": PAIRS}
 
 
 def _write_unfinished(folder: Path) -> None:
-    progress = FitProgress(folder, _IDENTITY)
+    progress = UnfinishedFit(folder, _IDENTITY)
     progress.start([(0, "cold", True), (3, "poor", False)])
     for block in BLOCKS:
         for site in block.stages(SITES):
             d_in, d_out = block.sites[site].d_in, block.sites[site].d_out
             patch = SitePatch(Factors(torch.ones(2, d_in), torch.ones(d_out, 2)), torch.ones(d_out))
-            progress.save(
-                patch, {"figures": {"rank": 2, "error_after": 0.5}, "history": [{"step": 0, "fidelity": 0.5}]}
-            )
+            stage = KeptStage.of(block.index, block.sites[site], SitePatch())
+            progress.save(stage.solved(patch, {"rank": 2, "error_after": 0.5}, [{"step": 0, "fidelity": 0.5}]))
 
 
 def _read_unfinished(folder: Path) -> object:
-    progress = FitProgress(folder, _IDENTITY)
-    stages = [block.sites[site] for block in BLOCKS for site in block.stages(SITES)]
-    return [progress.load(number, MODEL.device, stages[number % len(stages)]) for number in range(progress.stages)]
+    progress = UnfinishedFit(folder, _IDENTITY)
+    stages = [(block.index, block.sites[site]) for block in BLOCKS for site in block.stages(SITES)]
+    return [progress.load(number, MODEL.device, *stages[number % len(stages)]) for number in range(progress.stages)]
 
 
 FOLDERS: dict[str, Kind] = {

@@ -22,7 +22,7 @@ from lit_thought.files import check_output_folder
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.statistics.preserve_file import PreservationFile
-from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
 from recipes.robustness.fuzzing import Kind, Reached, ending, spoil_some_file
 from recipes.robustness.mutations import ODD, spoil_file, spoil_text, spoil_value
@@ -236,7 +236,7 @@ def _read_path(folder: Path) -> object:
         lambda path: load_texts(path, "preserve", "preserve"),
         lambda path: ThoughtCallback(output_dir=path, preserve=None),
         lambda path: ThoughtCallback(statistics_dir=path, preserve=None),
-        lambda path: FitProgress(path, {}),
+        lambda path: UnfinishedFit(path, {}),
         check_output_folder,
     )
     refused = [end for reader in readers if (end := ending(lambda reader=reader: reader(path))) != "read"]

@@ -25,7 +25,7 @@ from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.solve.factors import Factors
 from lit_thought.statistics.saved import SavedStatistics
-from lit_thought.statistics.saved_solve import solve_saved
+from lit_thought.statistics.solve import solve_saved
 from recipes.harness import Unrelated, one_line, panels, save_figure, share, shown, table, write_results
 from recipes.tasks.system_prompt import Task, fit_patch, instructions_known, prepare
 from recipes.tasks.system_prompt_rules import RULES

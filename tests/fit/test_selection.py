@@ -33,7 +33,7 @@ from lit_thought.prompts.template import PromptTemplate
 from lit_thought.solve.least_squares import Prior, solve
 from lit_thought.solve.sums import Statistics
 from lit_thought.statistics.saved import SavedStatistics
-from lit_thought.statistics.saved_solve import _cached_priors, solve_saved, solve_several
+from lit_thought.statistics.solve import _cached_priors, solve_saved, solve_several
 
 TOKENIZER = make_tokenizer()
 BOS = make_tokenizer(bos=True)

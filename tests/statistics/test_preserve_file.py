@@ -30,7 +30,7 @@ from lit_thought.prompts.unrelated import text_windows
 from lit_thought.statistics.preserve import WINDOW, Preservation, preservation, unpack
 from lit_thought.statistics.preserve_file import PreservationFile, Storage, expand, pack
 from lit_thought.statistics.saved import SavedStatistics
-from lit_thought.statistics.saved_solve import solve_saved
+from lit_thought.statistics.solve import solve_saved
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = make_tokenizer()

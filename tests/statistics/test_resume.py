@@ -17,7 +17,7 @@ from models import make_tokenizer
 
 from lit_thought import ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.statistics.resume import FitProgress
+from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.stage import StageSums
 
 PAIRS = [{"input": word} for word in ("hot", "big fox", "up", "good")]
@@ -162,8 +162,8 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
 
 
 def test_what_is_kept_is_json_and_safetensors(tmp_path: Path) -> None:
-    progress = FitProgress(tmp_path / "unfinished", {"a": 1})
+    progress = UnfinishedFit(tmp_path / "unfinished", {"a": 1})
     progress.start([(0, "cold", True)])
     assert json.loads((tmp_path / "unfinished" / "fit.json").read_text())["outputs"] == [[0, "cold", True]]
-    again = FitProgress(tmp_path / "unfinished", {"a": 1}, write=False)
+    again = UnfinishedFit(tmp_path / "unfinished", {"a": 1}, write=False)
     assert (again.outputs, again.stages) == ([(0, "cold", True)], 0)

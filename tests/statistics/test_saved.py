@@ -31,7 +31,7 @@ from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.sums import Statistics, VectorStatistics
 from lit_thought.statistics.preserve import default_cache_dir
 from lit_thought.statistics.saved import MANIFEST, SavedStatistics, StatisticsWriter
-from lit_thought.statistics.saved_solve import solve_saved
+from lit_thought.statistics.solve import solve_saved
 
 BOS = make_tokenizer(bos=True)  # every plain token has a counterpart
 EXACT = {"order": "teacher-forced", "sites": ["mlp_out"], "steps": 1, "step_size": 1.0}

@@ -33,8 +33,8 @@ from lit_thought.solve.sums import Statistics
 from lit_thought.statistics.preserve import Preservation, default_cache_dir, unpack
 from lit_thought.statistics.preserve_file import PreservationFile
 from lit_thought.statistics.saved import SavedStatistics
-from lit_thought.statistics.saved_stage import SavedStage, StageHead
-from lit_thought.statistics.stage import StageSettings, StageSums, target_changes, vector_inputs
+from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
+from lit_thought.statistics.stage_file import KeptStage, StageHead
 
 __all__ = ["PriorOf", "solve_saved", "solve_several"]
 
@@ -57,8 +57,8 @@ def solve_saved(
 ) -> ThoughtPatch:
     """Solve every stage of a fit again; left-out settings are those of the fit.
 
-    With all of them left out, and on the same kind of device, it is the patch of the fit bit for bit. Otherwise it is
-    the patch that a new fit would find, to rounding, unless the statistics are coupled.
+    To rounding it is then the patch of the fit, and otherwise the one that a new fit would find, unless the statistics
+    are coupled.
 
     Args:
         saved: the statistics; stages are read one by one, and solved on ``saved.device``.
@@ -112,27 +112,18 @@ def solve_saved(
             prior_of = _priors(unpack(file, saved.device, cache_dir)[0], "the cache is damaged; delete it.")
         else:
             prior_of = _cached_priors(saved, cache_dir)
-    patches: dict[tuple[int, str], SitePatch] = {}
-    sites: dict[tuple[int, str], Site] = {}
-    diagnostics: dict[str, dict[str, float]] = {}
+    solved = SolvedStages()
     for stage in saved.stages():
-        key = (stage.head.block, stage.head.site)
-        site = sites[key] = _site(stage, model)
-        prior = prior_of(*key) if prior_of is not None else None
-        patches[key], figures = _solve(stage, site, settings, prior)
-        diagnostics[site.label] = {name: round(value, 8) for name, value in figures.items()}
-    with torch.no_grad():
-        changes, vectors = target_changes(sites, patches)
+        site = _site(stage, model)
+        prior = prior_of(stage.head.block, site.name) if prior_of is not None else None
+        solved.add(stage.head.block, site, *_solve(stage, site, settings, prior))
     provenance: dict[str, Any] = {
         **saved.manifest.provenance,
         "settings": {**fitted, **chosen},
         "approximate": coupled or (saved.coupling() if saved.manifest.approximate else None),
-        "diagnostics": diagnostics,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    if vectors:
-        provenance["d_in"] = vector_inputs(sites.values(), vectors)
-    return ThoughtPatch(changes, provenance, vectors)
+    return solved.patch(provenance)
 
 
 @torch.no_grad()
@@ -145,7 +136,7 @@ def solve_several(
 ) -> list[ThoughtPatch]:
     """Patches at several settings, close to what new fits would find where :func:`solve_saved` is not.
 
-    Each stage is read once, and its rows a turned once into the basis in which the preservation term is diagonal.
+    Each stage is read once, and its rows a rotated once into the basis in which the preservation term is diagonal.
 
     Where a stage's inputs have gone through the patches before it, a candidate that changes the residual stream less
     than the fit did would leave more for that stage to correct. To first order the difference stays in the stream:
@@ -167,32 +158,31 @@ def solve_several(
     fitted = _settings(saved.manifest.settings)
     every = [_settings({**saved.manifest.settings, **candidate}) for candidate in candidates]
     prior_of = _cached_priors(saved, cache_dir) if any(each.prior_weight for each in [fitted, *every]) else None
-    solved: list[dict[tuple[int, str], SitePatch]] = [{} for _ in every]
+    solved = [SolvedStages() for _ in every]
     left: list[torch.Tensor | None] = [None] * len(every)
-    sites: dict[tuple[int, str], Site] = {}
+    before_it = -1
     for stage in saved.stages():
-        key = (stage.head.block, stage.head.site)
-        if saved.manifest.settings["order"] == "teacher-forced" and not any(block == key[0] for block, _ in sites):
+        block, site = stage.head.block, _site(stage, model)
+        if saved.manifest.settings["order"] == "teacher-forced" and block != before_it:
             left = [None] * len(every)  # each block starts from the instructed stream
-        site = sites[key] = _site(stage, model)
-        turned, prior, basis = _turned(stage, prior_of(*key) if prior_of is not None else None)
-        usual = _effect(turned, _solve(turned, site, fitted, prior if fitted.prior_weight else None)[0])
+        before_it = block
+        rotated, prior, basis = _rotated(stage, prior_of(block, site.name) if prior_of is not None else None)
+        usual = _effect(rotated, _solve(rotated, site, fitted, prior if fitted.prior_weight else None)[0])
         for number, settings in enumerate(every):
-            own = _carrying(turned, left[number])
-            patch, _ = _solve(own, site, settings, prior if settings.prior_weight else None)
-            effect = _effect(turned, patch)
+            own = _carrying(rotated, left[number])
+            patch, figures = _solve(own, site, settings, prior if settings.prior_weight else None)
+            effect = _effect(rotated, patch)
             if usual is not None and effect is not None:
                 before = left[number]
                 left[number] = usual - effect if before is None else before + usual - effect
             if basis is not None and patch.matrix is not None:
                 A = (patch.matrix.A.to(basis) @ basis.T).to(patch.matrix.A)
                 patch = replace(patch, matrix=Factors(A, patch.matrix.B))
-            solved[number][key] = patch
-    changes = [target_changes(sites, patches) for patches in solved]
-    return [ThoughtPatch(found, {}, own) for found, own in changes]
+            solved[number].add(block, site, patch, figures)
+    return [stages.patch() for stages in solved]
 
 
-def _turned(stage: SavedStage, prior: Prior | None) -> tuple[SavedStage, Prior | None, torch.Tensor | None]:
+def _rotated(stage: KeptStage, prior: Prior | None) -> tuple[KeptStage, Prior | None, torch.Tensor | None]:
     """A stage and its prior in the basis in which the prior is diagonal, and that basis; all as they are, and None,
     where nothing is gained or a patch that was there is in the way."""
     rows = stage.matrix.rows() if stage.matrix is not None else None
@@ -200,12 +190,12 @@ def _turned(stage: SavedStage, prior: Prior | None) -> tuple[SavedStage, Prior |
         return stage, prior, None
     assert stage.matrix is not None
     basis = prior.vectors.double()
-    turned = (rows[0].double() @ basis, rows[1].double())
-    matrix = Statistics.from_rows(turned, stage.matrix.weight, stage.matrix.tokens)
+    rotated = (rows[0].double() @ basis, rows[1].double())
+    matrix = Statistics.from_rows(rotated, stage.matrix.weight, stage.matrix.tokens)
     return replace(stage, matrix=matrix), Prior(prior.values, None), basis
 
 
-def _effect(stage: SavedStage, patch: SitePatch) -> torch.Tensor | None:
+def _effect(stage: KeptStage, patch: SitePatch) -> torch.Tensor | None:
     """What a patch adds to the residual stream at the stage's rows, (n, d_out); None without them."""
     rows = stage.matrix.rows() if stage.matrix is not None and stage.head.site != "mlp_in" else None
     if rows is None or patch.matrix is None:
@@ -214,7 +204,7 @@ def _effect(stage: SavedStage, patch: SitePatch) -> torch.Tensor | None:
     return added if stage.gain is None else added * stage.gain.double()
 
 
-def _carrying(stage: SavedStage, left: torch.Tensor | None) -> SavedStage:
+def _carrying(stage: KeptStage, left: torch.Tensor | None) -> KeptStage:
     """The stage with more error to correct at its rows."""
     rows = stage.matrix.rows() if stage.matrix is not None and stage.head.site != "mlp_in" else None
     if left is None or rows is None or rows[1].shape != left.shape:
@@ -234,17 +224,15 @@ def _settings(chosen: Mapping[str, Any]) -> StageSettings:
 
 
 def _solve(
-    stage: SavedStage, site: Site, settings: StageSettings, prior: Prior | None
+    stage: KeptStage, site: Site, settings: StageSettings, prior: Prior | None
 ) -> tuple[SitePatch, dict[str, float]]:
     sums = StageSums(site, stage.head.parts, settings, stage.head.name)
     sums.matrix, sums.vector = stage.matrix, stage.vector
     return sums.solve(stage.start, prior)
 
 
-def _site(stage: SavedStage, model: PreTrainedModel | None) -> Site:
-    """As much of the site as the solve and :func:`~lit_thought.statistics.stage.target_changes` read; layers at
-    mlp_in alone.
-    """
+def _site(stage: KeptStage, model: PreTrainedModel | None) -> Site:
+    """As much of the site as :mod:`lit_thought.statistics.stage` reads; layers at mlp_in alone."""
     head = stage.head
     projections = tuple(Projection(path, nn.Identity(), d_in) for path, d_in in head.projections.items())
     targets: dict[str, nn.Module] = {path: nn.Identity() for path in head.targets}
