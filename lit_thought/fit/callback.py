@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import datetime
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tqdm.auto import tqdm
 
-from lit_thought.errors import ThoughtError, UnsupportedModelError
+from lit_thought.errors import ThoughtError
 from lit_thought.files import check_output_folder
-from lit_thought.fit.budget import plan
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.fit.preparing import PreservationSource, Validation, common_fingerprint, write_outputs
-from lit_thought.fit.provenance import costs, describe, identity_of, kept_settings
+from lit_thought.fit.preparing import Preparation, chosen_stages
+from lit_thought.fit.preserving import PreservationSource
+from lit_thought.fit.provenance import costs
 from lit_thought.fit.strategy import check_trainer
-from lit_thought.model.blocks import JOINT, Block, find_blocks, require_site
-from lit_thought.model.loading import context_window
-from lit_thought.model.sharding import is_sharded
+from lit_thought.model.blocks import JOINT, find_blocks
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.batches import PairBatch
-from lit_thought.runs.runner import Observation, Stage, StreamRunner, stages_of
-from lit_thought.runs.storage import Storage
+from lit_thought.runs.runner import Observation, StreamRunner
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import DEFAULT_SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings
+from lit_thought.settings import FitSettings, check_blocks, check_parts, check_rank, takes_settings
 from lit_thought.statistics.distributed import rank_and_size
-from lit_thought.statistics.manifest import Manifest
-from lit_thought.statistics.preserve import Preservation
 from lit_thought.statistics.resume import UnfinishedFit
-from lit_thought.statistics.saved import StatisticsWriter, check_statistics_folder
+from lit_thought.statistics.saved import check_statistics_folder
 from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
 from lit_thought.statistics.stage_file import KeptStage
 from lit_thought.timing import Stopwatch
@@ -56,14 +48,11 @@ class ThoughtCallback(Callback):
 
     Attributes:
         settings: these, as a :class:`~lit_thought.settings.FitSettings`, what depends on the sites filled in.
-        sites: where blocks are patched; at the start of a fit those that the model has.
         patch: the :class:`~lit_thought.patch.patch.ThoughtPatch`, once the fit has ended.
         history: how the data module's ``val_pairs`` do before the first step and after each one: step, accuracy,
             fidelity and KL to the instructed model; also sent to the trainer's loggers as ``val/…``, by step.
         stopwatch: seconds by phase: preserve (load or compute), prepare (write missing outputs, tokenise, batch),
             forward, statistics, solve, validate (score ``val_pairs``), patch.
-        estimate: the :class:`~lit_thought.fit.estimate.Estimate` of this process's memory and time, once that is known.
-        preserve_cached: whether the preservation statistics came from the cache; None without preservation.
         preserved: what was given as ``preserve``: texts, or a file of statistics.
 
     Raises:
@@ -83,8 +72,6 @@ class ThoughtCallback(Callback):
                 f'data, ["{name}"]).settings), from lit_thought.selection.'
             )
         self.settings: Any = chosen.settled()  # FitSettings; Any, since its types allow for "auto" and for None
-        self.sites = tuple(chosen.sites or DEFAULT_SITES)
-        self.parts = check_parts(chosen.parts, self.sites)
         self.preserved = PreservationSource(chosen.preserve)
         if output_dir is not None:
             check_output_folder(output_dir, overwrite)
@@ -97,18 +84,26 @@ class ThoughtCallback(Callback):
         """As before a fit."""
         self.patch: ThoughtPatch | None = None
         self.stopwatch = Stopwatch()
-        self.preserve_cached: bool | None = None
-        self.estimate: Estimate | None = None
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self._preservation: Preservation | None = None
+        self._ready: Preparation | None = None
         self._sums: StageSums | None = None
         self._solved = SolvedStages()
-        self._provenance: dict[str, Any] = {}
-        self._validation: Validation | None = None
-        self._finished: UnfinishedFit | None = None
-        self._writer: StatisticsWriter | None = None
-        self._storage = Storage()
+
+    @property
+    def steps(self) -> int:
+        """How often the fit goes through the blocks."""
+        return int(self.settings.steps)
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """This process's memory and time, once that is known."""
+        return None if self._ready is None else self._ready.estimate
+
+    @property
+    def preserve_cached(self) -> bool | None:
+        """Whether the preservation statistics came from the cache; None without preservation."""
+        return None if self._ready is None else self._ready.preserve_cached
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer, module or data that this callback cannot work with, before anything runs."""
@@ -121,7 +116,7 @@ class ThoughtCallback(Callback):
             )
         blocks, settings = find_blocks(pl_module.model), self.settings
         check_blocks(settings.blocks, len(blocks))
-        stages = self._stages(blocks)
+        _, stages = chosen_stages(blocks, settings)
         check_trainer(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
         if settings.pairs_per_step is not None and settings.pairs_per_step > len(data.pairs):
             raise ThoughtError(
@@ -133,141 +128,48 @@ class ThoughtCallback(Callback):
         if self.steps > 1 and settings.pairs_per_step is not None:
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # each step has its own batches
 
-    @property
-    def steps(self) -> int:
-        """How often the fit goes through the blocks."""
-        return int(self.settings.steps)
-
-    def _stages(self, blocks: Sequence[Block]) -> list[Stage]:
-        """What a step goes through; settles which sites there are.
-
-        Raises:
-            UnsupportedModelError: when a site that was asked for is in no block, or none of the default ones is.
-        """
-        for name in self.settings.sites or ():
-            require_site(blocks, name)
-        if self.settings.sites is None:
-            self.sites = tuple(name for name in DEFAULT_SITES if any(name in block.sites for block in blocks))
-        stages = stages_of(blocks, self.sites, self.settings.blocks)
-        if not stages:
-            raise UnsupportedModelError(
-                f"blocks={self.settings.blocks}: none of them has one of the sites {list(self.sites)}. Choose other "
-                "blocks."
-            )
-        return stages
-
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write missing outputs, align and batch the pairs, open the streams, get the preservation statistics."""
+        """Prepare, open the streams, and go through what an interrupted fit has finished."""
         assert isinstance(pl_module, ThoughtModule)
-        model, tokenizer, data = pl_module.model, pl_module.tokenizer, _data(trainer)
         self._forget()
-        show = trainer.progress_bar_callback is not None
-        blocks = find_blocks(model)  # once more: by now the model is on its device
-        limit = context_window(model)
-        with self.stopwatch("prepare"):
-            data.tokenise(tokenizer, limit)
-            self._plan(trainer, pl_module, blocks, complete=not data.missing)
-        with self.stopwatch("preserve"):
-            identity = common_fingerprint(model)
-            self._preservation, self.preserve_cached = self.preserved.load(
-                trainer, model, tokenizer, blocks, self.sites, self.settings, identity, show
-            )
-        kept = kept_settings(replace(self.settings, sites=self.sites), self.parts, self.preserved, data)
-        finished = None
-        if self.settings.resume_dir is not None:
-            summing = self.settings.statistics_dir is not None
-            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size, summing)
-            finished = UnfinishedFit(
-                self.settings.resume_dir, whole, trainer.is_global_zero, self.settings.store_instruction
-            )
-        with self.stopwatch("prepare"):
-            before = None if finished is None else finished.outputs
-            data.complete(tokenizer, before or write_outputs(data, model, tokenizer, show), limit)
-            if data.written:
-                self._plan(trainer, pl_module, blocks, complete=True)
-        if show and trainer.is_global_zero and self.estimate is not None:
-            tqdm.write(str(self.estimate), file=sys.stderr)
-        if finished is not None:
-            trainer.strategy.barrier("resume")
-            finished.start(data.written)
-        self._provenance = describe(kept, model, blocks, identity, data, self.settings.store_instruction)
-        if self.settings.statistics_dir is not None and trainer.is_global_zero:
-            entry = self._preservation.folder.name if self._preservation is not None else None
-            uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
-            manifest = Manifest(self._provenance, entry, uncompared)
-            self._writer = StatisticsWriter(self.settings.statistics_dir, manifest, self.overwrite)
-        if data.val_pairs and (trainer.is_global_zero or is_sharded(model)):  # of a sharded model all must run it
-            with self.stopwatch("validate"):
-                self._validation = Validation.of(data, model, tokenizer, show and trainer.is_global_zero)
-        self._start_step(trainer, pl_module, blocks)
-        if finished is not None:
+        # the blocks are looked for once more: by now the model is on its device
+        self._ready = Preparation(trainer, pl_module, self.settings, self.preserved, self.stopwatch)
+        self._ready.run(self.overwrite)
+        pl_module.runner = self._ready.start_step(self.step, self._solved.patches)
+        if self._ready.unfinished is not None:
             with self.stopwatch("resume"):
-                self._go_through(trainer, pl_module, finished)
-        self._finished = finished
+                self._go_through(trainer, pl_module, self._ready.unfinished)
 
-    def _plan(self, trainer: Trainer, pl_module: ThoughtModule, blocks: Sequence[Block], complete: bool) -> None:
-        """Batch the longest pairs of a step, refuse a fit that does not fit, and choose where its streams are kept."""
-        data, settings = _data(trainer), self.settings
-        longest = sorted(range(len(data.pairs)), key=data.by_length)[: settings.pairs_per_step]
-        self._select(trainer, pl_module, longest)
-        self.estimate = plan(
-            pl_module.model,
-            blocks,
-            self._stages(blocks),
-            data.batches,
-            offload=settings.offload,
-            memory_budget=settings.memory_budget,
-            preserve=bool(self.preserved) and settings.preserve_weight != 0,
-            processes=trainer.num_devices,
-            steps=self.steps,
-            complete=complete,
-        )
-        self._storage = Storage(self.estimate.place)
-
-    def _select(self, trainer: Trainer, pl_module: ThoughtModule, indices: Sequence[int]) -> None:
-        data = _data(trainer)
-        weight = data.settings.answer_weight or self.settings.answer_weight
-        data.select(pl_module.tokenizer, indices, weight, pl_module.device)
-
-    def _start_step(self, trainer: Trainer, pl_module: ThoughtModule, blocks: Sequence[Block]) -> None:
-        """Streams for the next step, over its pairs."""
-        data, settings = _data(trainer), self.settings
-        if settings.pairs_per_step is not None:
-            first = self.step * settings.pairs_per_step
-            self._select(
-                trainer, pl_module, [i % len(data.pairs) for i in range(first, first + settings.pairs_per_step)]
-            )
-        runner = pl_module.runner = StreamRunner(
-            pl_module.model, blocks, self.sites, settings.order, self._storage, settings.blocks, self._solved.patches
-        )
-        with self.stopwatch("forward"):
-            runner.open(data.batches)
-
-    def _go_through(self, trainer: Trainer, pl_module: ThoughtModule, finished: UnfinishedFit) -> None:
+    def _go_through(self, trainer: Trainer, pl_module: ThoughtModule, unfinished: UnfinishedFit) -> None:
         """Through the stages that are finished, but for the last one of the fit, with their patches: nothing is summed
         or solved, but the streams run as they did."""
-        runner, validation = _runner(pl_module), self._validation
-        self._validation = None  # what it found is kept with the stages
+        ready, runner = self._prepared, _runner(pl_module)
+        validation, ready.validation = ready.validation, None  # what it found is kept with the stages
         last = self.steps * runner.num_stages - 1
-        for number in range(min(finished.stages, last)):
+        for number in range(min(unfinished.stages, last)):
             site = runner.block.sites[runner.site]
-            stage = finished.load(number, pl_module.device, runner.block.index, site)
-            for batch in _data(trainer).batches:
+            stage = unfinished.load(number, pl_module.device, runner.block.index, site)
+            for batch in ready.data.batches:
                 runner.observe(batch)
-            if self._writer is not None:
-                self._writer.add(stage)
+            if ready.writer is not None:
+                ready.writer.add(stage)
             self._install(trainer, pl_module, stage.patch, stage.figures)
             self.history = stage.history or self.history
             runner = _runner(pl_module)
-        finished.stages, self._validation = min(finished.stages, last), validation
+        unfinished.stages, ready.validation = min(unfinished.stages, last), validation
+
+    @property
+    def _prepared(self) -> Preparation:
+        assert self._ready is not None
+        return self._ready
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty sums for this epoch's stage."""
         runner, settings = _runner(pl_module), self.settings
         block, name = runner.block, runner.site
         how = StageSettings(settings.rank, settings.ridge, settings.preserve_weight, settings.step_size)
-        parts = self.parts["attn_out" if name == JOINT else name]
+        parts = check_parts(settings.parts, self._prepared.sites)["attn_out" if name == JOINT else name]
         self._sums = StageSums(block.sites[name], parts, how, f"block {block.index}, {name}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -297,20 +199,21 @@ class ThoughtCallback(Callback):
             owner = 0 if saving else runner.stage % trainer.world_size
             device = pl_module.device
             sums.reduce(owner, device)
-        kept = (sums.matrix, sums.vector) if saving and rank_and_size()[0] == owner else ()
+        ready, own = self._prepared, rank_and_size()[0] == owner
+        kept = (sums.matrix, sums.vector) if saving and own else ()
         stage = KeptStage.of(runner.block.index, sums.site, runner.start, *kept)
-        if self._writer is not None:
+        if ready.writer is not None:
             with self.stopwatch("save"):
-                self._writer.add(stage)
+                ready.writer.add(stage)
         with self.stopwatch("solve"):
-            known = self._preservation if rank_and_size()[0] == owner else None
+            known = ready.preservation if own else None
             prior = known.prior(runner.block, runner.site) if known is not None else None
             patch, figures = sums.solve_at(owner, device, runner.start, prior, trainer.num_devices)
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
         pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)
         self._install(trainer, pl_module, patch, figures)
-        if self._finished is not None and self.patch is None:
-            self._finished.save(stage.solved(patch, figures, self.history))
+        if ready.unfinished is not None and self.patch is None:
+            ready.unfinished.save(stage.solved(patch, figures, self.history))
 
     def _install(
         self, trainer: Trainer, pl_module: LightningModule, patch: SitePatch, figures: Mapping[str, float]
@@ -321,31 +224,32 @@ class ThoughtCallback(Callback):
         with self.stopwatch("forward"):
             runner.finish(patch)
         if runner.stage == runner.num_stages:
-            self._finish_step(trainer, pl_module, runner.blocks)
+            self._finish_step(trainer, pl_module)
 
-    def _finish_step(self, trainer: Trainer, pl_module: LightningModule, blocks: Sequence[Block]) -> None:
+    def _finish_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last stage of a step: the patch so far, how it does, and the next step or the end."""
         assert isinstance(pl_module, ThoughtModule)
+        ready = self._prepared
         self.step += 1
-        if self._validation is not None:
+        if ready.validation is not None:
             with self.stopwatch("validate"):
-                self.history += self._validation.rows(self.step, self._solved.patch(), trainer)
+                self.history += ready.validation.rows(self.step, self._solved.patch(), trainer)
         if self.step < self.steps:
-            self._start_step(trainer, pl_module, blocks)
+            pl_module.runner = ready.start_step(self.step, self._solved.patches)
             return
         with self.stopwatch("patch"):
-            self._provenance["history"] = self.history
-            self._provenance |= costs(self.stopwatch, self.estimate)
-            self._provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            patch = self._solved.patch(self._provenance)
+            ready.provenance["history"] = self.history
+            ready.provenance |= costs(self.stopwatch, self.estimate)
+            ready.provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            patch = self._solved.patch(ready.provenance)
             self.patch = patch if self.settings.scale == 1 else self.settings.scale * patch
             if self.output_dir is not None and trainer.is_global_zero:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)
-            if self._writer is not None:
-                self._writer.close()
-            if self._finished is not None:
+            if ready.writer is not None:
+                ready.writer.close()
+            if ready.unfinished is not None:
                 trainer.strategy.barrier("written")
-                self._finished.remove()
+                ready.unfinished.remove()
         trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -355,15 +259,9 @@ class ThoughtCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the sums and the cached matrices; statistics that were not completed are not left behind."""
-        if self._writer is not None:
-            self._writer.abort()
-        self._writer = self._preservation = self._sums = self._validation = None
-        self._storage.close()
-
-
-def _data(trainer: Trainer) -> PairDataModule:
-    data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    return data
+        self._sums = None
+        if self._ready is not None:
+            self._ready.close()
 
 
 def _runner(pl_module: LightningModule) -> StreamRunner:

@@ -14,8 +14,9 @@ from lit_thought.fit.estimate import Load, estimate_bytes, plain_runs, timed
 from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
 from lit_thought.model.layers import layer_shape, sits_beside
 from lit_thought.model.loading import evaluating, model_name
+from lit_thought.prompts.batches import TokenBatch
 from lit_thought.runs.runner import stages_of
-from lit_thought.runs.streams import Stream, TokenBatch
+from lit_thought.runs.streams import Stream
 from lit_thought.settings import DEFAULT_SITES, SITES, check_sites
 from lit_thought.solve.gains import solve_with_gains
 from lit_thought.solve.least_squares import Prior, solve

@@ -1,29 +1,40 @@
-"""What a fit needs before its first stage: outputs that are missing, the model's identity, preservation, validation."""
+"""What a fit needs before its first stage: batches of complete pairs, a plan, preservation, what is kept of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation
+from lit_thought.errors import ThoughtError, UnsupportedModelError
+from lit_thought.fit.budget import plan
 from lit_thought.fit.data import PairDataModule, Written
-from lit_thought.model.blocks import Block
+from lit_thought.fit.estimate import Estimate
+from lit_thought.fit.module import ThoughtModule
+from lit_thought.fit.preserving import PreservationSource
+from lit_thought.fit.provenance import describe, identity_of, kept_settings
+from lit_thought.fit.validation import Validation
+from lit_thought.model.blocks import Block, find_blocks, require_site
 from lit_thought.model.loading import context_window, fingerprint
 from lit_thought.model.sharding import is_sharded
-from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import generate
-from lit_thought.settings import FitSettings, TextSource
+from lit_thought.runs.runner import Stage, StreamRunner, stages_of
+from lit_thought.runs.storage import Storage
+from lit_thought.runs.streams import SitePatch
+from lit_thought.settings import DEFAULT_SITES, FitSettings
 from lit_thought.statistics.distributed import gather_json, share
-from lit_thought.statistics.preserve import WINDOW, Preservation, preservation, preservation_bar, site_sizes, unpack
-from lit_thought.statistics.preserve_file import PreservationFile, is_preservation_file
+from lit_thought.statistics.manifest import Manifest
+from lit_thought.statistics.preserve import Preservation
+from lit_thought.statistics.resume import UnfinishedFit
+from lit_thought.statistics.saved import StatisticsWriter
+from lit_thought.timing import Stopwatch
 
-__all__ = ["PreservationSource", "Validation", "common_fingerprint", "prepare_pairs", "write_outputs"]
+__all__ = ["Preparation", "chosen_stages", "common_fingerprint", "prepare_pairs", "write_outputs"]
 
 
 def prepare_pairs(
@@ -98,121 +109,154 @@ def common_fingerprint(model: PreTrainedModel) -> str:
     return found
 
 
-class PreservationSource:
-    """What was given as ``preserve``, read: unrelated texts, or a file of statistics.
-
-    Attributes:
-        texts: the texts, or None.
-        file: the file, or None.
+def chosen_stages(blocks: Sequence[Block], settings: FitSettings) -> tuple[tuple[str, ...], list[Stage]]:
+    """The sites of a fit that the model has, and the stages of a step.
 
     Raises:
-        ThoughtError: when it cannot be read.
+        UnsupportedModelError: when a site that was asked for is in no block, or none of the default ones is.
     """
-
-    def __init__(self, source: TextSource | None) -> None:
-        self.file = PreservationFile(cast(Any, source), "preserve") if is_preservation_file(source) else None
-        given = source is not None and self.file is None
-        self.texts = load_texts(cast(Any, source), "preserve", "preserve") if given else None
-
-    def __bool__(self) -> bool:
-        return self.texts is not None or self.file is not None
-
-    def load(
-        self,
-        trainer: Trainer,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        blocks: Sequence[Block],
-        sites: Sequence[str],
-        settings: FitSettings,
-        identity: str,
-        show: bool,
-    ) -> tuple[Preservation | None, bool | None]:
-        """The model's preservation statistics, and whether they came from the cache; all processes call this together.
-
-        The first process of each machine computes and writes, the others read; of a sharded model all compute.
-
-        Raises:
-            ThoughtError: for a file of another model, or without a site of the fit.
-        """
-        if self.file is not None:
-            self.file.check_model(identity, model)
-            self.file.check_sites(site_sizes(blocks, sites))
-        first = trainer.local_rank == 0
-        together = is_sharded(model) and self.file is None
-        found: tuple[Preservation | None, bool | None] = (None, None)
-        if first or together:
-            found = self._load(model, tokenizer, blocks, settings, identity, show and first, first)
-        trainer.strategy.barrier("preserve")
-        if not (first or together):
-            found = self._load(model, tokenizer, blocks, settings, identity, False, True)
-        return found
-
-    def _load(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        blocks: Sequence[Block],
-        settings: FitSettings,
-        identity: str,
-        show: bool,
-        write: bool,
-    ) -> tuple[Preservation | None, bool | None]:
-        if not self or settings.preserve_weight == 0:
-            return None, None
-        with preservation_bar(len(blocks), show) as progress:
-            if self.file is not None:
-                return unpack(self.file, next(model.parameters()).device, settings.cache_dir, progress)
-            windows = text_windows(tokenizer, self.texts or [], WINDOW, settings.preserve_tokens)
-            return preservation(
-                model, blocks, windows, settings.cache_dir, identity=identity, progress=progress, write=write
-            )
+    for name in settings.sites or ():
+        require_site(blocks, name)
+    there = (name for name in DEFAULT_SITES if any(name in block.sites for block in blocks))
+    sites = tuple(there if settings.sites is None else settings.sites)
+    stages = stages_of(blocks, sites, cast(Any, settings.blocks))  # "auto" is chosen by now
+    if not stages:
+        raise UnsupportedModelError(
+            f"blocks={settings.blocks}: none of them has one of the sites {list(sites)}. Choose other blocks."
+        )
+    return sites, stages
 
 
-class Validation:
-    """How the validation pairs do before the first step and after each one.
+class Preparation:
+    """All that a fit needs before its first stage.
 
     Args:
-        evaluation: their plain and instructed outputs.
-        history: rows of an interrupted fit, to go on from.
+        trainer: Lightning's, with a :class:`~lit_thought.fit.data.PairDataModule`.
+        module: the model.
+        settings: the callback's, settled.
+        preserved: what to preserve.
+        stopwatch: takes the seconds of the phases prepare, preserve and validate.
+
+    Attributes:
+        blocks: the model's blocks, on its device.
+        sites: where they are patched.
+        estimate: this process's memory and time.
+        storage: where the streams are kept.
+        preservation: the preservation statistics, or None.
+        preserve_cached: whether they came from the cache; None without.
+        unfinished: the finished stages of this very fit, where they are kept, or None.
+        provenance: how the patch is made, as far as it is known.
+        writer: what keeps the statistics, or None.
+        validation: the validation pairs, or None.
     """
 
-    def __init__(self, evaluation: Evaluation) -> None:
-        self.evaluation = evaluation
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: ThoughtModule,
+        settings: FitSettings,
+        preserved: PreservationSource,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.trainer, self.module, self.preserved, self.stopwatch = trainer, module, preserved, stopwatch
+        self.data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self.blocks = find_blocks(module.model)
+        self.sites, self.stages = chosen_stages(self.blocks, settings)
+        self.settings: Any = replace(settings, sites=self.sites)  # FitSettings, with nothing "auto" or left out
+        self.estimate: Estimate | None = None
+        self.storage = Storage()
+        self.preservation: Preservation | None = None
+        self.preserve_cached: bool | None = None
+        self.unfinished: UnfinishedFit | None = None
+        self.provenance: dict[str, Any] = {}
+        self.writer: StatisticsWriter | None = None
+        self.validation: Validation | None = None
 
-    @classmethod
-    def of(
-        cls, data: PairDataModule, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool
-    ) -> Validation:
-        """Writes the plain and instructed outputs of the data module's validation pairs."""
-        evaluation = Evaluation(
-            model,
-            tokenizer,
-            instruction=data.instruction,
-            pairs=data.val_pairs,
-            template=data.template,
-            unrelated=None,
-            max_new_tokens=data.settings.max_new_tokens,
-            batch_size=data.settings.batch_size,
-            progress=progress,
+    def run(self, overwrite: bool = False) -> None:
+        """Tokenise, plan, load or compute the preservation statistics, write missing outputs, open what is kept.
+
+        Args:
+            overwrite: replace the folder of statistics if it exists.
+
+        Raises:
+            ThoughtError: for pairs or a file that do not fit the model, or a folder of another fit.
+            MemoryBudgetError: when the fit needs more memory than there is.
+        """
+        model, tokenizer, data, settings = self.module.model, self.module.tokenizer, self.data, self.settings
+        trainer, first = self.trainer, self.trainer.is_global_zero
+        show = trainer.progress_bar_callback is not None
+        limit = context_window(model)
+        with self.stopwatch("prepare"):
+            data.tokenise(tokenizer, limit)
+            self._plan(complete=not data.missing)
+        with self.stopwatch("preserve"):
+            identity = common_fingerprint(model)
+            self.preservation, self.preserve_cached = self.preserved.load(
+                trainer, model, tokenizer, self.blocks, self.sites, settings, identity, show
+            )
+        kept = kept_settings(settings, self.preserved, data)
+        if settings.resume_dir is not None:
+            summing = settings.statistics_dir is not None
+            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size, summing)
+            self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
+        with self.stopwatch("prepare"):
+            before = None if self.unfinished is None else self.unfinished.outputs
+            data.complete(tokenizer, before or write_outputs(data, model, tokenizer, show), limit)
+            if data.written:
+                self._plan(complete=True)
+        if show and first:
+            tqdm.write(str(self.estimate), file=sys.stderr)
+        if self.unfinished is not None:
+            trainer.strategy.barrier("resume")
+            self.unfinished.start(data.written)
+        self.provenance = describe(kept, model, self.blocks, identity, data, settings.store_instruction)
+        if settings.statistics_dir is not None and first:
+            entry = self.preservation.folder.name if self.preservation is not None else None
+            uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
+            manifest = Manifest(self.provenance, entry, uncompared)
+            self.writer = StatisticsWriter(settings.statistics_dir, manifest, overwrite)
+        if data.val_pairs and (first or is_sharded(model)):  # of a sharded model all must run it
+            with self.stopwatch("validate"):
+                self.validation = Validation(data, model, tokenizer, show and first)
+
+    def _plan(self, complete: bool) -> None:
+        """Batch the longest pairs of a step, refuse a fit that does not fit, and choose where its streams are kept."""
+        settings, data = self.settings, self.data
+        self._select(sorted(range(len(data.pairs)), key=data.by_length)[: settings.pairs_per_step])
+        self.estimate = plan(
+            self.module.model,
+            self.blocks,
+            self.stages,
+            data.batches,
+            offload=settings.offload,
+            memory_budget=settings.memory_budget,
+            preserve=bool(self.preserved) and settings.preserve_weight != 0,
+            processes=self.trainer.num_devices,
+            steps=settings.steps,
+            complete=complete,
         )
-        return cls(evaluation)
+        self.storage = Storage(self.estimate.place)
 
-    def rows(self, step: int, patch: ThoughtPatch, trainer: Trainer) -> list[dict[str, float]]:
-        """The figures after a step, before the first one too those of the plain model as step 0; also logged, as
-        ``val/…``."""
-        result = self.evaluation.score(patch)
-        rows = []
-        for number, run in ((0, "plain"), (step, "patched"))[step > 1 :]:
-            figures = {
-                "fidelity": result["fidelity" if run == "patched" else "fidelity_plain"],
-                "output_kl": result["output_kl"][run],
-                "output_agreement": result["output_agreement"][run],
-            }
-            if result["accuracy"] is not None:
-                figures["accuracy"] = result["accuracy"][run]
-                figures["instructed_accuracy"] = result["accuracy"]["instructed"]
-            rows.append({"step": number, **figures})
-            for logger in trainer.loggers if trainer.is_global_zero else ():
-                logger.log_metrics({f"val/{name}": value for name, value in figures.items()}, number)
-        return rows
+    def _select(self, indices: Sequence[int]) -> None:
+        weight = self.data.settings.answer_weight or self.settings.answer_weight
+        self.data.select(self.module.tokenizer, indices, weight, self.module.device)
+
+    def start_step(self, step: int, patches: Mapping[tuple[int, str], SitePatch]) -> StreamRunner:
+        """Streams for a step, over its pairs, with the patches so far."""
+        settings, every = self.settings, len(self.data.pairs)
+        if settings.pairs_per_step is not None:
+            first = step * settings.pairs_per_step
+            self._select([i % every for i in range(first, first + settings.pairs_per_step)])
+        runner = StreamRunner(
+            self.module.model, self.blocks, self.sites, settings.order, self.storage, settings.blocks, patches
+        )
+        with self.stopwatch("forward"):
+            runner.open(self.data.batches)
+        return runner
+
+    def close(self) -> None:
+        """Free what is held; statistics that were not completed are not left behind."""
+        if self.writer is not None:
+            self.writer.abort()
+        self.writer = self.preservation = self.validation = None
+        self.storage.close()

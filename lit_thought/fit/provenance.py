@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 import lit_thought
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
-from lit_thought.fit.preparing import PreservationSource
+from lit_thought.fit.preserving import PreservationSource
 from lit_thought.model.blocks import Block
 from lit_thought.model.loading import model_name
 from lit_thought.prompts.instruction_hash import hash_text
-from lit_thought.settings import FitSettings
+from lit_thought.settings import FitSettings, check_parts
 from lit_thought.timing import Stopwatch
 
 __all__ = ["costs", "describe", "identity_of", "kept_settings", "versions"]
@@ -96,20 +96,15 @@ def versions() -> dict[str, str]:
     return {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}}
 
 
-def kept_settings(
-    settings: FitSettings,
-    parts: Mapping[str, Sequence[str]],
-    preserved: PreservationSource,
-    data: PairDataModule,
-) -> dict[str, Any]:
+def kept_settings(settings: FitSettings, preserved: PreservationSource, data: PairDataModule) -> dict[str, Any]:
     """Every setting that a fit's result depends on, as JSON values.
 
     Args:
         settings: the callback's, settled, with the sites that the model has.
-        parts: what is solved for at each site.
         preserved: the unrelated text, or a file of its statistics.
         data: the pairs, with settings of their own.
     """
+    sites = settings.sites or ()
     kept = settings.options(passing=False) | data.settings.options(data=True, passing=False)
     if data.settings.answer_weight is None:
         kept["answer_weight"] = settings.answer_weight
@@ -119,8 +114,8 @@ def kept_settings(
         kept["preserve_tokens"] = preserved.file.manifest["tokens"]
     return {
         **kept,
-        "sites": list(settings.sites or ()),
-        "parts": {site: list(own) for site, own in parts.items()},
+        "sites": list(sites),
+        "parts": {site: list(own) for site, own in check_parts(settings.parts, sites).items()},
         "generate": dict(data.settings.generate or {}),
         "preserve_file": None if preserved.file is None else preserved.file.digest,
         "pairs": len(data.pairs),

@@ -18,9 +18,25 @@ from torch import Tensor
 
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.runs.streams import TokenBatch
 
-__all__ = ["PairBatch", "make_batches", "pad"]
+__all__ = ["PairBatch", "TokenBatch", "common_prefix", "forward_inputs", "make_batches", "pad"]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Padded token ids, (batch, length), and the mask of real tokens, (batch, length) bool."""
+
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> TokenBatch:
+        """Move both tensors, as ``Tensor.to``."""
+        return TokenBatch(self.ids.to(*args, **kwargs), self.mask.to(*args, **kwargs))
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each token in its own sequence, whatever the padding side, (batch, length)."""
+        return (self.mask.long().cumsum(1) - 1).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,16 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
         ids[row, at] = torch.tensor(list(sequence))
         mask[row, at] = True
     return TokenBatch(ids, mask)
+
+
+def forward_inputs(tokens: TokenBatch, lead_length: int) -> dict[str, Tensor]:
+    """``input_ids``, ``position_ids`` and ``attention_mask`` of a batch that follows a cached lead."""
+    ahead = tokens.mask.new_ones(len(tokens.mask), lead_length)
+    return {
+        "input_ids": tokens.ids,
+        "position_ids": tokens.positions + lead_length,
+        "attention_mask": torch.cat([ahead, tokens.mask], dim=1).long(),
+    }
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from lit_thought.model.blocks import Block
 from lit_thought.model.discovery import wider
 from lit_thought.model.sharding import gathered
-from lit_thought.prompts.batches import PairBatch
+from lit_thought.prompts.batches import PairBatch, TokenBatch
 from lit_thought.runs.storage import Kept, Storage
-from lit_thought.runs.streams import SitePatch, Stream, TokenBatch
+from lit_thought.runs.streams import SitePatch, Stream
 from lit_thought.solve.factors import Factors
 
 __all__ = ["Observation", "Stage", "StreamRunner", "goes_on_from", "stages_of"]

@@ -34,27 +34,11 @@ from lit_thought.model.calls import (
 )
 from lit_thought.model.discovery import row_ratio, wider
 from lit_thought.model.sharding import gathered
+from lit_thought.prompts.batches import TokenBatch, forward_inputs
 from lit_thought.runs.storage import Kept, Storage
 from lit_thought.solve.factors import Factors
 
-__all__ = ["Reading", "SitePatch", "Stream", "TokenBatch", "forward_inputs"]
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Padded token ids, (batch, length), and the mask of real tokens, (batch, length) bool."""
-
-    ids: Tensor
-    mask: Tensor
-
-    def to(self, *args: Any, **kwargs: Any) -> TokenBatch:
-        """Move both tensors, as ``Tensor.to``."""
-        return TokenBatch(self.ids.to(*args, **kwargs), self.mask.to(*args, **kwargs))
-
-    @property
-    def positions(self) -> Tensor:
-        """Position of each token in its own sequence, whatever the padding side, (batch, length)."""
-        return (self.mask.long().cumsum(1) - 1).clamp_min(0)
+__all__ = ["Reading", "SitePatch", "Stream", "lead_cache"]
 
 
 @dataclass(frozen=True)
@@ -107,16 +91,6 @@ class _LeadLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.lead_length + query_length, 0
-
-
-def forward_inputs(tokens: TokenBatch, lead_length: int) -> dict[str, Tensor]:
-    """``input_ids``, ``position_ids`` and ``attention_mask`` of a batch that follows a cached lead."""
-    ahead = tokens.mask.new_ones(len(tokens.mask), lead_length)
-    return {
-        "input_ids": tokens.ids,
-        "position_ids": tokens.positions + lead_length,
-        "attention_mask": torch.cat([ahead, tokens.mask], dim=1).long(),
-    }
 
 
 class Stream:

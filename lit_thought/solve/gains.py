@@ -36,6 +36,7 @@ from lit_thought.solve.least_squares import (
     check_terms,
     describe,
     ridge_scale,
+    singular_limit,
     singular_system,
 )
 from lit_thought.solve.spectral import top_eigenvectors
@@ -112,7 +113,7 @@ def solve_with_gains(
     x, y = h.square(), z / scale
     floor = float(y.min()) if len(y) == stats.d_in else 0.0
     worst = (float(x.max()) * floor + ridge) / (float(x.max()) * float(y.max()) + ridge)
-    if not worst > (stats.d_in * torch.finfo(torch.float64).eps if len(y) == stats.d_in else 0.0):
+    if not worst > (singular_limit(stats.d_in, stats.tokens) if len(y) == stats.d_in else 0.0):
         raise singular_system(stats, ridge, prior, name)
 
     B, A, lost = _factors(h.unsqueeze(1) * cross[acts] / scale, x, y, ridge, rank)

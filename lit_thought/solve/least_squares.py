@@ -41,6 +41,7 @@ __all__ = [
     "check_terms",
     "describe",
     "ridge_scale",
+    "singular_limit",
     "singular_system",
     "solve",
     "solve_constrained",
@@ -99,7 +100,7 @@ class Solution:
             ``rank``: r; ``tokens``; ``ridge_scale``: s;
             ``effective_rank``: tr Z / s, the participation ratio of Z's eigenvalues;
             ``condition``: of M: Z's largest eigenvalue (Rayleigh–Ritz) over the ridge λ s, an upper bound that is
-            sharp where Z is singular; without a ridge a lower bound, from the Cholesky pivots;
+            sharp where Z is singular; without a ridge, or with one that is next to nothing, M's own, exactly;
             ``truncation_loss``: share of the full-rank patch's gain that rank r gives up;
             ``norm``: ‖ΔW‖_F.
     """
@@ -213,7 +214,7 @@ def solve_constrained(
     if not bool(norms.all()):
         raise SingularSystemError(f"{name}: key {int(norms.argmin())} is zero, which no patch can act on; drop it.")
     keys, values = keys / norms, values / norms
-    rank = int(torch.linalg.matrix_rank(keys))
+    rank = int(torch.linalg.matrix_rank(keys, rtol=singular_limit(max(keys.shape), 0)))
     if rank < len(keys):
         raise SingularSystemError(
             f"{name}: the keys are linearly dependent ({len(keys)} keys span {rank} dimensions), so their values "
@@ -244,14 +245,13 @@ def check_terms(
 
 
 class _System(NamedTuple):
-    """M of one layer and what it is made of."""
+    """M of one layer, C, and what is known of them."""
 
     cross: Tensor  # C, (d_out, d_in)
-    matrix: Tensor  # M, (d_in, d_in)
     lower: Tensor  # Cholesky factor of M, (d_in, d_in)
     scale: float  # s
     trace: float  # tr Z
-    worst: float  # smallest over largest squared pivot, at least 1 / condition of M
+    condition: float  # of M, as Solution.diagnostics says
 
 
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
@@ -260,14 +260,36 @@ def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, na
     if prior is not None:
         matrix.add_(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
     trace = float(matrix.diagonal().sum())
-    scale = ridge_scale(name, trace, float(torch.linalg.vector_norm(matrix)) ** 2, float(stats.energy))
+    norm = float(torch.linalg.vector_norm(matrix))
+    scale = ridge_scale(name, trace, norm**2, float(stats.energy))
     matrix.diagonal().add_(ridge * scale)
+    limit = singular_limit(stats.d_in, stats.tokens)
+    if ridge * scale > 2 * limit * norm:  # no eigenvalue of M is near zero, whatever Z's are
+        condition = largest_eigenvalue(lambda v: matrix @ v, stats.d_in, matrix) / (ridge * scale)
+    else:  # not the Cholesky pivots, whose rounding grows with the condition of the leading columns
+        values = torch.linalg.eigvalsh(matrix)
+        if not bool(values[0] > limit * values[-1]):
+            raise singular_system(stats, ridge, prior, name)
+        condition = float(values[-1] / values[0])
     lower, info = torch.linalg.cholesky_ex(matrix)
-    pivots = lower.diagonal()
-    worst = float((pivots.min() / pivots.max()) ** 2)
-    if int(info) != 0 or not worst > stats.d_in * torch.finfo(torch.float64).eps:
+    if int(info) != 0:
         raise singular_system(stats, ridge, prior, name)
-    return _System(cross, matrix, lower, scale, trace, worst)
+    return _System(cross, lower, scale, trace, condition)
+
+
+def singular_limit(size: int, tokens: int, dtype: torch.dtype = torch.float64) -> float:
+    """The smallest over the largest eigenvalue of a sum of products, (size, size), up to which it counts as singular.
+
+    Rounding leaves of an eigenvalue that is zero, relative to the largest, less than eps √n from summing n tokens and
+    eps √size from the decomposition, in whatever order a processor sums. The limit is 32 times that, so that what is
+    singular is refused everywhere; above it the smallest eigenvalue is not noise.
+
+    Args:
+        size: d_in.
+        tokens: n.
+        dtype: of the sums.
+    """
+    return float(32 * max(size, tokens) ** 0.5 * torch.finfo(dtype).eps)
 
 
 def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: str) -> SingularSystemError:
@@ -282,14 +304,12 @@ def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: 
 def _solve_primal(
     stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
 ) -> Solution:
-    cross, matrix, lower, scale, trace, worst = _system(stats, ridge, prior, rho, name)
+    cross, lower, scale, trace, condition = _system(stats, ridge, prior, rho, name)
     half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
     gains, basis = top_eigenvectors(products(half), rank)
     A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
     before = float(stats.energy) / stats.weight
     after = before - 2 * float((basis.T @ cross * A).sum()) + float(stats.projected(A).trace()) / stats.weight
-    largest = largest_eigenvalue(lambda v: matrix @ v, stats.d_in, matrix)
-    condition = largest / (ridge * scale) if ridge > 0 else 1 / worst
     lost = _lost(gains, half)
     return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
 

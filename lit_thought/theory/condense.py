@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.solve.least_squares import check_finite, solve
+from lit_thought.solve.least_squares import check_finite, singular_limit, solve
 from lit_thought.solve.sums import Statistics, VectorStatistics
 
 __all__ = ["SOLVERS", "thought_matrix", "thought_vector"]
@@ -150,9 +150,7 @@ def _minimum_norm(stats: Statistics) -> tuple[Tensor, int]:
     left, square = (stats.cross, stats.gram) if rows is None else (rows[1].T, rows[0].double() @ rows[0].double().T)
     check_finite("thought_matrix", float(square.diagonal().sum()), float(stats.energy))
     values, vectors = torch.linalg.eigh(square.double())
-    # what summing n tokens leaves of an eigenvalue that is zero, in the precision of the sums
-    rounding = 8 * max(stats.d_in**2, stats.tokens) ** 0.5 * torch.finfo(stats.dtype).eps
-    seen = values > rounding * values[-1].clamp_min(0)
+    seen = values > singular_limit(stats.d_in, stats.tokens, stats.dtype) * values[-1].clamp_min(0)
     values, vectors = values[seen], vectors[:, seen]
     matrix = (left.double() @ vectors / values) @ vectors.T
     return matrix if rows is None else matrix @ rows[0].double(), len(values)

@@ -29,8 +29,9 @@ from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_mod
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.calls import cache_arguments, find_decoder
+from lit_thought.prompts.batches import forward_inputs
 from lit_thought.prompts.unrelated import load_texts
-from lit_thought.runs.streams import forward_inputs, lead_cache
+from lit_thought.runs.streams import lead_cache
 from recipes.harness import SIX_TASKS, TEMPLATE, load_split, machine, repeated, shown, table, write_results
 
 

@@ -30,8 +30,8 @@ from lit_thought.errors import ThoughtError
 from lit_thought.model.blocks import find_blocks
 from lit_thought.model.calls import cache_arguments
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.prompts.batches import common_prefix, pad
-from lit_thought.runs.streams import forward_inputs, lead_cache
+from lit_thought.prompts.batches import common_prefix, forward_inputs, pad
+from lit_thought.runs.streams import lead_cache
 from lit_thought.settings import DEFAULT_SITES
 from lit_thought.solve.factors import Factors
 from lit_thought.timing import Stopwatch

@@ -30,10 +30,10 @@ from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.prompts.batches import pad
+from lit_thought.prompts.batches import forward_inputs, pad
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.generate import generate
-from lit_thought.runs.streams import Stream, forward_inputs
+from lit_thought.runs.streams import Stream
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import solve_constrained
 from lit_thought.statistics.preserve import WINDOW, Preservation, preservation

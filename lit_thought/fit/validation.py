@@ -1,0 +1,53 @@
+"""A fit followed, step by step, on pairs that it does not see."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.fit.data import PairDataModule
+from lit_thought.patch.patch import ThoughtPatch
+
+__all__ = ["Validation"]
+
+
+class Validation:
+    """How the validation pairs do before the first step and after each one.
+
+    Creating one writes their plain and instructed outputs.
+    """
+
+    def __init__(
+        self, data: PairDataModule, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool
+    ) -> None:
+        self._evaluation = Evaluation(
+            model,
+            tokenizer,
+            instruction=data.instruction,
+            pairs=data.val_pairs,
+            template=data.template,
+            unrelated=None,
+            max_new_tokens=data.settings.max_new_tokens,
+            batch_size=data.settings.batch_size,
+            progress=progress,
+        )
+
+    def rows(self, step: int, patch: ThoughtPatch, trainer: Trainer) -> list[dict[str, float]]:
+        """The figures after a step, before the first one too those of the plain model as step 0; also logged, as
+        ``val/…``."""
+        result = self._evaluation.score(patch)
+        rows = []
+        for number, run in ((0, "plain"), (step, "patched"))[step > 1 :]:
+            figures = {
+                "fidelity": result["fidelity" if run == "patched" else "fidelity_plain"],
+                "output_kl": result["output_kl"][run],
+                "output_agreement": result["output_agreement"][run],
+            }
+            if result["accuracy"] is not None:
+                figures["accuracy"] = result["accuracy"][run]
+                figures["instructed_accuracy"] = result["accuracy"]["instructed"]
+            rows.append({"step": number, **figures})
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                logger.log_metrics({f"val/{name}": value for name, value in figures.items()}, number)
+        return rows
