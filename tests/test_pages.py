@@ -20,9 +20,8 @@ from typing import Any
 import pytest
 import torch
 from models import make_model, make_tokenizer
+from patches import make_vectors, uneven
 from peft import PeftModel
-from test_export import uneven
-from test_patch import make_vectors
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main

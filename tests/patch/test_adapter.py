@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from models import FAMILIES, make_model
+from patches import logits_of, make_patch, make_vectors, output_projections
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_patch import IDS, make_patch, make_vectors, output_projections
 from torch import Tensor
 
 from lit_thought.errors import PatchError, ThoughtError
@@ -25,37 +26,23 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
 
 
-def logits_of(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
+def mixed_patch(family: str, seed: int = 0) -> ThoughtPatch:
+    """Ranks 3 and 5, and every kind of target: with a matrix and a vector, with one alone."""
+    model = make_model(family)
+    plain = make_patch(model, seed, rank=3, every=2) + make_patch(model, seed + 1, every=4)
+    vectors = make_vectors(model, seed, every=2)
+    assert set(plain.factors) - set(vectors)
+    assert set(vectors) - set(plain.factors)
+    shared = next(iter(plain.factors))
+    vectors[shared] = torch.linspace(-1, 1, 32)
+    d_in = {path: output_projections(model)[path][1] for path in vectors if path not in plain.factors}
+    provenance = {**plain.provenance, "fan_in_fan_out": family == "gpt2", "d_in": d_in}
+    return ThoughtPatch(plain.factors, provenance, vectors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_peft_computes_what_the_patch_computes(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = make_model(family, dtype)
-    mixed = make_patch(model, 1, rank=3, every=2) + make_patch(model, 2, rank=2)  # ranks 5 and 2
-    patch = ThoughtPatch(mixed.factors, {**mixed.provenance, "fan_in_fan_out": family == "gpt2"})
-    plain = logits_of(model)
-    with patch.applied(model):
-        patched = logits_of(model)
-    assert (plain - patched).abs().max() > 0.1  # a negative control: the patch does something
-    assert torch.equal(logits_of(model), plain)
-
+def test_the_folder_and_its_model(tmp_path: Path) -> None:
+    patch = make_patch(make_model("llama"))
     patch.save_adapter(tmp_path / "out")
-    peft_model = PeftModel.from_pretrained(make_model(family, dtype), tmp_path / "out")
-    tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-10}
-    torch.testing.assert_close(logits_of(peft_model), patched, **tolerance)
-    with peft_model.disable_adapter():
-        torch.testing.assert_close(logits_of(peft_model), plain, **tolerance)
-    torch.testing.assert_close(logits_of(peft_model.merge_and_unload(safe_merge=True)), patched, **tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = make_model("llama")
-    patch = make_patch(model, 1, rank=3, every=2) + make_patch(model, 2, rank=2)
-    patch.save_adapter(tmp_path / "out", dtype=dtype)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "README.md",
@@ -63,27 +50,12 @@ def test_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
         "adapter_model.safetensors",
         "thought.json",
     ]
-    loaded = ThoughtPatch.load(tmp_path / "out", model)
-    assert loaded.provenance == patch.provenance
-    assert set(loaded.targets) == set(patch.targets)
-    for path, factors in patch.factors.items():
-        assert loaded.factors[path].rank == factors.rank  # the padding is gone
-        assert torch.equal(loaded.factors[path].A, factors.A.to(dtype).float())
-        assert torch.equal(loaded.factors[path].B, factors.B.to(dtype).float())
+    targets = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(patch.targets)  # not in the order of a set, which changes from run to run
     with pytest.raises(PatchError, match="made for"):
         ThoughtPatch.load(tmp_path / "out", make_model("llama", seed=1))
     with pytest.raises(PatchError, match="missing"):
         ThoughtPatch.load(tmp_path / "out", make_model("gpt2"))
-
-
-def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    patch = make_patch(make_model("llama"))
-    for name in ("a", "b"):
-        patch.save_adapter(tmp_path / name)
-    targets = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
-    assert targets == sorted(patch.targets)  # not in the order of a set, which changes from run to run
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 def test_config_is_what_servers_expect() -> None:
@@ -101,14 +73,14 @@ def test_config_is_what_servers_expect() -> None:
 
 def test_card(tmp_path: Path) -> None:
     factors = {"x": Factors(torch.ones(1, 2), torch.ones(3, 1))}
-    record = {
+    provenance = {
         "base_model": "someone/base",
         "instruction": "Use ``` and\n~~~ freely.",
         "template": "Q: {input}\nA: {output}\n",
         "settings": {"rank": 16, "ridge": 0.01, "sites": ["attn_out", "mlp_out"]},
         "diagnostics": {"residual": 0.123456, "blocks": list(range(30)), "note": "a|b"},
     }
-    ThoughtPatch(factors, record).save_adapter(tmp_path / "out")
+    ThoughtPatch(factors, provenance).save_adapter(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert ModelCard(card).data.to_dict() == {
         "base_model": "someone/base",
@@ -139,28 +111,41 @@ def test_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_foreign_adapters_load_with_their_scale(family: str, rslora: bool, tmp_path: Path) -> None:
-    base = make_model(family, torch.float64)
-    names = ["c_proj"] if family == "gpt2" else ["o_proj", "down_proj"]
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=names, use_rslora=rslora, fan_in_fan_out=family == "gpt2")
+@pytest.mark.parametrize(("family", "biases"), [("llama", False), ("gpt2", False), ("llama", True)])
+def test_foreign_adapters_load_with_their_scale(family: str, biases: bool, rslora: bool, tmp_path: Path) -> None:
+    """Factors or vectors that are zero, beside others, are left out."""
+    gpt2 = family == "gpt2"
+    names = ["c_proj"] if gpt2 else ["o_proj", "down_proj"]
+    known: Any = {"use_rslora": rslora, "lora_bias": biases, "fan_in_fan_out": gpt2}
     torch.manual_seed(5)
-    peft_model = get_peft_model(base, config)
+    peft_model = get_peft_model(
+        make_model(family, torch.float64), LoraConfig(r=4, lora_alpha=12, target_modules=names, **known)
+    )
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
+    if biases:
+        layers = peft_model.base_model.model.model.layers
+        torch.nn.init.zeros_(layers[0].mlp.down_proj.lora_B["default"].bias)
+        for own in (layers[1].mlp.down_proj.lora_A, layers[1].mlp.down_proj.lora_B):
+            torch.nn.init.zeros_(own["default"].weight)
     peft_model.eval().save_pretrained(tmp_path)
     loaded = ThoughtPatch.load(tmp_path)
     assert "fingerprint" not in loaded.provenance
-    assert len(loaded.targets) == 6
+    assert loaded.provenance.get("fan_in_fan_out", False) is gpt2
+    assert (len(loaded.factors), len(loaded.vectors)) == ((5, 5) if biases else (6, 0))
+    if biases:
+        assert "model.layers.0.mlp.down_proj" not in loaded.vectors
+        assert loaded.provenance == {"d_in": {"model.layers.1.mlp.down_proj": 48}}
     model = make_model(family, torch.float64)
-    plain = logits_of(model)
+    without = logits_of(model)
+    if biases:
+        with loaded.without_vectors().applied(model):
+            without = logits_of(model)
     with loaded.applied(model):
         wanted = logits_of(peft_model)
-        assert (wanted - plain).abs().max() > 0.1
+        assert (wanted - without).abs().max() > 0.1
         torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=2e-5)
-    if family == "gpt2":
-        assert loaded.provenance["fan_in_fan_out"] is True
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -197,55 +182,83 @@ def only_pickle(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+PARAMETERS = (["mlp.experts.down_proj"], [5], ["model.layers.0.mlp.gate.weight", "x"])
 FIRST = "base_model.model.model.layers.0.self_attn.o_proj.lora_"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapter folders, without and with vectors at every target."""
+    place, model = tmp_path_factory.mktemp("saved"), make_model("llama")
+    d_in = {path: own[1] for path, own in output_projections(model).items()}
+    vectors = ThoughtPatch(mixed_patch("llama").factors, {"d_in": d_in}, dict.fromkeys(d_in, torch.ones(32)))
+    for name, patch in (("matrices", make_patch(model)), ("vectors", vectors)):
+        patch.save_adapter(place / name)
+        read_adapter(place / name)
+    return place
+
+
+DAMAGE = [
+    (remove("adapter_config.json"), "no adapter_config.json"),
+    (remove("adapter_model.safetensors"), "no adapter_model.safetensors"),
+    (only_pickle, "is a pickle"),
+    (cut_weights, "is damaged"),
+    (write("adapter_model.safetensors", ""), "is damaged"),
+    (write("adapter_config.json", "{oops"), "not readable JSON"),
+    (write("adapter_config.json", "[]"), "expected an object"),
+    (write("adapter_config.json", "{}"), "peft_type is None"),
+    (edit_config(peft_type="IA3"), "peft_type is 'IA3'"),
+    (edit_config(use_dora=True), "use_dora=True"),
+    (edit_config(lora_bias=True), "lacks 6 of the tensors.*lora_B.bias"),
+    (edit_config(bias="all"), "bias='all'"),
+    (edit_config(rank_pattern={"x": 2}), "rank_pattern="),
+    (edit_config(alpha_pattern={"x": 2}), "alpha_pattern="),
+    (edit_config(modules_to_save=["lm_head"]), "modules_to_save="),
+    (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    (edit_config(r="4"), "r is '4'"),
+    (edit_config(r=0), "r is 0"),
+    (edit_config(r=3), "expected \\(3, inputs\\)"),
+    (edit_config(lora_alpha=None), "lora_alpha is None"),
+    (edit_config(lora_alpha=float("nan")), "lora_alpha is nan"),
+    (edit_config(lora_alpha=1e300), "NaN or infinite"),
+    (edit_config(target_modules=None), "target_modules is None"),
+    (edit_config(target_modules="(("), "target_modules is '\\(\\('"),
+    (edit_config(target_modules=[3]), "target_modules is \\[3\\]"),
+    (edit_config(target_modules=["o_proj"]), "does not account for.*down_proj"),
+    (edit_config(target_modules=["o_proj", "down_proj", "q_proj"]), "lacks 1 of the tensors.*q_proj"),
+    (edit_tensors(lambda t: t.pop(FIRST + "B.weight")), "lacks 1 of.*0.self_attn.o_proj.lora_B"),
+    (edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(32)})), "does not account for.*lora_B.bias"),
+    (edit_tensors(lambda t: t.clear()), "lacks 6 of the tensors"),
+    (edit_tensors(lambda t: t.update({"extra": torch.ones(1)})), "does not account for, such as 'extra'"),
+    (edit_tensors(lambda t: t.update({FIRST + "A.weight": torch.ones(5, 32)})), "lora_A \\(5, 32\\)"),
+    (edit_tensors(lambda t: t.update({FIRST + "B.weight": torch.ones(8)})), "lora_B \\(8,\\)"),
+    (edit_tensors(lambda t: t[FIRST + "A.weight"].fill_(float("nan"))), "NaN or infinite"),
+    (write("thought.json", "{"), "thought.json.*not readable JSON"),
+    (write("thought.json", '{"format_version": 99}'), "format_version is 99"),
+    (write("thought.json", '{"format_version": 1, "provenance": []}'), "provenance is a list"),
+    *((edit_config(target_parameters=bad), "only the weights of linear layers can be read") for bad in PARAMETERS),
+]
+DAMAGE_OF_VECTORS = [
+    (edit_config(lora_bias=False), "holds 6 tensors that .* does not account for.*lora_B.bias"),
+    (edit_tensors(lambda t: t.pop(FIRST + "B.bias")), "lacks 1 of the tensors.*0.self_attn.o_proj.lora_B.bias"),
+    (edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(31)})), r"lora_B.bias \(31,\); expected"),
+    (edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(32, 1)})), r"lora_B.bias \(32, 1\)"),
+    (edit_tensors(lambda t: t[FIRST + "B.bias"].fill_(float("inf"))), "adapter_model.*NaN or infinite.*again"),
+    (edit_tensors(lambda t: t.update({FIRST + "A.bias": torch.ones(5)})), "does not account for.*lora_A.bias"),
+    (edit_config(bias="lora_only"), "bias='lora_only'"),
+    (write("thought.json", '{"format_version": 1, "provenance": {"d_in": []}}'), "provenance\\['d_in'\\]"),
+]
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (remove("adapter_config.json"), "no adapter_config.json"),
-        (remove("adapter_model.safetensors"), "no adapter_model.safetensors"),
-        (only_pickle, "is a pickle"),
-        (cut_weights, "is damaged"),
-        (write("adapter_model.safetensors", ""), "is damaged"),
-        (write("adapter_config.json", "{oops"), "not readable JSON"),
-        (write("adapter_config.json", "[]"), "expected an object"),
-        (write("adapter_config.json", "{}"), "peft_type is None"),
-        (edit_config(peft_type="IA3"), "peft_type is 'IA3'"),
-        (edit_config(use_dora=True), "use_dora=True"),
-        (edit_config(lora_bias=True), "lacks 6 of the tensors.*lora_B.bias"),
-        (edit_config(bias="all"), "bias='all'"),
-        (edit_config(rank_pattern={"x": 2}), "rank_pattern="),
-        (edit_config(alpha_pattern={"x": 2}), "alpha_pattern="),
-        (edit_config(modules_to_save=["lm_head"]), "modules_to_save="),
-        (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
-        (edit_config(r="4"), "r is '4'"),
-        (edit_config(r=0), "r is 0"),
-        (edit_config(r=3), "expected \\(3, inputs\\)"),
-        (edit_config(lora_alpha=None), "lora_alpha is None"),
-        (edit_config(lora_alpha=float("nan")), "lora_alpha is nan"),
-        (edit_config(lora_alpha=1e300), "NaN or infinite"),
-        (edit_config(target_modules=None), "target_modules is None"),
-        (edit_config(target_modules="(("), "target_modules is '\\(\\('"),
-        (edit_config(target_modules=[3]), "target_modules is \\[3\\]"),
-        (edit_config(target_modules=["o_proj"]), "does not account for.*down_proj"),
-        (edit_config(target_modules=["o_proj", "down_proj", "q_proj"]), "lacks 1 of the tensors.*q_proj"),
-        (edit_tensors(lambda t: t.pop(FIRST + "B.weight")), "lacks 1 of.*0.self_attn.o_proj.lora_B"),
-        (edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(32)})), "does not account for.*lora_B.bias"),
-        (edit_tensors(lambda t: t.clear()), "lacks 6 of the tensors"),
-        (edit_tensors(lambda t: t.update({"extra": torch.ones(1)})), "does not account for, such as 'extra'"),
-        (edit_tensors(lambda t: t.update({FIRST + "A.weight": torch.ones(5, 32)})), "lora_A \\(5, 32\\)"),
-        (edit_tensors(lambda t: t.update({FIRST + "B.weight": torch.ones(8)})), "lora_B \\(8,\\)"),
-        (edit_tensors(lambda t: t[FIRST + "A.weight"].fill_(float("nan"))), "NaN or infinite"),
-        (write("thought.json", "{"), "thought.json.*not readable JSON"),
-        (write("thought.json", '{"format_version": 99}'), "format_version is 99"),
-        (write("thought.json", '{"format_version": 1, "provenance": []}'), "provenance is a list"),
-    ],
+    ("name", "damage", "message"),
+    [*(("matrices", *case) for case in DAMAGE), *(("vectors", *case) for case in DAMAGE_OF_VECTORS)],
 )
-def test_damage_is_reported(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+def test_damage_is_reported(
+    name: str, damage: Callable[[Path], Any], message: str, saved: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
-    make_patch(make_model("llama")).save_adapter(folder)
-    read_adapter(folder)
+    shutil.copytree(saved / name, folder)
     damage(folder)
     with pytest.raises(PatchError, match=message):
         read_adapter(folder)
@@ -378,37 +391,26 @@ def test_the_card_shows_the_figures_of_a_fit_layer_by_layer(tmp_path: Path) -> N
 # Thought vectors
 
 
-def mixed_patch(family: str, seed: int = 0) -> ThoughtPatch:
-    """Ranks 3 and 5, and every kind of target: with a matrix and a vector, with one alone."""
-    model = make_model(family)
-    plain = make_patch(model, seed, rank=3, every=2) + make_patch(model, seed + 1, every=4)
-    vectors = make_vectors(model, seed, every=2)
-    assert set(plain.factors) - set(vectors)
-    assert set(vectors) - set(plain.factors)
-    shared = next(iter(plain.factors))
-    vectors[shared] = torch.linspace(-1, 1, 32)
-    d_in = {path: output_projections(model)[path][1] for path in vectors if path not in plain.factors}
-    record = {**plain.provenance, "fan_in_fan_out": family == "gpt2", "d_in": d_in}
-    return ThoughtPatch(plain.factors, record, vectors)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("alone", [False, True])
-def test_peft_computes_what_the_vectors_compute(alone: bool, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["matrices", "both", "vectors"])
+def test_peft_computes_what_the_patch_computes(kind: str, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     patch = mixed_patch(family)
-    if alone:
+    if kind == "matrices":
+        patch = patch.without_vectors()
+    elif kind == "vectors":
         d_in = {path: output_projections(make_model(family))[path][1] for path in patch.vectors}
         patch = ThoughtPatch({}, {**patch.provenance, "d_in": d_in}, patch.vectors)
     patch.save_adapter(tmp_path / "out")
     model = make_model(family, dtype)
     plain = without = logits_of(model)
-    if not alone:
+    if kind == "both":
         with patch.without_vectors().applied(model, check=False):
             without = logits_of(model)
     with patch.applied(model, check=False):
         patched = logits_of(model)
-    assert (patched - without).abs().max() > 0.1  # a negative control: the vectors do something
+    assert (patched - without).abs().max() > 0.1  # a negative control: what is new does something
+    assert torch.equal(logits_of(model), plain)
 
     def load() -> Any:
         return PeftModel.from_pretrained(make_model(family, dtype), tmp_path / "out")
@@ -418,32 +420,32 @@ def test_peft_computes_what_the_vectors_compute(alone: bool, family: str, dtype:
     torch.testing.assert_close(logits_of(peft_model), patched, **tolerance)
     with peft_model.disable_adapter():
         torch.testing.assert_close(logits_of(peft_model), plain, **tolerance)
-    if family == "gpt2":
+    if kind == "matrices" or family == "gpt2":
         for safe in (True, False):
             torch.testing.assert_close(logits_of(load().merge_and_unload(safe_merge=safe)), patched, **tolerance)
         return
-    # what the documentation says of base layers without a bias: PEFT raises, and keeps the weights only if safe
+    # what the documentation says of base layers without a bias: PEFT raises, and keeps the weights if safe
     before = {name: value.clone() for name, value in peft_model.state_dict().items()}
-    for safe in (True, False):
-        with pytest.raises(RuntimeError, match="base layer has no bias"):
-            peft_model.merge_and_unload(safe_merge=safe)
-        kept = all(torch.equal(value, before[name]) for name, value in peft_model.state_dict().items())
-        assert kept is (safe or alone)
+    with pytest.raises(RuntimeError):
+        peft_model.merge_and_unload(safe_merge=True)
+    assert all(torch.equal(value, before[name]) for name, value in peft_model.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_round_trip_with_vectors(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    patch = mixed_patch(family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("family", "vectors"), [("llama", True), ("gpt2", True), ("llama", False)])
+def test_round_trip(family: str, vectors: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    patch = mixed_patch(family) if vectors else mixed_patch(family).without_vectors()
     config, state = to_peft(patch)
-    assert (config.r, config.lora_alpha, config.lora_bias) == (5, 5, True)
+    assert (config.r, config.lora_alpha, config.lora_bias) == (5, 5, vectors)
     assert set(config.target_modules) == set(patch.targets)
+    assert any("bias" in key for key in state) is vectors
     for path in patch.targets:
         prefix = f"base_model.model.{path}.lora_"
         d_out, d_in = output_projections(make_model(family))[path]
         assert state[prefix + "A.weight"].shape == (5, d_in)
         assert state[prefix + "B.weight"].shape == (d_out, 5)
-        assert torch.equal(state[prefix + "B.bias"], patch.vectors.get(path, torch.zeros(d_out)))
+        if vectors:
+            assert torch.equal(state[prefix + "B.bias"], patch.vectors.get(path, torch.zeros(d_out)))
         if path not in patch.factors:
             assert not state[prefix + "A.weight"].any()
             assert not state[prefix + "B.weight"].any()
@@ -453,19 +455,19 @@ def test_round_trip_with_vectors(family: str, dtype: torch.dtype, tmp_path: Path
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     loaded = ThoughtPatch.load(tmp_path / "a", make_model(family))
     assert loaded.provenance == patch.provenance
-    assert set(loaded.factors) == set(patch.factors)
-    assert set(loaded.vectors) == set(patch.vectors)
+    assert (set(loaded.factors), set(loaded.vectors)) == (set(patch.factors), set(patch.vectors))
     for path, factors in patch.factors.items():
+        assert loaded.factors[path].rank == factors.rank  # the padding is gone
         assert torch.equal(loaded.factors[path].A, factors.A.to(dtype).float())
         assert torch.equal(loaded.factors[path].B, factors.B.to(dtype).float())
     for path, vector in patch.vectors.items():
         assert torch.equal(loaded.vectors[path], vector.to(dtype).float())
-
-    (tmp_path / "a" / "thought.json").unlink()  # the inputs of targets with only a vector are then read off
-    bare = ThoughtPatch.load(tmp_path / "a")
-    assert bare.provenance["d_in"] == patch.provenance["d_in"]
-    bare.save_adapter(tmp_path / "again")
-    assert set(ThoughtPatch.load(tmp_path / "again").vectors) == set(patch.vectors)
+    if vectors:
+        (tmp_path / "a" / "thought.json").unlink()  # the inputs of targets with only a vector are then read off
+        bare = ThoughtPatch.load(tmp_path / "a")
+        assert bare.provenance["d_in"] == patch.provenance["d_in"]
+        bare.save_adapter(tmp_path / "again")
+        assert set(ThoughtPatch.load(tmp_path / "again").vectors) == set(patch.vectors)
 
 
 def test_vectors_alone_have_rank_one_in_peft(tmp_path: Path) -> None:
@@ -483,66 +485,6 @@ def test_vectors_alone_have_rank_one_in_peft(tmp_path: Path) -> None:
     assert (loaded.rank, loaded.factors, loaded.provenance) == (0, {}, alone.provenance)
     with pytest.raises(PatchError, match="overflows"):
         (1e6 * alone).save_adapter(tmp_path / "half", dtype=torch.float16)
-
-
-def test_without_vectors_nothing_asks_for_a_bias() -> None:
-    config, state = to_peft(mixed_patch("llama").without_vectors())
-    assert config.lora_bias is False
-    assert not any("bias" in key for key in state)
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_foreign_biases_load_with_their_scale(rslora: bool, tmp_path: Path) -> None:
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=["o_proj", "down_proj"], use_rslora=rslora, lora_bias=True)
-    torch.manual_seed(5)
-    peft_model = get_peft_model(make_model("llama", torch.float64), config)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    layers = peft_model.base_model.model.model.layers
-    torch.nn.init.zeros_(layers[0].mlp.down_proj.lora_B["default"].bias)
-    for part in (layers[1].mlp.down_proj.lora_A, layers[1].mlp.down_proj.lora_B):
-        torch.nn.init.zeros_(part["default"].weight)
-    peft_model.eval().save_pretrained(tmp_path)
-    loaded = ThoughtPatch.load(tmp_path)
-    assert "model.layers.0.mlp.down_proj" not in loaded.vectors  # zero
-    assert "model.layers.1.mlp.down_proj" not in loaded.factors  # zero
-    assert loaded.provenance == {"d_in": {"model.layers.1.mlp.down_proj": 48}}
-    assert (len(loaded.factors), len(loaded.vectors)) == (5, 5)
-    model = make_model("llama", torch.float64)
-    with loaded.without_vectors().applied(model):
-        without = logits_of(model)
-    with loaded.applied(model):
-        wanted = logits_of(peft_model)
-        assert (wanted - without).abs().max() > 0.1
-        torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (edit_config(lora_bias=False), "holds 6 tensors that .* does not account for.*lora_B.bias"),
-        (edit_tensors(lambda t: t.pop(FIRST + "B.bias")), "lacks 1 of the tensors.*0.self_attn.o_proj.lora_B.bias"),
-        (
-            edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(31)})),
-            r"lora_B.bias \(31,\); expected \(32,\)",
-        ),
-        (edit_tensors(lambda t: t.update({FIRST + "B.bias": torch.ones(32, 1)})), r"lora_B.bias \(32, 1\)"),
-        (edit_tensors(lambda t: t[FIRST + "B.bias"].fill_(float("inf"))), "adapter_model.*NaN or infinite.*again"),
-        (edit_tensors(lambda t: t.update({FIRST + "A.bias": torch.ones(5)})), "does not account for.*lora_A.bias"),
-        (edit_config(bias="lora_only"), "bias='lora_only'"),
-        (write("thought.json", '{"format_version": 1, "provenance": {"d_in": []}}'), "provenance\\['d_in'\\]"),
-    ],
-)
-def test_damaged_vectors_are_reported(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    patch = mixed_patch("llama")
-    vectors = {path: torch.ones(32) for path in output_projections(make_model("llama"))}
-    ThoughtPatch(patch.factors, {"d_in": dict.fromkeys(vectors, 32)}, vectors).save_adapter(folder)
-    read_adapter(folder)
-    damage(folder)
-    with pytest.raises(PatchError, match=message):
-        read_adapter(folder)
 
 
 def test_card_of_vectors(tmp_path: Path) -> None:
@@ -575,12 +517,3 @@ def test_layers_that_peft_takes_for_experts_are_named_as_parameters(tmp_path: Pa
         assert set(config.target_modules) == {attention, path}
     with pytest.raises(PatchError, match="cannot hold vectors beside this layer of a mixture of experts"):
         to_peft(ThoughtPatch(factors, {"model_type": "deepseek_v3"}, {attention: torch.ones(5)}))
-
-
-@pytest.mark.parametrize("parameters", [["mlp.experts.down_proj"], [5], ["model.layers.0.mlp.gate.weight", "x"]])
-def test_other_parameters_are_refused(parameters: list[object], tmp_path: Path) -> None:
-    make_patch(make_model("llama")).save_adapter(tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": parameters}))
-    with pytest.raises(PatchError, match="only the weights of linear layers can be read"):
-        ThoughtPatch.load(tmp_path / "adapter")

