@@ -15,9 +15,9 @@ import pytest
 
 import lit_thought
 from lit_thought.cli import COMMANDS, main
-from lit_thought.settings import FitSettings
 from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.parser import call, command_parser, positional
+from lit_thought.settings import FitSettings
 
 COMMON = ("config", "json", "quiet", "verbose", "traceback")
 
