@@ -341,7 +341,7 @@ def test_an_evaluation_that_cannot_be_written_is_printed(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "new")
 
-    monkeypatch.setattr(evaluate, "_write", full)
+    monkeypatch.setattr(evaluate, "write_result", full)
     with pytest.raises(SystemExit) as stop:
         main([*EVALUATE, "--unrelated=null", "--out=new"])
     assert stop.value.code == 1
