@@ -7,7 +7,6 @@ import datetime
 import json
 import signal
 from collections.abc import Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -572,14 +571,6 @@ def test_trainer_makes_the_patch_that_transmute_makes() -> None:
     assert thought.patch is not None
     assert identical(thought.patch, make_patch(model, rank=4))
     assert set(thought.stopwatch.seconds) >= {"forward", "statistics", "solve", "patch"}
-
-
-def test_transmute_has_the_defaults_of_the_classes() -> None:
-    of = {owner: signature(owner).parameters for owner in (transmute, ThoughtCallback, PairDataModule)}
-    own = {"output_dir", "overwrite", "pairs"}  # required, or not for a function that returns the patch
-    for owner in (ThoughtCallback, PairDataModule):
-        for name in of[owner].keys() - own:
-            assert of[transmute][name].default == of[owner][name].default, name
 
 
 def test_a_callback_can_be_used_again() -> None:
