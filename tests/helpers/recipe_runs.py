@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_tokenizer
+from models import make_model, make_tokenizer
 from families import make_family
 
 from recipes.harness import ROOT
