@@ -28,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lit_thought import ThoughtPatch
 from lit_thought.errors import ThoughtError
 from lit_thought.model.blocks import find_blocks
+from lit_thought.model.calls import cache_arguments
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import common_prefix, forward_inputs, pad
 from lit_thought.runs.streams import lead_cache
