@@ -24,7 +24,7 @@ from report_run import ATTACK, INSTRUCTION, ITEMS, RESULT, SCRIPT, make_patch, m
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.evaluation.report import gather, write_report
+from lit_thought.evaluation.report import gather, render, write_report
 from lit_thought.evaluation.report.content import singular_values
 from lit_thought.evaluation.report.render import differences
 from lit_thought.solve.factors import Factors
@@ -422,7 +422,7 @@ def test_a_failure_on_the_way_leaves_the_last_report(tmp_path: Path, monkeypatch
     def fail(content: Any) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_thought.evaluation.report.render.render_markdown", fail)
+    monkeypatch.setattr(render, "render_markdown", fail)
     with pytest.raises(KeyboardInterrupt):
         write_report(run, samples=1)
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
