@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import Evaluation, evaluate, format_result, unrelated_perplexity
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.results import RUNS
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.solve.factors import Factors
 
 LIMIT = 6
 INPUTS = ["good", "the lazy dog", "Antonyms", "up", "capital of France"]
-RUNS = ("plain", "instructed", "patched")
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +36,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, patch: Any, **settings: Any) -> dict[str, Any]:
-    usual = {
-        "instruction": INSTRUCTION,
-        "pairs": [{"input": text} for text in INPUTS],
-        "unrelated": None,
-        "max_new_tokens": LIMIT,
-        "batch_size": 2,
-        "progress": False,
-    }
+    usual = {"instruction": INSTRUCTION, "pairs": [{"input": text} for text in INPUTS], "unrelated": None}
+    usual |= {"max_new_tokens": LIMIT, "batch_size": 2, "progress": False}
     return evaluate(model, tokenizer, patch, **{**usual, **settings})
 
 
@@ -68,11 +63,8 @@ def brute_force(
         start, stop = tokens.output_span
         inside = [start < stop and start - 1 <= p < stop for p in tokens.plain_positions]
         for run in ("plain", "patched"):
-            if run == "patched":
-                patch.apply_(model)
-            got = log_probabilities(model, tokens.plain_ids)[list(tokens.plain_positions)]
-            if run == "patched":
-                patch.remove_(model)
+            with patch.applied(model) if run == "patched" else nullcontext():
+                got = log_probabilities(model, tokens.plain_ids)[list(tokens.plain_positions)]
             kl = (np.exp(wanted) * (wanted - got)).sum(-1)
             agree = wanted.argmax(-1) == got.argmax(-1)
             for part, weights in (("all", np.ones(len(kl))), ("output", np.array(inside, dtype=float))):
@@ -93,8 +85,7 @@ def share(one: Sequence[str], other: Sequence[str]) -> float:
     return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "bos"), [*((family, False) for family in FAMILIES), ("llama", True)])
 def test_against_brute_force(family: str, bos: bool) -> None:
     model, tokenizer = readable(make_model(family)), make_tokenizer(bos=bos)
     patch = make_patch(model, tokenizer, rank=4)
@@ -170,6 +161,12 @@ def test_each_pair_may_have_its_own_instruction() -> None:
         assert result[name] == pytest.approx(wanted[name], rel=1e-9)
     common = compare(model, tokenizer, patch)
     assert common["kl"]["plain"] != pytest.approx(result["kl"]["plain"], rel=1e-3)
+    # without references
+    assert result["accuracy"] is result["first_token_accuracy"] is result["recovery"] is None
+    assert all(item["reference"] is None for item in result["items"])
+    table = format_result(result)
+    assert "| accuracy (exact match) | – | – | – |" in table
+    assert "recovery –" in table
 
 
 def test_batch_size_does_not_matter() -> None:
@@ -245,16 +242,6 @@ def test_perplexity_does_not_depend_on_batches() -> None:
     windows = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
     one, many = (unrelated_perplexity(make_model(), windows, size) for size in (1, 3))
     assert one == pytest.approx(many, rel=1e-6)
-
-
-def test_without_references() -> None:
-    model, tokenizer = readable(make_model()), make_tokenizer()
-    result = compare(model, tokenizer, make_patch(model, rank=2))
-    assert result["accuracy"] is result["first_token_accuracy"] is result["recovery"] is None
-    assert all(item["reference"] is None for item in result["items"])
-    table = format_result(result)
-    assert "| accuracy (exact match) | – | – | – |" in table
-    assert "recovery –" in table
 
 
 def test_one_evaluation_for_many_patches() -> None:

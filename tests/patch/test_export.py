@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,8 @@ def test_the_adapter_has_one_rank_that_vllm_takes(family: str, rank: int | None,
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (written, written)
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
-    assert (config["bias"], config["lora_bias"], config["use_rslora"], config["use_dora"]) == (
-        "none",
-        False,
-        False,
-        False,
-    )
+    assert config["bias"] == "none"
+    assert not any(config[option] for option in ("lora_bias", "use_rslora", "use_dora"))
     for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
         assert name.endswith(("lora_A.weight", "lora_B.weight"))
         assert tensor.shape[0 if "lora_A" in name else 1] == written
@@ -83,25 +80,23 @@ def test_ranks_are_those_of_vllm() -> None:
     assert known == VLLM_RANKS
 
 
-@pytest.mark.parametrize(("needed", "written"), [(1, 1), (2, 8), (8, 8), (129, 256), (257, 320), (512, 512)])
-def test_the_smallest_rank_that_will_do(needed: int, written: int, tmp_path: Path) -> None:
-    patch = ThoughtPatch({"x": Factors(torch.ones(needed, 3), torch.ones(2, needed))})
-    export_adapter(patch, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == written
-
-
-def test_ranks_that_are_refused(tmp_path: Path) -> None:
-    patch = ThoughtPatch({"x": Factors(torch.ones(9, 3), torch.ones(2, 9))})
-    large = ThoughtPatch({"x": Factors(torch.ones(513, 3), torch.ones(2, 513))})
-    for bad, rank, message in (
-        (patch, 12, r"rank=12; vLLM takes one of \(1, 8, 16"),
-        (patch, 0, "rank=0; vLLM takes one of"),
-        (patch, 8, r"rank=8 is less than the patch's, 9.*truncate\(8\)"),
-        (large, None, r"rank 513; vLLM takes at most 512.*truncate\(512\)"),
+def test_the_rank_is_the_smallest_that_will_do_or_refused(tmp_path: Path) -> None:
+    for needed, rank, found in (
+        *((1, None, 1), (2, None, 8), (8, None, 8), (129, None, 256), (257, None, 320), (512, None, 512)),
+        (9, 12, r"rank=12; vLLM takes one of \(1, 8, 16"),
+        (9, 0, "rank=0; vLLM takes one of"),
+        (9, 8, r"rank=8 is less than the patch's, 9.*truncate\(8\)"),
+        (513, None, r"rank 513; vLLM takes at most 512.*truncate\(512\)"),
     ):
-        with pytest.raises(PatchError, match=message):
-            export_adapter(bad, tmp_path / "out", rank)
-    assert not (tmp_path / "out").exists()
+        patch = ThoughtPatch({"x": Factors(torch.ones(needed, 3), torch.ones(2, needed))})
+        out = tmp_path / f"{needed} {rank}"
+        if isinstance(found, int):
+            export_adapter(patch, out, rank)
+            assert json.loads((out / "adapter_config.json").read_text())["r"] == found
+            continue
+        with pytest.raises(PatchError, match=found):
+            export_adapter(patch, out, rank)
+        assert not out.exists()
 
 
 def test_vectors_are_refused_with_the_ways_out(tmp_path: Path) -> None:
@@ -132,22 +127,21 @@ def test_adapters_are_swapped_on_one_base(tmp_path: Path) -> None:
 
 # GGUF
 
-# model_type -> architecture and the tensors of attention's output and the MLP's, by llama.cpp's own tables
+# model_type -> architecture, by llama.cpp's own table
 NAMES = {
-    "llama": ("llama", "attn_output", "ffn_down"),
-    "qwen2": ("qwen2", "attn_output", "ffn_down"),
-    "qwen3": ("qwen3", "attn_output", "ffn_down"),
-    "gemma3_text": ("gemma3", "attn_output", "ffn_down"),
-    "gpt2": ("gpt2", "attn_output", "ffn_down"),
-    "phi3": ("phi3", "attn_output", "ffn_down"),
-    "mistral": ("llama", "attn_output", "ffn_down"),
-    "phi": ("phi2", "attn_output", "ffn_down"),
-    "gpt_neox": ("gptneox", "attn_output", "ffn_down"),
-    "cohere": ("command-r", "attn_output", "ffn_down"),
-    "olmo3": ("olmo2", "attn_output", "ffn_down"),
+    **{name: name for name in ("llama", "qwen2", "qwen3", "gpt2", "phi3")},
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+    "phi": "phi2",
+    "gpt_neox": "gptneox",
+    "cohere": "command-r",
+    "olmo3": "olmo2",
 }
-LAYERS = {"o_proj": 1, "dense": 1, "attn.c_proj": 1, "down_proj": 2, "fc2": 2, "mlp.c_proj": 2, "dense_4h_to_h": 2}
-"""Endings of transformers' names -> which of the two they are."""
+LAYERS = {
+    **dict.fromkeys(("o_proj", "dense", "attn.c_proj"), "attn_output"),
+    **dict.fromkeys(("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h"), "ffn_down"),
+}
+"""Endings of transformers' names -> llama.cpp's."""
 
 
 def random_patch(model: PreTrainedModel, endings: tuple[str, ...], rank: int = 3) -> ThoughtPatch:
@@ -175,7 +169,7 @@ def test_the_gguf_file_holds_what_llama_cpp_reads(family: str, tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     fields = {
-        "general.architecture": (NAMES[family][0], gguf.GGUFValueType.STRING),
+        "general.architecture": (NAMES[family], gguf.GGUFValueType.STRING),
         "general.type": ("adapter", gguf.GGUFValueType.STRING),
         "adapter.type": ("lora", gguf.GGUFValueType.STRING),
         "adapter.lora.alpha": (3.0, gguf.GGUFValueType.FLOAT32),
@@ -190,17 +184,14 @@ def test_the_gguf_file_holds_what_llama_cpp_reads(family: str, tmp_path: Path) -
     for path, value in patch.factors.items():
         number = re.search(r"\.(\d+)\.", path)
         assert number is not None
-        layer = NAMES[family][next(place for ending, place in LAYERS.items() if path.endswith(ending))]
+        layer = next(name for ending, name in LAYERS.items() if path.endswith(ending))
         a, b = (tensors[f"blk.{number[1]}.{layer}.weight.{part}"] for part in ("lora_a", "lora_b"))
         assert a.tensor_type == b.tensor_type == gguf.GGMLQuantizationType.F32
         assert list(a.shape) == [value.A.shape[1], 3]  # GGUF counts the fastest dimension first
         assert list(b.shape) == [3, value.B.shape[0]]
-        filled_a = np.zeros((3, value.A.shape[1]), np.float32)
-        filled_a[: value.rank] = value.A.numpy()
-        filled_b = np.zeros((value.B.shape[0], 3), np.float32)
-        filled_b[:, : value.rank] = value.B.numpy()
-        assert a.data.tobytes() == filled_a.tobytes()
-        assert b.data.tobytes() == filled_b.tobytes()
+        missing = 3 - value.rank
+        assert a.data.tobytes() == np.pad(value.A.numpy(), ((0, missing), (0, 0))).tobytes()
+        assert b.data.tobytes() == np.pad(value.B.numpy(), ((0, 0), (0, missing))).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -276,10 +267,26 @@ def test_what_cannot_be_a_gguf_adapter(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_gguf_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch = uneven(make_model("llama", torch.float32))
-    export_gguf(patch, tmp_path / "out.gguf")
-    before = (tmp_path / "out.gguf").read_bytes()
+STEERING = ThoughtPatch({}, None, {"model.layers.1.mlp.down_proj": torch.ones(32)})
+
+
+def write_adapter(file: Path, factor: float, overwrite: bool = False) -> None:
+    export_gguf(factor * uneven(make_model("llama", torch.float32)), file, overwrite=overwrite)
+
+
+def write_vector(file: Path, factor: float, overwrite: bool = False) -> None:
+    (factor * STEERING).save_control_vector(file, make_model("llama"), overwrite)
+
+
+@pytest.mark.parametrize("write", [write_adapter, write_vector])
+def test_gguf_is_written_whole_or_not_at_all(
+    write: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "deep" / "out.gguf"
+    write(file, 1)
+    before = file.read_bytes()
+    with pytest.raises(ThoughtError, match="overwrite=True"):
+        write(file, 2)
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -287,17 +294,27 @@ def test_gguf_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as broken:
         broken.setattr(gguf.GGUFWriter, "write_tensors_to_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            export_gguf(2 * patch, tmp_path / "out.gguf", overwrite=True)
-    assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]
-    assert (tmp_path / "out.gguf").read_bytes() == before
-    export_gguf(2 * patch, tmp_path / "out.gguf", overwrite=True)
-    assert (tmp_path / "out.gguf").read_bytes() != before
+            write(file, 2, overwrite=True)
+    assert [entry.name for entry in file.parent.iterdir()] == ["out.gguf"]
+    assert file.read_bytes() == before
+    write(file, 2, overwrite=True)
+    assert file.read_bytes() != before
 
 
-def test_gguf_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda file: write_adapter(file, 1),
+        lambda file: write_vector(file, 1),
+        lambda file: ThoughtPatch.load_control_vector(file, make_model("llama")),
+    ],
+)
+def test_gguf_is_asked_for_where_it_is_missing(
+    action: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ThoughtError, match=r'pip install "lit-thought\[gguf\]"'):
-        export_gguf(uneven(make_model("llama")), tmp_path / "out.gguf")
+        action(tmp_path / "out.gguf")
 
 
 def test_architectures_that_gguf_lacks_have_no_name() -> None:
