@@ -138,14 +138,14 @@ def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str, rou
     """Decompose Z from the rows where there is no prior and ``stats`` keeps them, from the sums otherwise."""
     rows = stats.rows() if prior is None else None
     if rows is not None:
-        a, delta = rows[0].double() / stats.weight**0.5, rows[1].double() / stats.weight**0.5
+        a, delta = rows[0] / stats.weight**0.5, rows[1] / stats.weight**0.5
         check_finite(name, float(a.square().sum()), float(delta.square().sum()))
         span, core = torch.linalg.qr(a.T)
         right, singular, left = torch.linalg.svd(core)  # a = leftᵀ diag(singular) (span right)ᵀ
         keep = singular >= singular[0] * stats.d_in * torch.finfo(torch.float64).eps
         singular = singular[keep]
         return _Spectrum(singular.square(), span @ right[:, keep], (left[keep] @ delta).T * singular)
-    total, cross = stats.gram.double() / stats.weight, stats.cross.double() / stats.weight
+    total, cross = stats.gram / stats.weight, stats.cross / stats.weight
     if prior is not None:
         total = total.add(prior.gram(rounded), alpha=rho)
     check_finite(name, float(total.square().sum()), float(cross.square().sum()))

@@ -244,15 +244,12 @@ def test_prior_restores_its_gram_matrix() -> None:
     assert bool((prior.values >= 0).all())  # rounding below zero is cut off
 
 
-def test_single_precision_sums_and_prior_are_solved_in_double() -> None:
+def test_a_prior_in_single_precision_is_solved_with_in_double() -> None:
     problem = make_problem(60, prior=True)
-    stats = Statistics(D_IN, D_OUT, torch.float32)
-    stats.update(torch.tensor(problem.a), torch.tensor(problem.delta), torch.tensor(problem.weights))
     exact = Prior.from_gram(torch.tensor(problem.prior))
-    for vectors in (exact.vectors, exact.vectors.float()):
-        solution = solve(stats, problem.ridge, Prior(exact.values, vectors), problem.rho)
-        assert solution.A.dtype == torch.float64
-        assert close(product(solution), problem.least_squares(), 1e-4)
+    solution = solve(problem.statistics(), problem.ridge, Prior(exact.values, exact.vectors.float()), problem.rho)
+    assert solution.A.dtype == torch.float64
+    assert close(product(solution), problem.least_squares(), 1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, -1, D_OUT + 1, 0.0, 1.0, -0.5, float("nan"), True, "16"])

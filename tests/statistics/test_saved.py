@@ -127,11 +127,10 @@ def difference(one: SavedStatistics, other: SavedStatistics) -> float:
 
 
 @pytest.mark.parametrize("rank_one", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [0, 2, 40])
-def test_statistics_are_the_same_after_a_round_trip(n: int, dtype: torch.dtype, rank_one: bool) -> None:
+def test_statistics_are_the_same_after_a_round_trip(n: int, rank_one: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    stats, vector = Statistics(10, 4, dtype, rank_one=rank_one), VectorStatistics(4, dtype)
+    stats, vector = Statistics(10, 4, rank_one=rank_one), VectorStatistics(4)
     for _ in range(2 if n else 0):
         a, delta, weights = (torch.rand(size, generator=generator).double() for size in ((n, 10), (n, 4), (n,)))
         stats.update(a, delta, weights)
@@ -139,7 +138,7 @@ def test_statistics_are_the_same_after_a_round_trip(n: int, dtype: torch.dtype, 
     again, other = Statistics.from_tensors(stats.to_tensors()), VectorStatistics.from_tensors(vector.to_tensors())
     assert same(again, stats)
     assert same(other, vector)
-    assert (again.folded, again.num_rows, again.dtype) == (n == 40, 4 if n == 2 else 0, dtype)
+    assert (again.folded, again.num_rows) == (n == 40, 4 if n == 2 else 0)
     assert (again.weight, again.tokens, other.weight, other.tokens) == (stats.weight, 2 * n, vector.weight, 2 * n)
     assert type(again.weight) is float
     assert type(again.tokens) is int
