@@ -423,6 +423,7 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
 # --- the recipe --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recipe(files: Path) -> None:
     command = [
         sys.executable,
