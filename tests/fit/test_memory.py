@@ -213,6 +213,7 @@ def long_batches(template: str = "start", batch_size: int = 4) -> list[PairBatch
     return make_batches(pairs, batch_size, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["start", "after"])
 @pytest.mark.parametrize(
     ("family", "sites"),

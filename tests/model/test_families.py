@@ -29,6 +29,8 @@ from lit_thought.solve.least_squares import solve
 from lit_thought.statistics import stage
 from lit_thought.statistics.stage import StageSums
 
+pytestmark = pytest.mark.slow
+
 REFUSED = ("hrm_text", "gemma3n_text", "opt-post", "jetmoe", "longcat_flash", "deepseek_v4", *HYBRID)
 SUPPORTED = tuple(name for name in FAMILIES if name not in REFUSED)
 POST_NORM = tuple(name for name in SUPPORTED if FAMILIES[name].kind == "post-norm")

@@ -226,6 +226,7 @@ def test_gains_next_to_nothing_stay_finite(ridge: float, small: float) -> None:
             assert not patch[gain == small].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
 @pytest.mark.parametrize("rank", [1, 3])

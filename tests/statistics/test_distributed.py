@@ -31,6 +31,8 @@ from lit_thought.statistics.distributed import (
     share_tensors,
 )
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-9
 STORED = {"float32": 1e-5, "stored": 1e-6}
 FAILURE_SECONDS = 60

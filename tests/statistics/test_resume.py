@@ -90,6 +90,7 @@ def test_outputs_are_not_written_again(tmp_path: Path, monkeypatch: pytest.Monke
     fit(tmp_path / "unfinished", pairs=pairs)
 
 
+@pytest.mark.slow
 def test_a_killed_process(tmp_path: Path) -> None:
     command = [sys.executable, interrupted_fit.__file__, *(str(tmp_path / name) for name in ("unfinished", "out"))]
     environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}
