@@ -1,6 +1,20 @@
 """lit_thought: turn a prompt into weights, with no training.
 
 The names below are the public API; they are imported when first used, so that ``import lit_thought`` is cheap.
+
+The packages come in the order of the data: :mod:`~lit_thought.prompts` and :mod:`~lit_thought.model` meet in
+:mod:`~lit_thought.runs`, whose readings :mod:`~lit_thought.statistics` sums and :mod:`~lit_thought.solve` makes a
+:mod:`~lit_thought.patch` of; :mod:`~lit_thought.evaluation` compares, :mod:`~lit_thought.fit` drives all of it with
+Lightning, :mod:`~lit_thought.cli` is the command; :mod:`~lit_thought.theory` is the paper, executable.
+
+Six words that the code uses in one meaning each:
+
+- *block*: a transformer block, by its index;
+- *site*: where in a block a and δ are read and its weights change: attn_out, mlp_in, mlp_out;
+- *part*: what a site's patch consists of: the thought matrix, the thought vector;
+- *stage*: one site of one block, summed over all pairs, solved and installed;
+- *step*: one time through the blocks, the patch so far in place;
+- *provenance*: how a patch was made, as it is kept with it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from lit_thought import PairDataModule, ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
 from lit_thought.files import atomic_file
+from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.fit.provenance import versions
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows
@@ -138,10 +139,15 @@ class Trial:
         pairs = self.split.test if pairs is None else pairs
         return Evaluation(self.model, self.tokenizer, pairs=pairs, **{"progress": False, **common, **options})
 
+    def prepared(self, pairs: Sequence[Mapping[str, str]] | None = None) -> PairDataModule:
+        """The same with the outputs that the instructed model writes where there are none, in batches."""
+        data = self.data(pairs)
+        prepare_pairs(data, self.model, self.tokenizer)
+        return data
+
     def completed(self) -> list[dict[str, str]]:
         """The inputs to fit, each with what the instructed model writes."""
-        data = self.data()
-        data.prepare(self.model, self.tokenizer)
+        data = self.prepared()
         return [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
 
 

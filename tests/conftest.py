@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from lit_thought import load_model
 
+RECIPES = Path(__file__).parent / "recipes"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -40,15 +42,19 @@ def pytest_configure(config: pytest.Config) -> None:
         threads = max(1, (os.cpu_count() or 1) // worker["workercount"])
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    if (path := config.getoption("--support-table")) is not None:
+    elif (path := config.getoption("--support-table")) is not None:
         from support import SupportTable, command_line
 
         config.pluginmanager.register(SupportTable(path, command_line(config.invocation_params.args)), "support-table")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The embedded model's tests come first, one after the other: pytest-xdist gives them to the same worker, which
-    unpacks it once."""
+    """The embedded model's tests and those of the recipes are slow. The former come first, one after the other, so that
+    pytest-xdist gives them to one worker, which unpacks it once."""
+    for item in items:
+        if "real_model" in item.keywords or item.path.is_relative_to(RECIPES):
+            item.add_marker("slow")
     items.sort(key=lambda item: "real_model" not in item.keywords)
 
 

@@ -59,6 +59,7 @@ def test_the_wheel_states_what_pyproject_does(built: dict[str, Path]) -> None:
     assert {requirement for requirement in required if "extra" not in str(requirement.marker)} == stated
 
 
+@pytest.mark.slow
 def test_the_wheel_fits_a_model_without_the_source_tree(built: dict[str, Path], tmp_path: Path) -> None:
     place = tmp_path / "site"
     with zipfile.ZipFile(built[".whl"]) as wheel:

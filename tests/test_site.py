@@ -26,6 +26,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 import lit_thought
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "recipes" / "site"
 RESULTS = ROOT / "recipes" / "results"

@@ -1,7 +1,7 @@
 """The blocks of a causal LM as modules, and the arguments with which the model calls each of them.
 
 A block run on its own needs what the decoder's loop would have given it: masks, rotary tables, caches, which may
-differ from layer to layer. They are recorded from one pass of the decoder in which blocks hand on their input.
+differ from layer to layer. They are recorded from one forward pass of the decoder in which blocks hand on their input.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ def wrapped(hidden: Tensor, like: Any) -> Any:
 
 @dataclass
 class Recording:
-    """What the decoder gave its blocks in one pass.
+    """What the decoder gave its blocks in one forward pass.
 
     Attributes:
         calls: the arguments of each block.
-        entrance: the residual stream at the first block, (batch, length, d); None before the pass.
+        entrance: the residual stream at the first block, (batch, length, d); None before it.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -146,7 +146,7 @@ def recorded_calls(layers: Sequence[nn.Module], like: Any = None) -> Iterator[Re
     """While inside, blocks hand on their input untouched, as an output shaped like ``like``, and are recorded."""
     recording = Recording()
 
-    def pass_through(*args: Any, **kwargs: Any) -> Any:
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
         hidden = hidden_of(args, kwargs)
         others = {name: value for name, value in kwargs.items() if name != "hidden_states" or args}
         if recording.entrance is None:
@@ -157,7 +157,7 @@ def recorded_calls(layers: Sequence[nn.Module], like: Any = None) -> Iterator[Re
     with ExitStack() as stack:
         for layer in layers:
             had = layer.__dict__.get("forward")
-            layer.forward = pass_through
+            layer.forward = hand_on
 
             def restore(layer: nn.Module = layer, had: Any = had) -> None:
                 if had is None:

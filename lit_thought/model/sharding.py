@@ -3,7 +3,8 @@
 FSDP gathers a module's weights in hooks, whenever the module is called. A fit calls blocks one at a time, each process
 as often as it has batches, leaves them early and runs parts of them; so it gathers a block's weights once, for all its
 batches (:func:`gathered`), and while they are there FSDP's hooks are off. All that processes must do together is one
-gather a block, whatever their shares of the data. Generation, where whole passes follow each other, leaves it to FSDP.
+gather a block, whatever their shares of the data. Generation, where whole forward passes follow each other, leaves it
+to FSDP.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An instruction's hash in the place of its text, for records that must not tell it: a system prompt may be a secret.
+"""An instruction's hash in the place of its text, for files that must not tell it: a system prompt may be a secret.
 
 A plain hash would tell a short text to whoever guesses it, and one table of guesses would serve for all adapters ever
-made. So each record has a salt of its own, which also hides that two of them are of one instruction, and the hash is
+made. So each hash has a salt of its own, which also hides that two of them are of one instruction, and the hash is
 scrypt, for which every guess takes 16 MB and some hundredths of a second. It is still no encryption: a text that stands
 in a list of likely ones can be found.
 """
@@ -23,7 +23,7 @@ _SCHEME = "scrypt n=16384 r=8 p=1"
 
 
 def hash_text(text: str) -> dict[str, str]:
-    """The record of a text: the name of the hash, a random salt, and the hash, both as hexadecimal digits.
+    """What to keep of a text: the name of the hash, a random salt, and the hash, both as hexadecimal digits.
 
     Source:
         Percival and Josefsson 2016, The scrypt password-based key derivation function, RFC 7914.
@@ -32,13 +32,13 @@ def hash_text(text: str) -> dict[str, str]:
     return {"scheme": _SCHEME, "salt": salt.hex(), "hash": _scrypt(text, salt).hex()}
 
 
-def is_text_of(record: Any, text: str) -> bool:
-    """Whether ``text`` is the one that :func:`hash_text` made ``record`` of.
+def is_text_of(hashed: Any, text: str) -> bool:
+    """Whether ``text`` is the one that :func:`hash_text` made ``hashed`` of.
 
     Raises:
-        ThoughtError: when ``record`` is of another version, or damaged.
+        ThoughtError: when ``hashed`` is of another version, or damaged.
     """
-    known = record if isinstance(record, Mapping) else {}
+    known = hashed if isinstance(hashed, Mapping) else {}
     if known.get("scheme") != _SCHEME:
         raise ThoughtError(
             f"the hash of a text is of the scheme {known.get('scheme')!r}, this lit_thought knows {_SCHEME!r}. Upgrade "
@@ -64,15 +64,15 @@ def check_instruction(
     Raises:
         ThoughtError: when it is missing or another one.
     """
-    record = provenance.get("instruction_hash")
-    if record is None:
+    hashed = provenance.get("instruction_hash")
+    if hashed is None:
         return
     if instruction is None and any("instruction" not in pair for pair in pairs):
         raise ThoughtError(
             "instruction is missing: this adapter keeps no more than a hash of its own. Give the instruction that it "
             "was made from, to the letter."
         )
-    if not all(is_text_of(record, text) for text in set(pair_instructions(pairs, instruction))):
+    if not all(is_text_of(hashed, text) for text in set(pair_instructions(pairs, instruction))):
         raise ThoughtError(
             "instruction is not the one that this adapter was made from: its hash differs. Give that one to the "
             "letter; a line break at its end counts."

@@ -173,7 +173,7 @@ class StreamRunner:
         for block in self.blocks[: self.stages[0].block]:
             with gathered(block.module):
                 for pair in pairs:
-                    self._pass(pair, block)
+                    self._go_through(pair, block)
         self._hold(self.block)
 
     def close(self) -> None:
@@ -238,7 +238,7 @@ class StreamRunner:
             for block in self.blocks[here + 1 : ahead]:
                 with gathered(block.module):
                     for pair in self._pairs.values():
-                        self._pass(pair, block)
+                        self._go_through(pair, block)
                 self._forget_kv([block])
             self._patches = self._existing(ahead)
             if self.stage + 1 < self.num_stages:
@@ -269,7 +269,7 @@ class StreamRunner:
         self._pairs[batch.index] = pair
         return pair
 
-    def _pass(self, pair: _Pair, block: Block) -> None:
+    def _go_through(self, pair: _Pair, block: Block) -> None:
         """Both streams through a block that is not patched."""
         output, _ = pair.target.run(block, ())
         assert output is not None

@@ -138,14 +138,14 @@ def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str, rou
     """Decompose Z from the rows where there is no prior and ``stats`` keeps them, from the sums otherwise."""
     rows = stats.rows() if prior is None else None
     if rows is not None:
-        a, delta = rows[0].double() / stats.weight**0.5, rows[1].double() / stats.weight**0.5
+        a, delta = rows[0] / stats.weight**0.5, rows[1] / stats.weight**0.5
         check_finite(name, float(a.square().sum()), float(delta.square().sum()))
         span, core = torch.linalg.qr(a.T)
         right, singular, left = torch.linalg.svd(core)  # a = leftᵀ diag(singular) (span right)ᵀ
         keep = singular >= singular[0] * stats.d_in * torch.finfo(torch.float64).eps
         singular = singular[keep]
         return _Spectrum(singular.square(), span @ right[:, keep], (left[keep] @ delta).T * singular)
-    total, cross = stats.gram.double() / stats.weight, stats.cross.double() / stats.weight
+    total, cross = stats.gram / stats.weight, stats.cross / stats.weight
     if prior is not None:
         total = total.add(prior.gram(rounded), alpha=rho)
     check_finite(name, float(total.square().sum()), float(cross.square().sum()))
@@ -188,15 +188,15 @@ def _best_given(target: Tensor, left: Tensor, x: Tensor, y: Tensor, ridge: float
     """The minimiser A of :func:`_factors`'s objective given the span of B, and that B rotated to go with it.
 
     With ``left`` orthonormal, (m, r), B = (diag(x) + λ I)^{-1/2} left; the r × r systems of all columns of A,
-    yₖ Bᵀ diag(x) B + λ Bᵀ B, are diagonal once B is turned by the eigenvectors of λ Bᵀ B = I − Bᵀ diag(x) B.
+    yₖ Bᵀ diag(x) B + λ Bᵀ B, are diagonal once B is rotated by the eigenvectors of λ Bᵀ B = I − Bᵀ diag(x) B.
 
     Returns:
         B, (m, r), and A, (r, k).
     """
     share = ridge / (x + ridge)
-    values, turn = torch.linalg.eigh((left.T * share) @ left)
+    values, rotation = torch.linalg.eigh((left.T * share) @ left)
     values = values.clamp(share.min(), share.max()).unsqueeze(1)
-    B = (left @ turn) / (x + ridge).sqrt().unsqueeze(1)
+    B = (left @ rotation) / (x + ridge).sqrt().unsqueeze(1)
     return B, (B.T @ target) / (y * (1 - values) + values)
 
 

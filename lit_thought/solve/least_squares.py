@@ -256,7 +256,7 @@ class _System(NamedTuple):
 
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
     weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
-    matrix, cross = (total.double() / weight for total in stats.sums())
+    matrix, cross = (total / weight for total in stats.sums())
     if prior is not None:
         matrix.add_(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
     trace = float(matrix.diagonal().sum())
@@ -277,7 +277,7 @@ def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, na
     return _System(cross, lower, scale, trace, condition)
 
 
-def singular_limit(size: int, tokens: int, dtype: torch.dtype = torch.float64) -> float:
+def singular_limit(size: int, tokens: int) -> float:
     """The smallest over the largest eigenvalue of a sum of products, (size, size), up to which it counts as singular.
 
     Rounding leaves of an eigenvalue that is zero, relative to the largest, less than eps √n from summing n tokens and
@@ -287,9 +287,8 @@ def singular_limit(size: int, tokens: int, dtype: torch.dtype = torch.float64) -
     Args:
         size: d_in.
         tokens: n.
-        dtype: of the sums.
     """
-    return float(32 * max(size, tokens) ** 0.5 * torch.finfo(dtype).eps)
+    return float(32 * max(size, tokens) ** 0.5 * torch.finfo(torch.float64).eps)
 
 
 def singular_system(stats: Statistics, ridge: float, prior: Prior | None, name: str) -> SingularSystemError:
@@ -328,7 +327,7 @@ def _solve_dual(
     C M⁻¹ = δᵀ (I + G)⁻¹ a D⁻¹  and  C M⁻¹ Cᵀ = δᵀ (I − (I + G)⁻¹) δ.  (Woodbury and push-through)
     """
     root = math.sqrt(stats.weight)
-    a, delta = rows[0].double() / root, rows[1].double() / root
+    a, delta = rows[0] / root, rows[1] / root
     inner = a @ a.T
     own_trace, own_square = float(inner.diagonal().sum()), float(inner.square().sum())
     vectors = None if prior is None or prior.vectors is None else prior.vectors.to(a)
@@ -344,8 +343,8 @@ def _solve_dual(
     weighted = rotated / (values + ridge * scale)
     dual_values, dual_vectors = torch.linalg.eigh(rotated @ weighted.T)
     shrink = dual_values.clamp_min(0)
-    turned = dual_vectors.T @ delta
-    half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * turned
+    rotated_delta = dual_vectors.T @ delta
+    half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * rotated_delta
     if len(half) < stats.d_out:
         gains, left = top_eigenvectors(half @ half.T, rank)
         # a left singular vector of half with gain g belongs to the basis vector halfᵀ left / √g; what is
@@ -355,7 +354,7 @@ def _solve_dual(
         basis = (half.T @ left) / gains[keep].sqrt()
     else:
         gains, basis = top_eigenvectors(half.T @ half, rank)
-    A = ((turned @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
+    A = ((rotated_delta @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
     if vectors is not None:
         A = A @ vectors.T
     before = float(stats.energy) / stats.weight

@@ -70,8 +70,8 @@ def _krylov(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         basis = torch.cat([basis, block], dim=1)
         if basis.shape[1] % (2 * width) or basis.shape[1] < STEPS * width:
             continue
-        values, turn = torch.linalg.eigh(basis.T @ (matrix @ basis))
-        values, vectors = values[-rank:].flip(0), basis @ turn[:, -rank:].flip(1)
+        values, rotation = torch.linalg.eigh(basis.T @ (matrix @ basis))
+        values, vectors = values[-rank:].flip(0), basis @ rotation[:, -rank:].flip(1)
         residual = (matrix @ vectors - vectors * values).square().sum()
         if float(residual) <= TOLERANCE * float(values[-1]) * float(matrix.diagonal().sum()):
             return values, vectors

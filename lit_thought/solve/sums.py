@@ -25,28 +25,25 @@ from lit_thought.solve.gram import add_products, mirror
 
 __all__ = ["Statistics", "VectorStatistics"]
 
+_WIDE = torch.float64
 FOLD = 1024
 """Rows that are multiplied at a time once there are too many to keep."""
 
 
 @dataclass
 class Statistics:
-    """Running sums for one linear layer.
+    """Running sums for one linear layer, in float64 whatever the model's dtype.
 
     Attributes:
         d_in: size of a, the layer's input.
         d_out: size of δ, the residual stream.
-        dtype: dtype of the sums, float64 (default) or float32; never lower, whatever the model's dtype.
         weight: Σ wᵢ.
         tokens: rows added; a token that several pairs share is one row with their joint weight.
         energy: Σ wᵢ ‖δᵢ‖², what a patch has to explain (a 0-dim tensor once tokens were added).
         product_dtype: lowest dtype for multiplying the tokens of one :meth:`update` before they go into the sums; those
-            of wider activations are wider. None for ``dtype``. Float32 is twice as fast, and its rounding, 1e-7 of the
+            of wider activations are wider. None for float64. Float32 is twice as fast, and its rounding, 1e-7 of the
             largest entries, is nothing beside a ridge of 1e-3 or more.
         rank_one: also keep :attr:`operators`, one more d_out × d_in sum; off by default.
-
-    Raises:
-        ThoughtError: for another dtype.
 
     Example:
         >>> stats = Statistics(d_in=3, d_out=2)
@@ -57,10 +54,9 @@ class Statistics:
 
     d_in: int
     d_out: int
-    dtype: torch.dtype = torch.float64
     weight: float = 0.0
     tokens: int = 0
-    energy: Tensor = field(default_factory=lambda: torch.zeros(()))
+    energy: Tensor = field(default_factory=lambda: torch.zeros((), dtype=_WIDE))
     rank_one: bool = field(default=False, kw_only=True)
     product_dtype: torch.dtype | None = field(default=None, kw_only=True)
     _gram: Tensor | None = field(default=None, repr=False)
@@ -68,9 +64,6 @@ class Statistics:
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     _operators: Tensor | None = field(default=None, repr=False)
     _half: bool = field(default=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_dtype(self.dtype)
 
     def update(self, a: Tensor, delta: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.
@@ -88,20 +81,20 @@ class Statistics:
             raise ThoughtError(
                 f"a, delta and weights must be (n, {self.d_in}), (n, {self.d_out}) and (n,); got {shapes}."
             )
-        product = self.dtype
+        product = _WIDE
         if self.product_dtype is not None:
             product = torch.promote_types(torch.promote_types(a.dtype, delta.dtype), self.product_dtype)
         if self.rank_one:
-            self._add_operators(a.to(self.dtype), delta.to(self.dtype), weights)
+            self._add_operators(a.to(_WIDE), delta.to(_WIDE), weights)
         a, delta = a.to(product), delta.to(product)
         if weights is None:
             self.weight += len(a)
         else:
             self.weight += float(weights.sum())
-            root = weights.to(self.dtype).sqrt().to(a, non_blocking=True).unsqueeze(1)
+            root = weights.to(_WIDE).sqrt().to(a, non_blocking=True).unsqueeze(1)
             a, delta = a * root, delta * root
         self.tokens += len(a)
-        delta_wide = delta.to(self.dtype)
+        delta_wide = delta.to(_WIDE)
         self.energy = self.energy.to(delta_wide) + delta_wide.square().sum()
         self._rows.append((a, delta))
         waiting = sum(len(a) for a, _ in self._rows)
@@ -120,14 +113,14 @@ class Statistics:
     def from_rows(cls, rows: tuple[Tensor, Tensor], weight: float, tokens: int) -> Statistics:
         """Statistics that keep the rows √w a, (n, d_in), and √w δ, (n, d_out), of ``tokens`` with the joint weight."""
         a, delta = rows
-        energy = delta.square().sum()
-        return cls(a.shape[1], delta.shape[1], a.dtype, weight, tokens, energy, _rows=[(a, delta)])
+        energy = delta.to(_WIDE).square().sum()
+        return cls(a.shape[1], delta.shape[1], weight, tokens, energy, _rows=[(a, delta)])
 
     @classmethod
     def from_sums(cls, gram: Tensor, cross: Tensor, energy: Tensor, weight: float, tokens: int) -> Statistics:
         """Statistics from their sums: Z, (d_in, d_in), C, (d_out, d_in), and Σ w ‖δ‖²."""
         d_out, d_in = cross.shape
-        return cls(d_in, d_out, gram.dtype, weight, tokens, energy.to(gram), _gram=gram, _cross=cross)
+        return cls(d_in, d_out, weight, tokens, energy.to(gram), _gram=gram, _cross=cross)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What :meth:`from_tensors` makes the same statistics of, bit for bit.
@@ -141,13 +134,13 @@ class Statistics:
         if self._gram is not None:
             found |= {"gram": self.gram, "cross": self.cross}
         else:
-            empty = (torch.zeros(0, d, dtype=self.dtype, device=self.energy.device) for d in (self.d_in, self.d_out))
+            empty = (torch.zeros(0, d, dtype=_WIDE, device=self.energy.device) for d in (self.d_in, self.d_out))
             found["a"], found["delta"] = self.rows() or empty
         return {**found, "operators": self.operators} if self.rank_one else found
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
-        """The statistics that :meth:`to_tensors` took apart.
+        """The statistics that :meth:`to_tensors` took apart; sums in float32, which there once were, become wider.
 
         Raises:
             ThoughtError: when a tensor is missing or too many, or has a wrong shape or dtype.
@@ -166,9 +159,11 @@ class Statistics:
         operators = tensors.get("operators")
         if operators is not None and (operators.shape != (d_out, d_in) or operators.dtype != left.dtype):
             raise ThoughtError(f"statistics: operators must be ({d_out}, {d_in}); got {tuple(operators.shape)}.")
+        left, right = left.to(_WIDE), right.to(_WIDE)
         sums = {"_gram": left, "_cross": right} if folded else {"_rows": [(left, right)] if len(left) else []}
         weight, tokens = float(tensors["weight"]), int(tensors["tokens"])
-        common = (d_in, d_out, left.dtype, weight, tokens, tensors["energy"])
+        common = (d_in, d_out, weight, tokens, tensors["energy"].to(_WIDE))
+        operators = None if operators is None else operators.to(_WIDE)
         return cls(*common, rank_one=rank_one, _operators=operators, **sums)
 
     @property
@@ -185,7 +180,7 @@ class Statistics:
         """√w a, (n, d_in), and √w δ, (n, d_out), while there are few tokens; otherwise None."""
         if self._gram is not None or not self._rows:
             return None
-        self._rows = [(self._joined(0).to(self.dtype), self._joined(1).to(self.dtype))]
+        self._rows = [(self._joined(0).to(_WIDE), self._joined(1).to(_WIDE))]
         return self._rows[0]
 
     @property
@@ -219,7 +214,7 @@ class Statistics:
                 f"with Statistics({self.d_in}, {self.d_out}, rank_one=True)."
             )
         if self._operators is None:
-            return torch.zeros(self.d_out, self.d_in, dtype=self.dtype, device=self.energy.device)
+            return torch.zeros(self.d_out, self.d_in, dtype=_WIDE, device=self.energy.device)
         return self._operators
 
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -235,8 +230,8 @@ class Statistics:
         if rows is None:
             device = self.energy.device
             return (
-                torch.zeros(self.d_in, self.d_in, dtype=self.dtype, device=device),
-                torch.zeros(self.d_out, self.d_in, dtype=self.dtype, device=device),
+                torch.zeros(self.d_in, self.d_in, dtype=_WIDE, device=device),
+                torch.zeros(self.d_out, self.d_in, dtype=_WIDE, device=device),
             )
         a, delta = rows
         return a.T @ a, delta.T @ a
@@ -250,7 +245,7 @@ class Statistics:
         a, delta = self._joined(0), self._joined(1)
         self._rows = []
         if self._gram is None or self._cross is None:
-            self._gram, self._cross = (a.new_zeros(d, self.d_in, dtype=self.dtype) for d in (self.d_in, self.d_out))
+            self._gram, self._cross = (a.new_zeros(d, self.d_in, dtype=_WIDE) for d in (self.d_in, self.d_out))
         add_products(self._gram, a)
         self._cross += delta.T @ a
         self._half = True
@@ -278,7 +273,6 @@ class Statistics:
         return Statistics(
             self.d_in,
             self.d_out,
-            self.dtype,
             self.weight + sign * other.weight,
             self.tokens + sign * other.tokens,
             self.energy + sign * other.energy,
@@ -287,10 +281,10 @@ class Statistics:
         )
 
     def _check_same_layer(self, other: Statistics) -> None:
-        mine, theirs = (self.d_in, self.d_out, self.dtype), (other.d_in, other.d_out, other.dtype)
+        mine, theirs = (self.d_in, self.d_out), (other.d_in, other.d_out)
         if mine != theirs:
             raise ThoughtError(
-                f"statistics of different layers cannot be combined: (d_in, d_out, dtype) is {mine} and {theirs}."
+                f"statistics of different layers cannot be combined: (d_in, d_out) is {mine} and {theirs}."
             )
         if self.rank_one != other.rank_one:
             raise ThoughtError(
@@ -303,16 +297,14 @@ class Statistics:
 class VectorStatistics:
     """Running sum for one thought vector: Σ wᵢ δᵢ, with δᵢ the error of the residual stream and wᵢ a token's weight.
 
+    In float64, whatever the model's dtype.
+
     Attributes:
         d: size of δ, the residual stream.
-        dtype: dtype of the sums, float64 (default) or float32; never lower, whatever the model's dtype.
         weight: Σ wᵢ.
         tokens: rows added.
         energy: Σ wᵢ ‖δᵢ‖², what the vector has to explain (a 0-dim tensor).
         total: Σ wᵢ δᵢ, (d,).
-
-    Raises:
-        ThoughtError: for another dtype.
 
     Example:
         >>> stats = VectorStatistics(d=2)
@@ -322,15 +314,13 @@ class VectorStatistics:
     """
 
     d: int
-    dtype: torch.dtype = torch.float64
     weight: float = field(default=0.0, init=False)
     tokens: int = field(default=0, init=False)
     energy: Tensor = field(init=False)
     total: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_dtype(self.dtype)
-        self.energy, self.total = torch.zeros((), dtype=self.dtype), torch.zeros(self.d, dtype=self.dtype)
+        self.energy, self.total = torch.zeros((), dtype=_WIDE), torch.zeros(self.d, dtype=_WIDE)
 
     def update(self, deltas: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.
@@ -345,8 +335,8 @@ class VectorStatistics:
         shapes = [tuple(x.shape) for x in (deltas, weights) if x is not None]
         if shapes != [(len(deltas), self.d), (len(deltas),)][: len(shapes)]:
             raise ThoughtError(f"deltas and weights must be (n, {self.d}) and (n,); got {shapes}.")
-        deltas = deltas.to(self.dtype)
-        weights = torch.ones(len(deltas), dtype=self.dtype) if weights is None else weights.to(self.dtype)
+        deltas = deltas.to(_WIDE)
+        weights = torch.ones(len(deltas), dtype=_WIDE) if weights is None else weights.to(_WIDE)
         self.weight += float(weights.sum())
         weights = weights.to(deltas, non_blocking=True)
         self.tokens += len(deltas)
@@ -354,7 +344,7 @@ class VectorStatistics:
         self.total = self.total.to(deltas) + weights @ deltas
 
     def mean(self) -> Tensor:
-        """Σ w δ / Σ w, (d,), in ``dtype``: the constant nearest to the errors in (weighted) least squares.
+        """Σ w δ / Σ w, (d,): the constant nearest to the errors in (weighted) least squares.
 
         Raises:
             ThoughtError: when no token was added, or none with a weight.
@@ -378,9 +368,9 @@ class VectorStatistics:
         _check_names(tensors, {"total"})
         if tensors["total"].ndim != 1:
             raise ThoughtError(f"statistics: total must be (d,); got {tuple(tensors['total'].shape)}.")
-        found = cls(len(tensors["total"]), tensors["total"].dtype)
+        found = cls(len(tensors["total"]))
         found.weight, found.tokens = float(tensors["weight"]), int(tensors["tokens"])
-        found.energy, found.total = tensors["energy"], tensors["total"]
+        found.energy, found.total = tensors["energy"].to(_WIDE), tensors["total"].to(_WIDE)
         return found
 
     def __add__(self, other: VectorStatistics) -> VectorStatistics:
@@ -392,12 +382,9 @@ class VectorStatistics:
         return self._combined(other, -1)
 
     def _combined(self, other: VectorStatistics, sign: int) -> VectorStatistics:
-        if (self.d, self.dtype) != (other.d, other.dtype):
-            raise ThoughtError(
-                f"statistics of different vectors cannot be combined: (d, dtype) is {(self.d, self.dtype)} and "
-                f"{(other.d, other.dtype)}."
-            )
-        both = VectorStatistics(self.d, self.dtype)
+        if self.d != other.d:
+            raise ThoughtError(f"statistics of different vectors cannot be combined: d is {self.d} and {other.d}.")
+        both = VectorStatistics(self.d)
         both.weight = self.weight + sign * other.weight
         both.tokens = self.tokens + sign * other.tokens
         both.energy = self.energy + sign * other.energy
@@ -416,8 +403,6 @@ def _check_names(tensors: Mapping[str, Tensor], own: set[str]) -> None:
     kinds = tuple(tensors[name].dtype for name in ("weight", "tokens"))
     if kinds != (torch.float64, torch.int64) or not tensors["energy"].is_floating_point():
         raise ThoughtError(f"statistics: weight and tokens must be float64 and int64, energy a float; got {kinds}.")
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise ThoughtError(f"dtype of the statistics must be float32 or float64; got {dtype}.")
+    for name in own:
+        if tensors[name].dtype not in (torch.float32, torch.float64):
+            raise ThoughtError(f"dtype of the statistics must be float32 or float64; got {tensors[name].dtype}.")

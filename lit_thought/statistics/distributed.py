@@ -82,7 +82,7 @@ def reduce_statistics(stats: Statistics, owner: int, device: torch.device) -> St
     weight, tokens, energy = float(heads[:, 0].sum()), int(heads[:, 1].sum()), heads[:, 4].sum()
     counts = [int(n) for n in heads[:, 2]]
     if not bool(heads[:, 3].any()) and 2 * sum(counts) < stats.d_in:
-        empty = (torch.zeros(0, d, dtype=stats.dtype, device=device) for d in (stats.d_in, stats.d_out))
+        empty = (torch.zeros(0, d, dtype=torch.float64, device=device) for d in (stats.d_in, stats.d_out))
         a, delta = (_gathered(x.to(device), counts, owner) for x in stats.rows() or empty)
         return Statistics.from_rows((a, delta), weight, tokens) if rank == owner else stats
     gram, cross = stats.sums()

@@ -3,8 +3,8 @@
 A folder with ``fit.json`` (what the fit was, and the generated outputs) and one file for each finished stage, in the
 order of the stages, as :mod:`lit_thought.statistics.stage_file` writes them; a fit that saves its statistics keeps the
 stages' sums in them, too. A resumed fit runs its streams through the finished blocks again, without statistics and
-solves, and arrives at the same patch to rounding: the matrices are the same bits, but a processor may round products
-with them otherwise in another process.
+solves, and finds the same patch to rounding: what it reads are the same bits, aligned as new tensors are, but a
+processor may still multiply them otherwise in another process.
 
 What the fit was is kept as a salted hash. The outputs are kept as they are, or, where no text may be stored, as a hash
 too: a resumed fit then writes them again, and is refused if they are other ones.

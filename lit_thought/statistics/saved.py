@@ -33,6 +33,7 @@ from lit_thought.files import (
     read_json,
     writing,
 )
+from lit_thought.runs.streams import SitePatch
 from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.stage_file import KeptStage, StageHead, label
 from lit_thought.tensor_files import TensorFile
@@ -91,12 +92,12 @@ class StatisticsWriter:
         self._folder = self._open.enter_context(atomic_folder(folder, overwrite))
 
     def add(self, stage: KeptStage) -> None:
-        """Write a stage with its sums; one of the same block and site takes the place of the one before."""
+        """Write a stage's sums, without its patch; one of the same block and site takes the place of the one before."""
         head = stage.head
         self._heads[head.block, head.site] = head
         index = list(self._heads).index((head.block, head.site))
         with writing(self._target, self._folder):
-            stage.write(self._folder / _file_name(index), self.id)
+            stage.solved(SitePatch(), {}).write(self._folder / _file_name(index), self.id)
 
     def close(self) -> None:
         """Write the manifest, and put the folder where it belongs.

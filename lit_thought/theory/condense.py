@@ -55,7 +55,7 @@ def thought_vector(deltas: Tensor | VectorStatistics, weights: Tensor | None = N
         _check_rows("thought_vector: deltas must be (n, d)", weights, deltas=deltas)
         stats = VectorStatistics(deltas.shape[1])
         stats.update(deltas, weights)
-    mean = stats.mean().double()
+    mean = stats.mean()
     check_finite("thought_vector", float(stats.energy), float(mean.sum()))
     return mean
 
@@ -120,7 +120,7 @@ def thought_matrix(
         solution = solve(stats, ridge, name="thought_matrix")
         return solution.B @ solution.A
     if solver == "orthogonal":
-        operators = stats.operators.double()
+        operators = stats.operators
         check_finite("thought_matrix", float(stats.energy), float(operators.sum()))
         return operators
     if solver == "isotropic":
@@ -130,7 +130,7 @@ def thought_matrix(
             raise SingularSystemError(
                 "thought_matrix: all activations are zero, so there is nothing to map to the corrections. Check a."
             )
-        return stats.cross.double() * (stats.d_in / trace)
+        return stats.cross * (stats.d_in / trace)
     matrix, rank = _minimum_norm(stats)
     if solver == "exact" and rank < stats.d_in:
         raise SingularSystemError(
@@ -147,13 +147,13 @@ def _minimum_norm(stats: Statistics) -> tuple[Tensor, int]:
     While the n tokens are kept as rows that of the n × n matrix a aᵀ, which has the same eigenvalues: δᵀ (a aᵀ)⁺ a.
     """
     rows = stats.rows()
-    left, square = (stats.cross, stats.gram) if rows is None else (rows[1].T, rows[0].double() @ rows[0].double().T)
+    left, square = (stats.cross, stats.gram) if rows is None else (rows[1].T, rows[0] @ rows[0].T)
     check_finite("thought_matrix", float(square.diagonal().sum()), float(stats.energy))
-    values, vectors = torch.linalg.eigh(square.double())
-    seen = values > singular_limit(stats.d_in, stats.tokens, stats.dtype) * values[-1].clamp_min(0)
+    values, vectors = torch.linalg.eigh(square)
+    seen = values > singular_limit(stats.d_in, stats.tokens) * values[-1].clamp_min(0)
     values, vectors = values[seen], vectors[:, seen]
-    matrix = (left.double() @ vectors / values) @ vectors.T
-    return matrix if rows is None else matrix @ rows[0].double(), len(values)
+    matrix = (left @ vectors / values) @ vectors.T
+    return matrix if rows is None else matrix @ rows[0], len(values)
 
 
 def _check_rows(expected: str, weights: Tensor | None, **arguments: Tensor) -> None:

@@ -3,7 +3,7 @@
 Each fault strikes a small fit that writes all that a fit can write. Afterwards the model must be bit for bit what
 it was, without a hook, and each output folder must be whole or not there, with nothing hidden beside it. Faults
 that end the process (SIGKILL), or last as long as it does (limits, another user), strike a forked copy of it. Where
-a fit was killed, the next one must succeed, with the bytes of a fit that nothing struck, and remove what the killed
+a fit was killed, the next one must succeed, with the patch of a fit that nothing struck, and remove what the killed
 one left.
 """
 
@@ -13,49 +13,45 @@ import contextlib
 import errno
 import hashlib
 import os
-import pkgutil
 import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 
-from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, files
 from lit_thought.errors import ThoughtError
+from lit_thought.fit import preparing
 from lit_thought.fit.fitting import fit
+from lit_thought.patch import adapter
+from lit_thought.runs.runner import StreamRunner
 from lit_thought.statistics.saved import SavedStatistics
+from lit_thought.statistics.stage import StageSums
 from recipes.robustness.tiny import INSTRUCTION, PAIRS, TEXTS, tiny_model, tiny_tokenizer
 
+Target = tuple[Any, str]
+"""What has a function, and the name that it has there."""
 TOKENIZER = tiny_tokenizer()
 _NOBODY = 65534
-_CALLBACK = "lit_thought.fit.callback.ThoughtCallback."
-_HOOKS = (
-    "setup",
-    "on_fit_start",
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_train_epoch_end",
-)
-_STAGES = (
-    *(f"{_CALLBACK}{name}" for name in _HOOKS),
-    "lit_thought.fit.data.generate",
-    "lit_thought.fit.callback.preservation",
-    "lit_thought.runs.runner.StreamRunner.open",
-    "lit_thought.runs.runner.StreamRunner.finish",
-    "lit_thought.statistics.stage.StageSums.solve",
-    "lit_thought.patch.adapter.model_card",
-    "lit_thought.files._replace_folder",
+_HOOKS = ("setup", "on_fit_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
+_STAGES: tuple[Target, ...] = (
+    *((ThoughtCallback, name) for name in (*_HOOKS, "on_train_epoch_end")),
+    *((preparing, name) for name in ("generate", "preservation")),
+    *((StreamRunner, name) for name in ("open", "finish")),
+    (StageSums, "solve"),
+    (adapter, "model_card"),
+    (files, "_replace_folder"),
 )
 """What is called at every stage of a fit: the callback's hooks, and the steps that take long or write."""
-_WRITERS = ("safetensors.torch.serialize_file", "pathlib.Path.write_text")
+_WRITERS: tuple[Target, ...] = ((safetensors.torch, "serialize_file"), (Path, "write_text"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Outcome:
         end: the exception, or how the process ended; None where the fit went on to its end.
         unchanged: whether the model was bit for bit what it was, without a hook; None where its process is gone.
         partial: names of what is not whole, or hidden, among the outputs.
-        again: of a killed fit, whether the next one has the bytes of one that nothing struck, and nothing hidden is
+        again: of a killed fit, whether the next one has the patch of one that nothing struck, and nothing hidden is
             left; None elsewhere.
     """
 
@@ -137,13 +133,13 @@ def partial(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def striking(target: str, number: int, strike: Callable[..., object], after: bool = False) -> Iterator[list[int]]:
+def striking(target: Target, number: int, strike: Callable[..., object], after: bool = False) -> Iterator[list[int]]:
     """Call ``strike`` with the arguments of the ``number``-th call of a function, before it or ``after`` it.
 
     Yields:
         A list with an entry for each call of the function.
     """
-    genuine = pkgutil.resolve_name(target)
+    genuine = getattr(*target)
     calls: list[int] = []
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -156,27 +152,20 @@ def striking(target: str, number: int, strike: Callable[..., object], after: boo
             strike(*args)
         return result
 
-    with mock.patch(target, patched):
+    with mock.patch.object(*target, patched):
         yield calls
 
 
-def calls_of(targets: tuple[str, ...], resume: bool = False) -> dict[str, int]:
-    """How often a fit calls each of these functions."""
+def points(targets: Sequence[Target], most: int, resume: bool = False) -> list[tuple[Target, int]]:
+    """The first calls that a fit makes of each function, ``most`` at most, as (function, number)."""
     with contextlib.ExitStack() as stack:
         calls = {target: stack.enter_context(striking(target, 0, lambda *_: None)) for target in targets}
-        root = stack.enter_context(tempfile.TemporaryDirectory())
-        run_fit(tiny_model(), Path(root), resume)
-        return {target: len(found) for target, found in calls.items()}
+        run_fit(tiny_model(), Path(stack.enter_context(tempfile.TemporaryDirectory())), resume)
+    return [(target, number) for target, own in calls.items() for number in range(1, min(most, len(own)) + 1)]
 
 
-def _points(targets: tuple[str, ...], most: int, resume: bool = False) -> list[tuple[str, int]]:
-    """The first calls of each function, ``most`` at most, as (function, number)."""
-    found = calls_of(targets, resume)
-    return [(target, number) for target in targets for number in range(1, min(most, found[target]) + 1)]
-
-
-def _name(target: str, number: int) -> str:
-    return f"{target.rpartition('.')[2]}, call {number}"
+def _name(target: Target, number: int) -> str:
+    return f"{target[1]}, call {number}"
 
 
 def _struck(
@@ -205,7 +194,7 @@ def _struck(
 
 def disk_full(most: int = 20) -> Iterator[Outcome]:
     """No room at the first write of a file, the second, and so on, half of it written."""
-    for target, number in _points(_WRITERS, most):
+    for target, number in points(_WRITERS, most):
         yield _struck("disk full", _name(target, number), striking(target, number, _no_room))
 
 
@@ -238,7 +227,7 @@ def permission_denied(most: int = 3) -> Iterator[Outcome]:
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
     yield _struck_in_a_fork("permission denied", "a folder of another user", become_nobody, mode=0o555)
-    for target, number in _points(("os.rename", "os.replace", "pathlib.Path.mkdir", "pathlib.Path.rename"), most):
+    for target, number in points([(os, "rename"), (os, "replace"), (Path, "mkdir"), (Path, "rename")], most):
         yield _struck("permission denied", _name(target, number), striking(target, number, _forbid))
 
 
@@ -250,7 +239,7 @@ def control_c(most: int = 2) -> Iterator[Outcome]:
     """Ctrl-C at every stage."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell put in the background
     try:
-        for target, number in _points((*_STAGES, f"{_CALLBACK}teardown"), most):
+        for target, number in points((*_STAGES, (ThoughtCallback, "teardown")), most):
             yield _struck("Ctrl-C", _name(target, number), striking(target, number, _press_control_c))
     finally:
         signal.signal(signal.SIGINT, before)
@@ -262,16 +251,9 @@ def _press_control_c(*_: Any) -> None:
 
 def not_finite() -> Iterator[Outcome]:
     """NaN and infinite weights in the embeddings and in every layer of the last block."""
-    layers = (
-        "self_attn.q_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-    norms = ("input_layernorm", "post_attention_layernorm")
-    for path in ("embed_tokens", *(f"layers.1.{name}" for name in (*layers, *norms))):
+    layers = [f"self_attn.{name}_proj" for name in "qvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    for name in ("embed_tokens", *layers, "input_layernorm", "post_attention_layernorm"):
+        path = name if name == "embed_tokens" else f"layers.1.{name}"
         for value in (float("nan"), float("inf")):
 
             def spoil(model: PreTrainedModel, path: str = path, value: float = value) -> None:
@@ -313,16 +295,16 @@ def killed(most: int = 2, every: int = 1) -> Iterator[Outcome]:
     """
     with tempfile.TemporaryDirectory() as root:
         run_fit(tiny_model(), Path(root))
-        wanted = _weights(Path(root))
+        wanted = _changes(Path(root))
     for resume in (False, True):
-        places = [(*point, False) for point in _points(_STAGES, most, resume)]
-        places += [(*point, True) for point in _points(("lit_thought.files._replace_folder",), 3, resume)]
-        places += [(*point, False) for point in _points(_WRITERS, 6 * most, resume)]
+        places = [(*point, False) for point in points(_STAGES, most, resume)]
+        places += [(*point, True) for point in points([(files, "_replace_folder")], 3, resume)]
+        places += [(*point, False) for point in points(_WRITERS, 6 * most, resume)]
         for target, number, after in places[::every]:
             yield _killed_at(target, number, after, resume, wanted)
 
 
-def _killed_at(target: str, number: int, after: bool, resume: bool, wanted: bytes) -> Outcome:
+def _killed_at(target: Target, number: int, after: bool, resume: bool, wanted: dict[str, torch.Tensor]) -> Outcome:
     def kill(*args: Any) -> None:
         if target in _WRITERS:
             _half(*args)
@@ -342,14 +324,22 @@ def _killed_at(target: str, number: int, after: bool, resume: bool, wanted: byte
         end = "killed" if status == -signal.SIGKILL else None
         try:
             run_fit(tiny_model(), folder, resume, overwrite=True)
-            again = _weights(folder) == wanted and not partial(folder) and not (folder / "unfinished").exists()
+            again = _near(_changes(folder), wanted) and not partial(folder) and not (folder / "unfinished").exists()
         except ThoughtError:
             again = False
         return Outcome("SIGKILL", where, end, None, found, again)
 
 
-def _weights(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def _changes(folder: Path) -> dict[str, torch.Tensor]:
+    factors = ThoughtPatch.load(folder / "adapter").factors
+    return {path: change.delta(torch.float64) for path, change in factors.items()}
+
+
+def _near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    """Whether nothing but rounding is between two patches."""
+    return found.keys() == wanted.keys() and all(
+        bool((found[path] - change).norm() <= 1e-3 * change.norm()) for path, change in wanted.items()
+    )
 
 
 def _struck_in_a_fork(fault: str, where: str, prepare: Callable[[], None], mode: int = 0o777) -> Outcome:

@@ -19,6 +19,8 @@ from lit_thought.cli import main
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.report.content import gather
 from lit_thought.files import check_output_folder
+from lit_thought.model import loading
+from lit_thought.model.loading import context_window
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.statistics.preserve_file import PreservationFile
@@ -50,7 +52,8 @@ def _write_pairs(suffix: str) -> Callable[[Path], None]:
 
 def _read_pairs(suffix: str) -> Callable[[Path], object]:
     def read(folder: Path) -> object:
-        return PairDataModule(folder / f"pairs.{suffix}", INSTRUCTION, max_new_tokens=4).check(MODEL, TOKENIZER)
+        data = PairDataModule(folder / f"pairs.{suffix}", INSTRUCTION, max_new_tokens=4)
+        return data.tokenise(TOKENIZER, context_window(MODEL))
 
     return read
 
@@ -105,7 +108,6 @@ _SETTINGS: dict[str, Any] = {
     "steps": 1,
     "step_size": 1.0,
     "pairs_per_step": 2,
-    "passes": 1,
     "rank": 2,
     "ridge": 0.03,
     "scale": 1.0,
@@ -117,7 +119,6 @@ _SETTINGS: dict[str, Any] = {
     "max_new_tokens": 4,
     "batch_size": 2,
     "val_pairs": PAIRS[:1],
-    "statistics_dtype": "float64",
     "offload": "auto",
     "memory_budget": 1.0,
     "statistics_dir": None,
@@ -178,7 +179,7 @@ def _read_config(folder: Path) -> object:
         contextlib.chdir(folder),
         contextlib.redirect_stderr(said),
         contextlib.redirect_stdout(said),
-        mock.patch("lit_thought.model.loading.load_model", _stop),
+        mock.patch.object(loading, "load_model", _stop),
     ):
         try:
             main(["fit", "--config", "fit.yaml", "--progress", "false"])
@@ -205,20 +206,8 @@ def _write_path(folder: Path) -> None:
 
 def _spoil_path(folder: Path, draw: Random) -> str:
     odd = [value for value in ODD if isinstance(value, str)]
-    pieces = [
-        *odd,
-        "a" * 300,
-        "x.json",
-        "x.jsonl",
-        "x.csv",
-        "x.safetensors",
-        "..",
-        "/dev/null",
-        "/dev/zero",
-        "-",
-        "\n",
-        "*",
-    ]
+    pieces = [*odd, "a" * 300, *(f"x.{suffix}" for suffix in ("json", "jsonl", "csv", "safetensors"))]
+    pieces += ["..", "/dev/null", "/dev/zero", "-", "\n", "*"]
     path = "/".join(draw.choices(pieces, k=draw.choice([1, 2, 3]))) + draw.choice(["", ".json", ".safetensors"])
     (folder / "path.json").write_text(json.dumps(path), encoding="utf-8")
     return "value: path"

@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 from lit_thought.errors import ThoughtError
+from recipes.harness import check_names
 from recipes.robustness.mutations import restore, spoil_file
 
 _SECONDS = 20
@@ -76,9 +77,7 @@ def fuzz(
     Raises:
         ThoughtError: when a kind is unknown.
     """
-    unknown = set(cases) - set(kinds)
-    if unknown:
-        raise ThoughtError(f"cases: there is no kind {sorted(unknown)[0]!r}; expected some of {list(kinds)}.")
+    check_names("cases", cases, kinds)
     found = {}
     with _quiet(folder):
         for name, count in cases.items():

@@ -27,14 +27,13 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from lit_thought.errors import ThoughtError
-from recipes.harness import provenance, write_results
+from recipes.harness import check_names, table, write_results
 from recipes.robustness.faults import FAULTS, Outcome
 from recipes.robustness.fuzz_folders import FOLDERS
 from recipes.robustness.fuzz_inputs import INPUTS
 from recipes.robustness.fuzzing import Tally, fuzz
 from recipes.robustness.junit import Case, count, run_tests
-from recipes.robustness.versions import table as versions_table
+from recipes.robustness.versions import page as versions_page
 
 KINDS = {**INPUTS, **FOLDERS}
 
@@ -57,9 +56,7 @@ def main(
         seed: seed of the changes.
         out: path of the two result files, without suffix.
     """
-    unknown = [name for name in faults if name not in FAULTS]
-    if unknown:
-        raise ThoughtError(f"faults: there is no {unknown[0]!r}; expected some of {list(FAULTS)}.")
+    check_names("faults", faults, FAULTS)
     started = _cpu_seconds()
     with tempfile.TemporaryDirectory() as root:
         tallies = fuzz(KINDS, cases, seed, Path(root), lambda name: print(f"malformed {name} …", flush=True))
@@ -75,24 +72,14 @@ def main(
     for name, tests in serving.items():
         print(f"serving: {name} …", flush=True)
         served[name] = run_tests(tests)
-    tried = read_versions(versions)
-    record = scorecard(tallies, outcomes, served, tried)
-    record |= {
-        "settings": {"cases": cases, "faults": faults, "serving": serving, "seed": seed},
-        "system": platform.system(),
-        **provenance(),
-    }
+    file = Path(versions)
+    tried = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     seconds = _cpu_seconds() - started
-    page = "\n".join([table(tallies, outcomes, seconds), *serving_lines(served), *version_lines(tried)])
-    print(page)
-    write_results(out, f"{page}\nCommit {record['commit']}, {record['system']}.\n", record)
-
-
-def read_versions(path: str) -> dict[str, Any] | None:
-    """The record of versions.py, None where there is none yet."""
-    file = Path(path)
-    record: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return record
+    parts = [malformed_part(tallies), faults_part(outcomes), serving_part(served), versions_part(tried)]
+    page = "\n".join([summary(tallies, outcomes, seconds), *parts, missed_part(tallies, outcomes)])
+    settings = {"cases": cases, "faults": faults, "serving": serving, "seed": seed}
+    record = {"settings": settings, "system": platform.system(), **scorecard(tallies, outcomes, served, tried)}
+    write_results(__file__, out, page, record)
 
 
 def scorecard(
@@ -110,66 +97,89 @@ def scorecard(
     }
 
 
-def table(tallies: dict[str, Tally], outcomes: Sequence[Outcome], seconds: float) -> str:
-    """The page."""
-    tried, refused, read = (
-        sum(getattr(tally, key) for tally in tallies.values()) for key in ("tried", "refused", "read")
+def summary(tallies: Mapping[str, Tally], outcomes: Sequence[Outcome], seconds: float) -> str:
+    """What was tried, and what came of it."""
+    tried, refused, read, escaped, left = (
+        sum(of(tally) for tally in tallies.values())
+        for of in (
+            *(lambda own: own.tried, lambda own: own.refused, lambda own: own.read),
+            *(lambda own: len(own.escaped), lambda own: len(own.left)),
+        )
     )
-    escaped = [(name, entry) for name, tally in tallies.items() for entry in tally.escaped]
-    left = [(name, entry) for name, tally in tallies.items() for entry in tally.left]
-    bad = [outcome for outcome in outcomes if not outcome.fine]
-    lines = [
-        "`python -m recipes.robustness.scorecard --config recipes/robustness/scorecard.yaml`",
-        "",
+    return (
         f"{tried:,} malformed inputs: {refused:,} refused with the library's own error, {read:,} without harm, "
-        f"{len(escaped)} in another exception, {len(left)} left a file behind. {len(outcomes)} faults: "
-        f"{len(outcomes) - len(bad)} left the model bit for bit as it was, without hooks, and no partial output. "
-        f"All of it took {seconds:.0f} s of one core.",
-        "",
-        "## Malformed input",
-        "",
-        "| input | tried | refused | without harm | another exception | files left |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(
-            f"| {name} | {tally.tried} | {tally.refused} | {tally.read} | {len(tally.escaped)} | {len(tally.left)} |"
-            for name, tally in tallies.items()
-        ),
-        "",
-        "A change that does no harm is one of a text's own words, of a key that nothing reads, or of a stored number. "
-        "A damaged preservation cache is made anew, and so read. What was changed, of all kinds together: "
-        + ", ".join(f"{name} {count:,}" for name, count in _changes(tallies).most_common())
-        + ".",
-        "",
-        "## Faults",
-        "",
-        "| fault | struck | ended in | model unchanged | partial output | next fit the same |",
-        "|---|---:|---|---:|---:|---:|",
-        *(_line(name, [outcome for outcome in outcomes if outcome.fault == name]) for name in _names(outcomes)),
-        "",
-        "Struck: the places and calls at which it happened. A killed process leaves no model to compare; the next fit "
-        "of the same call must give the bytes of one that nothing struck, and remove what the killed one left.",
-        "",
-    ]
-    wrong = [f"- {name}: {entry['change']}, case {entry['number']}: {entry['end']}" for name, entry in escaped]
-    wrong += [f"- {name}: {entry['change']}, case {entry['number']}: left {entry['files']}" for name, entry in left]
-    wrong += [f"- {outcome.fault}, {outcome.where}: {outcome}" for outcome in bad]
-    return "\n".join([*lines, *(["## Missed", "", *wrong, ""] if wrong else [])])
+        f"{escaped} in another exception, {left} left a file behind. {len(outcomes)} faults: "
+        f"{sum(outcome.fine for outcome in outcomes)} left the model bit for bit as it was, without hooks, and no "
+        f"partial output. All of it took {seconds:.0f} s of one core.\n"
+    )
 
 
-def serving_lines(served: Mapping[str, Sequence[Case] | None]) -> list[str]:
-    """The part on ways to serve a patch."""
+def malformed_part(tallies: Mapping[str, Tally]) -> str:
+    """The part on malformed input."""
+    rows = [[name, own.tried, own.refused, own.read, len(own.escaped), len(own.left)] for name, own in tallies.items()]
+    changes = sum((tally.changes for tally in tallies.values()), Counter())
+    return "\n".join(
+        [
+            "## Malformed input\n",
+            table(["input", "tried", "refused", "without harm", "another exception", "files left"], rows),
+            "A change that does no harm is one of a text's own words, of a key that nothing reads, or of a stored "
+            "number. A damaged preservation cache is made anew, and so read. What was changed, of all kinds together: "
+            f"{', '.join(f'{name} {count:,}' for name, count in changes.most_common())}.\n",
+        ]
+    )
+
+
+def faults_part(outcomes: Sequence[Outcome]) -> str:
+    """The part on faults."""
+    rows = []
+    for name in dict.fromkeys(outcome.fault for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.fault == name]
+        ends = ", ".join(sorted({outcome.end or "no error" for outcome in own}))
+        unchanged, again = (
+            [flag for outcome in own if (flag := getattr(outcome, key)) is not None] for key in ("unchanged", "again")
+        )
+        partial = sum(bool(outcome.partial) for outcome in own)
+        rows.append([name, len(own), ends, _share(unchanged), partial, _share(again)])
+    head = ["fault", "struck", "ended in", "model unchanged", "partial output", "next fit the same"]
+    return "\n".join(
+        [
+            "## Faults\n",
+            table(head, rows),
+            "Struck: the places and calls at which it happened. A killed process leaves no model to compare; the next "
+            "fit of the same call must give the patch of one that nothing struck, and remove what the killed one "
+            "left.\n",
+        ]
+    )
+
+
+def missed_part(tallies: Mapping[str, Tally], outcomes: Sequence[Outcome]) -> str:
+    """What went wrong, if anything did."""
+    wrong = []
+    for name, tally in tallies.items():
+        wrong += [f"- {name}: {own['change']}, case {own['number']}: {own['end']}" for own in tally.escaped]
+        wrong += [f"- {name}: {own['change']}, case {own['number']}: left {own['files']}" for own in tally.left]
+    wrong += [f"- {outcome.fault}, {outcome.where}: {outcome}" for outcome in outcomes if not outcome.fine]
+    return "\n".join(["## Missed\n", *wrong, ""]) if wrong else ""
+
+
+def serving_part(served: Mapping[str, Sequence[Case] | None]) -> str:
+    """The part on ways to serve a patch; empty where none was tried."""
     rows, reasons = [], []
     for name, cases in served.items():
-        end = verdict(cases)
-        numbers = ["–"] * 3 if cases is None else [str(count(cases, end)) for end in ("passed", "failed", "skipped")]
-        rows.append(f"| {name} | {end} | {' | '.join(numbers)} |")
+        numbers = [None if cases is None else count(cases, end) for end in ("passed", "failed", "skipped")]
+        rows.append([name, verdict(cases), *numbers])
         reasons += [f"- {name}: {reason}" for reason in dict.fromkeys(case.reason for case in cases or ()) if reason]
-    if not rows:
-        return []
     verified = sum(verdict(cases) == "verified" for cases in served.values())
-    head = [f"{verified} of {len(rows)} ways to serve a patch verified, by tests that use them.", ""]
-    table = ["| way | verdict | tests passed | failed | skipped |", "|---|---|---:|---:|---:|", *rows, ""]
-    return ["## Serving", "", *head, *table, *(["Skipped for:", "", *reasons, ""] if reasons else [])]
+    lines = ["## Serving\n", f"{verified} of {len(rows)} ways to serve a patch verified, by tests that use them.\n"]
+    lines.append(table(["way", "verdict", "tests passed", "failed", "skipped"], rows, left=2))
+    return "\n".join([*lines, *(["Skipped for:\n", *reasons, ""] if reasons else [])]) if rows else ""
+
+
+def versions_part(tried: Mapping[str, Any] | None) -> str:
+    """The part on versions."""
+    command = "`python -m recipes.robustness.versions --config recipes/robustness/versions.yaml`"
+    found = "Not run.\n" if tried is None else f"{versions_page(tried)}\nOf commit {tried['commit']}.\n"
+    return f"## Versions\n\n{command}\n\n{found}"
 
 
 def verdict(cases: Sequence[Case] | None) -> str:
@@ -180,37 +190,13 @@ def verdict(cases: Sequence[Case] | None) -> str:
     return "verified" if count(cases, "passed") else "not run"
 
 
-def version_lines(tried: Mapping[str, Any] | None) -> list[str]:
-    """The part on versions."""
-    head = ["## Versions", "", "`python -m recipes.robustness.versions --config recipes/robustness/versions.yaml`", ""]
-    if tried is None:
-        return [*head, "Not run.", ""]
-    return [*head, *versions_table(tried), "", f"Of commit {tried['commit']}.", ""]
-
-
 def _cpu_seconds() -> float:
     """Of this process and of those that it has waited for."""
     return sum(os.times()[:4])
 
 
-def _changes(tallies: dict[str, Tally]) -> Counter[str]:
-    return sum((tally.changes for tally in tallies.values()), Counter())
-
-
-def _names(outcomes: Sequence[Outcome]) -> list[str]:
-    return list(dict.fromkeys(outcome.fault for outcome in outcomes))
-
-
-def _line(name: str, outcomes: Sequence[Outcome]) -> str:
-    ends = ", ".join(sorted({outcome.end or "no error" for outcome in outcomes}))
-    unchanged = [outcome.unchanged for outcome in outcomes if outcome.unchanged is not None]
-    again = [outcome.again for outcome in outcomes if outcome.again is not None]
-    partial = sum(bool(outcome.partial) for outcome in outcomes)
-    return f"| {name} | {len(outcomes)} | {ends} | {_share(unchanged)} | {partial} | {_share(again)} |"
-
-
-def _share(flags: Sequence[bool]) -> str:
-    return f"{sum(flags)} of {len(flags)}" if flags else "–"
+def _share(flags: Sequence[bool]) -> str | None:
+    return f"{sum(flags)} of {len(flags)}" if flags else None
 
 
 if __name__ == "__main__":

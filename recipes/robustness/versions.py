@@ -2,10 +2,10 @@
 
     python -m recipes.robustness.versions --config recipes/robustness/versions.yaml
 
-For each combination a virtual environment is made, the named packages are installed there by pip, which also chooses
+For each of the two a virtual environment is made, the named packages are installed there by pip, which also chooses
 what they need, and a selection of the tests is run. Everything else, torch above all, is taken from the environment
-that runs the recipe, so that a combination takes some megabytes instead of a gigabyte. The oldest versions are those
-in pyproject.toml, the newest those that pip finds.
+that runs the recipe, so that it takes some megabytes instead of a gigabyte. The oldest versions are those in
+pyproject.toml, the newest those that pip finds. The newest of everything, and all tests: ``.ci/newest``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from lit_thought.errors import ThoughtError
-from recipes.harness import provenance, write_results
-from recipes.robustness.junit import ROOT, Case, count, run, run_tests
+from recipes.harness import ROOT, table, write_results
+from recipes.robustness.junit import Case, count, run, run_tests
 
 SHARED = "torch"
 
@@ -35,7 +35,7 @@ SHARED = "torch"
 def main(
     packages: list[str],
     tests: list[str],
-    combinations: list[str] | None = None,
+    combinations: Sequence[Literal["newest", "oldest"]] = ("newest", "oldest"),
     minutes: float = 30,
     out: str = "recipes/results/versions",
 ) -> None:
@@ -44,8 +44,7 @@ def main(
     Args:
         packages: whose versions are varied, of those that pyproject.toml names with a minimum.
         tests: files of tests, or single tests, as pytest takes them.
-        combinations: names of those to try: "newest", "oldest PACKAGE" for each of the packages (the others newest),
-            "all oldest". None: all of them.
+        combinations: "newest", "oldest" or both.
         minutes: longest time for the tests of one combination.
         out: path of the two result files, without suffix.
     """
@@ -53,27 +52,19 @@ def main(
     unknown = [name for name in packages if name not in minima]
     if unknown:
         raise ThoughtError(f"packages: pyproject.toml states no minimum of {unknown[0]!r}; expected {sorted(minima)}.")
-    every = named_combinations(packages, minima)
-    unknown = [name for name in combinations or [] if name not in every]
-    if unknown:
-        raise ThoughtError(f"combinations: there is no {unknown[0]!r}; expected some of {list(every)}.")
     lines = []
-    for name in every if combinations is None else combinations:
-        print(f"{name}: {' '.join(every[name])} …", flush=True)
-        lines.append({"name": name, **tried(every[name], [*packages, SHARED], tests, 60 * minutes)})
-        print(row(lines[-1], packages), flush=True)
+    for name in combinations:
+        asked = [f"{package}=={minima[package]}" if name == "oldest" else package for package in packages]
+        print(f"{name}: {' '.join(asked)} …", flush=True)
+        lines.append({"name": name, **tried(asked, [*packages, SHARED], tests, 60 * minutes)})
+        print(*row(lines[-1], packages), flush=True)
     record = {
         "settings": {"packages": packages, "tests": tests, "minutes": minutes},
         "minima": {name: minima[name] for name in [*packages, SHARED]},
         "python": ".".join(map(str, sys.version_info[:3])),
         "combinations": lines,
-        **provenance(),
     }
-    page = "\n".join(
-        ["`python -m recipes.robustness.versions --config recipes/robustness/versions.yaml`", "", *table(record), ""]
-    )
-    print(page)
-    write_results(out, f"{page}\nCommit {record['commit']}.\n", record)
+    write_results(__file__, out, page(record), record)
 
 
 def stated_minima(pyproject: str) -> dict[str, str]:
@@ -85,14 +76,6 @@ def stated_minima(pyproject: str) -> dict[str, str]:
             if part.operator == ">=":
                 found[requirement.name] = part.version
     return found
-
-
-def named_combinations(packages: Sequence[str], minima: Mapping[str, str]) -> dict[str, list[str]]:
-    """What pip is asked for: the newest of all, the oldest of each with the newest of the others, the oldest of all."""
-    old = {"newest": [], **{f"oldest {name}": [name] for name in packages}, "all oldest": list(packages)}
-    return {
-        key: [f"{name}=={minima[name]}" if name in those else name for name in packages] for key, those in old.items()
-    }
 
 
 def tried(specifiers: Sequence[str], packages: Sequence[str], tests: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -139,41 +122,34 @@ def counts(cases: Sequence[Case] | None) -> dict[str, Any]:
     return {**numbers, "failures": [case.name for case in cases if case.end == "failed"]}
 
 
-def table(record: Mapping[str, Any]) -> list[str]:
-    """The lines of a record's page, without the command and the commit; the scorecard shows them, too."""
+def page(record: Mapping[str, Any]) -> str:
+    """A record's page; the scorecard shows it, too."""
     packages, lines = record["settings"]["packages"], record["combinations"]
     torch = next((line["installed"][SHARED] for line in lines if line["installed"]), None)
     stated = record["minima"][SHARED]
     fine = sum(line["failed"] == 0 and bool(line["passed"]) for line in lines)
-    head = [
+    head = ["combination", *packages, "passed", "failed", "skipped", "seconds"]
+    parts = [
         f"{fine} of {len(lines)} combinations pass {len(record['settings']['tests'])} files or single tests, on Python "
-        f"{record['python']}.",
-        "",
-        f"| combination | {' | '.join(packages)} | passed | failed | skipped | seconds |",
-        "|---|" + "---|" * len(packages) + "---:|" * 4,
-        *(row(line, packages) for line in lines),
+        f"{record['python']}.\n",
+        table(head, (row(line, packages) for line in lines), left=1 + len(packages)),
     ]
     if torch is not None:
         reached = Version(torch).release[:2] == Version(stated).release[:2]
         untested = "" if reached else f"; its oldest stated version, {stated}, was not tested"
-        head += [
-            "",
-            f"Each in a virtual environment of its own over one with torch {torch}, the same for all{untested}.",
-        ]
+        own = "Each in a virtual environment of its own"
+        parts.append(f"{own} over one with torch {torch}, the same for all{untested}.\n")
     failures = [f"- {line['name']}: {name}" for line in lines for name in line["failures"]]
-    return [*head, *(["", "Failed:", "", *failures] if failures else [])]
+    return "\n".join([*parts, *(["Failed:\n", *failures, ""] if failures else [])])
 
 
-def row(line: Mapping[str, Any], packages: Sequence[str]) -> str:
+def row(line: Mapping[str, Any], packages: Sequence[str]) -> list[Any]:
     """One combination's line of the table."""
     installed = line["installed"] or {}
     numbers = [line[key] for key in ("passed", "failed", "skipped")]
-    if not installed:
-        numbers = ["not installed", None, None]
-    elif numbers[0] is None:
-        numbers = ["did not end", None, None]
-    cells = [installed.get(name) for name in packages] + numbers + [line.get("seconds")]
-    return f"| {line['name']} | " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |"
+    if numbers[0] is None:
+        numbers[0] = "did not end" if installed else "not installed"
+    return [line["name"], *(installed.get(name) for name in packages), *numbers, line.get("seconds")]
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ def benchmark(
                 start = time.perf_counter()
                 given = trial.completed()
                 outputs = time.perf_counter() - start
-                data = trial.data(given)
-                data.prepare(lm, tokenizer)
+                data = trial.prepared(given)
                 run = partial(fit_once, trial, given, {"rank": rank, "cache_dir": cache})
                 if first is None:
                     first = run()[2]["preserve"]

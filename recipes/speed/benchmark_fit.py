@@ -44,7 +44,6 @@ def benchmark(
     chunks: Sequence[int] = (50, 500, 2000),
     chunk_pairs: int = 100,
     rank: int = 16,
-    statistics_dtype: str = "float64",
     repeats: int = 5,
     out: str = "recipes/results/benchmark_fit",
 ) -> None:
@@ -59,7 +58,6 @@ def benchmark(
         chunks: lengths of the chunk to compare, in tokens.
         chunk_pairs: number of pairs they are compared at.
         rank: rank of the adapter.
-        statistics_dtype: float64 or float32.
         repeats: measurements of each; medians are reported.
         out: path of the two result files, without suffix.
     """
@@ -75,7 +73,7 @@ def benchmark(
             generating = time.perf_counter() - start
             labelled = [{**pair, "output": text} for pair, text in zip(inputs, data.outputs, strict=True)]
 
-            settings = {"rank": rank, "cache_dir": cache, "statistics_dtype": statistics_dtype}
+            settings = {"rank": rank, "cache_dir": cache}
             run = partial(fit_once, lm, tokenizer, labelled, instruction, settings)
             warm = run()
             if first is None:

@@ -150,9 +150,9 @@ def steering(trial: Trial, contrast: str | None = None, strengths: Sequence[floa
 
 def distilled(trial: Trial, pairs: Sequence[Mapping[str, str]], train: Mapping[str, Any]) -> ThoughtPatch:
     """A LoRA on all linear layers, trained to copy the instructed model."""
-    data = trial.data(pairs)
-    data.prepare(trial.model, trial.tokenizer)
-    return distil(trial.model, data.tokenised, lambda student: {}, batch_size=32, warmup_steps=3, **train).patch
+    return distil(
+        trial.model, trial.prepared(pairs).tokenised, lambda student: {}, batch_size=32, warmup_steps=3, **train
+    ).patch
 
 
 @torch.no_grad()

@@ -163,11 +163,10 @@ def condensation(trial: Trial, ridge: float, out: str) -> tuple[str, dict[str, A
 def _observe(trial: Trial, *parts: range) -> list[dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]]]:
     """a, δ and weights by block and site, of parts of the inputs; nothing is patched, every block is entered by the
     instructed stream."""
-    lm, data = trial.model, trial.data()
-    data.prepare(lm, trial.tokenizer)
+    lm, data = trial.model, trial.prepared()
     found = []
     for members in parts:
-        data.select(trial.tokenizer, members, lm.device)
+        data.select(trial.tokenizer, members, 10.0, lm.device)
         runner = StreamRunner(lm, find_blocks(lm), SITES, "teacher-forced")
         seen = {}
         for stage in runner.stages:

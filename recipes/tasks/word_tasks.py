@@ -116,10 +116,8 @@ def word_tasks(
 
 def _left_out(trial: Trial) -> list[bool]:
     """Whether the first token of each test word's answer is in no output that is fitted or shown."""
-    template, split, data = PromptTemplate.parse(TEMPLATE), trial.split, trial.data()
-    written = [
-        text for _, text, _ in data.write(trial.model, trial.tokenizer, data.check(trial.model, trial.tokenizer))
-    ]
+    template, split = PromptTemplate.parse(TEMPLATE), trial.split
+    written = [text for _, text, _ in trial.prepared().written]
 
     def tokens(output: str) -> tuple[int, ...]:
         pair = template.tokenise(trial.tokenizer, split.instruction, "x", output)

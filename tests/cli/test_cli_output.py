@@ -21,7 +21,7 @@ from models import make_model, make_tokenizer
 from system import limited, posix
 
 from lit_thought import ThoughtPatch
-from lit_thought.cli import COMMANDS, main
+from lit_thought.cli import COMMANDS, evaluate, main
 from lit_thought.cli.errors import exit_code, tell
 from lit_thought.cli.output import Output, Result, console, give
 from lit_thought.errors import MemoryBudgetError, ThoughtError
@@ -341,7 +341,7 @@ def test_an_evaluation_that_cannot_be_written_is_printed(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "new")
 
-    monkeypatch.setattr("lit_thought.cli.evaluate._write", full)
+    monkeypatch.setattr(evaluate, "write_result", full)
     with pytest.raises(SystemExit) as stop:
         main([*EVALUATE, "--unrelated=null", "--out=new"])
     assert stop.value.code == 1

@@ -17,6 +17,7 @@ import lit_thought
 from lit_thought.cli import COMMANDS, main
 from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.parser import call, command_parser, positional
+from lit_thought.settings import FitSettings
 
 COMMON = ("config", "json", "quiet", "verbose", "traceback")
 
@@ -117,8 +118,9 @@ def test_values_go_where_they_belong() -> None:
 
     flags = parsed("inspect", "--model=m", "--trust_remote_code")
     kept = ("model", "dtype", "device", "revision", "gguf_file", "quantization", "trust_remote_code")
-    call(command, {"config": None, "pairs": "p", "rank": 3, **{name: flags[name] for name in kept}})
-    assert (seen["pairs"], seen["settings"]) == ("p", {"rank": 3})
+    settings = FitSettings(rank=3).options()
+    call(command, {"config": None, "pairs": "p", **settings, **{name: flags[name] for name in kept}})
+    assert (seen["pairs"], seen["settings"]) == ("p", settings)
     assert (seen["loading"].model, seen["loading"].trust_remote_code, seen["loading"].dtype) == ("m", True, None)
 
 

@@ -111,6 +111,7 @@ def run_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
     reference, logits = some_logits(dtype=torch.bfloat16)

@@ -7,7 +7,6 @@ import datetime
 import json
 import signal
 from collections.abc import Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,13 @@ from fits import (
     tensors,
     written,
 )
+from full_forwards import BruteForce, trace
+from least_squares import Problem
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from models import FAMILIES, make_model, make_tokenizer
 from peft import PeftModel
 from scipy.special import log_softmax
-from test_rank import dense as truncated
-from test_runner import BruteForce, trace
-from test_solve import Problem
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -236,7 +234,7 @@ def loop(
                 total = step_size * (problem.least_squares() if rank is None else problem.reduced_rank(rank))
                 if matrix is not None:
                     total = total + matrix.A.numpy()
-                    total = total if rank is None else truncated(problem, total, rank)
+                    total = total if rank is None else problem.truncated(total, rank)
                 matrix = Factors(torch.tensor(total), torch.eye(32, dtype=torch.float64))
             if "vector" in solved:
                 mean = torch.tensor(step_size * (problem.share * shift).sum(0) / (1 + preserve_weight))
@@ -573,14 +571,6 @@ def test_trainer_makes_the_patch_that_transmute_makes() -> None:
     assert thought.patch is not None
     assert identical(thought.patch, make_patch(model, rank=4))
     assert set(thought.stopwatch.seconds) >= {"forward", "statistics", "solve", "patch"}
-
-
-def test_transmute_has_the_defaults_of_the_classes() -> None:
-    of = {owner: signature(owner).parameters for owner in (transmute, ThoughtCallback, PairDataModule)}
-    own = {"output_dir", "overwrite", "pairs"}  # required, or not for a function that returns the patch
-    for owner in (ThoughtCallback, PairDataModule):
-        for name in of[owner].keys() - own:
-            assert of[transmute][name].default == of[owner][name].default, name
 
 
 def test_a_callback_can_be_used_again() -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lit_thought import ThoughtPatch, transmute
 from lit_thought.cli import main
 from lit_thought.errors import MemoryBudgetError, ThoughtError
-from lit_thought.fit import budget, callback
+from lit_thought.fit import budget, callback, preparing
 from lit_thought.fit.budget import choose_place, free_disk, free_memory, room
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
@@ -213,6 +213,7 @@ def long_batches(template: str = "start", batch_size: int = 4) -> list[PairBatch
     return make_batches(pairs, batch_size, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["start", "after"])
 @pytest.mark.parametrize(
     ("family", "sites"),
@@ -408,13 +409,13 @@ def test_what_the_model_writes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model.generation_config.suppress_tokens = [i for i in range(512) if i != TOKENIZER.convert_tokens_to_ids("a")]
     thought, data = ThoughtCallback(preserve=None, rank=4), PairDataModule(pairs, INSTRUCTION, max_new_tokens=20)
     seen: list[Estimate] = []
-    real = callback.plan
+    real = preparing.plan
 
     def watched(*args: Any, **kwargs: Any) -> Estimate:
         seen.append(real(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(callback, "plan", watched)
+    monkeypatch.setattr(preparing, "plan", watched)
     fit(ThoughtModule(model, TOKENIZER), data, thought, progress=False)
     assert len(seen) == 2
     assert seen[0].streams_bytes < seen[1].streams_bytes

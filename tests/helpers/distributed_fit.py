@@ -312,7 +312,7 @@ def tensors() -> list[Tensor]:
 
 def summed(counts: Sequence[int], dtype: torch.dtype, ranks: Sequence[int]) -> tuple[Statistics, VectorStatistics]:
     """The sums of some processes' tokens; of each a token at a time."""
-    matrix, vector = Statistics(D_IN, D_OUT, dtype), VectorStatistics(D_OUT, dtype)
+    matrix, vector = Statistics(D_IN, D_OUT), VectorStatistics(D_OUT)
     for rank in ranks:
         for a, delta, weight in zip(*tokens(rank, counts[rank], dtype), strict=True):
             matrix.update(a[None], delta[None], weight[None])

@@ -22,6 +22,11 @@ PAIRS = [
     {"input": "French", "output": "what is the capital"},
     {"input": "quick", "output": "over"},
 ]
+ROUNDING = 1e-3
+"""Of :func:`distance`, between two runs of one fit: other kernels for all its products (SSE in the place of AVX-512)
+move tiny fits by up to 3e-5, another setting by more than 1e-2."""
+SOLVE_ROUNDING = 1e-6
+"""The same between two solves of the same sums, which are float64; the patch is float32."""
 TEXTS = ["The quick brown fox jumps over the lazy dog; " * 4, "Always answer in French. You are a pirate. " * 4]
 
 

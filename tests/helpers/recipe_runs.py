@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
 
 from recipes.harness import ROOT
 
@@ -60,6 +60,16 @@ def script_of(config: str) -> Path:
     assert found, f"{CONFIGS[config]}: it does not begin with the command that reads it"
     assert ROOT / found[2] == CONFIGS[config]
     return ROOT / (found[1] if found[1].endswith(".py") else f"{found[1].replace('.', '/')}.py")
+
+
+def all_exist(tests: list[str]) -> bool:
+    """Whether there are such files, with such tests in them."""
+    for test in tests:
+        file, _, name = test.partition("::")
+        text = (ROOT / file).read_text(encoding="utf-8")
+        if name and f"\ndef {name.partition('[')[0]}(" not in text:
+            return False
+    return True
 
 
 def run_recipe(config: str, folder: Path, *arguments: str, model: str | None = "llama") -> Ran:

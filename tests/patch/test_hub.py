@@ -104,6 +104,7 @@ print(patch)
 """
 
 
+@pytest.mark.slow
 def test_another_process_and_peft_read_what_was_pushed(hub: Hub, patch: ThoughtPatch, tmp_path: Path) -> None:
     patch.push_to_hub("me/it")
     hub.repos["me/it"].commit({"adapter_model.bin": b"a pickle", "code.py": b"raise SystemExit"})

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import make_model, make_tokenizer
+from recipe_runs import models, run_recipe
 
 from lit_thought import load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
-from recipes.harness import ROOT
 from recipes.studies.accuracy_by_step import step_table
 from recipes.tasks import arithmetic_model
 from recipes.tasks.arithmetic import (
@@ -48,38 +45,22 @@ TINY = [f"tiny, {chunk}, preserving both" for chunk in ("wording", "demonstratio
 SMALL = {"largest": 5, "layers": 2, "width": 16, "heads": 2, "steps": 5, "batch_size": 8}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("arithmetic")
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(models() / "cache"))
 
 
-def run(cache: Path, *arguments: str) -> tuple[str, dict[str, Any], str]:
-    out = cache / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.tasks.arithmetic",
-        "--config=recipes/tasks/arithmetic.yaml",
-        f"--out={out}",
-    ]
-    command += [f"--training.{name}={value}" for name, value in SMALL.items()]
-    environment = {**os.environ, "LIT_THOUGHT_CACHE": str(cache / "cache")}
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    return done.stdout, record, out.with_suffix(".md").read_text(encoding="utf-8")
-
-
-def test_arithmetic(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model("llama").float().save_pretrained(cache / "model")
-    make_tokenizer().save_pretrained(cache / "model")
+def test_arithmetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reduced = ["--fit=10", "--test=6", "--steps=2", "--rank=4", "--max_new_tokens=3"]
-    reduced += ["--preserving=[both]", "--pairs_per_step=5"]
-    printed, record, page = run(cache, f"--models=[tiny,{cache / 'model'}]", *reduced)
-    assert "The tiny model was trained." in printed
-    assert list(record["runs"]) == [*TINY, "model"]
+    reduced += [
+        "--preserving=[both]",
+        "--pairs_per_step=5",
+        *(f"--training.{name}={value}" for name, value in SMALL.items()),
+    ]
+    ran = run_recipe("arithmetic", tmp_path, f"--models=[tiny,{models() / 'llama'}]", *reduced, model=None)
+    printed, record, page = ran.printed, ran.record, ran.page
+    assert "The tiny model was " in printed
+    assert list(record["runs"]) == [*TINY, "llama"]
     assert record["training"]["settings"] == vars(Training(**SMALL))
     held_out = len(split_pairs(Training(**SMALL))[1])
     for runs in record["runs"].values():
@@ -94,23 +75,22 @@ def test_arithmetic(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert (tiny["pairs"], sum(tiny["untrained"]), tiny["fitted"]) == (6 + held_out, held_out, 10)
     assert {len(history) for one in record["history"].values() for history in one.values()} == {3}
     assert list(record["history"]["sum"]) == ["mlp_in", "matrix", "vector"]
-    assert (cache / "out.svg").read_text(encoding="utf-8").startswith("<?xml")
-    assert page.startswith("`python -m recipes.tasks.arithmetic --config recipes/tasks/arithmetic.yaml`")
-    assert "(out.svg)" in page
+    assert ran.out.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert page.startswith("`python -m recipes.tasks.arithmetic` on tiny, llama; settings: ")
+    assert "(arithmetic.svg)" in page
     assert "the bar of 0.95 is" in page
 
-    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(cache / "cache"))
     sizes = {"fit": 10, "test": 6, "rank": 4, "max_new_tokens": 3}
     kept: dict[str, Any] = {"chunks": ["wording"], "preserving": ["both"], "methods": []}
-    arithmetic(["tiny"], Training(**SMALL), **kept, **sizes, out=str(cache / "again"))
+    arithmetic(["tiny"], Training(**SMALL), **kept, **sizes, out=str(tmp_path / "again"))
     assert "The tiny model was in the cache." in capsys.readouterr().out
-    again = json.loads((cache / "again.json").read_text(encoding="utf-8"))
+    again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
     assert again["training"] == record["training"]
     assert again["runs"][TINY[0]]["sum"]["correct"] == tiny["correct"]
     assert again["history"] == {}
 
 
-def test_trained_models_are_told_apart_by_their_settings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_models_are_told_apart_by_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Training(**SMALL)
     assert cache_key(one) == cache_key(Training(**SMALL))
     assert len({cache_key(Training(**{**SMALL, name: 6})) for name in SMALL if name not in ("width", "heads")}) == 4
@@ -193,8 +173,7 @@ def test_prompts_with_and_without_an_instruction_differ_by_it_alone() -> None:
     assert tokenizer.decode(tokenizer(str(19 * 19))["input_ids"]) == "<s> 361"
 
 
-def test_what_is_shown_fitted_tested_and_preserved_is_disjoint(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(cache / "cache"))
+def test_what_is_shown_fitted_tested_and_preserved_is_disjoint() -> None:
     training = Training(**SMALL)
     folder, _ = trained_model(training)
     loaded = load_model(folder)
@@ -217,10 +196,8 @@ def test_what_is_shown_fitted_tested_and_preserved_is_disjoint(cache: Path, monk
     assert setting.instructions == {"sum": "sum :", "product": "product :"}
 
 
-def test_a_pretrained_model_is_shown_numbers_of_one_digit(tmp_path: Path) -> None:
-    make_model("llama").float().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    setting = prepare_pretrained(str(tmp_path / "model"), 4, 100, 100, 0)
+def test_a_pretrained_model_is_shown_numbers_of_one_digit() -> None:
+    setting = prepare_pretrained(str(models() / "llama"), 4, 100, 100, 0)
     every = {*setting.fit, *setting.test}
     assert len(every) == len(setting.fit) + len(setting.test) == 80 - 4
     assert len(setting.fit) == 38
@@ -293,8 +270,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any], match: str) ->
         Training(**wrong)
 
 
-def test_the_trained_model_loads_as_any_other(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(cache / "cache"))
+def test_the_trained_model_loads_as_any_other() -> None:
     folder, _ = trained_model(Training(**SMALL))
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
     model, tokenizer = load_model(folder)

@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from models import make_model, make_tokenizer
+from recipe_runs import run_recipe
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
-from recipes.harness import ROOT
-from recipes.tasks import compose
+from recipes.harness import Unrelated
+from recipes.tasks.chats import Chat
 from recipes.tasks.compose import SCALED, WAYS, distance, fit_after, follows, instructions, measure
-from recipes.tasks.system_prompt import Divergence, Task, prepare
+from recipes.tasks.system_prompt import Task, prepare
 
-
-def make_tasks(model: Any, tokenizer: Any, *keys: str) -> dict[str, Task]:
-    entries = instructions("pirate", "sentence")
-    return {key: prepare(model, tokenizer, entries[key], 4, 3, 0, 4) for key in keys}
+DOWN = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("compose")
-    make_model("llama").float().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    out = folder / "compose"
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.tasks.compose",
-        "--config=recipes/tasks/compose.yaml",
-        f"--model={folder / 'model'}",
-    ]
-    command += ["--fit=6", "--test=4", "--rank=4", "--max_new_tokens=3", "--scales=[0,1,2]", "--unrelated_windows=1"]
-    environment = {**os.environ, "LIT_THOUGHT_CACHE": str(folder / "cache")}
-    done = subprocess.run(
-        [*command, f"--out={out}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "| A + B | the two patches added |" in done.stdout
-    page = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert page.startswith("`python -m recipes.tasks.compose --config recipes/tasks/compose.yaml` on model; settings: ")
-    assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
-    assert str(folder) not in page
-    return json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    reduced = ["--fit=6", "--test=4", "--rank=4", "--max_new_tokens=3", "--scales=[0,1,2]", "--unrelated_windows=1"]
+    ran = run_recipe("compose", folder, *reduced)
+    assert "'A + B', 'the two patches added'" in ran.printed
+    assert "| A + B | the two patches added |" in ran.page
+    assert ran.page.startswith("`python -m recipes.tasks.compose` on llama; settings: ")
+    assert ran.out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
+    assert str(folder) not in ran.page
+    return ran.record
 
 
 def test_every_way_is_measured(record: dict[str, Any]) -> None:
@@ -130,34 +110,37 @@ def test_distance_is_that_of_the_dense_weights() -> None:
     assert distance(3 * one, one) == pytest.approx(2)
 
 
-def test_a_fit_after_another_is_of_the_patched_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = make_model("llama").float(), make_tokenizer()
-    down = model.model.layers[1].mlp.down_proj
+class Stub(Chat):
+    """A chat whose answers and fit note the weights that they meet."""
+
+    def __init__(self, model: Any, patch: ThoughtPatch) -> None:
+        self.model, self.patch, self.seen = model, patch, []
+
+    def answer(self, *arguments: Any, **options: Any) -> list[dict[str, str]]:
+        self.seen.append(self.model.get_submodule(DOWN).weight.clone())
+        return [{"input": "hot", "output": "cold"}]
+
+    def fit(self, pairs: Any, **settings: Any) -> ThoughtPatch:
+        self.seen.append(self.model.get_submodule(DOWN).weight.clone())
+        assert pairs == [{"input": "hot", "output": "cold"}]
+        assert Path(settings["cache_dir"]).is_dir(), "statistics of the changed model must not stay in the cache"
+        return self.patch
+
+
+def test_a_fit_after_another_is_of_the_patched_model() -> None:
+    model = make_model("llama").float()
+    down = model.get_submodule(DOWN)
     generator = torch.Generator().manual_seed(1)
     one, two = (
         Factors(torch.randn(2, 48, generator=generator), torch.randn(32, 2, generator=generator)) for _ in range(2)
     )
-    path, original = "model.layers.1.mlp.down_proj", down.weight.clone()
-    before = ThoughtPatch({path: one}, {"fingerprint": fingerprint(model)})
-    seen: list[torch.Tensor] = []
-
-    def stub_answer(*arguments: Any) -> list[dict[str, str]]:
-        seen.append(down.weight.clone())
-        return [{"input": "hot", "output": "cold"}]
-
-    def stub_fit(model: Any, tokenizer: Any, task: Task, answers: Any, settings: dict[str, Any]) -> ThoughtPatch:
-        seen.append(down.weight.clone())
-        assert answers == [{"input": "hot", "output": "cold"}]
-        assert Path(settings["cache_dir"]).is_dir(), "statistics of the changed model must not stay in the cache"
-        return ThoughtPatch({path: two}, {"fingerprint": fingerprint(model)})
-
-    monkeypatch.setattr(compose, "answer", stub_answer)
-    monkeypatch.setattr(compose, "fit_patch", stub_fit)
-    task = Task("B", "Be brief.", frozenset(), ["hot"], cast(Any, None), [], Divergence([], []))
-    after = fit_after(model, tokenizer, before, task, {"fit": 1, "max_new_tokens": 3})
-    for weight in seen:
+    original = down.weight.clone()
+    before, later = (ThoughtPatch({DOWN: own}, {"fingerprint": fingerprint(model)}) for own in (one, two))
+    chat = Stub(model, later)
+    after = fit_after(before, Task("B", frozenset(), ["hot"], chat), {"fit": 1})
+    for weight in chat.seen:
         torch.testing.assert_close(weight, original + one.B @ one.A)
-    assert len(seen) == 2
+    assert len(chat.seen) == 2
     assert torch.equal(down.weight, original)
     with after.applied(model):
         torch.testing.assert_close(down.weight, original + one.B @ one.A + two.B @ two.A)
@@ -165,16 +148,19 @@ def test_a_fit_after_another_is_of_the_patched_model(monkeypatch: pytest.MonkeyP
 
 def test_measure_is_of_the_patched_model_and_leaves_it_alone() -> None:
     model, tokenizer = make_model("llama").float(), make_tokenizer()
-    tasks = make_tasks(model, tokenizer, "A", "joint")
-    nothing = ThoughtPatch({"model.layers.1.mlp.down_proj": Factors(torch.zeros(4, 48), torch.zeros(32, 4))})
-    windows = [list(range(5, 60))]
+    entries = instructions("pirate", "sentence")
+    tasks = {key: prepare(model, tokenizer, entries[key], 4, 3, 0, 4) for key in ("A", "joint")}
+    nothing = ThoughtPatch({DOWN: Factors(torch.zeros(4, 48), torch.zeros(32, 4))})
+    unrelated = Unrelated(model, tokenizer, 1)
+    unrelated.windows = [list(range(5, 60))]
     with torch.no_grad():
-        loss = model(torch.tensor(windows), labels=torch.tensor(windows)).loss
-    found = measure(model, tokenizer, tasks, nothing, ("joint", "A"), windows, 2 * float(loss.exp()))
+        loss = model(torch.tensor(unrelated.windows), labels=torch.tensor(unrelated.windows)).loss
+    unrelated.perplexity = 2 * float(loss.exp())
+    found = measure(tasks, nothing, ("joint", "A"), unrelated, ("pirate", "sentence"))
     assert found["perplexity_ratio"] == pytest.approx(0.5, rel=1e-4)
-    assert found["answers"] == [one.text for one in tasks["joint"].evaluation.plain]
+    assert found["answers"] == [one.text for one in tasks["joint"].chat.evaluation.plain]
     for aim in ("joint", "A"):
-        assert found["kl"][aim] == pytest.approx(float(torch.cat(tasks[aim].plain.kl).mean()), rel=1e-4)
+        assert found["kl"][aim] == pytest.approx(tasks[aim].chat.plain.means["kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,25 +11,24 @@ import pytest
 import torch
 import yaml
 from models import make_model, make_tokenizer
+from recipe_runs import CONFIGS, run_recipe
 
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation, output_batches
 from lit_thought.runs.generate import Generation, generate
-from recipes.harness import ROOT
 from recipes.tasks import document_tables as tables
 from recipes.tasks import self_study
-from recipes.tasks.document import TEMPLATE, VARIANTS, answer_logits, check, document, mean_interval, token_f1
+from recipes.tasks.chats import TEMPLATE
+from recipes.tasks.document import VARIANTS, check, document, mean_interval, token_f1
 from recipes.tasks.self_study import Document, contains, coverage, keep_questions, load_document, sentences
 
 PASSAGE = "Oz is a land. Its queen is Ada."
 QUESTIONS = ["Who rules Oz?", "What is Oz?", "Who is Ada?", "Is Oz a land?", "Is Ada a queen?", "Where is Ada?"]
 
 
-@pytest.mark.parametrize("config", ["document", "document_variants"])
-def test_document(config: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def oz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A document whose accepted answers are those of the instructed model."""
     model, tokenizer = make_model("llama").float(), make_tokenizer()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     prompts = [
         TEMPLATE.tokenise(tokenizer, self_study.LEAD + PASSAGE, question).instructed_ids for question in QUESTIONS
     ]
@@ -41,29 +37,20 @@ def test_document(config: str, tmp_path: Path) -> None:
     rows = [row for row in rows if self_study.normalised(row["outputs"][0])]
     assert len(rows) >= 3
     data = {"title": "Oz", "passage": PASSAGE, "questions": rows, "fit": ["Is Oz old?", "Is Ada old?"]}
-    (tmp_path / "oz.json").write_text(json.dumps(data), encoding="utf-8")
+    file = tmp_path_factory.mktemp("documents") / "oz.json"
+    file.write_text(json.dumps(data), encoding="utf-8")
+    return file
 
-    out = tmp_path / "result"
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.tasks.document",
-        f"--config=recipes/tasks/{config}.yaml",
-        f"--model={tmp_path / 'model'}",
-        f"--documents=[{tmp_path / 'oz.json'}]",
-        "--source=given",
-        "--curved=[oz]",
-        "--analysed=[oz]",
-        f"--out={out}",
-    ]
-    command += ["--variants=[answer weight 1,no requests besides questions,two sampled answers to each question]"]
-    command += ["--rank=4", "--ranks=[1,2]", "--counts=[]", "--max_new_tokens=3", "--request_tokens=3"]
-    environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "oz, as set: right plain" in done.stdout
 
-    record = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("config", ["document", "document_variants"])
+def test_document(config: str, oz: Path, tmp_path: Path) -> None:
+    rows = json.loads(oz.read_text(encoding="utf-8"))["questions"]
+    reduced = [f"--documents=[{oz}]", "--source=given", "--curved=[oz]", "--analysed=[oz]", "--rank=4", "--ranks=[1,2]"]
+    reduced += ["--variants=[answer weight 1,no requests besides questions,two sampled answers to each question]"]
+    reduced += ["--counts=[]", "--max_new_tokens=3", "--request_tokens=3"]
+    ran = run_recipe(config, tmp_path, *reduced)
+    assert "oz, as set: right plain" in ran.printed
+    record = ran.record
     assert record["settings"]["rank"] == 4
     assert record["versions"]["torch"] == torch.__version__
     runs = {run["variant"]: run for run in record["runs"]}
@@ -78,15 +65,14 @@ def test_document(config: str, tmp_path: Path) -> None:
     assert [main["pairs"], runs["no requests besides questions"]["pairs"]] == [8, 4]
     assert runs["two sampled answers to each question"]["pairs"] == 10
     assert len({run["output_kl"]["patched"] for run in runs.values()}) == len(runs), "the changes must reach the fit"
-    page = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert page.startswith("`python -m recipes.tasks.document` on model, commit ")
-    assert "| oz, answer weight 1 |" in page
-    assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
+    assert ran.page.startswith("`python -m recipes.tasks.document` on llama; settings: ")
+    assert "| oz, answer weight 1 |" in ran.page
+    assert ran.out.with_suffix(".svg").read_text(encoding="utf-8").count("<svg") == 1
 
 
 @pytest.mark.parametrize("config", ["document", "document_variants"])
 def test_configs_ask_for_what_there_is(config: str) -> None:
-    values = yaml.safe_load((ROOT / f"recipes/tasks/{config}.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load(CONFIGS[config].read_text(encoding="utf-8"))
     parts = {argument: values[argument] for argument in ("curved", "analysed")}
     chosen = check(values["documents"], parts, values["variants"], values["source"])
     assert [own.name for own in chosen] == values["documents"]
@@ -187,29 +173,6 @@ def test_token_f1_is_that_of_squad() -> None:
     # "capital is oskadel" against "oskadel": precision 1/3, recall 1; the better of two forms counts
     assert token_f1(["The capital is Oskadel."], [["Oskadel"]]) == pytest.approx(0.5)
     assert token_f1(["The capital is Oskadel.", "salt"], [["Oskadel", "capital is"], ["tin"]]) == pytest.approx(0.4)
-
-
-def test_answer_logits_are_those_of_each_prompt_alone() -> None:
-    model, tokenizer = make_model("llama"), make_tokenizer()
-    pairs = [{"input": question} for question in QUESTIONS]
-    own = Evaluation(
-        model, tokenizer, instruction=PASSAGE, pairs=pairs, template="chat", unrelated=None, max_new_tokens=5
-    )
-    for side, ids in (("plain", "plain_ids"), ("target", "instructed_ids")):
-        got = answer_logits(model, output_batches(tokenizer, own.completed, own.instructions, 2), side)
-        expected = []
-        for pair in own.completed:
-            start, stop = pair.output_span
-            if start == stop:
-                continue
-            after = len(pair.plain_ids) - stop  # tokens behind the answer are the same in both runs
-            tokens = torch.tensor([getattr(pair, ids)])
-            end = tokens.shape[1] - after
-            expected.append(model(tokens).logits[0, end - (stop - start) - 1 : end])
-        assert len(got) == len(expected) >= 3
-        for rows in expected:
-            near = min(got, key=lambda own, rows=rows: float("inf") if own.shape != rows.shape else (own - rows).norm())
-            torch.testing.assert_close(near, rows, rtol=1e-6, atol=1e-8)
 
 
 def test_interval_of_a_mean_over_answers_tokens() -> None:

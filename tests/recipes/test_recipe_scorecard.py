@@ -3,55 +3,53 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from recipe_settings import all_exist
+from recipe_runs import CONFIGS, all_exist, run_recipe
 
-from recipes.harness import ROOT
+from lit_thought.errors import ThoughtError
 from recipes.robustness.faults import FAULTS, Outcome
 from recipes.robustness.fuzzing import Tally
 from recipes.robustness.junit import Case
-from recipes.robustness.scorecard import KINDS, scorecard, serving_lines, table, verdict, version_lines
+from recipes.robustness.scorecard import (
+    KINDS,
+    faults_part,
+    main,
+    malformed_part,
+    missed_part,
+    scorecard,
+    serving_part,
+    summary,
+    verdict,
+    versions_part,
+)
+
+SERVING = "{a hash: [tests/test_files.py]}"
 
 
 def test_scorecard(tmp_path: Path) -> None:
     cases = json.dumps({"templates": 30, "unfinished fits": 5})
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.robustness.scorecard",
-        "--config=recipes/robustness/scorecard.yaml",
-        f"--cases={cases}",
-    ]
-    command += ["--faults=[forward raises,file size limit]", f"--out={tmp_path / 'scorecard'}"]
-    command += [
-        "--serving={a hash: [tests/test_tensor_files.py::test_the_hash_is_that_of_the_bytes_in_the_order_of_the_names]}"
-    ]
-    command += [f"--versions={tmp_path / 'none.json'}"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads((tmp_path / "scorecard.json").read_text())
+    reduced = [f"--cases={cases}", "--faults=[forward raises,file size limit]", f"--versions={tmp_path / 'none.json'}"]
+    ran = run_recipe("scorecard", tmp_path, *reduced, f"--serving={SERVING}", model=None)
+    record = ran.record
     counts = {name: (t["tried"], t["refused"] + t["read"]) for name, t in record["malformed"].items()}
     assert counts == {"templates": (30, 30), "unfinished fits": (5, 5)}
     assert {fault["fault"] for fault in record["faults"]} == {"forward raises", "file size limit"}
     assert all(fault["fine"] for fault in record["faults"])
-    page = (tmp_path / "scorecard.md").read_text()
-    assert page.startswith("`python -m recipes.robustness.scorecard")
-    assert "| a hash | verified | 1 | 0 | 0 |" in page
-    assert "Not run." in page.partition("## Versions")[2]
-    assert [case["end"] for case in record["serving"]["a hash"]] == ["passed"]
+    assert ran.page.startswith("`python -m recipes.robustness.scorecard`")
+    assert "| a hash | verified | " in ran.page
+    assert "Not run." in ran.page.partition("## Versions")[2]
+    assert "passed" in {case["end"] for case in record["serving"]["a hash"]}
     assert record["versions_tried"] is None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scorecard.json", "scorecard.md"]
 
 
 def test_the_config_names_every_kind_and_fault_and_enough_cases() -> None:
-    config = yaml.safe_load((ROOT / "recipes/robustness/scorecard.yaml").read_text())
+    config = yaml.safe_load(CONFIGS["scorecard"].read_text(encoding="utf-8"))
     assert set(config["cases"]) == set(KINDS)
     assert set(config["faults"]) == set(FAULTS)
     assert sum(config["cases"].values()) >= 10_000
@@ -68,14 +66,14 @@ def test_what_was_not_run_is_not_verified() -> None:
         "five": [],
     }
     assert [verdict(cases) for cases in served.values()] == ["verified", "not run", "failed", "failed", "not run"]
-    page = "\n".join(serving_lines(served))
+    page = serving_part(served)
     assert "1 of 5 ways to serve a patch verified" in page
     assert "| one | verified | 1 | 0 | 1 |" in page
     assert "| two | not run | 0 | 0 | 2 |" in page
     assert "| four | failed | – | – | – |" in page
     assert page.count("- two: vLLM is not installed") == 1
-    assert serving_lines({}) == []
-    assert "Not run." in version_lines(None)
+    assert serving_part({}) == ""
+    assert "Not run." in versions_part(None)
 
 
 def test_the_page_counts_and_names_what_went_wrong() -> None:
@@ -91,32 +89,28 @@ def test_the_page_counts_and_names_what_went_wrong() -> None:
         Outcome("SIGKILL", "solve, 2", "killed", None, [], False),
         Outcome("Ctrl-C", "solve", None, True, []),
     ]
-    page = table(tallies, outcomes, 60)
-    assert (
-        "15 malformed inputs: 10 refused with the library's own error, 4 without harm, 1 in another exception, 1"
-        in page
-    )
-    assert "5 faults: 1 left the model" in page
-    assert "| pairs | 10 | 6 | 3 | 1 | 0 |" in page
+    found = summary(tallies, outcomes, 60)
+    assert "15 malformed inputs: 10 refused with the library's own error, 4 without harm, 1 in another exc" in found
+    assert "5 faults: 1 left the model" in found
+    assert "| pairs | 10 | 6 | 3 | 1 | 0 |" in malformed_part(tallies)
+    assert "all kinds together: bytes 9, value 6." in malformed_part(tallies)
+    page = faults_part(outcomes)
     assert "| disk full | 2 | OSError | 1 of 2 | 0 | – |" in page
     assert "| SIGKILL | 2 | killed | – | 1 | 1 of 2 |" in page
     assert "| Ctrl-C | 1 | no error | 1 of 1 | 0 | – |" in page
-    missed = page.partition("## Missed")[2]
+    missed = missed_part(tallies, outcomes)
     assert "case 7: KeyError: 'x'" in missed
     assert "left ['example/x']" in missed
     assert missed.count("\n- ") == 6
     record = scorecard(tallies, outcomes, {"one": [Case("a", "passed")], "two": None}, None)
     assert [fault["fine"] for fault in record["faults"]] == [True, False, False, False, False]
     assert record["serving"] == {"one": [{"name": "a", "end": "passed", "reason": ""}], "two": None}
-    assert "## Missed" not in table({"texts": Tally(1, 1)}, outcomes[:1], 1)
+    assert missed_part({"texts": Tally(1, 1)}, outcomes[:1]) == ""
 
 
-@pytest.mark.parametrize("arguments", [["--cases={pears: 3}", "--faults=[]"], ["--faults=[flood]", "--cases={}"]])
-def test_unknown_names_are_refused(arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    from lit_thought.errors import ThoughtError
-    from recipes.robustness.scorecard import main
-
+@pytest.mark.parametrize(
+    "arguments", [{"cases": {"pears": 3}, "faults": []}, {"cases": {}, "faults": ["flood"]}], ids=["cases", "faults"]
+)
+def test_unknown_names_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ThoughtError, match="expected some of"):
-        auto_cli(main, as_positional=False, args=[*arguments, "--serving={}", "--out=unused"])
+        main(**arguments, serving={}, out="unused")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,54 +11,37 @@ from typing import Any, cast
 import pytest
 import torch
 from models import make_model, make_tokenizer
+from recipe_runs import run_recipe
 
 from lit_thought.errors import ThoughtError
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
-from recipes import harness as tasks
-from recipes.harness import ROOT
+from recipes import harness
 from recipes.tasks import system_prompt_rules as rules
-from recipes.tasks.system_prompt import (
-    VARIANTS,
-    Divergence,
-    Task,
-    answer,
-    by_place,
-    follows,
-    prepare,
-    split,
-    system_prompt,
-)
+from recipes.tasks.chats import Chat, by_place
+from recipes.tasks.system_prompt import FOLDER, VARIANTS, Task, follows, instructions_known, split, system_prompt
 
-DATA = ROOT / "recipes/data/system_prompts"
+PIRATE = "You are a pirate."
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    questions = ["Who rules the sea?", "What is a fox?", "Is it hot?"]
+    return Chat(make_model("llama").float(), make_tokenizer(), PIRATE, questions, 6)
 
 
 def test_system_prompt(tmp_path: Path) -> None:
-    make_model("llama").float().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    out = tmp_path / "prompts"
-    command = [sys.executable, "-m", "recipes.tasks.system_prompt", "--config=recipes/tasks/system_prompt.yaml"]
-    command += [
-        f"--model={tmp_path / 'model'}",
-        "--instructions=[pirate,refuse,poet]",
-        "--fit=6",
-        "--test=4",
-        "--rank=4",
-    ]
-    command += ["--max_new_tokens=3", f"--out={out}"]
-    environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "KL down by" in done.stdout
-
-    record = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    reduced = ["--instructions=[pirate,refuse,poet]", "--fit=6", "--test=4", "--rank=4", "--max_new_tokens=3"]
+    ran = run_recipe("system_prompt", tmp_path, *reduced)
+    assert "KL down by" in ran.printed
+    record = ran.record
     assert record["settings"]["answer_weight"] == 10
     assert record["versions"]["torch"] == torch.__version__
     pirate, refuse, poet = record["runs"]
     assert [run["name"] for run in (pirate, refuse, poet)] == ["pirate", "refuse", "poet"]
     assert set(refuse["follows"]) == {"plain", "instructed", "patched"}
     assert poet["follows"] is None
-    topic = {pair["input"] for pair in json.loads((DATA / "cooking.json").read_text())}
+    topic = {pair["input"] for pair in json.loads((FOLDER / "cooking.json").read_text())}
     assert [item["input"] in topic for item in refuse["items"]] == [True, True, False, False]
     for run in record["runs"]:
         assert run["output_kl"]["patched"] < run["output_kl"]["plain"]
@@ -74,7 +55,7 @@ def test_system_prompt(tmp_path: Path) -> None:
         row["output_kl"]["patched"] for name, row in variants.items() if "answer weight" in name or "rank" in name
     ]
     assert len(set(others)) > 3, "the changes must reach the fit"
-    assert "| pirate, as above |" in out.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| pirate, as above |" in ran.page
 
 
 def test_unknown_instructions_are_refused_before_the_model_is_loaded() -> None:
@@ -82,41 +63,36 @@ def test_unknown_instructions_are_refused_before_the_model_is_loaded() -> None:
         system_prompt(model="there/is none", instructions=["pirate", "piratt"])
 
 
-def test_divergence_is_that_of_the_library_and_places_add_up() -> None:
-    model, tokenizer = make_model("llama").float(), make_tokenizer()
-    entry = {"name": "pirate", "instruction": "You are a pirate."}
-    task = prepare(model, tokenizer, entry, fit=4, test=3, seed=1, max_new_tokens=6)
+def test_divergence_is_that_of_the_library_and_places_add_up(chat: Chat) -> None:
     patch = ThoughtPatch({"model.layers.1.mlp.down_proj": Factors(torch.zeros(4, 48), torch.zeros(32, 4))})
-    expected = task.evaluation.score(patch)
-    values = torch.cat(task.plain.kl)
-    assert float(values.mean()) == pytest.approx(expected["output_kl"]["plain"], rel=1e-4)
-    assert float(torch.cat(task.plain.agrees).mean()) == pytest.approx(expected["output_agreement"]["plain"])
+    expected = chat.evaluation.score(patch)
+    assert chat.plain.means["kl"] == pytest.approx(expected["output_kl"]["plain"], rel=1e-4)
+    assert chat.plain.means["agreement"] == pytest.approx(expected["output_agreement"]["plain"])
     assert expected["output_kl"]["plain"] > 0
-    first, second, *_ = by_place(task.plain.kl)
-    assert first == pytest.approx(sum(float(own[0]) for own in task.plain.kl) / 3)
-    assert second == pytest.approx(float(torch.cat([own[1:4] for own in task.plain.kl]).mean()))
+    first, second, *_ = by_place(chat.plain.kl)
+    assert first == pytest.approx(sum(float(own[0]) for own in chat.plain.kl) / 3)
+    assert second == pytest.approx(float(torch.cat([own[1:4] for own in chat.plain.kl]).mean()))
     assert by_place([torch.tensor([1.0, 2.0])])[2] is None
 
 
-def test_sampled_answers_differ_and_greedy_ones_are_the_models() -> None:
-    model, tokenizer = make_model("llama").float(), make_tokenizer()
-    entry = {"name": "pirate", "instruction": "You are a pirate."}
-    task = prepare(model, tokenizer, entry, fit=4, test=2, seed=1, max_new_tokens=6)
-    questions = task.fit[:2]
-    greedy = answer(model, tokenizer, task, questions, 6)
-    messages = [{"role": "system", "content": entry["instruction"]}, {"role": "user", "content": questions[0]}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    assert greedy[0] == {"input": questions[0], "output": tokenizer.decode(new).split("</s>")[0].strip()}
-    drawn = answer(model, tokenizer, task, questions, 6, sampled=2)
+def test_sampled_answers_differ_and_greedy_ones_are_the_models(chat: Chat) -> None:
+    questions = ["Where is the fox?", "How big is it?"]
+    greedy = chat.answer(questions)
+    messages = [{"role": "system", "content": PIRATE}, {"role": "user", "content": questions[0]}]
+    text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = chat.tokenizer(text, return_tensors="pt")["input_ids"]
+    new = chat.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert greedy[0] == {"input": questions[0], "output": chat.tokenizer.decode(new).split("</s>")[0].strip()}
+    drawn = chat.answer(questions, sampled=2)
     assert [pair["input"] for pair in drawn] == questions * 2
     assert drawn[0]["output"] != drawn[2]["output"]
+    assert chat.answer([]) == []
 
 
 def test_questions_are_distinct_and_splits_share_none() -> None:
     general, cooking = (
-        [pair["input"] for pair in json.loads((DATA / f"{name}.json").read_text())] for name in ("questions", "cooking")
+        [pair["input"] for pair in json.loads((FOLDER / f"{name}.json").read_text())]
+        for name in ("questions", "cooking")
     )
     assert len(set(general) | set(cooking)) == len(general) + len(cooking) >= 120
     fit, test = split(general, cooking, 80, 30, 0)
@@ -129,10 +105,9 @@ def test_questions_are_distinct_and_splits_share_none() -> None:
 
 
 def test_every_instruction_but_two_has_a_rule() -> None:
-    entries = json.loads((DATA / "instructions.json").read_text(encoding="utf-8"))
-    names = [entry["name"] for entry in entries]
-    assert len(set(names)) == len(names) >= 6
-    assert set(names) - set(rules.RULES) == {"poet", "wizard"}
+    known = instructions_known()
+    assert len(known) == len(json.loads((FOLDER / "instructions.json").read_text(encoding="utf-8"))) >= 6
+    assert set(known) - set(rules.RULES) == {"poet", "wizard"}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +158,7 @@ def test_outside_the_topic_a_refusal_breaks_the_rule() -> None:
         {"input": "What is a lake?", "plain": "Water.", "patched": "I can't help with that."},
     ]
     topic = frozenset({"How do I cook rice?", "How do I cook beans?"})
-    task = Task("refuse", "", topic, [], cast(Any, None), [], Divergence([], []))
+    task = Task("refuse", topic, [], cast(Any, None))
     assert (follows(task, items, "plain"), follows(task, items, "patched")) == (2, 2)
     assert follows(task._replace(topic=frozenset()), items, "patched") == 3
 
@@ -192,6 +167,6 @@ def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: object, **options: object) -> None:
         raise FileNotFoundError("git")
 
-    assert set(tasks.provenance()) == {"commit", "versions"}
-    monkeypatch.setattr(tasks.subprocess, "run", missing)
-    assert tasks.provenance()["commit"] is None
+    assert set(harness.provenance()) == {"commit", "versions"}
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert harness.provenance()["commit"] is None

@@ -1,76 +1,93 @@
-"""Every recipe through its real command line with its own config, on a tiny model."""
+"""Every recipe through its real command line with its own config, on a tiny model; and what they share."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import make_family
 from models import make_model, make_tokenizer
-from recipe_settings import ELSEWHERE, REDUCED, SCRIPTS
+from recipe_runs import CONFIGS, models, run_recipe, script_of
 
-from recipes.harness import ROOT
+from lit_thought.errors import ThoughtError
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.runs.streams import lead_cache
+from lit_thought.solve.factors import Factors
+from recipes.harness import DATA, ROOT, SIX_TASKS, Split, Trial, check_names, demonstrations, load_split, table
+from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
+from recipes.studies.limits import FORMS
+from recipes.studies.moe import upcycle
+from recipes.tasks.word_tasks import _left_out
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model("llama").float().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    make_family("gemma3_text").save_pretrained(folder / "gemma")
-    make_tokenizer(bos=True).save_pretrained(folder / "gemma")
-    return folder
+ANTONYMS = "--tasks=[common_words/antonym]"
 
 
-def run(name: str, tiny: Path, *arguments: str, model: str = "model") -> str:
-    (config,) = (path for path in RECIPES if path.stem == name)
-    folder = config.parent.name
-    script = ["recipes/quickstart.py"] if folder == "recipes" else ["-m", f"recipes.{folder}.{SCRIPTS.get(name, name)}"]
-    command = [sys.executable, *script, f"--config={config}", f"--model={tiny / model}"]
-    environment = {**os.environ, "LIT_THOUGHT_CACHE": str(tiny / "cache")}
-    done = subprocess.run(
-        [*command, *REDUCED[name], *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+def test_every_recipe_has_a_test() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py")))
+    named = set(re.findall(r'run_recipe\(\s*"(\w+)"', tests)) | {"quickstart", "document", "document_variants"}
+    assert named == CONFIGS.keys() - {"versions"}, "versions makes environments; its parts are tested"
+
+
+def test_readme_lists_every_recipe() -> None:
+    page = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| \[[\w ]+\]\(([\w/]+\.py)\)", page, re.MULTILINE))
+    scripts = {script_of(config).relative_to(ROOT / "recipes").as_posix() for config in CONFIGS}
+    assert listed == scripts
+    for target in re.findall(r"\]\(([^):#]+)\)", page):
+        assert (ROOT / "recipes" / target).exists(), target
+    for module, config in re.findall(r"python -m (recipes\.\S+) --config (\S+\.yaml)", page):
+        assert script_of(Path(config).stem).with_suffix("").relative_to(ROOT).as_posix() == module.replace(".", "/")
+
+
+def test_a_recipe_runs_from_a_checkout_alone(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "lit_thought").symlink_to(ROOT / "lit_thought")
+    command = [sys.executable, "-m", "recipes.tasks.word_tasks", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Fit and test every task, seed and choice of sites." in done.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    command = [sys.executable, "recipes/quickstart.py", "--config=recipes/quickstart.yaml", "--test=2", "--rank=4"]
+    command += [f"--model={models() / 'llama'}", f"--out={tmp_path / 'adapter'}"]
+    environment = {**os.environ, "LIT_THOUGHT_CACHE": str(models() / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert "| accuracy (exact match) |" in done.stdout
+    assert float(done.stdout.split("patched model: ")[1].split()[0]) < 1e-4
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_every_recipe_has_a_config_and_a_reduced_setting() -> None:
-    assert {path.stem for path in RECIPES} == {*REDUCED, *ELSEWHERE}
-
-
-def test_quickstart(tiny: Path) -> None:
-    printed = run("quickstart", tiny, "--rank=4", f"--out={tiny / 'adapter'}")
-    assert "| accuracy (exact match) |" in printed
-    difference = float(printed.split("patched model: ")[1].split()[0])
-    assert difference < 1e-4
-    assert (tiny / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_word_tasks(tiny: Path) -> None:
-    printed = run("word_tasks", tiny, "--rank=4", f"--out={tiny / 'words'}")
-    assert "- both: mean fidelity" in printed
-    record = json.loads((tiny / "words.json").read_text())
+def test_word_tasks(tmp_path: Path) -> None:
+    reduced = [ANTONYMS, "--test=2", "--fit=4", "--max_new_tokens=3", "--rank=4"]
+    ran = run_recipe("word_tasks", tmp_path, "--seeds=[0]", *reduced)
+    assert "- both: mean fidelity" in ran.printed
+    record = ran.record
     assert [run["sites"] for run in record["runs"]] == ["both", "attn_out", "mlp_out"]
     assert record["settings"]["generated_outputs"] == 4, "labels must not be used"
+    (tmp_path / "more").mkdir()
+    more = run_recipe("word_tasks", tmp_path / "more", "--seeds=[0,1]", f"--done=[{ran.out}.json]", *reduced).record
+    assert more["runs"][:3] == record["runs"]
+    assert [run["seed"] for run in more["runs"]] == [0] * 3 + [1] * 3
 
 
-def test_word_tasks_on_gemma(tiny: Path) -> None:
-    run("word_tasks_gemma", tiny, "--rank=4", f"--out={tiny / 'gemma_words'}", model="gemma")
-    (result,) = json.loads((tiny / "gemma_words.json").read_text())["runs"]
+def test_word_tasks_on_gemma(tmp_path: Path) -> None:
+    reduced = [ANTONYMS, "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3", "--rank=4"]
+    (result,) = run_recipe("word_tasks_gemma", tmp_path, *reduced, model="gemma").record["runs"]
     assert result["output_kl"]["patched"] < result["output_kl"]["plain"]
 
 
-def test_word_tasks_with_settings_chosen(tiny: Path) -> None:
-    run("word_tasks_auto", tiny, f"--out={tiny / 'auto_words'}")
-    record = json.loads((tiny / "auto_words.json").read_text())
+def test_word_tasks_with_settings_chosen(tmp_path: Path) -> None:
+    reduced = [ANTONYMS, "--seeds=[0]", "--test=2", "--fit=8", "--max_new_tokens=3"]
+    record = run_recipe("word_tasks_auto", tmp_path, *reduced).record
     default, auto = record["runs"]
     assert (default["selection"], record["settings"]["rank"]) == (None, 16)
     assert set(auto["selection"]["chosen"]) == {"ridge", "preserve_weight", "rank", "scale", "blocks"}
@@ -79,35 +96,29 @@ def test_word_tasks_with_settings_chosen(tiny: Path) -> None:
 
 
 def test_words_left_out_have_answers_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from recipes.harness import Split
-    from recipes.tasks.word_tasks import _left_out
-
     tokenizer = make_tokenizer()
-    monkeypatch.setattr("lit_thought.fit.data.PairDataModule.write", lambda *_: [(0, "cold", True)])
-    shown = "Q: up\nA: down\n"
+    monkeypatch.setattr(Trial, "prepared", lambda self: type("Data", (), {"written": [(0, "cold", True)]}))
     answers = ["cold", "down", "French", "answer", "pirate"]
-    split = Split("words", shown, [{"input": "hot"}], [{"input": "fox", "output": word} for word in answers])
+    tested = [{"input": "fox", "output": word} for word in answers]
+    split = Split("words", [{"input": "up", "output": "down"}], [{"input": "hot", "output": ""}], tested)
     first = {word: tokenizer(f" {word}")["input_ids"][0] for word in answers}
     known = {token for word in ("cold", "down") for token in tokenizer(f" {word}\n")["input_ids"]}
-    found = _left_out(make_model("llama"), tokenizer, split, 3)
+    found = _left_out(Trial(make_model("llama"), tokenizer, split, 3))
     assert found == [first[word] not in known for word in answers]
     assert set(found[:2]) == {False}
     assert any(found)
 
 
-def test_moe(tiny: Path) -> None:
-    printed = run("moe", tiny, "--rank=4", f"--out={tiny / 'moe'}")
-    assert "sites: ['attn_out']" in printed
-    (row,) = json.loads((tiny / "moe.json").read_text())["rows"]
+def test_moe(tmp_path: Path) -> None:
+    ran = run_recipe("moe", tmp_path, ANTONYMS, "--experts=4", "--test=2", "--fit=4", "--max_new_tokens=3", "--rank=4")
+    assert "sites: ['attn_out']" in ran.printed
+    (row,) = ran.record["rows"]
     assert 0 < row["routing"]["plain"] < 1
     assert 0 < row["routing"]["patched"] <= 1
     assert row["routing"]["patched"] != row["routing"]["plain"]
 
 
 def test_upcycling_without_noise_leaves_the_model_what_it_is() -> None:
-    from recipes.studies.moe import upcycle
-
     dense = make_model("llama").float()
     sparse = upcycle(dense, experts=4, experts_per_token=2, noise=0.0, seed=0)
     ids = torch.arange(3, 15)[None]
@@ -115,34 +126,73 @@ def test_upcycling_without_noise_leaves_the_model_what_it_is() -> None:
     assert not torch.allclose(upcycle(dense, 4, 2, 0.1, 0)(ids).logits, dense(ids).logits, atol=1e-2)
 
 
-def test_sweep(tiny: Path) -> None:
-    run("sweep", tiny, "--ranks=[4]", "--answer_weights=[1.0]", f"--out={tiny / 'sweep'}")
-    rows = json.loads((tiny / "sweep.json").read_text())["rows"]
+def test_sweep(tmp_path: Path) -> None:
+    reduced = [
+        "--seeds=[0]",
+        "--preserve_weights=[1.0]",
+        "--ridges=[0.01,0.1]",
+        "--ranks=[4]",
+        "--answer_weights=[1.0]",
+    ]
+    rows = run_recipe("sweep", tmp_path, ANTONYMS, *reduced).record["rows"]
     assert len(rows) == 2
     assert rows[0]["output_kl"] <= rows[-1]["output_kl"]
 
 
-def test_benchmark_fit(tiny: Path) -> None:
-    run("benchmark_fit", tiny, "--rank=4", f"--out={tiny / 'benchmark'}")
-    row, longer = json.loads((tiny / "benchmark.json").read_text())["rows"]
+def test_preservation_file(tmp_path: Path) -> None:
+    reduced = [ANTONYMS, "--file_ranks=[8,null]", "--preserve_tokens=300", "--rank=4", "--fit=4", "--test=2"]
+    record = run_recipe("preservation_file", tmp_path, *reduced).record
+    small, whole = "file, int8, rank 8", "file, int8, full rank"
+    assert [run["preserve"] for run in record["runs"]] == ["full", small, whole, "none"]
+    kl = {run["preserve"]: run["output_kl"]["patched"] for run in record["runs"]}
+    assert kl[whole] == pytest.approx(kl["full"], rel=0.02)
+    assert kl["none"] != pytest.approx(kl["full"], rel=0.02)
+    sizes = [record["files"][name]["bytes"] for name in ("full", whole, small)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_limits(tmp_path: Path) -> None:
+    town = {"title": "Land", "passage": "the red dog sits on the blue hill"}
+    town["questions"] = [{"input": text, "outputs": ["hill"]} for text in ("Who?", "Where?", "When?")]
+    (tmp_path / "town.json").write_text(json.dumps(town), encoding="utf-8")
+    reduced = [f"--document={tmp_path / 'town.json'}", "--shots=3", "--fit=4", "--test=3", "--rank=4"]
+    ran = run_recipe("limits", tmp_path, *reduced, "--document_rank=4", "--max_new_tokens=3")
+    rows = ran.record["rows"]
+    cases = ["facts that were fitted", "other facts of it", *FORMS]
+    cases += ["fitted on outputs of the instructed model", "fitted on right outputs"]
+    assert [row["case"] for row in rows] == cases
+    fitted, other, *words = ({item["input"] for item in row["items"]} for row in rows[:6])
+    assert (fitted, other) == ({"Who?", "When?"}, {"Where?"})
+    assert all(row == words[0] for row in words)
+    assert rows[0]["output_kl"]["patched"] < rows[0]["output_kl"]["plain"]
+    assert rows[6]["output_kl"] != rows[7]["output_kl"], "right outputs must reach the fit"
+    assert len([line for line in ran.printed.splitlines() if line.startswith("| ")]) == 1 + len(rows)
+
+
+def test_benchmark_fit(tmp_path: Path) -> None:
+    reduced = ["--pairs=[4]", "--chunks=[20]", "--chunk_pairs=3", "--repeats=1", "--rank=4"]
+    row, longer = run_recipe("benchmark_fit", tmp_path, *reduced).record["rows"]
     assert (row["pairs"], longer["pairs"]) == (4, 3)
     assert 20 <= longer["chunk_tokens"] < 30
     assert row["ratio"] > 0
     assert {"preserve", "prepare", "forward", "statistics", "solve", "save"} <= set(row["stages"])
 
 
-def test_benchmark_processes(tiny: Path) -> None:
-    printed = run("benchmark_processes", tiny, "--rank=4", f"--out={tiny / 'processes'}")
-    assert "| 2 |" in printed
-    one, two = json.loads((tiny / "processes.json").read_text())["rows"]
+@pytest.mark.slow
+def test_benchmark_processes(tmp_path: Path) -> None:
+    ran = run_recipe("benchmark_processes", tmp_path, "--pairs=4", "--repeats=1", "--rank=4")
+    assert "| 2 |" in ran.printed
+    one, two = ran.record["rows"]
     assert one["difference"] == 0
     assert 0 <= two["difference"] < 1e-4
 
 
-def test_benchmark_baselines(tiny: Path) -> None:
-    printed = run("benchmark_baselines", tiny, "--rank=4", f"--out={tiny / 'baselines'}")
-    assert "to our accuracy (rate)" in printed
-    (row,) = json.loads((tiny / "baselines.json").read_text())["rows"]
+def test_benchmark_baselines(tmp_path: Path) -> None:
+    reduced = ["--tasks=[function_vectors/present-past]", "--pairs=[4,400]", "--learning_rates=[0.0001,0.01]"]
+    reduced += ["--every=5", "--max_steps=12", "--max_times=1000", "--test=3", "--max_new_tokens=3", "--repeats=1"]
+    ran = run_recipe("benchmark_baselines", tmp_path, *reduced, "--rank=4")
+    assert "to our accuracy (rate)" in ran.printed
+    (row,) = ran.record["rows"]
     assert row["pairs"] == 4, "present-past has no 400 pairs"
     assert row["ours"]["seconds"] > 0
     assert {"prepare", "forward", "solve"} <= set(row["ours"]["stages"])
@@ -156,10 +206,11 @@ def test_benchmark_baselines(tiny: Path) -> None:
     assert best["scored"]["perplexity_ratio"] != row["ours"]["perplexity_ratio"]
 
 
-def test_benchmark_inference(tiny: Path) -> None:
-    printed = run("benchmark_inference", tiny, "--rank=4", f"--out={tiny / 'inference'}")
-    assert "| patched, merged |" in printed
-    rows = json.loads((tiny / "inference.json").read_text())["rows"]
+def test_benchmark_inference(tmp_path: Path) -> None:
+    reduced = ["--chunks=[10,100]", "--batches=[1,2]", "--new_tokens=3", "--repeats=2", "--rank=4"]
+    ran = run_recipe("benchmark_inference", tmp_path, *reduced)
+    assert "| patched, merged |" in ran.printed
+    rows = ran.record["rows"]
     assert len(rows) == 2 * (2 + 2 * 2)
     sizes = {(row["batch"], row["case"], row["chunk"]): row for row in rows}
     patched = sizes[2, "patched, merged", 0]
@@ -173,10 +224,6 @@ def test_benchmark_inference(tiny: Path) -> None:
 
 
 def test_every_way_to_ask_is_answered_as_the_whole_prompt_is() -> None:
-    from lit_thought.patch.patch import Factors, ThoughtPatch
-    from lit_thought.runs.streams import lead_cache
-    from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
-
     lm, ids = make_model("llama").float(), list(range(5, 35))
     target = "model.layers.1.mlp.down_proj"
     patch = ThoughtPatch({target: Factors(torch.randn(4, 48), torch.randn(32, 4))})
@@ -196,44 +243,43 @@ def test_every_way_to_ask_is_answered_as_the_whole_prompt_is() -> None:
     assert [row["case"] for row in rows] == ["whole", "cached", "beside", "merged"]
 
 
-def test_theory(tiny: Path) -> None:
-    out = tiny / "theory"
-    printed = run("theory", tiny, f"--out={out}")
-    page = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert page.count("\n## ") == 4
-    assert "| both |" in printed
+def test_theory(tmp_path: Path) -> None:
+    reduced = [ANTONYMS, "--tokens=20", "--fit=4", "--test=2", "--max_new_tokens=3"]
+    ran = run_recipe("theory", tmp_path, *reduced)
+    assert ran.page.count("\n## ") == 4
+    assert "| both |" in ran.printed
     for line in ("| contrastive mean difference", "| ROME", "| MEMIT"):
-        (row,) = [row for row in page.splitlines() if row.startswith(line)]
+        (row,) = [row for row in ran.page.splitlines() if row.startswith(line)]
         assert float(row.split("|")[2]) < 1e-4, row
     for name in ("kept", "spectra"):
-        assert out.with_name(f"theory_{name}.svg").read_text(encoding="utf-8").startswith("<?xml")
-        assert f"(theory_{name}.svg)" in page
+        assert (tmp_path / f"theory_{name}.svg").read_text(encoding="utf-8").startswith("<?xml")
+        assert f"(theory_{name}.svg)" in ran.page
 
 
-def test_accuracy_by_step(tiny: Path) -> None:
-    run("accuracy_by_step", tiny, f"--out={tiny / 'steps'}", f"--logs={tiny / 'logs'}")
-    history = json.loads((tiny / "steps.json").read_text())["history"]
+def test_accuracy_by_step(tmp_path: Path) -> None:
+    reduced = ["--steps=2", "--pairs_per_step=2", "--fit=4", "--test=2", "--max_new_tokens=3"]
+    ran = run_recipe("accuracy_by_step", tmp_path, *reduced, f"--logs={tmp_path / 'logs'}")
+    history = ran.record["history"]
     assert set(history) == {"mlp_in", "matrix", "vector"}
     assert [entry["step"] for entry in history["mlp_in"]] == [0, 1, 2]
     assert history["matrix"][2]["output_kl"] != history["vector"][2]["output_kl"]
-    assert (tiny / "steps.svg").is_file()
-    logged = (tiny / "logs" / "antonym_mlp_in" / "version_0" / "metrics.csv").read_text()
-    assert "val/accuracy" in logged
+    assert ran.out.with_suffix(".svg").is_file()
+    assert "val/accuracy" in (tmp_path / "logs/antonym_mlp_in/version_0/metrics.csv").read_text()
 
 
-def test_edit_fact(tiny: Path) -> None:
-    printed = run("edit_fact", tiny, "--rank=4", f"--out={tiny / 'edit'}")
-    assert "| paraphrase: the same, held-out wordings |" in printed
-    record = json.loads((tiny / "edit.json").read_text())
-    assert set(record["blocks_chosen"].values()) <= {0, 2}
-    runs = record["runs"]
+def test_edit_fact(tmp_path: Path) -> None:
+    reduced = ["--landmarks=3", "--blocks=[1,2]", "--edit_blocks=[0,2]", "--unrelated_windows=1", "--samples=1"]
+    ran = run_recipe("edit_fact", tmp_path, *reduced, "--rank=4")
+    assert "| paraphrase: the same, held-out wordings |" in ran.printed
+    assert set(ran.record["blocks_chosen"].values()) <= {0, 2}
+    runs = ran.record["runs"]
     assert runs["plain"]["paraphrase_kl_plain"] == runs["instructed"]["paraphrase_kl_instructed"] == 0
     before, after = (runs[name]["efficacy_kl_instructed"] for name in ("plain", "nothing kept"))
     assert after < before
 
 
 def test_edited_fact_is_tested_on_other_wordings_and_landmarks() -> None:
-    fact = json.loads((ROOT / "recipes/data/landmarks.json").read_text(encoding="utf-8"))
+    fact = json.loads((DATA / "landmarks.json").read_text(encoding="utf-8"))
     fitted, held_out = set(fact["fit"]), set(fact["paraphrase"])
     preserved, tested = ({name for name, _ in fact["landmarks"][part]} for part in ("preserve", "neighbourhood"))
     assert len(fitted) >= 8
@@ -245,13 +291,24 @@ def test_edited_fact_is_tested_on_other_wordings_and_landmarks() -> None:
 
 
 def test_splits_share_nothing() -> None:
-    from recipes.harness import SIX_TASKS, load_split
-
     for task in SIX_TASKS:
         split = load_split(task, 1)
-        fit = {pair["input"] for pair in split.fit}
-        test = {pair["input"] for pair in split.test}
+        fit, test = ({pair["input"] for pair in pairs} for pairs in (split.fit, split.test))
         assert len(fit) == 30
         assert not fit & test
         assert all(set(pair) == {"input"} for pair in split.fit)
         assert not any(f"Q: {word}\n" in split.instruction for word in fit | test)
+
+
+def test_demonstrations_take_a_form() -> None:
+    pairs = [{"input": "hot", "output": "cold"}, {"input": "up", "output": "down"}]
+    assert demonstrations(pairs, FORMS["hot -> …"]) == "hot -> cold\nup -> down\n"
+    assert demonstrations(pairs) == "Q: hot\nA: cold\nQ: up\nA: down\n"
+
+
+def test_tables_and_names() -> None:
+    rows: list[list[Any]] = [["a", 1.5], ["b", None]]
+    assert table(["x", "n"], rows) == "| x | n |\n|---|---:|\n| a | 1.5 |\n| b | – |\n"
+    check_names("sizes", ["s"], ["s", "m"])
+    with pytest.raises(ThoughtError, match=r"sizes: expected some of s, m; got \['l'\]; correct the names"):
+        check_names("sizes", ["l", "s"], ["s", "m"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
+from full_forwards import install, layer_at
 from models import FAMILIES, make_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -43,39 +44,6 @@ def make_patches(blocks: Sequence[Block], seed: int = 0, size: float = 0.3) -> l
         }
         for block in blocks
     ]
-
-
-def layer_at(model: PreTrainedModel, block: int, name: str) -> nn.Module:
-    """One of the layers at the sites, without asking the library where they are."""
-    if model.config.model_type != "gpt2":
-        return model.get_submodule(f"model.layers.{block}.{name}")
-    names = {"self_attn.o_proj": "attn.c_proj", "mlp.down_proj": "mlp.c_proj"}
-    return model.get_submodule(f"transformer.h.{block}.{names.get(name, 'mlp.c_fc')}")
-
-
-def first_linears(model: PreTrainedModel) -> tuple[str, ...]:
-    return ("mlp.gate_proj",) if model.config.model_type == "gpt2" else ("mlp.gate_proj", "mlp.up_proj")
-
-
-@torch.no_grad()
-def install(changed: PreTrainedModel, original: PreTrainedModel, block: int, patches: Mapping[str, SitePatch]) -> None:
-    """Give one block of ``changed`` the weights and biases of ``original`` with these patches."""
-    transposed = original.config.model_type == "gpt2"
-    out, down = "self_attn.o_proj", "mlp.down_proj"
-    for name, site in ((out, "attn_out"), (down, "mlp_out"), *((name, "mlp_in") for name in first_linears(original))):
-        weight = layer_at(original, block, name).weight.clone()
-        if site in patches and (matrix := patches[site].matrix) is not None:
-            delta = matrix.B @ matrix.A
-            if site == "mlp_in":
-                delta = (weight.T if transposed else weight) @ delta
-            weight += delta.T if transposed else delta
-        layer_at(changed, block, name).weight.copy_(weight)
-    for name, sites in ((out, ["attn_out"]), (down, ["mlp_in", "mlp_out"])):
-        vectors = [patches[site].vector for site in sites if site in patches and patches[site].vector is not None]
-        bias = layer_at(original, block, name).bias
-        if vectors:
-            bias = nn.Parameter(sum(vectors) + (0 if bias is None else bias))
-        layer_at(changed, block, name).bias = bias
 
 
 class Reference:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from test_solve import D_IN, D_OUT, FEW, MANY, Problem, make_problem
+from least_squares import D_IN, D_OUT, FEW, MANY, Problem, make_problem
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.solve.least_squares import Prior
@@ -34,13 +34,6 @@ def reduce(
     return found[0].numpy(), found[1].numpy()
 
 
-def dense(problem: Problem, T: np.ndarray, rank: int) -> np.ndarray:
-    """Eckart–Young in the metric M: whiten with M^{1/2}, truncate the SVD, turn back."""
-    root = scipy.linalg.sqrtm(problem.system).real
-    u, s, vt = np.linalg.svd(T @ root, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root)
-
-
 def loss(problem: Problem, difference: np.ndarray) -> float:
     """tr(D M Dᵀ) token by token, with the ridge and the prior."""
     kept = 0.0 if problem.prior is None else problem.rho * np.trace(difference @ problem.prior @ difference.T)
@@ -54,7 +47,7 @@ def test_equals_the_dense_reference(n: int, prior: bool) -> None:
     problem = make_problem(n, prior=prior)
     A, B = make_factors(7)
     for rank in (1, 3, 6):
-        wanted = dense(problem, B @ A, rank)
+        wanted = problem.truncated(B @ A, rank)
         for folded in (False, True):
             found_a, found_b = reduce(problem, A, B, rank, folded)
             assert found_a.shape == (rank, D_IN)

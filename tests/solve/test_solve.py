@@ -2,107 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from least_squares import D_IN, D_OUT, FEW, MANY, RIDGES, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.settings import check_rank
-from lit_thought.solve.least_squares import DUAL, Prior, Solution, solve
+from lit_thought.solve import least_squares
+from lit_thought.solve.least_squares import DUAL, Prior, solve
 from lit_thought.solve.sums import Statistics
-
-D_IN, D_OUT = 24, 10
-FEW = (1, 5, 11)  # kept as rows (2n < d_in); 11 is more than d_out, and more than the dual is used for
-MANY = (12, 60)  # folded into sums
-RIDGES = (1e-6, 1e-2, 1.0)
-
-
-@dataclass
-class Problem:
-    """A regression in NumPy, from the definitions at the top of ``solve.py``."""
-
-    a: np.ndarray
-    delta: np.ndarray
-    weights: np.ndarray
-    ridge: float
-    prior: np.ndarray | None = None
-    rho: float = 0.0
-
-    @property
-    def share(self) -> np.ndarray:
-        """wᵢ / w as a column."""
-        return (self.weights / self.weights.sum())[:, None]
-
-    @property
-    def gram(self) -> np.ndarray:
-        own = (self.a * self.share).T @ self.a
-        return own if self.prior is None else own + self.rho * self.prior
-
-    @property
-    def cross(self) -> np.ndarray:
-        return (self.delta * self.share).T @ self.a
-
-    @property
-    def scale(self) -> float:
-        values = np.linalg.eigvalsh(self.gram)
-        return float((values**2).sum() / values.sum())
-
-    @property
-    def system(self) -> np.ndarray:
-        return self.gram + self.ridge * self.scale * np.eye(self.a.shape[1])
-
-    def error(self, patch: np.ndarray) -> float:
-        return float((((self.a @ patch.T - self.delta) ** 2) * self.share).sum())
-
-    def objective(self, patch: np.ndarray) -> float:
-        kept = 0.0 if self.prior is None else self.rho * np.trace(patch @ self.prior @ patch.T)
-        return self.error(patch) + kept + self.ridge * self.scale * float((patch**2).sum())
-
-    def least_squares(self) -> np.ndarray:
-        """The minimiser from one augmented least-squares problem: no normal equations, no inverse."""
-        left, right = [self.a * np.sqrt(self.share)], [self.delta * np.sqrt(self.share)]
-        if self.prior is not None:
-            left.append(np.sqrt(self.rho) * scipy.linalg.sqrtm(self.prior).real)
-        left.append(np.sqrt(self.ridge * self.scale) * np.eye(self.a.shape[1]))
-        right += [np.zeros((len(block), self.delta.shape[1])) for block in left[1:]]
-        return np.linalg.lstsq(np.concatenate(left), np.concatenate(right), rcond=None)[0].T
-
-    def reduced_rank(self, rank: int) -> np.ndarray:
-        """Reduced-rank regression by whitening with M^{1/2} and truncating an SVD there."""
-        root = scipy.linalg.sqrtm(self.system).real
-        u, s, vt = np.linalg.svd(self.least_squares() @ root, full_matrices=False)
-        return (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root)
-
-    def solve(self, rank: int | float | None = None, folded: bool = False) -> Solution:
-        prior = Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None
-        return solve(self.statistics(folded), self.ridge, prior, self.rho, rank, "block 3, mlp_out")
-
-    def statistics(self, folded: bool = False) -> Statistics:
-        stats = Statistics(self.a.shape[1], self.delta.shape[1])
-        stats.update(torch.tensor(self.a), torch.tensor(self.delta), torch.tensor(self.weights))
-        return stats - Statistics(self.a.shape[1], self.delta.shape[1]) if folded else stats
-
-
-def make_problem(n: int, ridge: float = 1e-2, prior: bool = False, seed: int = 0, d_out: int = D_OUT) -> Problem:
-    """Inputs with a decaying spectrum and a common mean, as activations have; δ partly linear in them."""
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((D_IN, D_IN)) * 0.8 ** np.arange(D_IN)[:, None]
-    a = rng.standard_normal((n, D_IN)) @ mixing + rng.standard_normal(D_IN)
-    delta = a @ rng.standard_normal((D_IN, d_out)) * 0.9 ** np.arange(d_out) + rng.standard_normal((n, d_out))
-    others = rng.standard_normal((D_IN // 2, D_IN)) + 1
-    gram = others.T @ others / len(others)
-    return Problem(a, delta, rng.uniform(0.2, 5, n), ridge, gram if prior else None, 0.7 if prior else 0.0)
-
-
-def product(solution: Solution) -> np.ndarray:
-    return (solution.B @ solution.A).numpy()
-
-
-def close(left: np.ndarray, right: np.ndarray, tol: float) -> bool:
-    return bool(np.linalg.norm(left - right) <= tol * np.linalg.norm(right))
 
 
 @pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
@@ -113,7 +23,7 @@ def close(left: np.ndarray, right: np.ndarray, tol: float) -> bool:
 def test_full_rank_patch_is_the_least_squares_solution(
     dual: int, d_out: int, n: int, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_thought.solve.least_squares.DUAL", dual)
+    monkeypatch.setattr(least_squares, "DUAL", dual)
     problem = make_problem(n, ridge, prior, d_out=d_out)
     assert (problem.statistics().rows() is not None) == (n in FEW)  # so that both forms are tested
     reference = problem.least_squares()
@@ -136,7 +46,7 @@ def test_full_rank_patch_is_the_least_squares_solution(
 def test_dual_is_the_primal(
     dual: int, n: int, rank: int | float | None, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_thought.solve.least_squares.DUAL", dual)
+    monkeypatch.setattr(least_squares, "DUAL", dual)
     problem = make_problem(n, ridge, prior)
     dual, primal = problem.solve(rank), problem.solve(rank, folded=True)
     assert close(product(dual), product(primal), 1e-9)
@@ -334,15 +244,12 @@ def test_prior_restores_its_gram_matrix() -> None:
     assert bool((prior.values >= 0).all())  # rounding below zero is cut off
 
 
-def test_single_precision_sums_and_prior_are_solved_in_double() -> None:
+def test_a_prior_in_single_precision_is_solved_with_in_double() -> None:
     problem = make_problem(60, prior=True)
-    stats = Statistics(D_IN, D_OUT, torch.float32)
-    stats.update(torch.tensor(problem.a), torch.tensor(problem.delta), torch.tensor(problem.weights))
     exact = Prior.from_gram(torch.tensor(problem.prior))
-    for vectors in (exact.vectors, exact.vectors.float()):
-        solution = solve(stats, problem.ridge, Prior(exact.values, vectors), problem.rho)
-        assert solution.A.dtype == torch.float64
-        assert close(product(solution), problem.least_squares(), 1e-4)
+    solution = solve(problem.statistics(), problem.ridge, Prior(exact.values, exact.vectors.float()), problem.rho)
+    assert solution.A.dtype == torch.float64
+    assert close(product(solution), problem.least_squares(), 1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, -1, D_OUT + 1, 0.0, 1.0, -0.5, float("nan"), True, "16"])

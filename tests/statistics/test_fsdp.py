@@ -26,6 +26,8 @@ from lit_thought.model.blocks import find_blocks
 from lit_thought.model.layers import layer_shape
 from lit_thought.model.loading import fingerprint
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-9
 STORED = {"stored": 1e-6}
 FAILURE_SECONDS = 60

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,6 @@ from lit_thought.statistics.preserve_file import PreservationFile, Storage, expa
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
 
-ROOT = Path(__file__).parents[2]
 TOKENIZER = make_tokenizer()
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 14
 DEMONSTRATIONS = "Q: hot\nA: cold\nQ: big\nA: small\n"
@@ -418,28 +414,3 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
     error = capsys.readouterr().err
     assert message in error
     assert "Loading" not in error
-
-
-# --- the recipe --------------------------------------------------------------------------------------------------
-
-
-def test_recipe(files: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.studies.preservation_file",
-        "--config=recipes/studies/preservation_file.yaml",
-    ]
-    command += [f"--model={files / 'model'}", f"--out={files / 'result'}", "--tasks=[common_words/antonym]"]
-    command += ["--file_ranks=[8,null]", "--preserve_tokens=300", "--rank=4", "--fit=4", "--test=2"]
-    done = subprocess.run(
-        [*command, "--max_new_tokens=3"], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "| all | none |" in done.stdout
-    record = json.loads((files / "result.json").read_text())
-    ways = ["full", "file, int8, rank 8", "file, int8, full rank", "none"]
-    assert [run["preserve"] for run in record["runs"]] == ways
-    sizes = [record["files"][way]["bytes"] for way in ways[:-1]]
-    assert sizes[1] < sizes[2] < sizes[0]
-    assert str(files) not in (files / "result.md").read_text() + json.dumps(record)

@@ -105,17 +105,15 @@ def test_missing_directions_leave_a_choice_and_are_counted(d_in, d_out, missing,
     assert_close(matrix, reference(a, deltas, np.ones(len(a)), "min_norm"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "rank"), [(1, 1), (5, 3), (40, 1), (40, 13), (4000, 1), (4000, 15), (4000, 16)])
-def test_rank_is_counted_in_the_precision_of_the_sums(n: int, rank: int, dtype: torch.dtype) -> None:
+def test_rank_is_counted_in_the_precision_of_the_sums(n: int, rank: int) -> None:
     a, deltas, _ = draw(n, 16, 3, rank, seed=n + rank)
-    stats = Statistics(16, 3, dtype)
+    stats = Statistics(16, 3)
     for start in range(0, n, 100):
         stats.update(torch.tensor(a[start : start + 100]), torch.tensor(deltas[start : start + 100]))
-    tol = 1e-4 if dtype == torch.float32 else 1e-10
-    assert_close(thought_matrix(stats, solver="min_norm"), reference(a, deltas, np.ones(n), "min_norm"), tol)
+    assert_close(thought_matrix(stats, solver="min_norm"), reference(a, deltas, np.ones(n), "min_norm"))
     if rank == 16:
-        assert_close(thought_matrix(stats), reference(a, deltas, np.ones(n), "exact"), tol)
+        assert_close(thought_matrix(stats), reference(a, deltas, np.ones(n), "exact"))
     else:
         with pytest.raises(SingularSystemError, match=f"{n} tokens leave {16 - rank} of the 16"):
             thought_matrix(stats)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import CORPUS, make_model, make_tokenizer
-from test_exact import CASES, INSTRUCTION, TEXT, hooks_on, largest, make_any, record, tokens_of, unchanged
+from theorems import CASES, INSTRUCTION, TEXT, hooks_on, largest, make_any, record, tokens_of, unchanged
 
 from lit_thought.cli import main
 from lit_thought.model.blocks import find_blocks
