@@ -175,20 +175,13 @@ class Evaluation:
         if answered:
             references = [self.rows[i]["output"] for i in answered]
             accuracy = {run: _match([texts[run][i] for i in answered], references) for run in RUNS}
-            firsts = [self._first_token(i, self.rows[i]["output"]) for i in answered]
+            firsts = {i: self._first_token(i, self.rows[i]["output"]) for i in answered}
             first_accuracy = {
-                run: sum(
-                    self._first_token(i, texts[run][i]) == first for i, first in zip(answered, firsts, strict=True)
-                )
-                / len(answered)
+                run: sum(self._first_token(i, texts[run][i]) == first for i, first in firsts.items()) / len(answered)
                 for run in RUNS
             }
-        lengths: dict[str, float] = {
-            "plain": sum(len(prompt.plain_ids) for prompt in self.prompts) / len(self.prompts),
-            "instructed": sum(len(prompt.instructed_ids) for prompt in self.prompts) / len(self.prompts),
-        }
-        original, perplexity = self._perplexity(self.losses), self._perplexity(losses)
-        ratio = perplexity / original if perplexity and original else None
+        plain = sum(len(prompt.plain_ids) for prompt in self.prompts) / len(self.prompts)
+        instructed = sum(len(prompt.instructed_ids) for prompt in self.prompts) / len(self.prompts)
         return {
             "pairs": len(self.rows),
             "accuracy": accuracy,
@@ -197,38 +190,30 @@ class Evaluation:
             "fidelity": _match(texts["patched"], texts["instructed"]),
             "fidelity_plain": _match(texts["plain"], texts["instructed"]),
             **divergence,
-            "perplexity": {"original": original, "patched": perplexity} if self.windows else None,
-            "perplexity_ratio": ratio,
-            "perplexity_windows": {
-                "tokens": [len(window) - 1 for window in self.windows],
-                "original": self.losses,
-                "patched": losses,
-            }
-            if self.windows
-            else None,
-            "prompt_tokens": {**lengths, "saved": lengths["instructed"] - lengths["plain"]},
+            **self._unrelated(losses),
+            "prompt_tokens": {"plain": plain, "instructed": instructed, "saved": instructed - plain},
             "items": [
-                {
-                    "input": row["input"],
-                    "reference": row.get("output"),
-                    **{run: texts[run][i] for run in RUNS},
-                }
+                {"input": row["input"], "reference": row.get("output"), **{run: texts[run][i] for run in RUNS}}
                 for i, row in enumerate(self.rows)
             ],
         }
 
-    def _perplexity(self, losses: Sequence[float] | None) -> float | None:
-        return None if losses is None or self.windows is None else _perplexity(losses, self.windows)
+    def _unrelated(self, patched: list[float] | None) -> dict[str, Any]:
+        """The perplexities of the unrelated text, from each window's loss; None where there is no text."""
+        if not self.windows or self.losses is None or patched is None:
+            return dict.fromkeys(("perplexity", "perplexity_ratio", "perplexity_windows"))
+        before, after = (_perplexity(losses, self.windows) for losses in (self.losses, patched))
+        tokens = [len(window) - 1 for window in self.windows]
+        return {
+            "perplexity": {"original": before, "patched": after},
+            "perplexity_ratio": after / before if after and before else None,
+            "perplexity_windows": {"tokens": tokens, "original": self.losses, "patched": patched},
+        }
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""
-        with tqdm(
-            total=len(prompts),
-            desc=f"Evaluating {run}",
-            unit="output",
-            disable=not self.progress,
-            leave=False,
-        ) as bar:
+        shown = {"desc": f"Evaluating {run}", "unit": "output", "disable": not self.progress, "leave": False}
+        with tqdm(total=len(prompts), **shown) as bar:
             return generate(
                 self.model,
                 self.tokenizer,

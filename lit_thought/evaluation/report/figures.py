@@ -56,6 +56,22 @@ _SETTINGS: Any = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
 }
+_STEP_LINES = (("accuracy", "accuracy"), ("fidelity", "fidelity"), ("instructed_accuracy", "instructed accuracy"))
+_BY_BLOCK = {
+    "error": (
+        "error_left",
+        "Error left by block",
+        "Share of the residual stream's squared error that is left once the layer is patched; lower is better.",
+        1.03,
+    ),
+    "rank": (
+        "effective_rank",
+        "Effective rank by block",
+        "In how many directions the layer's inputs spread: (Σ eigenvalues)² ÷ Σ eigenvalues² of their Gram matrix.",
+        None,
+    ),
+}
+"""Figures with a line for each kind of layer: key of the layer's value, title, caption, top of the axis."""
 _WIDTH = 5.4  # inches; at 72 units each about the width of a phone, so that the text keeps its size there
 
 
@@ -80,7 +96,7 @@ def draw_figures(content: Mapping[str, Any]) -> dict[str, Figure]:
         for number, fit in enumerate(content["fits"]):
             with rc_context({"svg.hashsalt": str(number)}):
                 drawn = {"steps": _steps(fit["steps"]), "time": _time(fit["seconds"])}
-                drawn |= {"error": _error(fit["layers"]), "rank": _effective_rank(fit["layers"])}
+                drawn |= {name: _by_block(fit["layers"], *figure) for name, figure in _BY_BLOCK.items()}
             figures |= {f"{name}_{number}": figure for name, figure in drawn.items() if figure is not None}
         if content["spectrum"]:
             figures["spectrum"] = _spectrum(content["spectrum"])
@@ -131,29 +147,6 @@ def _steps(steps: Sequence[Mapping[str, float]]) -> Figure | None:
         _legend(axes, len(lines))
 
     return _draw("Accuracy by step", "How the validation pairs do after each time through the blocks.", draw)
-
-
-_STEP_LINES = (("accuracy", "accuracy"), ("fidelity", "fidelity"), ("instructed_accuracy", "instructed accuracy"))
-
-
-def _error(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
-    return _by_block(
-        layers,
-        "error_left",
-        "Error left by block",
-        "Share of the residual stream's squared error that is left once the layer is patched; lower is better.",
-        1.03,
-    )
-
-
-def _effective_rank(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
-    return _by_block(
-        layers,
-        "effective_rank",
-        "Effective rank by block",
-        "In how many directions the layer's inputs spread: (Σ eigenvalues)² ÷ Σ eigenvalues² of their Gram matrix.",
-        None,
-    )
 
 
 def _by_block(
