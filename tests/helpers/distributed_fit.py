@@ -193,14 +193,14 @@ class Watch(Callback):
         self.seen["gradients"] = any(p.grad is not None for p in module.parameters())
         self.seen["patch"] = {
             (*key, part): value
-            for key, patch in thought._patches.items()
+            for key, patch in thought._solved.patches.items()
             for part, value in (
                 ("matrix", patch.matrix and patch.matrix.B.double() @ patch.matrix.A.double()),
                 ("vector", patch.vector),
             )
             if value is not None
         }
-        self.seen |= {"history": thought.history, "diagnostics": thought._diagnostics, **more}
+        self.seen |= {"history": thought.history, "diagnostics": thought._solved.figures, **more}
         if self.folder is not None:
             torch.save(self.seen, self.folder / f"{self.name}-{self.seen['rank']}.pt")
 
