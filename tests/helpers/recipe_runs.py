@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_tokenizer
 from families import make_family
+from models import make_model, make_tokenizer
 
 from recipes.harness import ROOT
 
