@@ -30,14 +30,14 @@ __all__ = [
     "fit_operations",
     "lead_bytes",
     "plain_runs",
+    "preserve_operations",
     "solve_bytes",
     "statistics_bytes",
     "stream_bytes",
-    "timed",
 ]
 
 
-_SLOWER = {"forward": 3.0, "statistics": 1.3, "solve": 3.0}
+_SLOWER = {"forward": 3.0, "statistics": 1.3, "solve": 3.0, "preservation": 3.0}
 """Than products of large square matrices; measured on SmolLM2-135M, one CPU thread."""
 
 
@@ -194,20 +194,16 @@ def stream_bytes(blocks: Sequence[Block], stages: Sequence[Stage], load: Load, s
     tables = (load.target + load.plain) * sizes.tables + load.looks * sizes.mask
     most = target + plain
     for index, group in groupby(stages, key=lambda stage: stage.block):
-        turns, sites, middle = list(group), blocks[index].sites, 0
-        inputs = load.compared * element
-        goals = {s.site: compared + (inputs * sites[s.site].d_in if s.site == "mlp_in" else 0) for s in turns}
-        for number, stage in enumerate(turns):
-            site, rest = sites[stage.site], turns[number + 1 :]
+        sites, middle = [blocks[index].sites[stage.site] for stage in group], 0
+        goals = [compared + (load.compared * element * site.d_in if site.name == "mlp_in" else 0) for site in sites]
+        for number, site in enumerate(sites):
             if number > 0:
-                most = max(most, target + plain + middle + sum(goals.values()))
-            if all(other.site != stage.site for other in rest):
-                del goals[stage.site]
+                most = max(most, target + plain + middle + sum(goals[number:]))
             after, output = 0, False
-            if goes_on_from(blocks[index], stage.site, last=not rest):
+            if goes_on_from(blocks[index], site.name, last=number + 1 == len(sites)):
                 wide = element if site.plain else max(element, 4)  # times γ, in float32 or better
                 after, output = load.plain * (width * element + site.d_in * wide), site.point is None
-            most = max(most, target + (0 if output else plain + middle) + sum(goals.values()) + after)
+            most = max(most, target + (0 if output else plain + middle) + sum(goals[number + 1 :]) + after)
             middle = plain if after else middle
     return most + tables
 
@@ -277,6 +273,14 @@ def plain_runs(block: Block, names: Sequence[str]) -> float:
     return seen + (0 if sites[-1].point is None and sites[-1].linear else 1)
 
 
+def preserve_operations(model: PreTrainedModel, blocks: Sequence[Block], tokens: int) -> float:
+    """Multiplications and additions of the preservation statistics: forward passes, sums, eigendecompositions."""
+    active = ModelSizes.of(model).active
+    sizes = [site.d_in for block in blocks for site in block.sites.values()]
+    forward = sum(2.0 * tokens * _weights(block, active) for block in blocks)
+    return forward + sum(2.0 * tokens * d * d + 9.0 * d**3 for d in sizes)
+
+
 def fit_operations(
     model: PreTrainedModel, blocks: Sequence[Block], stages: Sequence[Stage], load: Load, tokens: int, preserve: bool
 ) -> dict[str, float]:
@@ -306,30 +310,35 @@ def _weights(block: Block, active: float) -> float:
     return every - (1 - active) * sum(weight.numel() for weight in block.module.get_submodule(name).parameters())
 
 
-def estimate_seconds(operations: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def estimate_seconds(
+    operations: Mapping[str, float], dtype: torch.dtype, device: torch.device, asked: bool = False
+) -> dict[str, float]:
     """Seconds for :func:`fit_operations` at the speed of two products of matrices on this machine.
 
-    Good to about a factor of two. Nothing where these products would take more than a twentieth of the fit themselves.
+    Good to about a factor of two.
 
     Args:
         operations: by phase.
         dtype: of the model.
         device: where it is.
+        asked: also where these products would take more than a twentieth of the fit themselves; otherwise nothing
+            then.
     """
     size = 2048 if device.type == "cuda" else 512
-    if sum(operations.values()) < 20 * 2 * 2 * 2 * size**3:
+    if sum(operations.values()) < 20 * 2 * 2 * 2 * size**3 and not asked:
         return {}
-    model, wide = (_speed(size, kind, device) for kind in (dtype, torch.float64))
-    return {name: _SLOWER[name] * count / (wide if name == "solve" else model) for name, count in operations.items()}
+    speeds = dict.fromkeys(("forward", "statistics"), _speed(size, dtype, device))
+    speeds |= dict.fromkeys(("solve", "preservation"), _speed(size, torch.float64, device))
+    return {name: _SLOWER[name] * count / speeds[name] for name, count in operations.items()}
 
 
 def _speed(size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Multiplications and additions a second."""
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / max(timed(lambda: matrix @ matrix), 1e-9)
+    return 2 * size**3 / max(_timed(lambda: matrix @ matrix), 1e-9)
 
 
-def timed(work: Callable[[], Any]) -> float:
+def _timed(work: Callable[[], Any]) -> float:
     """Seconds of the second of two runs."""
     for _ in range(2):
         start = time.perf_counter()

@@ -10,24 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_thought.errors import check_counts
-from lit_thought.fit.estimate import Load, estimate_bytes, plain_runs, timed
+from lit_thought.fit.estimate import Load, estimate_bytes, estimate_seconds, fit_operations, preserve_operations
 from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
 from lit_thought.model.layers import layer_shape, sits_beside
-from lit_thought.model.loading import evaluating, model_name
-from lit_thought.prompts.batches import TokenBatch
+from lit_thought.model.loading import model_name
 from lit_thought.runs.runner import stages_of
-from lit_thought.runs.streams import Stream
 from lit_thought.settings import DEFAULT_SITES, SITES, check_sites
-from lit_thought.solve.gains import solve_with_gains
-from lit_thought.solve.least_squares import Prior, solve
-from lit_thought.solve.sums import Statistics
-from lit_thought.statistics.preserve import WINDOW
 from lit_thought.timing import format_bytes, format_duration
 
 __all__ = ["BlockKind", "Inspection", "SiteReport", "format_inspection", "inspect_model"]
-
-_PROBE = 1024
-"""Largest size at which a solve is timed; beyond, its time grows with the cube of the size."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ class Inspection:
         streams_bytes: both residual streams, what is kept with them, and the keys and values of the chunk.
         preservation_bytes: the preservation statistics on disk.
         adapter_bytes: the adapter in float32.
-        seconds: estimates by phase, from timing parts of the work on this machine: forward, statistics, solve, and
+        seconds: estimates by phase: forward, statistics, solve, and
             preservation, which comes once per model.
     """
 
@@ -115,8 +106,7 @@ def inspect_model(
 ) -> Inspection:
     """Find the model's blocks and sites, and estimate what a fit costs.
 
-    Times are estimates, good to about a factor of two: one block of each kind is run on 256 tokens of noise, one
-    solve of each size is timed (at most at size 1024, and scaled with the cube), and both are multiplied.
+    Times are estimates, good to about a factor of two (:func:`~lit_thought.fit.estimate.estimate_seconds`).
 
     Args:
         model: a causal LM.
@@ -138,9 +128,10 @@ def inspect_model(
     fitted = [block.sites[name] for block in blocks for name in block.stages(chosen)]
     width = fitted[0].d_out
     load = Load.typical(tokens, chunk_tokens)
-    memory = estimate_bytes(model, blocks, stages_of(blocks, chosen), load, tokens)
-    with evaluating(model), torch.inference_mode():
-        seconds = _seconds(model, blocks, chosen, tokens, chunk_tokens, preserve_tokens)
+    stages = stages_of(blocks, chosen)
+    memory = estimate_bytes(model, blocks, stages, load, tokens)
+    operations = fit_operations(model, blocks, stages, load, tokens, preserve=True)
+    operations["preservation"] = preserve_operations(model, blocks, preserve_tokens)
     return Inspection(
         model=model_name(model),
         architecture=f"{model.config.model_type} ({type(model).__name__})",
@@ -156,12 +147,8 @@ def inspect_model(
         streams_bytes=memory.held_bytes,
         preservation_bytes=sum(4 * (2 * s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
         adapter_bytes=sum(4 * rank * sum(layer_shape(layer)) for site in fitted for layer in site.targets.values()),
-        seconds=seconds,
+        seconds=estimate_seconds(operations, model.dtype, model.device, asked=True),
     )
-
-
-def _sums(site: Site) -> int:
-    return site.d_in**2 + site.d_in * site.d_out
 
 
 def _kinds(blocks: Sequence[Block], chosen: Sequence[str]) -> tuple[BlockKind, ...]:
@@ -201,7 +188,7 @@ def _describe(block: Block, chosen: Sequence[str]) -> BlockKind:
             "changes what the MLP reads" if site.name == "mlp_in" else _output(site, within),
             None,
             any(map(sits_beside, site.targets.values())),
-            8 * _sums(site),
+            8 * site.d_in * (site.d_in + site.d_out),
             site.name in block.stages(chosen),
         )
 
@@ -228,70 +215,6 @@ def _output(site: Site, within: dict[int, str]) -> str:
             parts.append(f"through {within[id(projection.norm)]}")
         words.append(", ".join(parts) or "added as it is")
     return "; ".join(dict.fromkeys(words))
-
-
-def _seconds(
-    model: PreTrainedModel,
-    blocks: Sequence[Block],
-    chosen: Sequence[str],
-    tokens: int,
-    chunk_tokens: int,
-    preserve_tokens: int,
-) -> dict[str, float]:
-    """Estimates by phase."""
-    device = next(model.parameters()).device
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, WINDOW), generator=torch.Generator().manual_seed(0)).to(device)
-    stream = Stream(model, blocks, TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
-    runs: dict[Any, float] = {}
-    times: dict[Any, tuple[float, float, float]] = {}
-    spent = {"forward": 0.0, "statistics": 0.0, "solve": 0.0, "preservation": 0.0}
-    for block in blocks:
-        kind = repr(_describe(block, chosen))
-        if kind not in runs:
-            reading = tuple(block.sites)
-            runs[kind] = timed(lambda block=block, reading=reading: stream.run(block, reading)) / WINDOW  # type: ignore[misc]
-        stages = [block.sites[name] for name in block.stages(chosen)]
-        plain = plain_runs(block, block.stages(chosen))
-        spent["forward"] += runs[kind] * ((1 + plain) * tokens + chunk_tokens)
-        spent["preservation"] += runs[kind] * preserve_tokens
-        for site in block.sites.values():
-            size = (site.d_in, site.gain is not None, site.d_out)
-            if size not in times:
-                times[size] = _solve_times(site, tokens, device)
-            update, solving, decomposing = times[size]
-            spent["preservation"] += preserve_tokens * update + decomposing
-            if site in stages:
-                spent["statistics"] += tokens * update if 2 * tokens >= site.d_in else 0.0
-                spent["solve"] += solving
-    return spent
-
-
-def _solve_times(site: Site, tokens: int, device: torch.device) -> tuple[float, float, float]:
-    """Seconds for adding a token to Z and C, for a solve with preservation, and for decomposing a Gram matrix."""
-    scale = max(1.0, site.d_in / _PROBE)
-    d_in, d_out, rows = (max(1, round(size / scale)) for size in (site.d_in, site.d_out, tokens))
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
-
-    a, delta = noise(max(rows, 2), d_in), noise(max(rows, 2), d_out)
-    stats = Statistics(d_in, d_out)
-    stats.update(a, delta)
-    gram = noise(d_in, d_in)
-    gram = gram @ gram.T / d_in
-    decomposing = timed(lambda: Prior.from_gram(gram))
-    prior = replace(Prior.from_gram(gram), matrix=gram.float())
-    gain = None if site.gain is None else noise(d_out).abs() + 0.1
-    rank = min(16, d_in, d_out)
-    if gain is None:
-        solving = timed(lambda: solve(stats, 0.03, prior, 3.0, rank))
-    else:
-        solving = timed(lambda: solve_with_gains(stats, gain, 0.03, prior, 3.0, rank))
-    block = noise(256, d_in).float()
-    update = timed(lambda: block.T @ block) / 256 * (1 + d_out / d_in)
-    return update * scale**2, solving * scale**3, decomposing * scale**3
 
 
 def format_inspection(found: Inspection) -> str:
