@@ -20,9 +20,8 @@ from recipes.robustness.fuzz_inputs import TOKENIZER
 from recipes.robustness.fuzzing import Kind, fuzz
 from recipes.robustness.scorecard import KINDS
 
-CASES = dict.fromkeys(KINDS, 110) | {"configs": 15, "unfinished fits": 30, "preservation caches": 40}
-CASES |= {"adapter folders": 80, "adapter folders with vectors": 60, "evaluations": 60}
-CASES |= {"adapter folders without the instruction": 40}
+CASES = dict.fromkeys(KINDS, 80) | {"configs": 15, "unfinished fits": 15, "preservation caches": 20, "evaluations": 30}
+CASES |= {"adapter folders": 30, "adapter folders with vectors": 30, "adapter folders without the instruction": 30}
 
 
 @pytest.mark.parametrize("name", KINDS)

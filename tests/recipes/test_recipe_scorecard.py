@@ -28,24 +28,25 @@ from recipes.robustness.scorecard import (
     versions_part,
 )
 
-SERVING = "{a hash: [tests/test_files.py]}"
-
 
 def test_scorecard(tmp_path: Path) -> None:
+    test = tmp_path / "tests" / "test_way.py"
+    test.parent.mkdir()
+    test.write_text("def test_one():\n    pass\n", encoding="utf-8")
     cases = json.dumps({"templates": 30, "unfinished fits": 5})
     reduced = [f"--cases={cases}", "--faults=[forward raises,file size limit]", f"--versions={tmp_path / 'none.json'}"]
-    ran = run_recipe("scorecard", tmp_path, *reduced, f"--serving={SERVING}", model=None)
+    ran = run_recipe("scorecard", tmp_path, *reduced, f"--serving={{a way: [{test}]}}", model=None)
     record = ran.record
     counts = {name: (t["tried"], t["refused"] + t["read"]) for name, t in record["malformed"].items()}
     assert counts == {"templates": (30, 30), "unfinished fits": (5, 5)}
     assert {fault["fault"] for fault in record["faults"]} == {"forward raises", "file size limit"}
     assert all(fault["fine"] for fault in record["faults"])
     assert ran.page.startswith("`python -m recipes.robustness.scorecard`")
-    assert "| a hash | verified | " in ran.page
+    assert "| a way | verified | 1 | 0 | 0 |" in ran.page
     assert "Not run." in ran.page.partition("## Versions")[2]
-    assert "passed" in {case["end"] for case in record["serving"]["a hash"]}
+    assert [case["end"] for case in record["serving"]["a way"]] == ["passed"]
     assert record["versions_tried"] is None
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["scorecard.json", "scorecard.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scorecard.json", "scorecard.md", "tests"]
 
 
 def test_the_config_names_every_kind_and_fault_and_enough_cases() -> None:

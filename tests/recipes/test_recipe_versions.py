@@ -95,7 +95,7 @@ def test_the_selection_is_of_tests_that_there_are() -> None:
 
 
 def test_a_run_that_does_not_come_to_its_end_counts_nothing() -> None:
-    assert run_tests(["tests/test_there_is_none.py"]) is None
+    assert run_tests(["tests/test_there_is_none.py"], "false") is None
 
 
 def test_unknown_packages_are_refused(tmp_path: Path) -> None:
