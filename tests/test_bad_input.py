@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import make_family
 from fits import INSTRUCTION, PAIRS, TEXTS, Untouched, fail_at, make_patch
+from huggingface_hub import constants
 from models import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -204,7 +205,7 @@ def test_something_else_than_a_model() -> None:
 
 
 def test_unknown_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, message in (
         ("no-such-model-anywhere", "name='no-such-model-anywhere'"),

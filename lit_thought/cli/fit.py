@@ -59,9 +59,9 @@ def fit(
     patch.save_adapter(out, overwrite=overwrite)
     size = _size(out)
     say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
-    record = {"adapter": out, "rank": patch.rank, "bytes": size, "parameters": patch.num_parameters}
-    record |= {"seconds": seconds, "memory": patch.provenance["memory"], "selection": selection}
-    return Result(record, "" if selection is None else format_selection(selection))
+    values = {"adapter": out, "rank": patch.rank, "bytes": size, "parameters": patch.num_parameters}
+    values |= {"seconds": seconds, "memory": patch.provenance["memory"], "selection": selection}
+    return Result(values, "" if selection is None else format_selection(selection))
 
 
 def solve(
@@ -130,8 +130,8 @@ def solve(
         )
     patch.save_adapter(out, overwrite=overwrite)
     say(f"Wrote a rank-{patch.rank} adapter of {len(saved)} stages to {out}")
-    record = {"adapter": out, "rank": patch.rank, "bytes": _size(out), "parameters": patch.num_parameters}
-    return Result({**record, "stages": len(saved)})
+    values = {"adapter": out, "rank": patch.rank, "bytes": _size(out), "parameters": patch.num_parameters}
+    return Result({**values, "stages": len(saved)})
 
 
 def preserve(

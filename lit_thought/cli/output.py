@@ -47,11 +47,11 @@ class Result:
     """What a command found or wrote.
 
     Args:
-        record: the figures, as JSON values, for ``--json``.
+        values: the figures, as JSON values, for ``--json``.
         text: the same for people, for standard output; messages go through :func:`say`.
     """
 
-    record: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
 
 
@@ -83,7 +83,7 @@ def console(output: Output) -> Iterator[None]:
 
 def give(result: Result, output: Output) -> None:
     """Print a result, if there is something to print."""
-    text = json.dumps(_finite(result.record), indent=1, ensure_ascii=False) if output.json else result.text
+    text = json.dumps(_finite(result.values), indent=1, ensure_ascii=False) if output.json else result.text
     with suppress(BrokenPipeError):
         if text:
             print(text)

@@ -78,5 +78,5 @@ def transmute(
     selection = select_settings(module, data, auto, seed=chosen.seed, progress=progress, **options)
     data.known = selection.outputs
     patch = fit(module, data, ThoughtCallback(**selection.settings), progress=progress)
-    patch.provenance["selection"] = selection.record
+    patch.provenance["selection"] = selection.provenance
     return patch

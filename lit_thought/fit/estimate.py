@@ -1,4 +1,4 @@
-"""What a fit costs before it starts: bytes by part, seconds by stage, and where its streams fit.
+"""What a fit costs before it starts: bytes by part, seconds by phase, and where its streams fit.
 
 Bytes follow from sizes alone: those of the blocks' sites and of the batches. They count what is kept; the activations
 of the one batch that is in a block come on top. Seconds are operations over the speed of a few products of matrices.
@@ -123,12 +123,12 @@ class ModelSizes:
             keys_values = heads * (first("qk_nope_head_dim") + size + first("v_head_dim"))
         kinds = len(set(first("layer_types", default=("full",))))
         rotary = first("rope_parameters")
-        turned = 0 if rotary is None else int(size * rotary.get("partial_rotary_factor", 1.0))
+        rotated = 0 if rotary is None else int(size * rotary.get("partial_rotary_factor", 1.0))
         attention = getattr(config, "_attn_implementation", "sdpa")
         mask = {"sdpa": 1, "eager": element}.get(attention, 0)
         experts = first("num_local_experts", "num_experts", "n_routed_experts", default=1)
         active = first("num_experts_per_tok", default=experts) / max(experts, 1)
-        return cls(element, keys_values, kinds * 2 * turned * element + 8, kinds * mask, min(active, 1.0))
+        return cls(element, keys_values, kinds * 2 * rotated * element + 8, kinds * mask, min(active, 1.0))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Estimate:
         lead_bytes: keys and values of what prompts have in common, of one block at a time.
         statistics_bytes: Z and C, or the tokens where these are few, of the widest site.
         solve_bytes: work space of its solve.
-        seconds: by stage: forward, statistics and solve; empty for a fit that is too short to ask.
+        seconds: by phase: forward, statistics and solve; empty for a fit that is too short to ask.
         place: where what can be kept elsewhere than on the device is kept.
     """
 
@@ -280,7 +280,7 @@ def plain_runs(block: Block, names: Sequence[str]) -> float:
 def fit_operations(
     model: PreTrainedModel, blocks: Sequence[Block], stages: Sequence[Stage], load: Load, tokens: int, preserve: bool
 ) -> dict[str, float]:
-    """Multiplications and additions of a fit by stage: forward, statistics, solve; attention's own are left out."""
+    """Multiplications and additions of a fit by phase: forward, statistics, solve; attention's own are left out."""
     active, spent = ModelSizes.of(model).active, {"forward": 0.0, "statistics": 0.0, "solve": 0.0}
     for block in blocks:
         names = [stage.site for stage in stages if stage.block == block.index]
@@ -312,7 +312,7 @@ def estimate_seconds(operations: Mapping[str, float], dtype: torch.dtype, device
     Good to about a factor of two. Nothing where these products would take more than a twentieth of the fit themselves.
 
     Args:
-        operations: by stage.
+        operations: by phase.
         dtype: of the model.
         device: where it is.
     """

@@ -80,7 +80,7 @@ class Inspection:
         streams_bytes: both residual streams, what is kept with them, and the keys and values of the chunk.
         preservation_bytes: the preservation statistics on disk.
         adapter_bytes: the adapter in float32.
-        seconds: estimates by stage, from timing parts of the work on this machine: forward, statistics, solve, and
+        seconds: estimates by phase, from timing parts of the work on this machine: forward, statistics, solve, and
             preservation, which comes once per model.
     """
 
@@ -238,7 +238,7 @@ def _seconds(
     chunk_tokens: int,
     preserve_tokens: int,
 ) -> dict[str, float]:
-    """Estimates by stage."""
+    """Estimates by phase."""
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, WINDOW), generator=torch.Generator().manual_seed(0)).to(device)

@@ -71,12 +71,12 @@ class Selection:
         settings: arguments of :class:`~lit_thought.fit.callback.ThoughtCallback`: all that were given, and the chosen
             ones.
         outputs: what the instructed model wrote for pairs without output, for ``PairDataModule.known``.
-        record: the candidates with their figures, the choice and the seconds it took, as JSON values.
+        provenance: the candidates with their figures, the choice and the seconds it took, as JSON values.
     """
 
     settings: dict[str, Any]
     outputs: list[tuple[int, str, bool]]
-    record: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def check_auto(names: Sequence[str], pairs: int, settings: Mapping[str, Any]) -> None:
@@ -203,7 +203,7 @@ def select_settings(
         search.leave_out(_owners(module))
     search.best.chosen = True
     best = search.best
-    record = {
+    told = {
         "names": list(names),
         "seed": seed,
         "held_back": [len(held), len(data.pairs)],
@@ -213,15 +213,15 @@ def select_settings(
         "seconds": round(time.perf_counter() - started, 2),
     }
     chosen = {name: best.settings[name] for name in names}
-    return Selection({**given, **chosen}, outputs, record)
+    return Selection({**given, **chosen}, outputs, told)
 
 
-def format_selection(record: Mapping[str, Any]) -> str:
-    """The candidates of a selection's record, a line each, the chosen one marked."""
-    held, pairs = record["held_back"]
-    lines = [f"Chosen on {held} of {pairs} pairs, held back, in {record['seconds']:.1f} s (KL, nats a token):"]
-    default = record["candidates"][0]["settings"]
-    for candidate in record["candidates"]:
+def format_selection(selection: Mapping[str, Any]) -> str:
+    """The candidates of a selection, as a provenance keeps it, a line each, the chosen one marked."""
+    held, pairs = selection["held_back"]
+    lines = [f"Chosen on {held} of {pairs} pairs, held back, in {selection['seconds']:.1f} s (KL, nats a token):"]
+    default = selection["candidates"][0]["settings"]
+    for candidate in selection["candidates"]:
         settings = candidate["settings"]
         changed = [f"{name} {_shown(value)}" for name, value in settings.items() if value != default[name]]
         drift = "" if candidate["drift"] is None else f", drift {candidate['drift']:.4f}"

@@ -131,8 +131,8 @@ class Preservation:
                 prior = self.prior(block, site)
                 assert prior.vectors is not None  # the cache has them
                 matrices[block.index, site] = pack(prior.values, prior.vectors, rank, storage)
-        record = {**manifest, "config": config_hash(model), "rank": rank, "storage": storage}
-        PreservationFile.write(path, record, matrices, overwrite)
+        whole = {**manifest, "config": config_hash(model), "rank": rank, "storage": storage}
+        PreservationFile.write(path, whole, matrices, overwrite)
 
     @classmethod
     def load(

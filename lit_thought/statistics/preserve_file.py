@@ -133,7 +133,7 @@ def _rank(entries: int, size: int) -> int:
 
 
 class PreservationFile:
-    """A file of preservation statistics: its record is read and checked at once, its matrices when they are asked for.
+    """A file of preservation statistics: its manifest is read at once, its matrices when they are asked for.
 
     Args:
         path: the file.
@@ -258,7 +258,7 @@ def _checked(manifest: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mappi
     if manifest["format"] != _FORMAT:
         raise ValueError(f"its format is {manifest['format']!r}, this version reads {_FORMAT}")
     if not all(isinstance(manifest[name], str) for name in _TEXTS):
-        raise ValueError("a name in its record is no text")
+        raise ValueError("a name in its manifest is no text")
     sites, rank, storage = manifest["sites"], manifest["rank"], manifest["storage"]
     check_settings(rank, storage)
     if type(manifest["tokens"]) is not int or type(manifest["blocks"]) is not int or len(sites) != manifest["blocks"]:

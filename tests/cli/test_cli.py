@@ -16,6 +16,7 @@ from command_line import DEMONSTRATIONS, INPUTS, fit_arguments
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
 from lit_thought.errors import ThoughtError
+from lit_thought.model import loading
 
 
 def test_fit_then_evaluate(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +111,7 @@ def test_null_is_nothing_and_no_path_of_that_name(
     def load(*args: Any, **options: Any) -> Any:
         raise ThoughtError("all settings were read")
 
-    monkeypatch.setattr("lit_thought.model.loading.load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     arguments = ["--instruction=Opposite.", "--preserve=null", "--statistics_dir=null", "--resume_dir=null"]
     (tmp_path / "pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
     with pytest.raises(SystemExit):

@@ -21,10 +21,12 @@ from models import make_model, make_tokenizer
 from system import limited, posix
 
 from lit_thought import ThoughtPatch
-from lit_thought.cli import COMMANDS, evaluate, main
+from lit_thought.cli import COMMANDS, main
 from lit_thought.cli.errors import exit_code, tell
 from lit_thought.cli.output import Output, Result, console, give
 from lit_thought.errors import MemoryBudgetError, ThoughtError
+from lit_thought.model import loading
+from lit_thought.patch import results
 
 WORDS = ["up", "good", "fox", "dog"]
 
@@ -254,7 +256,7 @@ def test_exit_codes(
     def fail(*args: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("lit_thought.model.loading.load_model", fail)
+    monkeypatch.setattr(loading, "load_model", fail)
     with pytest.raises(SystemExit) as stop:
         main(["inspect", "model"])
     assert stop.value.code == code
@@ -341,7 +343,7 @@ def test_an_evaluation_that_cannot_be_written_is_printed(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "new")
 
-    monkeypatch.setattr(evaluate, "write_result", full)
+    monkeypatch.setattr(results, "write_result", full)
     with pytest.raises(SystemExit) as stop:
         main([*EVALUATE, "--unrelated=null", "--out=new"])
     assert stop.value.code == 1

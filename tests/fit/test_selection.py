@@ -254,7 +254,7 @@ def test_best_ridge_of_brute_force_is_chosen(monkeypatch: pytest.MonkeyPatch) ->
         callback = ThoughtCallback(**settings, ridge=ridge)
         patch = fit(ThoughtModule(model, BOS), part, callback, progress=False)
         means[ridge] = [pair_kl(model, patch, pair) for pair in pairs]
-    measured = {each["settings"]["ridge"]: each["kl"] for each in found.record["candidates"]}
+    measured = {each["settings"]["ridge"]: each["kl"] for each in found.provenance["candidates"]}
     assert measured == pytest.approx({ridge: np.mean(each) for ridge, each in means.items()}, rel=1e-4)
     default = np.array(means[3e-2])
     gains = {ridge: default - each for ridge, each in means.items() if ridge != 3e-2}

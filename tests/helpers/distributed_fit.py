@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "rank 0 fails": {"pairs": PAIRS, "broken": {"rank": 0, "how": "raise", "busy": 2}, "output": "never"},
 }
 MESSAGE = "process {} broke down"
+FAILURE_SECONDS = 60
 
 
 # --- fits --------------------------------------------------------------------------------------------------
@@ -193,14 +195,14 @@ class Watch(Callback):
         self.seen["gradients"] = any(p.grad is not None for p in module.parameters())
         self.seen["patch"] = {
             (*key, part): value
-            for key, patch in thought._patches.items()
+            for key, patch in thought._solved.patches.items()
             for part, value in (
                 ("matrix", patch.matrix and patch.matrix.B.double() @ patch.matrix.A.double()),
                 ("vector", patch.vector),
             )
             if value is not None
         }
-        self.seen |= {"history": thought.history, "diagnostics": thought._diagnostics, **more}
+        self.seen |= {"history": thought.history, "diagnostics": thought._solved.figures, **more}
         if self.folder is not None:
             torch.save(self.seen, self.folder / f"{self.name}-{self.seen['rank']}.pt")
 
@@ -383,19 +385,18 @@ def noted(folder: Path, name: str) -> Iterator[None]:
 def main(path: str) -> None:
     folder = Path(path).parent
     plan = json.loads(Path(path).read_text())
-    launch = {**({} if plan.get("noisy") else QUIET), "devices": plan["devices"]}
     for name in plan["fits"]:
         strategy = ThoughtDDPStrategy() if plan["strategy"] == "object" else plan["strategy"]
-        settings = {**launch, "strategy": strategy}
+        launch = {**({} if name in plan.get("noisy", ()) else QUIET), "devices": plan["devices"], "strategy": strategy}
         if name in FITS:
-            fit(name, FITS[name], folder, folder, plan.get("shuffled", True), **settings)
+            fit(name, FITS[name], folder, folder, plan.get("shuffled", True), **launch)
         elif name == "not finite":
             with noted(folder, name):
-                fit(name, BROKEN[name], folder, folder, False, **settings)
+                fit(name, BROKEN[name], folder, folder, False, **launch)
         elif name == "collectives":
             collectives(folder)
         else:
-            fit(name, BROKEN[name], folder, folder, False, **settings)
+            fit(name, BROKEN[name], folder, folder, False, **launch)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -411,8 +412,31 @@ def broken_output(runner: Any, broken: dict[str, Any], folder: Path | None, outp
     raise RuntimeError(MESSAGE.format(broken["rank"]))
 
 
-def run_script(script: str, folder: Path, plan: dict[str, Any], timeout: int, *launcher: str) -> tuple[int, str, float]:
-    """Run a script on a plan in its folder; how its last process ended, what all of them wrote, and when."""
+@dataclass(frozen=True)
+class Run:
+    """One launch of a script: its folder, how it ended, and when."""
+
+    folder: Path
+    code: int
+    output: str
+    ended: float
+
+    def seen(self, name: str) -> list[dict[str, Any]]:
+        """What each process noted of a fit, by rank."""
+        files = sorted(self.folder.glob(f"{name}-[0-9].pt"))
+        assert files, f"{name} was not run.\n{self.output}"
+        return [torch.load(file, weights_only=False) for file in files]
+
+    def check_failure(self, rank: int) -> None:
+        """It ended with the error of a process that broke down, soon, and nothing was written."""
+        assert self.code != 0
+        assert f"RuntimeError: {MESSAGE.format(rank)}" in self.output
+        assert self.ended - float((self.folder / "failed").read_text()) < FAILURE_SECONDS
+        assert not list(self.folder.glob("*never*"))
+
+
+def run_script(script: str, folder: Path, plan: dict[str, Any], *launcher: str, timeout: int = 300) -> Run:
+    """Run a script on a plan in its folder, and wait for the last of its processes."""
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     known = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     process = subprocess.Popen(
@@ -429,7 +453,7 @@ def run_script(script: str, folder: Path, plan: dict[str, Any], timeout: int, *l
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output = f"{process.communicate()[0]}\nended after {timeout} s"
-    return process.returncode, output, time.time()
+    return Run(folder, process.returncode, output, time.time())
 
 
 def alone_in(folder: Path, fits: dict[str, Any], run: Callable[..., dict[str, Any]]) -> Callable[[str], dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 from families import make_family
 from fits import Untouched
 from quantised import QuantLinear, quantise_
+from support import State
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -293,7 +294,8 @@ def with_weights(model: PreTrainedModel, block: Block, site: Site, A: Tensor, B:
 @pytest.mark.parametrize("family", EXPECTED)
 def test_a_change_of_the_weights_moves_the_residual_stream_by_gain_times_change_times_input(family: str) -> None:
     """Where nothing depends on the size of y, exactly. Behind a norm to first order, for changes that leave |y| alone:
-    the columns of B are orthogonal to every token's y."""
+    the columns of B are orthogonal to every token's y. What is read is the layer's input times each token's factor γ:
+    the multiplier, times the gate's sigmoid or 1 / rms(y); with it, a vector moves the stream by γ v."""
     model = family_model(family)
     readings = read_all(model)
     for block in find_blocks(model):
@@ -310,17 +312,7 @@ def test_a_change_of_the_weights_moves_the_residual_stream_by_gain_times_change_
             moved = with_weights(model, block, site, A, B, site) - seen.residual
             assert moved.norm() > 0
             assert near(moved, gain * (a @ A.T @ B.T), 1e-10 if site.gain is None else 5e-3)
-
-
-@pytest.mark.parametrize("family", EXPECTED)
-def test_what_is_read_is_the_layers_input_times_each_tokens_factor(family: str) -> None:
-    """γ is the multiplier, times the gate's sigmoid or 1 / rms(y); with it, a vector moves the stream by γ v."""
-    model = family_model(family)
-    readings = read_all(model)
-    for block in find_blocks(model):
-        for name in block.sites.keys() - {"mlp_in"}:
-            site, reading = block.sites[name], readings[block.index][name]
-            seen, factors = observe(model, block, site), []
+            factors = []
             for part in site.projections:
                 factor = torch.full((len(IDS), 1), part.multiplier, dtype=torch.float64)
                 if part.gate is not None:
@@ -329,7 +321,7 @@ def test_what_is_read_is_the_layers_input_times_each_tokens_factor(family: str) 
                     factor = factor / seen.outputs[part.path].square().mean(1, keepdim=True).sqrt()
                 factors.append(factor)
             wanted = [seen.inputs[part.path] * factor for part, factor in zip(site.projections, factors, strict=True)]
-            assert near(rows(reading.input), torch.cat(wanted, dim=1), 1e-4 if site.gain is not None else 1e-7)
+            assert near(a, torch.cat(wanted, dim=1), 1e-4 if site.gain is not None else 1e-7)
             found = torch.ones(1) if reading.scale is None else reading.scale
             found = found.expand(1, len(IDS), 1)[0].double()
             assert near(found, factors[-1], 1e-4 if site.gain is not None else 1e-7)
@@ -434,19 +426,11 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     find_layer = model.get_decoder().get_submodule("h" if family in ("gpt_neo", "falcon") else "layers")[1]
     find_layer.eval()  # mixed modes come back
     model.get_input_embeddings().weight.requires_grad_(False)
-    modes = [module.training for module in model.modules()]
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    untouched, state = Untouched(model), torch.get_rng_state()
+    untouched, buffers, random = Untouched(model), State.of(model), torch.get_rng_state()
     blocks = find_blocks(model)
     untouched.check()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert modes == [module.training for module in model.modules()]
-    assert flags == [parameter.requires_grad for parameter in model.parameters()]
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("forward" in vars(module) for module in model.modules())
+    buffers.check(model)  # those too that are in no state_dict
+    assert torch.equal(torch.get_rng_state(), random)
     assert all(site.gain is None or not site.gain.requires_grad for block in blocks for site in block.sites.values())
 
 
@@ -464,13 +448,12 @@ def test_an_exception_midway_leaves_nothing(failing: int, monkeypatch: pytest.Mo
             raise RuntimeError("out of memory")
         return original(*args, **kwargs)
 
+    untouched = Untouched(model)
     with monkeypatch.context() as patched:
         patched.setattr(attention, "forward", forward)
         with pytest.raises(RuntimeError, match="out of memory"):
             find_blocks(model)
-    assert all(module.training for module in model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("forward" in vars(module) for module in model.modules())
+    untouched.check()
     assert [describe(block) for block in find_blocks(model)] == EXPECTED["gpt_neo"]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from fits import Untouched
 from models import FAMILIES, make_model, make_tokenizer
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -205,13 +206,9 @@ def test_progress_counts_prompts() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = talkative("llama")
     model.train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    settings = model.generation_config.to_dict()
+    before = Untouched(model)
     generate(model, SpellOut(), PROMPTS, max_new_tokens=2)
-    assert model.training
-    assert model.generation_config.to_dict() == settings
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    before.check()
 
 
 def test_no_prompt_and_unknown_options_are_refused() -> None:

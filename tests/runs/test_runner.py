@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from families import make_family
+from fits import Untouched
 from full_forwards import ANSWER_WEIGHT, BruteForce
 from models import make_model, make_tokenizer
 from torch import Tensor, nn
@@ -275,11 +276,9 @@ def test_an_instruction_that_changes_nothing_has_no_error(order: str) -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = make_model("llama")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = Untouched(model)
     run(model, make_pairs(), SITES, make_patches(find_blocks(model), SITES))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    before.check()
 
 
 def test_half_precision_model_is_compared_in_single_precision() -> None:

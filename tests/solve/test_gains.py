@@ -227,10 +227,9 @@ def test_gains_next_to_nothing_stay_finite(ridge: float, small: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize(("n", "prior"), [(11, False), (60, True)], ids=["few, alone", "many, prior"])
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
 @pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("n", [11, 60])
 def test_rank_r_is_near_the_best_that_a_search_finds(n: int, rank: int, ridge: float, prior: bool) -> None:
     excess, plain = [], []
     for seed in range(3):
@@ -342,13 +341,11 @@ def test_without_ridge_every_row_is_least_squares(n: int) -> None:
 
 
 def test_without_ridge_a_singular_system_is_refused_by_name() -> None:
-    for n in (1, 5, 12, D_IN - 1):
+    for n in (1, 5, 12, D_IN - 1):  # as rows and as sums
         with pytest.raises(SingularSystemError, match=f"block 3, mlp_out: .*singular.*{n} tokens for {D_IN}"):
             make_gained(n, ridge=0.0).solve()
     problem = make_gained(60, ridge=0.0)
     problem.a[:, 4] = problem.a[:, 5] - 2 * problem.a[:, 6]
-    with pytest.raises(SingularSystemError, match="block 3, mlp_out"):
-        problem.solve(2)
     problem.prior, problem.rho = np.eye(D_IN), 0.5
     assert close(product(problem.solve()), problem.row_by_row(), 1e-7)
 
