@@ -245,19 +245,20 @@ class Evaluation:
         over those that predict the output or its end (the tokens that ``answer_weight`` makes heavier)."""
         batches = output_batches(self.tokenizer, self.completed, self.instructions, self.batch_size)
         runs = ("plain", "patched")
-        metrics = {(run, part): TokenDivergence(sync_on_compute=False) for run in runs for part in ("all", "output")}
+        prefixes = ("", "output_")
+        metrics = {(run, prefix): TokenDivergence(sync_on_compute=False) for run in runs for prefix in prefixes}
         leads: dict[str, dict[int, Any]] = {run: {} for run in RUNS}
         for batch, output in batches:
             wanted = batch_logits(self.model, batch, "target", leads["instructed"])
             for run in runs:
                 with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
                     got = batch_logits(self.model, batch, "plain", leads[run])
-                for part, weights in (("all", batch.weights), ("output", output)):
-                    metrics[run, part].to(wanted.device).update(wanted, got, weights.to(wanted.device))
+                for prefix, weights in zip(prefixes, (batch.weights, output), strict=True):
+                    metrics[run, prefix].to(wanted.device).update(wanted, got, weights.to(wanted.device))
         computed = {key: metric.compute() for key, metric in metrics.items()}
         return {
-            prefix + name: {run: float(computed[run, part][name]) for run in runs}
-            for part, prefix in (("all", ""), ("output", "output_"))
+            prefix + name: {run: float(computed[run, prefix][name]) for run in runs}
+            for prefix in prefixes
             for name in ("kl", "agreement")
         }
 

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG", "WEIGHTS", "read_adapter", "to_peft", "write_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+_NAMES = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 """Of each target's tensors; the last with ``lora_bias`` only."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+_KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.(?P<name>{'|'.join(map(re.escape, _NAMES))})")
 # LoRA options that change what the adapter computes: each must be off, or B A is not the change
 _UNSUPPORTED = """
     use_dora use_qalora use_bdlora modules_to_save rank_pattern alpha_pattern layer_replication
@@ -171,11 +171,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> Change:
         )
     config = read_object(path / CONFIG)
     rank, scale = _check_config(config)
-    parts = _PARTS if config.get("lora_bias") else _PARTS[:2]
+    names = _NAMES if config.get("lora_bias") else _NAMES[:2]
     factors: dict[str, Factors] = {}
     vectors: dict[str, Tensor] = {}
     d_in: dict[str, int] = {}
-    for target, found in _group(_read_tensors(path / WEIGHTS), _targets(config), parts).items():
+    for target, found in _group(_read_tensors(path / WEIGHTS), _targets(config), names).items():
         a, b = found["lora_A.weight"], found["lora_B.weight"]
         change = _factors(target, a, b, rank, scale)
         vector = _vector(target, found["lora_B.bias"], len(b), scale) if "lora_B.bias" in found else None
@@ -242,22 +242,22 @@ def _targets(config: dict[str, Any]) -> list[str] | str:
     return [*modules, *paths]
 
 
-def _group(tensors: dict[str, Tensor], targets: Any, parts: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """Each target's tensors by part; every target has all ``parts``, and nothing is left over."""
+def _group(tensors: dict[str, Tensor], targets: Any, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Each target's tensors by name; every target has all ``names``, and nothing is left over."""
     found: dict[str, dict[str, Tensor]] = {}
     surplus = []
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or match["part"] not in parts or not _is_target(match["path"], targets):
+        if match is None or match["name"] not in names or not _is_target(match["path"], targets):
             surplus.append(key)
         else:
-            found.setdefault(match["path"], {})[match["part"]] = value
+            found.setdefault(match["path"], {})[match["name"]] = value
     if surplus:
         raise PatchError(
             f"{WEIGHTS} holds {len(surplus)} tensors that {CONFIG} does not account for, such as "
             f"{surplus[0]!r}. The folder mixes two adapters, or it is not plain LoRA."
         )
-    missing = [f"base_model.model.{path}.{part}" for path, own in found.items() for part in parts if part not in own]
+    missing = [f"base_model.model.{path}.{name}" for path, own in found.items() for name in names if name not in own]
     if isinstance(targets, list):
         missing += [name for name in targets if not any(_is_target(path, [name]) for path in found)]
     if missing or not found:

@@ -63,9 +63,9 @@ def export_gguf(
     names = _tensor_names(patch, architecture)
     kind = getattr(gguf.GGMLQuantizationType, _TYPES[dtype])
     tensors = {
-        f"{names[target]}.weight.{part}": _stored(gguf, target, matrix, dtype, kind)
+        f"{names[target]}.weight.{name}": _stored(gguf, target, matrix, dtype, kind)
         for target, value in patch.padded(patch.rank).factors.items()
-        for part, matrix in (("lora_a", value.A), ("lora_b", value.B))
+        for name, matrix in (("lora_a", value.A), ("lora_b", value.B))
     }
     with gguf_writer(path, architecture, overwrite) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -79,9 +79,9 @@ def _layers(value: Any) -> bool:
 
 
 def _memory(value: Any) -> bool:
-    parts = value if isinstance(value, Mapping) else {"": ""}
-    return parts.keys() <= {"peak", "raised", "estimated"} and all(
-        own is None or (is_number(own) if name == "peak" else are_figures(own)) for name, own in parts.items()
+    figures = value if isinstance(value, Mapping) else {"": ""}
+    return figures.keys() <= {"peak", "raised", "estimated"} and all(
+        own is None or (is_number(own) if name == "peak" else are_figures(own)) for name, own in figures.items()
     )
 
 

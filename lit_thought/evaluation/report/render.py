@@ -50,19 +50,19 @@ def differences(text: str, reference: str) -> list[tuple[str, str]]:
     its ends. Where the two have no word in common, nothing is said to be deleted: ``text`` is another one altogether.
     """
     words, known = (re.findall(r"\S+\s*|^\s+", side.strip()) for side in (text, reference))
-    parts: list[tuple[str, str]] = []
+    pieces: list[tuple[str, str]] = []
     # compared without their white space, so that a word at the end is the same word
     matcher = difflib.SequenceMatcher(None, [w.strip() for w in known], [w.strip() for w in words], autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():
         if kind in ("delete", "replace"):
-            parts.append(("delete", "".join(known[a:b])))
+            pieces.append(("delete", "".join(known[a:b])))
         if kind in ("insert", "replace"):
-            parts.append(("insert", "".join(words[c:d])))
+            pieces.append(("insert", "".join(words[c:d])))
         if kind == "equal":
-            parts.append(("equal", "".join(words[c:d])))
-    if not words or any(kind == "equal" for kind, _ in parts):
-        return parts
-    return [(kind, part) for kind, part in parts if kind == "insert"]
+            pieces.append(("equal", "".join(words[c:d])))
+    if not words or any(kind == "equal" for kind, _ in pieces):
+        return pieces
+    return [piece for piece in pieces if piece[0] == "insert"]
 
 
 def _render(template: str, content: Mapping[str, Any], **more: Any) -> str:
