@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import fit_arguments, make_files
 from families import make_family
 from fits import ROUNDING, SOLVE_ROUNDING, distance
 from models import make_model, make_tokenizer
@@ -353,36 +354,25 @@ def test_saved_statistics_are_solved_with_the_file(tmp_path: Path) -> None:
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_preserve_then_fit_and_solve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
-    make_model("llama").float().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    (tmp_path / "pairs.json").write_text(json.dumps(PAIRS), encoding="utf-8")
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return tmp_path
-
-
-def fit_arguments(files: Path, out: str, *more: str) -> list[str]:
-    common = ["fit", f"--model={files / 'model'}", f"--pairs={files / 'pairs.json'}", f"--instruction={DEMONSTRATIONS}"]
-    return [*common, f"--out={files / out}", "--rank=4", "--progress=false", *more]
-
-
-def test_preserve_then_fit_and_solve(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = files / "kept.safetensors"
-    command = ["preserve", str(files / "model"), f"--output={path}", f"--texts={files / 'text.txt'}", "--rank=full"]
-    command += ["--storage=float32", "--preserve_tokens=300", "--progress=false"]
-    main(command)
-    assert f"MB of preservation statistics to {path}" in capsys.readouterr().err
-    record = PreservationFile(path).manifest
-    assert (record["tokens"], record["rank"], record["storage"]) == (300, None, "float32")
-    main(fit_arguments(files, "text", f"--preserve={files / 'text.txt'}", "--preserve_tokens=300"))
-    main(fit_arguments(files, "file", f"--preserve={path}", f"--statistics_dir={files / 'sums'}"))
-    text, file = ThoughtPatch.load(files / "text"), ThoughtPatch.load(files / "file")
-    assert distance(file, text) < 1e-5
-    (files / "cache").rename(files / "away")
-    main(["solve", f"--statistics={files / 'sums'}", f"--out={files / 'solved'}", f"--preserve={path}"])
-    assert distance(ThoughtPatch.load(files / "solved"), file) <= SOLVE_ROUNDING
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    command = ["preserve", "model", "--output=kept.safetensors", "--texts=text.txt", "--rank=full"]
+    main([*command, "--storage=float32", "--preserve_tokens=300", "--progress=false"])
+    assert "MB of preservation statistics to kept.safetensors" in capsys.readouterr().err
+    known = PreservationFile("kept.safetensors").manifest
+    assert (known["tokens"], known["rank"], known["storage"]) == (300, None, "float32")
+    main([*fit_arguments(tmp_path, "text"), "--preserve=text.txt"])
+    main([*fit_arguments(tmp_path, "file"), "--preserve=kept.safetensors", "--statistics_dir=sums"])
+    file = ThoughtPatch.load("file")
+    assert distance(ThoughtPatch.load("text"), file) < 1e-5
+    Path("cache").rename("away")
+    main(["solve", "--statistics=sums", "--out=solved", "--preserve=kept.safetensors"])
+    assert distance(ThoughtPatch.load("solved"), file) <= SOLVE_ROUNDING
 
 
 @pytest.mark.parametrize(
