@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-_SLOWER = {"forward": 3.0, "statistics": 1.3, "solve": 3.0, "preservation": 3.0}
+_SLOWER = {"forward": 3.0, "statistics": 1.3, "solve": 3.0}
 """Than products of large square matrices; measured on SmolLM2-135M, one CPU thread."""
 
 
@@ -273,12 +273,15 @@ def plain_runs(block: Block, names: Sequence[str]) -> float:
     return seen + (0 if sites[-1].point is None and sites[-1].linear else 1)
 
 
-def preserve_operations(model: PreTrainedModel, blocks: Sequence[Block], tokens: int) -> float:
-    """Multiplications and additions of the preservation statistics: forward passes, sums, eigendecompositions."""
+def preserve_operations(model: PreTrainedModel, blocks: Sequence[Block], tokens: int) -> dict[str, float]:
+    """Those of the preservation statistics of ``tokens`` tokens, in the phases of :func:`fit_operations`."""
     active = ModelSizes.of(model).active
     sizes = [site.d_in for block in blocks for site in block.sites.values()]
-    forward = sum(2.0 * tokens * _weights(block, active) for block in blocks)
-    return forward + sum(2.0 * tokens * d * d + 9.0 * d**3 for d in sizes)
+    return {
+        "forward": sum(2.0 * tokens * _weights(block, active) for block in blocks),
+        "statistics": sum(2.0 * tokens * d * d for d in sizes),
+        "solve": sum(9.0 * d**3 for d in sizes),
+    }
 
 
 def fit_operations(
@@ -328,7 +331,7 @@ def estimate_seconds(
     if sum(operations.values()) < 20 * 2 * 2 * 2 * size**3 and not asked:
         return {}
     speeds = dict.fromkeys(("forward", "statistics"), _speed(size, dtype, device))
-    speeds |= dict.fromkeys(("solve", "preservation"), _speed(size, torch.float64, device))
+    speeds["solve"] = _speed(size, torch.float64, device)
     return {name: _SLOWER[name] * count / speeds[name] for name, count in operations.items()}
 
 

@@ -130,8 +130,13 @@ def inspect_model(
     load = Load.typical(tokens, chunk_tokens)
     stages = stages_of(blocks, chosen)
     memory = estimate_bytes(model, blocks, stages, load, tokens)
-    operations = fit_operations(model, blocks, stages, load, tokens, preserve=True)
-    operations["preservation"] = preserve_operations(model, blocks, preserve_tokens)
+    seconds, preservation = (
+        estimate_seconds(operations, model.dtype, model.device, asked=True)
+        for operations in (
+            fit_operations(model, blocks, stages, load, tokens, preserve=True),
+            preserve_operations(model, blocks, preserve_tokens),
+        )
+    )
     return Inspection(
         model=model_name(model),
         architecture=f"{model.config.model_type} ({type(model).__name__})",
@@ -147,7 +152,7 @@ def inspect_model(
         streams_bytes=memory.held_bytes,
         preservation_bytes=sum(4 * (2 * s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
         adapter_bytes=sum(4 * rank * sum(layer_shape(layer)) for site in fitted for layer in site.targets.values()),
-        seconds=estimate_seconds(operations, model.dtype, model.device, asked=True),
+        seconds={**seconds, "preservation": sum(preservation.values())},
     )
 
 
