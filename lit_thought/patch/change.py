@@ -67,9 +67,6 @@ class Change:
                     "entries. Take both from one model."
                 )
         self.provenance: dict[str, Any] = plain_json(provenance or {})
-        d_in = self.provenance.get("d_in", {})
-        if not isinstance(d_in, dict) or any(type(number) is not int or number < 1 for number in d_in.values()):
-            raise PatchError(f"provenance['d_in'] must map module paths to numbers of inputs, got {d_in!r}.")
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -178,7 +178,11 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def plain_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy as JSON would store it; NaN and infinities, which JSON lacks, become None."""
+    """A deep copy as JSON would store it; NaN and infinities, which JSON lacks, become None.
+
+    Raises:
+        PatchError: if it is not JSON, or its ``d_in`` does not hold whole numbers.
+    """
 
     def finite(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -195,6 +199,9 @@ def plain_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
     if not isinstance(plain, dict):
         raise PatchError(f"provenance must be a dict, got {type(provenance).__name__}.")
+    d_in = plain.get("d_in", {})
+    if not isinstance(d_in, dict) or any(type(number) is not int or number < 1 for number in d_in.values()):
+        raise PatchError(f"provenance['d_in'] must map module paths to numbers of inputs, got {d_in!r}.")
     return plain
 
 
