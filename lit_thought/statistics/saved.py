@@ -220,6 +220,8 @@ class SavedStatistics:
         settings, uncompared = self.manifest.settings, self.manifest.uncompared
         if any(head.start for head in self.heads):
             return "the fit took several steps, and each starts from the patch of the one before"
+        if settings.get("passes", 1) != 1 and any(head.gain for head in self.heads):  # of an earlier version
+            return f"the fit took {settings['passes']} passes, and each reads the norms with the last one's patch"
         if len(self.heads) == 1:
             return None
         if settings["order"] != "teacher-forced":
