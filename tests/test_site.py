@@ -139,7 +139,7 @@ def test_every_public_name_is_documented(pages: dict[str, Html]) -> None:
     assert {f"lit_thought.{name}" for name in lit_thought.__all__} <= pages["api/index.html"].ids
     shown = set().union(*(page.ids for name, page in pages.items() if name.startswith("api/")))
     assert {f"lit_thought.theory.condense.{name}" for name in ("thought_matrix", "thought_vector")} <= shown
-    for name in ("solve", "saved", "export", "strategy", "inspection"):
+    for name in ("solve.least_squares", "statistics.saved", "patch.export", "fit.strategy", "fit.inspection"):
         module = f"lit_thought.{name}"
         names = import_module(module).__all__
         assert {f"{module}.{entry}" for entry in names} <= shown
@@ -259,7 +259,7 @@ def test_pictures_are_what_their_script_draws(tmp_path: Path, monkeypatch: pytes
     [
         ("README.md", "index.md", "recipes/serving.md", "how_to/serving.md"),
         ("README.md", "index.md", "recipes/README.md#troubleshooting", "guide.md#troubleshooting"),
-        ("README.md", "index.md", "lit_thought/discovery.py", "source/lit_thought/discovery.py.md"),
+        ("README.md", "index.md", "lit_thought/model/discovery.py", "source/lit_thought/model/discovery.py.md"),
         ("recipes/README.md", "guide.md", "results", "results/index.md"),
         ("recipes/README.md", "guide.md", "results/limits.md", "results/limits.md"),
         ("recipes/serving.md", "how_to/serving.md", "../README.md", "../index.md"),

@@ -41,7 +41,7 @@ def test_readme_lists_every_recipe() -> None:
     assert listed == scripts
     for target in re.findall(r"\]\(([^):#]+)\)", page):
         assert (ROOT / "recipes" / target).exists(), target
-    for module, config in re.findall(r"python -m (recipes\.\S+) --config (\S+\.yaml)", page):
+    for module, config in re.findall(r"python -m (recipes[a-z_.]+) --config ([a-z_/]+\.yaml)", page):
         assert script_of(Path(config).stem).with_suffix("").relative_to(ROOT).as_posix() == module.replace(".", "/")
 
 
