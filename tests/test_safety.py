@@ -20,6 +20,7 @@ from models import make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import lit_thought
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, cli, evaluate, transmute
 from lit_thought.cli.parser import command_parser
 from lit_thought.errors import ThoughtError
@@ -38,7 +39,7 @@ from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.stage import StageSums
 
-PACKAGE = Path(cli.__file__).parent
+PACKAGE = Path(lit_thought.__file__).parent
 SECRET = "The password is swordfish.\n"
 INPUT, OUTPUT, GENERATED = "tell me of herring", "red as it is", "smoked mackerel"
 PAIRS = [{"input": INPUT, "output": OUTPUT}, *({"input": f"{word} {INPUT}"} for word in ("also", "then", "now"))]

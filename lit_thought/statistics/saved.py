@@ -40,7 +40,6 @@ from lit_thought.tensor_files import TensorFile
 
 __all__ = [
     "FORMAT_VERSION",
-    "MANIFEST",
     "SavedStatistics",
     "StatisticsWriter",
     "check_statistics_folder",

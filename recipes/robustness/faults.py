@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, files
 from lit_thought.errors import ThoughtError
-from lit_thought.fit import preparing
+from lit_thought.fit import preparing, preserving
 from lit_thought.fit.fitting import fit
 from lit_thought.patch import adapter
 from lit_thought.runs.runner import StreamRunner
@@ -44,7 +44,8 @@ _NOBODY = 65534
 _HOOKS = ("setup", "on_fit_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
 _STAGES: tuple[Target, ...] = (
     *((ThoughtCallback, name) for name in (*_HOOKS, "on_train_epoch_end")),
-    *((preparing, name) for name in ("generate", "preservation")),
+    (preparing, "generate"),
+    (preserving, "preservation"),
     *((StreamRunner, name) for name in ("open", "finish")),
     (StageSums, "solve"),
     (adapter, "model_card"),

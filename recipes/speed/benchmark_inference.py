@@ -133,8 +133,9 @@ def write(case: Case, size: int, new_tokens: int) -> dict[str, Any]:
     if case.lead is not None:
         cache = repeated(case.lead, size)
     tokens = [torch.tensor([list(case.ids)], device=case.model.device).expand(size, -1)]
+    base = case.model.get_base_model() if isinstance(case.model, PeftModel) else case.model
     for _ in range(new_tokens):
-        given = cache_arguments(case.model, cache)
+        given = cache_arguments(base, cache)
         logits = case.model(input_ids=tokens[-1], **given, use_cache=True, logits_to_keep=1).logits
         tokens.append(logits[:, -1:].argmax(-1))
         if len(tokens) == 2:

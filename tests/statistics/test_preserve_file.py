@@ -186,7 +186,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other key": (rewritten(lambda t, m: None, "other"), NAME + " is a safetensors file without"),
     "format": (rewritten(lambda t, m: m.update(format=2)), "its format is 2, this version reads 1"),
     "no fingerprint": (rewritten(lambda t, m: m.pop("fingerprint")), "is damaged or of another version: 'fingerprint'"),
-    "no name": (rewritten(lambda t, m: m.update(windows=3)), "a name in its record is no text"),
+    "no name": (rewritten(lambda t, m: m.update(windows=3)), "a name in its manifest is no text"),
     "rank": (rewritten(lambda t, m: m.update(rank=3)), "block 0, attn_out has a wrong size"),
     "storage": (rewritten(lambda t, m: m.update(storage="int4")), "storage must be one of"),
     "blocks": (rewritten(lambda t, m: m.update(blocks=4)), "numbers of tokens or blocks are wrong"),
