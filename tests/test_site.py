@@ -138,6 +138,7 @@ def test_every_public_name_is_documented(pages: dict[str, Html]) -> None:
     assert len(lit_thought.__all__) >= 9
     assert {f"lit_thought.{name}" for name in lit_thought.__all__} <= pages["api/index.html"].ids
     shown = set().union(*(page.ids for name, page in pages.items() if name.startswith("api/")))
+    assert "lit_thought.settings.FitSettings" in shown
     assert {f"lit_thought.theory.condense.{name}" for name in ("thought_matrix", "thought_vector")} <= shown
     for name in ("solve.least_squares", "statistics.saved", "patch.export", "fit.strategy", "fit.inspection"):
         module = f"lit_thought.{name}"
