@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
 import random
+import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -179,6 +182,24 @@ def check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> No
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ThoughtError(f"{argument}: expected some of {', '.join(known)}; got {unknown}; correct the names.")
+
+
+def parameters(config: Path) -> dict[str, str]:
+    """What the comments of a recipe's YAML file say of each parameter, types apart."""
+    about: dict[str, str] = {}
+    for line in config.read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"(\w+):[^#]*# (?:\(.*?\) )?(.+)", line):
+            name, about[name] = found[1], found[2]
+        elif about and (found := re.match(r" +# (.+)", line)):
+            about[name] += f" {found[1]}"
+    return about
+
+
+def command_line(recipe: Callable[..., None]) -> None:
+    """Run a recipe with its parameters from the command line; --help says what the YAML file beside it does."""
+    about = parameters(Path(inspect.getfile(recipe)).with_suffix(".yaml"))
+    recipe.__doc__ = "\n    ".join([f"{recipe.__doc__}\n\nArgs:", *(f"{name}: {text}" for name, text in about.items())])
+    jsonargparse.auto_cli(recipe, as_positional=False)
 
 
 def shown(model: str | Path) -> str:

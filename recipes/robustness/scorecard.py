@@ -25,9 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
-from recipes.harness import check_names, table, write_results
+from recipes.harness import check_names, command_line, table, write_results
 from recipes.robustness.faults import FAULTS, Outcome
 from recipes.robustness.fuzz_folders import FOLDERS
 from recipes.robustness.fuzz_inputs import INPUTS
@@ -46,16 +44,7 @@ def main(
     seed: int = 0,
     out: str = "recipes/results/scorecard",
 ) -> None:
-    """Try all of it and write the scorecard.
-
-    Args:
-        cases: how many spoilt copies to try of each kind of input, of those in fuzz_*.py.
-        faults: which faults to try, of those in faults.py.
-        serving: for each way to serve a patch the tests that do, as pytest takes them.
-        versions: the record of versions.py.
-        seed: seed of the changes.
-        out: path of the two result files, without suffix.
-    """
+    """Try all of it and write the scorecard."""
     check_names("faults", faults, FAULTS)
     started = _cpu_seconds()
     with tempfile.TemporaryDirectory() as root:
@@ -200,4 +189,4 @@ def _share(flags: Sequence[bool]) -> str | None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    command_line(main)

@@ -21,12 +21,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from lit_thought.errors import ThoughtError
-from recipes.harness import ROOT, table, write_results
+from recipes.harness import ROOT, command_line, table, write_results
 from recipes.robustness.junit import Case, count, run, run_tests
 
 SHARED = "torch"
@@ -39,15 +38,7 @@ def main(
     minutes: float = 30,
     out: str = "recipes/results/versions",
 ) -> None:
-    """Install and test every combination, and write the table.
-
-    Args:
-        packages: whose versions are varied, of those that pyproject.toml names with a minimum.
-        tests: files of tests, or single tests, as pytest takes them.
-        combinations: "newest", "oldest" or both.
-        minutes: longest time for the tests of one combination.
-        out: path of the two result files, without suffix.
-    """
+    """Install and test every combination, and write the table."""
     minima = stated_minima((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     unknown = [name for name in packages if name not in minima]
     if unknown:
@@ -153,4 +144,4 @@ def row(line: Mapping[str, Any], packages: Sequence[str]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    command_line(main)

@@ -24,14 +24,13 @@ from math import inf
 from statistics import median
 from typing import Any
 
-import jsonargparse
 from transformers import PreTrainedModel
 
 from lit_thought import ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.fit.fitting import fit
-from recipes.harness import Trial, load_split, machine, shown, table, write_results
+from recipes.harness import Trial, command_line, load_split, machine, shown, table, write_results
 from recipes.studies.distillation import distil, lora_patch
 
 STEP_PARTS = ("forward", "backward", "optimizer")
@@ -57,29 +56,7 @@ def benchmark(
     repeats: int = 2,
     out: str = "recipes/results/benchmark_baselines",
 ) -> None:
-    """Fit, distil at each learning rate, compare.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        dtype: dtype of the model.
-        device: where to run; the CPU when left out.
-        tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
-        pairs: numbers of inputs to fit on; the test words of a task are the same for all. A number that leaves a task
-            no test words is left out there.
-        rank: rank of both adapters.
-        learning_rates: of AdamW.
-        targets: what the LoRA is put on, as PEFT's target_modules; "sites" for the layers that we change.
-        batch_size: pairs a step of AdamW.
-        warmup_steps: over which the learning rate rises.
-        every: steps of AdamW from one test to the next; there is one more when as much time is gone as our fit took.
-        max_steps: most steps of AdamW at one learning rate.
-        max_times: how many times as long as our fit training may take at one learning rate.
-        seed: seed of the split, of the LoRA factors and of the order of the pairs.
-        test: most words to test on.
-        max_new_tokens: longest output.
-        repeats: fits to time; the median counts.
-        out: path of the two result files, without suffix.
-    """
+    """Fit, distil at each learning rate, compare."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     lm, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -302,4 +279,4 @@ def _parts(row: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(benchmark)
+    command_line(benchmark)

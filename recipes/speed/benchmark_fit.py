@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jsonargparse
 import psutil
 import torch
 
@@ -32,7 +31,17 @@ from lit_thought.model.calls import cache_arguments, find_decoder
 from lit_thought.prompts.batches import forward_inputs
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import lead_cache
-from recipes.harness import SIX_TASKS, TEMPLATE, load_split, machine, repeated, shown, table, write_results
+from recipes.harness import (
+    SIX_TASKS,
+    TEMPLATE,
+    command_line,
+    load_split,
+    machine,
+    repeated,
+    shown,
+    table,
+    write_results,
+)
 
 
 def benchmark(
@@ -47,20 +56,7 @@ def benchmark(
     repeats: int = 5,
     out: str = "recipes/results/benchmark_fit",
 ) -> None:
-    """Time fits and bare forward passes in turn and print their ratio.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        dtype: dtype of the model.
-        device: where to run; the CPU when left out.
-        task: a word task; beyond its words, inputs come from the other word tasks.
-        pairs: numbers of pairs to fit on.
-        chunks: lengths of the chunk to compare, in tokens.
-        chunk_pairs: number of pairs they are compared at.
-        rank: rank of the adapter.
-        repeats: measurements of each; medians are reported.
-        out: path of the two result files, without suffix.
-    """
+    """Time fits and bare forward passes in turn and print their ratio."""
     lm, tokenizer = load_model(model, dtype=dtype, device=device)
     rows = []
     with tempfile.TemporaryDirectory() as cache:
@@ -205,4 +201,4 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(benchmark)
+    command_line(benchmark)

@@ -18,7 +18,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jsonargparse
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
@@ -30,7 +29,7 @@ from lit_thought.model.loading import context_window
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.streams import lead_cache
 from lit_thought.timing import Stopwatch
-from recipes.harness import Trial, load_split, machine, repeated, shown, table, write_results
+from recipes.harness import Trial, command_line, load_split, machine, repeated, shown, table, write_results
 
 QUESTION = "\nQ: What is the opposite of hot?\nA:"
 
@@ -47,20 +46,7 @@ def benchmark(
     seed: int = 0,
     out: str = "recipes/results/benchmark_inference",
 ) -> None:
-    """Time prompts with and without the chunk and print them side by side.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        dtype: dtype of the model.
-        device: where to run; the CPU when left out.
-        chunks: lengths of the chunk in tokens.
-        batches: how many sequences are written at a time.
-        new_tokens: how many tokens each is continued by, at least 2.
-        rank: rank of the adapter, which is fitted on four antonyms; its speed is that of any other.
-        repeats: measurements of each; medians are reported.
-        seed: seed of the split that the adapter is fitted on.
-        out: path of the two result files, without suffix.
-    """
+    """Time prompts with and without the chunk and print them side by side."""
     if new_tokens < 2:
         raise ThoughtError(f"new_tokens must be at least 2, the first token and one decoded; got {new_tokens}.")
     lm, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -169,4 +155,4 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(benchmark)
+    command_line(benchmark)

@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.statistics.distributed import gather_json
-from recipes.harness import ROOT, TEMPLATE, load_split, shown, table, write_results
+from recipes.harness import ROOT, TEMPLATE, command_line, load_split, shown, table, write_results
 
 
 def benchmark(
@@ -41,19 +40,7 @@ def benchmark(
     worker: int = 0,
     folder: str = "",
 ) -> None:
-    """Time the fit on each number of processes.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        task: a name below recipes/data, or a JSON, JSONL or CSV file of input/output pairs.
-        pairs: pairs to fit on, with their outputs.
-        processes: numbers of processes to compare, each with one thread.
-        rank: rank of the adapter.
-        repeats: fits to time; the fastest counts.
-        out: path of the two result files, without suffix.
-        worker: for the script's own use: the number of processes to run on.
-        folder: for the script's own use: where a worker leaves its adapter and figures.
-    """
+    """Time the fit on each number of processes."""
     if worker:
         work(model, task, pairs, worker, rank, repeats, Path(folder))
         return
@@ -153,4 +140,4 @@ def difference(one: ThoughtPatch, other: ThoughtPatch) -> float:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(benchmark)
+    command_line(benchmark)

@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from matplotlib.axes import Axes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
-from recipes.harness import METHODS, Trial, load_split, panels, save_figure, shown, table, write_results
+from recipes.harness import METHODS, Trial, command_line, load_split, panels, save_figure, shown, table, write_results
 
 LABELS = {"mlp_in": "ΔW and δ", "matrix": "ΔW alone", "vector": "δ alone"}
 Record = Mapping[str, Sequence[Mapping[str, float]]]
@@ -42,23 +41,7 @@ def accuracy_by_step(
     logs: str = "lightning_logs",
     out: str = "recipes/results/accuracy_by_step",
 ) -> None:
-    """Fit step by step with each method and draw what the held-out pairs do.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        task: a word task below recipes/data, or a JSON, JSONL or CSV file of input/output pairs.
-        methods: what to compare, of harness.METHODS.
-        steps: steps of each fit.
-        step_size: part of each step's solution that is added.
-        pairs_per_step: pairs a step; null for all of them in every step.
-        seed: seed of the split.
-        shots: demonstrations in the instruction.
-        fit: inputs to fit on; their outputs are not used.
-        test: most held-out pairs.
-        max_new_tokens: longest output.
-        logs: folder of the loggers.
-        out: path of the results, without suffix.
-    """
+    """Fit step by step with each method and draw what the held-out pairs do."""
     lm, tokenizer = load_model(model)
     trial = Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
     name = trial.split.name
@@ -120,4 +103,4 @@ def plot_steps(axes: Axes, record: Record, task: str) -> None:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(accuracy_by_step)
+    command_line(accuracy_by_step)

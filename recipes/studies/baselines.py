@@ -28,7 +28,6 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-import jsonargparse
 import torch
 
 from lit_thought import ThoughtPatch, load_model
@@ -40,6 +39,7 @@ from recipes.harness import (
     SIX_TASKS,
     TEMPLATE,
     Trial,
+    command_line,
     demonstrations,
     equal,
     load_split,
@@ -67,21 +67,7 @@ def baselines(
     max_new_tokens: int = 12,
     out: str = "recipes/results/baselines",
 ) -> None:
-    """Fit and test every method on every task.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
-        seed: seed of the splits and of the LoRA factors.
-        shots: demonstrations in the instruction.
-        fit: inputs to fit on; their outputs are not used.
-        test: most pairs to test on.
-        rank: rank of the adapters.
-        learning_rate: of AdamW in the distillation.
-        steps: of AdamW in the distillation.
-        max_new_tokens: longest output.
-        out: path of the two result files, without suffix.
-    """
+    """Fit and test every method on every task."""
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
     for task in tasks:
@@ -218,4 +204,4 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(baselines)
+    command_line(baselines)

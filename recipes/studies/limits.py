@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-import jsonargparse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import ThoughtPatch, load_model
@@ -28,6 +27,7 @@ from lit_thought.patch.results import RUNS
 from recipes.harness import (
     TEMPLATE,
     Trial,
+    command_line,
     demonstrations,
     load_split,
     share,
@@ -62,20 +62,7 @@ def limits(
     max_new_tokens: int = 12,
     out: str = "recipes/results/limits",
 ) -> None:
-    """Fit and test each example.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        seed: seed of the splits.
-        rank: rank of the adapters in the other examples.
-        document: name below recipes/data/documents, or a file of that form, for the first example.
-        document_rank: rank of its adapter.
-        shots: demonstrations in the other examples.
-        fit: inputs to fit on in the other examples.
-        test: most words to test on in the other examples.
-        max_new_tokens: longest output.
-        out: path of the two result files, without suffix.
-    """
+    """Fit and test each example."""
     passage = load_document(document)
     lm, tokenizer = load_model(model)
     rows = look_up(lm, tokenizer, passage, document_rank, max_new_tokens)
@@ -153,4 +140,4 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(limits)
+    command_line(limits)

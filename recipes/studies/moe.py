@@ -17,13 +17,12 @@ from contextlib import nullcontext
 from statistics import mean
 from typing import Any
 
-import jsonargparse
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from lit_thought.patch.results import RUNS
-from recipes.harness import SIX_TASKS, TEMPLATE, Trial, load_split, shown, table, write_results
+from recipes.harness import SIX_TASKS, TEMPLATE, Trial, command_line, load_split, shown, table, write_results
 
 _SAME = (
     "vocab_size",
@@ -57,22 +56,7 @@ def moe(
     max_new_tokens: int = 12,
     out: str = "recipes/results/moe",
 ) -> None:
-    """Upcycle, fit and test.
-
-    Args:
-        model: a dense Llama-like model: "smollm2" (the embedded default), a hub id or a local directory.
-        tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
-        seed: seed of the splits, the router and the noise.
-        experts: experts of each block.
-        experts_per_token: experts that each token is routed to.
-        noise: standard deviation of what makes experts differ, relative to that of the weights.
-        rank: rank of the adapters.
-        shots: demonstrations in the instruction.
-        fit: inputs to fit on.
-        test: most pairs to test on.
-        max_new_tokens: longest output.
-        out: path of the two result files, without suffix.
-    """
+    """Upcycle, fit and test."""
     dense, tokenizer = load_model(model)
     sparse = upcycle(dense, experts, experts_per_token, noise, seed)
     del dense
@@ -149,4 +133,4 @@ def _experts(model: Any, ids: Sequence[int], positions: Sequence[int], top: int)
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(moe)
+    command_line(moe)

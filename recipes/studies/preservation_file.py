@@ -17,13 +17,11 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import jsonargparse
-
 from lit_thought import load_model
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.statistics.preserve import WINDOW, Preservation, preservation
-from recipes.harness import SIX_TASKS, Trial, load_split, shown, table, write_results
+from recipes.harness import SIX_TASKS, Trial, command_line, load_split, shown, table, write_results
 
 
 def preservation_file(
@@ -40,22 +38,7 @@ def preservation_file(
     max_new_tokens: int = 12,
     out: str = "recipes/results/preservation_file",
 ) -> None:
-    """Fit and test every task and seed with the full statistics, with each file and with none.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
-        seeds: seeds of the splits.
-        file_ranks: for each file, how many directions of a matrix it keeps; null for all.
-        storage: numbers in the files: int8, float16 or float32.
-        preserve_tokens: most tokens of unrelated text.
-        rank: rank of the adapters.
-        shots: demonstrations in the instruction.
-        fit: inputs to fit on.
-        test: most pairs to test on.
-        max_new_tokens: longest output.
-        out: path of the two result files, without suffix.
-    """
+    """Fit and test every task and seed with the full statistics, with each file and with none."""
     lm, tokenizer = load_model(model)
     blocks = find_blocks(lm)
     windows = text_windows(tokenizer, load_texts("default", "preserve", "texts"), WINDOW, preserve_tokens)
@@ -114,4 +97,4 @@ def _page(runs: Sequence[dict[str, Any]], files: dict[str, dict[str, Any]]) -> s
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(preservation_file)
+    command_line(preservation_file)

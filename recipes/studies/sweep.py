@@ -15,11 +15,9 @@ from itertools import product
 from statistics import mean
 from typing import Any
 
-import jsonargparse
-
 from lit_thought import load_model
 from lit_thought.prompts.unrelated import load_texts
-from recipes.harness import METHODS, SIX_TASKS, Trial, load_split, shown, table, write_results
+from recipes.harness import METHODS, SIX_TASKS, Trial, command_line, load_split, shown, table, write_results
 
 NAMES = ("sites", "preserve_weight", "preserve_tokens", "ridge", "answer_weight", "rank")
 
@@ -36,20 +34,7 @@ def sweep(
     answer_weights: Sequence[float] = (10.0,),
     ranks: Sequence[int] = (16,),
 ) -> None:
-    """Fit and score every combination of settings on every task and seed.
-
-    Args:
-        out: path of the two result files, without suffix.
-        model: "smollm2", a hub id or a local directory.
-        tasks: word tasks.
-        seeds: seeds of the splits.
-        sites: names of harness.METHODS.
-        preserve_weights: values of ρ.
-        preserve_tokens: tokens of unrelated text behind the preservation term.
-        ridges: values of λ.
-        answer_weights: weights of the answer's tokens.
-        ranks: ranks.
-    """
+    """Fit and score every combination of settings on every task and seed."""
     lm, tokenizer = load_model(model)
     text = load_texts("default", "preserve", "preserve")[0]
     cut = text.rindex("\n", 0, len(text) * 3 // 4)
@@ -86,4 +71,4 @@ def sweep(
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(sweep)
+    command_line(sweep)

@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import jsonargparse
 import numpy as np
 import torch
 from matplotlib import cm, colormaps, colors
@@ -43,6 +42,7 @@ from recipes.harness import (
     SIX_TASKS,
     TEMPLATE,
     Trial,
+    command_line,
     load_split,
     panels,
     save_figure,
@@ -69,22 +69,7 @@ def theory(
     max_new_tokens: int = 12,
     out: str = "recipes/results/theory",
 ) -> None:
-    """Run the chapters and write the page.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        instruction: chunk of the exactness check; its text is English prose that the package ships.
-        tokens: how many tokens of it.
-        tasks: word tasks of the comparison; the first is the one whose statistics are looked into.
-        methods: what to compare, of harness.METHODS; the function vector always comes along.
-        seed: seed of the splits.
-        shots: demonstrations in the instruction.
-        fit: inputs to fit on.
-        test: most pairs to test on.
-        ridge: λ of the thought matrices that are looked into.
-        max_new_tokens: longest output.
-        out: path of the page and its figures, without suffix.
-    """
+    """Run the chapters and write the page."""
     lm, tokenizer = load_model(model)
     trials = [Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens) for task in tasks]
     chapters = (
@@ -285,4 +270,4 @@ def _draw_spectra(spectra: Sequence[Tensor], out: str) -> None:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(theory)
+    command_line(theory)

@@ -23,7 +23,6 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jsonargparse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, PromptTemplate, ThoughtCallback, ThoughtPatch, load_model, transmute
@@ -34,6 +33,7 @@ from lit_thought.runs.generate import generate
 from recipes.harness import (
     METHODS,
     TEMPLATE,
+    command_line,
     demonstrations,
     difference,
     panels,
@@ -101,30 +101,7 @@ def arithmetic(
     seed: int = 0,
     out: str = "recipes/results/arithmetic",
 ) -> None:
-    """Fit and test both operations on every model.
-
-    Args:
-        models: "tiny" (the model trained here), "smollm2" (the embedded default), hub ids or local directories; all
-            but the first are asked for numbers of one digit, and told what to do by demonstrations.
-        training: how the tiny model is made.
-        chunks: instructions of the tiny model to try: a wording ("sum :"), demonstrations ("3 7 = 10 ; …").
-        shots: demonstrations, where these are the instruction; for the tiny model at most one less than its training
-            texts have questions.
-        fit: inputs to fit on; a pretrained model takes at most half of those it has.
-        test: tested pairs besides those that the tiny model was never trained on.
-        rank: rank of the patches.
-        preserving: which texts the tiny model's patch should leave alone, one after the other: those with an
-            instruction of both operations, of the other one, or none. A pretrained model's is the library's text.
-        preserve_weight: ρ, their weight; null for the library's.
-        max_new_tokens: longest answer.
-        methods: the paper's method and its parts, of harness.METHODS, that the tiny model is followed with step by
-            step, with the first chunk and the first texts preserved.
-        steps: steps of each.
-        step_size: part of each step's solution that is added.
-        pairs_per_step: pairs a step; null for all of them in every step.
-        seed: seed of the choice of pairs.
-        out: path of the results, without suffix.
-    """
+    """Fit and test both operations on every model."""
     settings = {"chunks": list(chunks), "shots": shots, "fit": fit, "test": test, "rank": rank}
     settings |= {"preserving": list(preserving), "preserve_weight": preserve_weight, "max_new_tokens": max_new_tokens}
     by_step = {"methods": list(methods), "steps": steps, "step_size": step_size, "pairs_per_step": pairs_per_step}
@@ -361,4 +338,4 @@ def verdict(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(arithmetic)
+    command_line(arithmetic)

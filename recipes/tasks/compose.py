@@ -19,14 +19,12 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jsonargparse
-
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.solve.factors import Factors
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
-from recipes.harness import Unrelated, one_line, panels, save_figure, share, shown, table, write_results
+from recipes.harness import Unrelated, command_line, one_line, panels, save_figure, share, shown, table, write_results
 from recipes.tasks.system_prompt import Task, fit_patch, instructions_known, prepare
 from recipes.tasks.system_prompt_rules import RULES
 
@@ -74,25 +72,7 @@ def compose(
     samples: int = 3,
     out: str = "recipes/results/compose",
 ) -> None:
-    """Fit both instructions in every way, measure the patches, and the sum and the joint patch at every scale.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory; a chat model.
-        first: A, a name in recipes/data/system_prompts/instructions.json that has a rule.
-        second: B, another one.
-        fit: questions to fit on, answered by the instructed model.
-        test: other questions to test on.
-        seed: seed of the shuffle of the questions.
-        rank: rank of each fit; ranks of added patches add.
-        ridge: λ.
-        preserve_weight: ρ, weight of unrelated text.
-        answer_weight: weight of the answer's tokens and the token before them.
-        max_new_tokens: longest answer.
-        scales: what the sum of the patches and the joint patch are multiplied by.
-        unrelated_windows: windows of 512 tokens of unrelated text whose perplexity is measured.
-        samples: tested questions whose answers are shown.
-        out: path of the three result files, without suffix.
-    """
+    """Fit both instructions in every way, measure the patches, and the sum and the joint patch at every scale."""
     entries = instructions(first, second)
     settings = {"fit": fit, "rank": rank, "ridge": ridge, "preserve_weight": preserve_weight}
     settings |= {"answer_weight": answer_weight, "max_new_tokens": max_new_tokens}
@@ -333,4 +313,4 @@ def _line(name: str, row: Mapping[str, Any]) -> list[str | None]:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(compose)
+    command_line(compose)

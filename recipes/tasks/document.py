@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jsonargparse
 from torch import Tensor
 from torchmetrics.functional.text import squad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.patch.results import RUNS
 from lit_thought.solve.intervals import perplexity_ratio
-from recipes.harness import Unrelated, check_names, shown, write_results
+from recipes.harness import Unrelated, check_names, command_line, shown, write_results
 from recipes.tasks import document_tables as tables
 from recipes.tasks.chats import Chat
 from recipes.tasks.self_study import Document, contains, coverage, load_document, recite, requests, write_questions
@@ -87,29 +86,7 @@ def document(
     samples: int = 3,
     out: str = "recipes/results/document",
 ) -> None:
-    """Fit and test every document.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory; a chat model.
-        documents: names below recipes/data/documents, or JSON files of that form.
-        source: what to fit to: questions that the model writes, those given in the documents, or both.
-        questions: how many it writes about each, at most.
-        seed: seed of what is sampled.
-        rank: rank of the adapters.
-        ridge: λ.
-        preserve_weight: ρ, weight of unrelated text.
-        answer_weight: weight of the answer's tokens and the token before them.
-        max_new_tokens: longest answer to a question.
-        request_tokens: longest answer to a request such as "Tell me about …".
-        unrelated_windows: windows of 512 tokens of unrelated text whose perplexity is measured.
-        ranks: other ranks, for the curve.
-        counts: other numbers of questions, for the curve.
-        curved: which of the documents these are tried on.
-        analysed: which of the documents the variants are tried on.
-        variants: which of document.VARIANTS to try.
-        samples: tested questions of each document whose answers are shown.
-        out: path of the result files, without suffix.
-    """
+    """Fit and test every document."""
     chosen = check(documents, {"curved": curved, "analysed": analysed}, variants, source)
     settings: dict[str, Any] = {"source": source, "questions": questions, "rank": rank, "ridge": ridge}
     settings |= {"preserve_weight": preserve_weight, "answer_weight": answer_weight}
@@ -249,4 +226,4 @@ def token_f1(texts: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(document)
+    command_line(document)

@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any, NamedTuple
 
-import jsonargparse
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +36,7 @@ from lit_thought.runs.streams import Stream
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import solve_constrained
 from lit_thought.statistics.preserve import WINDOW, Preservation, preservation
-from recipes.harness import DATA, Unrelated, one_line, shown, table, write_results
+from recipes.harness import DATA, Unrelated, command_line, one_line, shown, table, write_results
 
 COMPLETION = PromptTemplate("{input} {output}")
 
@@ -78,29 +77,7 @@ def edit_fact(
     max_new_tokens: int = 6,
     out: str = "recipes/results/edit_fact",
 ) -> None:
-    """Make the patches and score them beside the plain and the instructed model.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        data: JSON file with the statement, its subject, the old and the new answer, wordings and landmarks.
-        template: the prompt; the statement goes before it.
-        blocks: blocks that the fitted patch changes; null for all.
-        rank: rank of the fitted patches.
-        ridge: λ of the fitted patches.
-        answer_weight: weight of the answer's tokens and the token before them.
-        preserve_weight: ρ, weight of what is preserved.
-        preserve_tokens: tokens to preserve: prompts about other landmarks, then unrelated text.
-        wordings: how many wordings of the question each preserved landmark is put into.
-        edit_blocks: blocks that the closed form may change; the one with the likeliest new answer to the fitted
-            wordings is chosen. Null for all.
-        edit_ridge: λ of the closed form.
-        edit_scale: factor of its values.
-        landmarks: most landmarks of each kind; null for all.
-        unrelated_windows: windows of 512 tokens of unrelated text whose perplexity is measured.
-        samples: questions of each kind whose greedy answers are shown.
-        max_new_tokens: longest of these answers, in tokens.
-        out: path of the two result files, without suffix.
-    """
+    """Make the patches and score them beside the plain and the instructed model."""
     fact = json.loads(Path(data).read_text(encoding="utf-8"))
     statement, subject, new, old = fact["statement"], fact["subject"], fact["new"], fact["old"]
     fitted, known = fact["fit"], fact["landmarks"]["preserve"][:landmarks]
@@ -346,4 +323,4 @@ def _capital(text: str) -> str:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(edit_fact)
+    command_line(edit_fact)

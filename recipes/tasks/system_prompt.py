@@ -18,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-import jsonargparse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.pairs import load_pairs
-from recipes.harness import DATA, Unrelated, check_names, one_line, shown, table, write_results
+from recipes.harness import DATA, Unrelated, check_names, command_line, one_line, shown, table, write_results
 from recipes.tasks.chats import Chat, place_table
 from recipes.tasks.system_prompt_rules import RULES
 
@@ -80,24 +79,7 @@ def system_prompt(
     samples: int = 2,
     out: str = "recipes/results/system_prompt",
 ) -> None:
-    """Fit and test every instruction.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory; a chat model.
-        instructions: names in recipes/data/system_prompts/instructions.json.
-        fit: questions to fit on.
-        test: other questions to test on.
-        seed: seed of the shuffle of the questions.
-        rank: rank of the adapters.
-        ridge: λ.
-        preserve_weight: ρ, weight of unrelated text.
-        answer_weight: weight of the answer's tokens and the token before them.
-        max_new_tokens: longest answer.
-        unrelated_windows: windows of 512 tokens of unrelated text whose perplexity is measured.
-        analysis: how many of the instructions the variants are tried on; 0 for none.
-        samples: tested questions of each instruction whose answers are shown.
-        out: path of the two result files, without suffix.
-    """
+    """Fit and test every instruction."""
     settings = {"fit": fit, "rank": rank, "ridge": ridge, "preserve_weight": preserve_weight}
     settings |= {"answer_weight": answer_weight, "max_new_tokens": max_new_tokens}
     known = instructions_known()
@@ -244,4 +226,4 @@ def _sample_table(runs: Sequence[Mapping[str, Any]], samples: int) -> str:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(system_prompt)
+    command_line(system_prompt)

@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import jsonargparse
 from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 
 from lit_thought import load_model
@@ -33,6 +32,7 @@ from recipes.harness import (
     Trial,
     Unrelated,
     check_names,
+    command_line,
     difference,
     one_line,
     panels,
@@ -69,28 +69,7 @@ def translation(
     samples: int = 4,
     out: str = "recipes/results/translation",
 ) -> None:
-    """Fit and test every language, kind and seed, then follow fits of the first seed step by step.
-
-    Args:
-        model: a hub id, a local directory, a .gguf file or "smollm2" (the embedded default).
-        languages: of french, german, spanish.
-        kinds: words, sentences or both.
-        seeds: seeds of the shuffles.
-        rank: rank of the adapters.
-        shots: translations in the instruction.
-        fit: inputs to fit on; their translations are not used.
-        test: most inputs to test on.
-        max_new_tokens: longest output.
-        unrelated_windows: windows of 512 tokens of unrelated text whose perplexity is measured.
-        step_kind: what the fits by step translate, words or sentences.
-        step_methods: what they compare, of harness.METHODS; none for no fits by step.
-        steps: steps of each of them.
-        step_size: part of each step's solution that is added.
-        pairs_per_step: pairs a step, the next ones in turn; null for all of them in every step.
-        step_test: inputs that are tested after each step.
-        samples: answers shown of each language and kind.
-        out: path of the three result files, without suffix.
-    """
+    """Fit and test every language, kind and seed, then follow fits of the first seed step by step."""
     check_names("languages", languages, LANGUAGES)
     check_names("kinds", kinds, KINDS)
     check_names("step_kind", [step_kind], KINDS)
@@ -258,4 +237,4 @@ def _step_tables(by_step: Mapping[str, Any], name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(translation)
+    command_line(translation)

@@ -22,8 +22,6 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jsonargparse
-
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from lit_thought.patch.results import RUNS
 from recipes.harness import (
@@ -31,6 +29,7 @@ from recipes.harness import (
     SIX_TASKS,
     TEMPLATE,
     Trial,
+    command_line,
     difference,
     equal,
     load_split,
@@ -55,22 +54,7 @@ def word_tasks(
     out: str = "recipes/results/word_tasks",
     done: Sequence[str] = (),
 ) -> None:
-    """Fit and test every task, seed and choice of sites.
-
-    Args:
-        model: "smollm2" (the embedded default), a hub id or a local directory.
-        tasks: names below recipes/data, or JSON, JSONL or CSV files of input/output pairs.
-        seeds: seeds of the splits.
-        sites: names of harness.METHODS: "both", "attn_out", "mlp_out", or "auto" (both, all settings "auto").
-        rank: rank of the adapters, but for "auto".
-        shots: demonstrations in the instruction.
-        fit: inputs to fit on.
-        test: most pairs to test on.
-        max_new_tokens: longest output.
-        out: path of the two result files, without suffix.
-        done: JSON files of earlier runs with the same settings, which are taken over instead of repeated; so that
-            seeds can be spread over processes.
-    """
+    """Fit and test every task, seed and choice of sites."""
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
     settings, versions = None, None
@@ -184,4 +168,4 @@ def _page(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(word_tasks)
+    command_line(word_tasks)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import make_model, make_tokenizer
 from recipe_runs import CONFIGS, models, run_recipe, script_of
 
@@ -19,7 +20,18 @@ from lit_thought.errors import ThoughtError
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.streams import lead_cache
 from lit_thought.solve.factors import Factors
-from recipes.harness import DATA, ROOT, SIX_TASKS, Split, Trial, check_names, demonstrations, load_split, table
+from recipes.harness import (
+    DATA,
+    ROOT,
+    SIX_TASKS,
+    Split,
+    Trial,
+    check_names,
+    demonstrations,
+    load_split,
+    parameters,
+    table,
+)
 from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
 from recipes.studies.limits import FORMS
 from recipes.studies.moe import upcycle
@@ -32,6 +44,13 @@ def test_every_recipe_has_a_test() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py")))
     named = set(re.findall(r'run_recipe\(\s*"(\w+)"', tests)) | {"quickstart", "document", "document_variants"}
     assert named == CONFIGS.keys() - {"versions"}, "versions makes environments; its parts are tested"
+
+
+def test_configs_say_what_their_parameters_are() -> None:
+    for config in CONFIGS.values():
+        about = parameters(config)
+        assert about.keys() == yaml.safe_load(config.read_text(encoding="utf-8")).keys(), config
+        assert all(about.values()), config
 
 
 def test_readme_lists_every_recipe() -> None:
@@ -53,6 +72,7 @@ def test_a_recipe_runs_from_a_checkout_alone(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Fit and test every task, seed and choice of sites." in done.stdout
+    assert "demonstrations in the instruction" in done.stdout
 
 
 def test_quickstart(tmp_path: Path) -> None:
