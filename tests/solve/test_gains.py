@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ import torch
 from least_squares import D_IN, D_OUT, FEW, MANY, RIDGES, Problem, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError, ThoughtError
+from lit_thought.settings import check_rank
 from lit_thought.solve.gains import solve_with_gains
 from lit_thought.solve.least_squares import Prior, Solution, solve
 from lit_thought.solve.sums import Statistics
+
+ONES = torch.ones(D_OUT)
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Gained(Problem):
         kept = 0.0 if self.prior is None else self.rho * np.trace(behind @ self.prior @ behind.T)
         return self.error(patch) + kept + self.floor * float((patch**2).sum())
 
-    def row_by_row(self) -> np.ndarray:
+    def least_squares(self) -> np.ndarray:
         patch = np.zeros((len(self.gain), self.a.shape[1]))
         for j, g in enumerate(self.gain):
             if g != 0:
@@ -94,7 +99,7 @@ def make_gained(
 
 def lost(problem: Gained, patch: np.ndarray) -> float:
     """How much worse than the full-rank patch."""
-    return problem.objective(patch) - problem.objective(problem.row_by_row())
+    return problem.objective(patch) - problem.objective(problem.least_squares())
 
 
 @pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
@@ -104,7 +109,7 @@ def lost(problem: Gained, patch: np.ndarray) -> float:
 def test_full_rank_patch_is_that_of_every_row_alone(d_out: int, n: int, ridge: float, prior: bool) -> None:
     problem = make_gained(n, ridge, prior, d_out=d_out)
     assert (problem.statistics().rows() is not None) == (n in FEW)
-    reference = problem.row_by_row()
+    reference = problem.least_squares()
     for folded in (False, True):
         solution = problem.solve(folded=folded)
         assert close(product(solution), reference, 1e-6)
@@ -196,7 +201,7 @@ def test_repeated_tokens_and_zero_tokens_in_the_dual() -> None:
         assert np.isfinite(product(solution)).all()
     assert solution.diagnostics["rank"] == 2
     assert problem.solve().diagnostics["rank"] == 4
-    assert close(product(problem.solve()), problem.row_by_row(), 1e-4)
+    assert close(product(problem.solve()), problem.least_squares(), 1e-4)
 
 
 @pytest.mark.parametrize("rank", [None, 1, 4])
@@ -210,7 +215,7 @@ def test_few_channels_with_a_gain(live: int, rank: int | None) -> None:
         assert solution.diagnostics["rank"] == len(solution.A) == min(live, rank or live)
         assert not solution.B[gain == 0].any()
         if rank != 1 or live == 1:
-            assert close(product(solution), problem.row_by_row(), 1e-7)
+            assert close(product(solution), problem.least_squares(), 1e-7)
             assert solution.diagnostics["truncation_loss"] == 0
 
 
@@ -237,7 +242,7 @@ def test_rank_r_is_near_the_best_that_a_search_finds(n: int, rank: int, ridge: f
         solution = problem.solve(rank)
         patch = product(solution)
         assert np.linalg.matrix_rank(patch, tol=1e-9 * np.linalg.norm(patch)) == rank
-        mine, full = lost(problem, patch), problem.row_by_row()
+        mine, full = lost(problem, patch), problem.least_squares()
         best = problem.alternation(rank) - problem.objective(full)
         assert mine <= lost(problem, problem.given_inputs(solution.A.numpy()) @ solution.A.numpy()) * (1 + 1e-7)
         u, s, vt = np.linalg.svd(full)
@@ -267,20 +272,10 @@ def test_without_ridge_rank_r_is_eckart_young(rank: int, prior: bool) -> None:
 @pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
 @pytest.mark.parametrize("rank", [1, 3, None])
 @pytest.mark.parametrize("n", [5, 11, 60])
-def test_diagnostics_are_those_of_the_patch(n: int, rank: int | None, prior: bool) -> None:
+def test_scale_effective_rank_and_condition(n: int, rank: int | None, prior: bool) -> None:
     problem = make_gained(n, prior=prior)
-    solution = problem.solve(rank)
-    patch, said = product(solution), solution.diagnostics
-    nothing, full = np.zeros_like(patch), problem.row_by_row()
+    said = problem.solve(rank).diagnostics
     assert said.keys() == solve(problem.statistics(), 0.1).diagnostics.keys()
-    assert said["error_before"] == pytest.approx(problem.error(nothing), rel=1e-12)
-    assert said["error_after"] == pytest.approx(problem.error(patch), rel=1e-9)
-    share = lost(problem, patch) / (problem.objective(nothing) - problem.objective(full))
-    assert said["truncation_loss"] == pytest.approx(share, abs=1e-9)
-    assert (share > 1e-4) == (rank is not None)
-    assert said["norm"] == pytest.approx(np.linalg.norm(patch), rel=1e-9)
-    assert said["tokens"] == n
-    assert said["rank"] == solution.A.shape[0] == solution.B.shape[1]
     values = np.linalg.eigvalsh(problem.gram)
     assert said["ridge_scale"] == pytest.approx(problem.scale, rel=1e-9)
     assert said["effective_rank"] == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-9)
@@ -297,25 +292,12 @@ def test_rank_as_a_fraction_counts_the_weighted_energies(fraction: float, n: int
     weighted = problem.gain[:, None] * problem.cross @ vectors
     weighted /= np.sqrt(problem.gain[:, None] ** 2 * values + problem.floor)
     energies = np.linalg.svd(weighted, compute_uv=False) ** 2
-    gained = problem.objective(np.zeros((D_OUT, D_IN))) - problem.objective(problem.row_by_row())
+    gained = problem.objective(np.zeros((D_OUT, D_IN))) - problem.objective(problem.least_squares())
     assert energies.sum() == pytest.approx(gained, rel=1e-9)
     rank = int(np.argmax(energies.cumsum() >= fraction * energies.sum())) + 1
     assert solution.diagnostics["rank"] == rank
     assert solution.diagnostics["truncation_loss"] < 1.5 * (1 - fraction) + 1e-3
     assert close(product(solution), product(problem.solve(rank)), 1e-9)
-
-
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
-@pytest.mark.parametrize("rank", [None, 2, 0.9])
-@pytest.mark.parametrize("n", [5, 60])
-def test_nothing_to_correct_gives_a_zero_patch(n: int, rank: int | float | None, prior: bool) -> None:
-    problem = make_gained(n, prior=prior)
-    problem.delta[:] = 0
-    solution = problem.solve(rank)
-    assert product(solution).shape == (D_OUT, D_IN)
-    assert not product(solution).any()
-    said = solution.diagnostics
-    assert [said[key] for key in ("error_before", "error_after", "truncation_loss", "norm")] == [0, 0, 0, 0]
 
 
 def test_more_rank_than_there_is_to_correct() -> None:
@@ -324,7 +306,7 @@ def test_more_rank_than_there_is_to_correct() -> None:
         problem = make_gained(n, gain=spread(zeros=0))
         problem.delta[:, 2:] = 0
         solution = problem.solve(4)
-        assert close(product(solution), problem.row_by_row(), 1e-7)
+        assert close(product(solution), problem.least_squares(), 1e-7)
         assert solution.diagnostics["truncation_loss"] < 1e-9
 
 
@@ -340,25 +322,11 @@ def test_without_ridge_every_row_is_least_squares(n: int) -> None:
             assert not patch[j].any()
 
 
-def test_without_ridge_a_singular_system_is_refused_by_name() -> None:
-    for n in (1, 5, 12, D_IN - 1):  # as rows and as sums
-        with pytest.raises(SingularSystemError, match=f"block 3, mlp_out: .*singular.*{n} tokens for {D_IN}"):
-            make_gained(n, ridge=0.0).solve()
+def test_without_ridge_a_prior_can_make_the_system_invertible() -> None:
     problem = make_gained(60, ridge=0.0)
     problem.a[:, 4] = problem.a[:, 5] - 2 * problem.a[:, 6]
     problem.prior, problem.rho = np.eye(D_IN), 0.5
-    assert close(product(problem.solve()), problem.row_by_row(), 1e-7)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("where", ["a", "delta"])
-@pytest.mark.parametrize("n", [5, 60])
-def test_values_that_are_not_finite_are_refused_by_name(n: int, where: str, value: float) -> None:
-    for prior in (False, True):
-        problem = make_gained(n, prior=prior)
-        getattr(problem, where)[2, 3] = value
-        with pytest.raises(SingularSystemError, match=r"block 3, mlp_out: .*NaN or infinite"):
-            problem.solve(rank=2)
+    assert close(product(problem.solve()), problem.least_squares(), 1e-7)
 
 
 def test_wrong_gains_are_refused() -> None:
@@ -373,26 +341,6 @@ def test_wrong_gains_are_refused() -> None:
     for shape in ((D_OUT + 1,), (D_OUT, 1), ()):
         with pytest.raises(ThoughtError, match=rf"block 3, mlp_out: gain must be \({D_OUT},\)"):
             make_gained(5, gain=np.ones(shape)).solve()
-
-
-def test_wrong_settings_are_refused() -> None:
-    stats, gain = make_problem(5).statistics(), torch.ones(D_OUT)
-    prior = Prior.from_gram(torch.eye(D_IN + 1))
-    for ridge, rho in [(-1e-3, 0.1), (float("nan"), 0.1), (0.1, -1.0)]:
-        with pytest.raises(ThoughtError, match="ridge and prior_weight"):
-            solve_with_gains(stats, gain, ridge, prior_weight=rho)
-    with pytest.raises(ThoughtError, match=f"block 0: prior has size {D_IN + 1}; expected {D_IN}"):
-        solve_with_gains(stats, gain, 0.1, prior, 1.0, name="block 0")
-    with pytest.raises(ThoughtError, match="block 0: there is no token"):
-        solve_with_gains(Statistics(D_IN, D_OUT), gain, 0.1, name="block 0")
-    for rank in (0, D_OUT + 1, 1.0, "16"):
-        with pytest.raises(ThoughtError, match="rank must be"):
-            solve_with_gains(stats, gain, 0.1, rank=rank)
-    for n in (5, 60):
-        problem = make_gained(n)
-        problem.a[:] = 0
-        with pytest.raises(SingularSystemError, match="block 3, mlp_out: all inputs"):
-            problem.solve()
 
 
 @pytest.mark.parametrize("n", [5, 60])
@@ -420,3 +368,99 @@ def test_a_per_token_gain_is_multiplied_into_the_input() -> None:
     errors = gamma * problem.gain * (raw @ patch.T) - problem.delta
     gradient = (problem.share * gamma * problem.gain * errors).T @ raw + problem.floor * patch
     assert np.abs(gradient).max() < 1e-10 * np.abs(problem.cross).max() * np.abs(problem.gain).max()
+
+
+# --- of both solvers ---------------------------------------------------------------------------------------------
+
+Both = pytest.mark.parametrize("make", [make_problem, make_gained], ids=["solve", "solve_with_gains"])
+
+
+@Both
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("n", [5, 11, 60])
+def test_errors_and_truncation_loss_are_those_of_the_patch(
+    n: int, rank: int | None, prior: bool, make: Callable[..., Problem]
+) -> None:
+    problem = make(n, prior=prior)
+    solution = problem.solve(rank)
+    patch, said = product(solution), solution.diagnostics
+    nothing, full = np.zeros_like(patch), problem.least_squares()
+    assert said["error_before"] == pytest.approx(problem.error(nothing), rel=1e-12)
+    assert said["error_after"] == pytest.approx(problem.error(patch), rel=1e-9)
+    gain = problem.objective(nothing) - problem.objective(full)
+    share = (problem.objective(patch) - problem.objective(full)) / gain
+    assert said["truncation_loss"] == pytest.approx(share, abs=1e-9)
+    assert (share > 1e-4) == (rank is not None)
+    assert said["norm"] == pytest.approx(np.linalg.norm(patch), rel=1e-9)
+    assert said["tokens"] == n
+    assert said["rank"] == solution.A.shape[0] == solution.B.shape[1]
+
+
+@Both
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("rank", [None, 2, 0.9])
+@pytest.mark.parametrize("n", [5, 11, 60])
+def test_nothing_to_correct_gives_a_zero_patch(
+    n: int, rank: int | float | None, prior: bool, make: Callable[..., Problem]
+) -> None:
+    problem = make(n, prior=prior)
+    problem.delta[:] = 0
+    solution = problem.solve(rank)
+    assert product(solution).shape == (D_OUT, D_IN)
+    assert not product(solution).any()
+    said = solution.diagnostics
+    assert [said[key] for key in ("error_before", "error_after", "truncation_loss", "norm")] == [0, 0, 0, 0]
+
+
+@Both
+@pytest.mark.parametrize("n", [1, 5, 12, D_IN - 1])
+def test_without_ridge_too_few_tokens_are_refused_by_name(n: int, make: Callable[..., Problem]) -> None:
+    """As rows and as sums."""
+    with pytest.raises(SingularSystemError, match=f"block 3, mlp_out: .*singular.*{n} tokens for {D_IN}"):
+        make(n, ridge=0.0).solve()
+
+
+@Both
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["a", "delta"])
+@pytest.mark.parametrize("n", [5, 60])
+def test_values_that_are_not_finite_are_refused_by_name(
+    n: int, where: str, value: float, ridge: float, make: Callable[..., Problem]
+) -> None:
+    for prior in (False, True):
+        problem = make(n, ridge, prior)
+        getattr(problem, where)[2, 3] = value
+        with pytest.raises(SingularSystemError, match=r"block 3, mlp_out: .*NaN or infinite"):
+            problem.solve(rank=2)
+
+
+@Both
+@pytest.mark.parametrize("n", [5, 60])
+def test_inputs_that_are_all_zero_are_refused_by_name(n: int, make: Callable[..., Problem]) -> None:
+    problem = make(n)
+    problem.a[:] = 0
+    with pytest.raises(SingularSystemError, match="block 3, mlp_out: all inputs"):
+        problem.solve()
+
+
+@Both
+@pytest.mark.parametrize("rank", [0, -1, D_OUT + 1, 0.0, 1.0, -0.5, float("nan"), True, "16"])
+def test_wrong_rank_is_refused(rank: Any, make: Callable[..., Problem]) -> None:
+    with pytest.raises(ThoughtError, match="rank must be"):
+        make(5).solve(rank)
+    with pytest.raises(ThoughtError, match="rank must be"):
+        check_rank(rank, D_OUT)
+
+
+@pytest.mark.parametrize("solver", [solve, lambda stats, *args, **kw: solve_with_gains(stats, ONES, *args, **kw)])
+def test_wrong_settings_are_refused(solver: Callable[..., Solution]) -> None:
+    stats, prior = make_problem(5).statistics(), Prior.from_gram(torch.eye(D_IN))
+    for ridge, rho in [(-1e-3, 0.1), (float("nan"), 0.1), (float("inf"), 0.1), (0.1, -1.0), (0.1, float("nan"))]:
+        with pytest.raises(ThoughtError, match="ridge and prior_weight"):
+            solver(stats, ridge, prior, rho)
+    with pytest.raises(ThoughtError, match=f"block 0: prior has size {D_IN + 1}; expected {D_IN}"):
+        solver(stats, 0.1, Prior.from_gram(torch.eye(D_IN + 1)), 1.0, name="block 0")
+    with pytest.raises(ThoughtError, match="block 0: there is no token"):
+        solver(Statistics(D_IN, D_OUT), 0.1, name="block 0")
