@@ -285,7 +285,7 @@ def test_bad_dtypes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("step", ["save_file", "model_card"])
+@pytest.mark.parametrize("step", ["save_file", "json_text", "model_card"])
 def test_interrupted_save_leaves_nothing_behind(
     step: str, failure: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
