@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from hub_server import Hub, Repo, running_hub
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from models import make_model, make_tokenizer
-from patches import make_patch
+from patches import logits_of, make_patch
+from peft import PeftModel
 from report_run import make_run
 from safetensors.torch import load_file
 from support import Task
@@ -78,42 +77,23 @@ def card_of(repo: Repo) -> ModelCard:
 # Round trips
 
 
-SCRIPT = """
-import socket, sys
-sys.path.insert(0, sys.argv[1])
-genuine = socket.socket.connect
-def connect(self, address):
-    assert address[0] == "127.0.0.1", address
-    return genuine(self, address)
-socket.socket.connect = connect
-import torch
-from models import make_model
-from peft import PeftModel
-from lit_thought import ThoughtPatch
+def test_peft_reads_what_was_pushed(hub: Hub, patch: ThoughtPatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = socket.socket.connect
 
-ids = torch.arange(20)[None]
-model = make_model("llama")
-patch = ThoughtPatch.from_pretrained("me/it", model)
-plain = model(ids).logits
-with patch.applied(model):
-    patched = model(ids).logits
-through_peft = PeftModel.from_pretrained(make_model("llama"), "me/it")(ids).logits
-assert (plain - patched).abs().max() > 0.01
-assert (through_peft - patched).abs().max() < 1e-5
-print(patch)
-"""
+    def connect(self: socket.socket, address: Any) -> None:
+        assert address[0] == "127.0.0.1", address
+        genuine(self, address)
 
-
-@pytest.mark.slow
-def test_another_process_and_peft_read_what_was_pushed(hub: Hub, patch: ThoughtPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # PEFT asks through it; made at the import
     patch.push_to_hub("me/it")
     hub.repos["me/it"].commit({"adapter_model.bin": b"a pickle", "code.py": b"raise SystemExit"})
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1] / "helpers")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ThoughtPatch(model='tiny'")
+    model = make_model("llama", torch.float32)
+    plain = logits_of(model)
+    with ThoughtPatch.from_pretrained("me/it").applied(model, check=False):
+        patched = logits_of(model)
+    assert (plain - patched).abs().max() > 0.01
+    assert (logits_of(PeftModel.from_pretrained(model, "me/it")) - patched).abs().max() < 1e-5
     assert not hub.sent(r"resolve/.*\.(bin|py)$")
 
 
