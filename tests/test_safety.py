@@ -25,7 +25,6 @@ from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtP
 from lit_thought.cli.parser import command_parser
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.report import write_report
-from lit_thought.files import atomic_file
 from lit_thought.fit import preparing
 from lit_thought.fit.fitting import fit
 from lit_thought.model import loading as models
@@ -341,16 +340,6 @@ def test_links_out_of_an_adapter_are_not_followed(name: str, tmp_path: Path) -> 
         ThoughtPatch.load("place/adapter")
 
 
-def test_the_hub_s_cache_of_links_can_be_read(tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--me--it" / "snapshots" / "abc", tmp_path / "models--me--it" / "blobs"
-    small_fit(tmp_path, output_dir=snapshot)
-    blobs.mkdir()
-    for number, file in enumerate(sorted(snapshot.iterdir())):
-        file.rename(blobs / str(number))
-        file.symlink_to(f"../../blobs/{number}")
-    assert ThoughtPatch.load(snapshot).factors
-
-
 def test_a_report_stays_in_its_folders(tmp_path: Path) -> None:
     small_fit(tmp_path, output_dir="run")
     for name in ("README.md", "report.html"):
@@ -382,17 +371,6 @@ def test_an_unfinished_fit_stays_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ThoughtError, match="is a file; expected a folder"):
         UnfinishedFit(tmp_path / "file", {})
-
-
-def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "precious.txt").write_text("mine")
-    (tmp_path / "out.txt").symlink_to(tmp_path / "precious.txt")
-    with pytest.raises(ThoughtError, match="exists"), atomic_file(tmp_path / "out.txt", overwrite=False):
-        pass
-    with atomic_file(tmp_path / "out.txt") as file:
-        file.write_text("new")
-    assert (tmp_path / "precious.txt").read_text() == "mine"
-    assert (tmp_path / "out.txt").read_text() == "new"
 
 
 @pytest.mark.parametrize(

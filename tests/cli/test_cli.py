@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +90,6 @@ def test_an_existing_folder_is_refused_before_the_model_is_loaded(
     assert "not empty" in error
     assert "Loading" not in error
     assert (files / "adapter" / "mine.txt").read_text() == "keep"
-
-
-def test_help_explains_every_option() -> None:
-    command = [sys.executable, "-m", "lit_thought", "fit", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    options = text.split("options:")[1].split("\n  --")[1:]
-    assert len(options) > 20
-    for option in options:
-        flag, explanation = re.split(r"\s{2,}", option, maxsplit=1)
-        assert not explanation.startswith("(type:"), f"an option without explanation: --{flag}"
 
 
 def test_null_is_nothing_and_no_path_of_that_name(

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from families import make_family
-from fits import INSTRUCTION, TEXTS, distance, identical, readable
+from fits import INSTRUCTION, TEXTS, Untouched, distance, identical, readable
 from models import make_model, make_tokenizer
 from scipy.special import log_softmax
-from support import State
 from torch import Tensor
 
 from lit_thought.cli import main
@@ -266,10 +265,10 @@ def test_best_ridge_of_brute_force_is_chosen(monkeypatch: pytest.MonkeyPatch) ->
 def test_final_fit_is_of_all_pairs_with_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "choose", lambda scores, drift: len(scores) - 1)  # always the last one tried
     model, pairs = readable(make_model("llama").float()), [{"input": word} for word in WORDS]
-    state = State.of(model)
+    state = Untouched(model)
     every = dict.fromkeys(AUTO, "auto")
     patch = transmute(model, TOKENIZER, INSTRUCTION, pairs, preserve=TEXTS, progress=False, max_new_tokens=4, **every)
-    state.check(model)
+    state.check()
     record = patch.provenance["selection"]
     assert record["chosen"] == {"ridge": 0.09, "preserve_weight": 9.0, "rank": 32, "scale": 1.2, "blocks": None}
     assert [each["chosen"] for each in record["candidates"]].count(True) == 1

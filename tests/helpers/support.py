@@ -77,44 +77,6 @@ def mean_kl(wanted: Tensor, found: Tensor) -> float:
     return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
-@dataclass(frozen=True)
-class State:
-    """What a fit, a patch or an adapter must leave as it was: tensors, hooks, methods, flags."""
-
-    tensors: dict[str, Tensor]
-    modules: dict[str, tuple[Any, ...]]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> State:
-        """Clones of all parameters and buffers, and what else there is on each module."""
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return cls(
-            {name: tensor.detach().clone() for name, tensor in tensors.items()},
-            {name: _fittings(module) for name, module in model.named_modules()},
-        )
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Fail unless ``model`` is bit for bit as it was."""
-        now = State.of(model)
-        assert now.modules == self.modules
-        assert now.tensors.keys() == self.tensors.keys()
-        changed = [name for name, tensor in self.tensors.items() if not _same_bits(tensor, now.tensors[name])]
-        assert not changed
-
-
-def _fittings(module: torch.nn.Module) -> tuple[Any, ...]:
-    hooks = {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
-    gradients = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
-    return type(module), hooks, "forward" in vars(module), module.training, gradients
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    raw = one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
-    return torch.equal(*raw)
-
-
 def notes(blocks: Sequence[Block]) -> str:
     """What is special about how these blocks write to the residual stream."""
     writers = [part for block in blocks for site in block.sites.values() for part in site.projections]

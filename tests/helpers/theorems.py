@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fits import Untouched
 from models import CORPUS, FAMILIES, make_model
-from support import State
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
@@ -82,7 +82,7 @@ def largest(got: Tensor, wanted: Tensor) -> float:
 @contextmanager
 def unchanged(model: PreTrainedModel) -> Iterator[None]:
     """Checks that the model is bit for bit as it was after the block, free of hooks."""
-    before = State.of(model)
+    before = Untouched(model)
     yield
-    before.check(model)
+    before.check()
     assert hooks_on(model) == 0

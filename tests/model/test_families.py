@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, FLOAT32_ONLY, HYBRID, make_family
+from fits import Untouched
 from models import make_tokenizer
 from peft import PeftModel
-from support import State, SupportTable, Task, log_probabilities, mean_kl, notes, site_names
+from support import SupportTable, Task, log_probabilities, mean_kl, notes, site_names
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -91,7 +92,7 @@ class Case:
 
     name: str
     model: PreTrainedModel
-    state: State
+    state: Untouched
     wanted: Tensor
     before: float  # KL(instructed ‖ plain)
     others: Tensor  # token ids that the fit has not seen, (2, 12)
@@ -120,7 +121,7 @@ def case(family: str) -> Case:
     wanted = log_probabilities(model, SHORT.prompts(tokenizer()), instructed=True)
     with torch.no_grad():
         logits = model(others).logits
-    state = State.of(model)
+    state = Untouched(model)
     before = plain_kl(model, wanted, SHORT)
     return Case(family, model, state, wanted, before, others, logits, SHORT.fit(model, tokenizer(), **EXACTLY))
 
@@ -139,23 +140,23 @@ def test_the_chunk_is_a_lead_that_all_pairs_share() -> None:
 
 def test_a_state_notices_what_is_left_behind() -> None:
     model = build("llama")
-    state = State.of(model)
-    state.check(model)
+    state = Untouched(model)
+    state.check()
     layer = model.get_submodule("model.layers.1.mlp")
     handle = layer.register_forward_hook(lambda *_: None)
     with pytest.raises(AssertionError):
-        state.check(model)
+        state.check()
     handle.remove()
     layer.forward = layer.forward
     with pytest.raises(AssertionError):
-        state.check(model)
+        state.check()
     del layer.forward
-    state.check(model)
+    state.check()
     zero = next(model.parameters()).data[0, :1].zero_()
-    state = State.of(model)
+    state = Untouched(model)
     zero.neg_()  # -0.0
     with pytest.raises(AssertionError):
-        state.check(model)
+        state.check()
 
 
 def test_the_patched_plain_run_is_the_instructed_run(
@@ -178,12 +179,12 @@ def test_the_patched_plain_run_is_the_instructed_run(
 
 
 def test_removal_restores_every_bit(case: Case, record_property: Callable[[str, object], None]) -> None:
-    case.state.check(case.model)  # after the fit
+    case.state.check()  # after the fit
     with case.patch.applied(case.model):
         assert not torch.equal(case.other_logits(case.model), case.logits)
         with pytest.raises(AssertionError):
-            case.state.check(case.model)
-    case.state.check(case.model)
+            case.state.check()
+    case.state.check()
     assert torch.equal(case.other_logits(case.model), case.logits)
     record_property("restored", True)
 
@@ -220,7 +221,7 @@ def test_the_adapter_in_peft_equals_the_patched_model(
 def test_refusal(family: str, record_property: Callable[[str, object], None]) -> None:
     """The message names the architecture, and nothing is left on the model."""
     model = build(family)
-    state = State.of(model)
+    state = Untouched(model)
     with pytest.raises(UnsupportedModelError) as caught:
         SHORT.fit(model, tokenizer())
     message = str(caught.value)
@@ -228,7 +229,7 @@ def test_refusal(family: str, record_property: Callable[[str, object], None]) ->
     record_property("reason", message)
     assert message.startswith("not supported")
     assert type(model).__name__ in message
-    state.check(model)
+    state.check()
 
 
 @pytest.mark.parametrize("family", MOE, indirect=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import atomic_file, atomic_folder, check_output_folder
+from lit_thought.files import check_output_folder
 from lit_thought.patch import adapter
 from lit_thought.patch.adapter import read_adapter, to_peft
 from lit_thought.patch.patch import ThoughtPatch
@@ -285,7 +284,7 @@ def test_bad_dtypes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("step", ["save_file", "model_card"])
+@pytest.mark.parametrize("step", ["save_file", "json_text", "model_card"])
 def test_interrupted_save_leaves_nothing_behind(
     step: str, failure: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,43 +334,6 @@ def test_existing_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         new.save_adapter(tmp_path / "out", overwrite=True)
     check_output_folder(tmp_path / "not" / "there" / "yet")
     assert not (tmp_path / "not").exists()
-
-
-def test_a_failed_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
-    genuine, calls = os.rename, []
-
-    def rename(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == 2:
-            raise OSError("disk full")
-        genuine(source, target)
-
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "new.txt").write_text("new")
-    assert len(calls) == 3
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "old.txt").read_text() == "old"
-
-
-def test_atomic_file(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "table.csv"
-    with atomic_file(target) as file:
-        assert file.suffix == ".csv"
-        file.write_text("a")
-        assert not target.exists()
-    assert target.read_text() == "a"
-    with pytest.raises(KeyboardInterrupt), atomic_file(target) as file:  # noqa: PT012
-        file.write_text("half")
-        raise KeyboardInterrupt
-    assert target.read_text() == "a"
-    assert [entry.name for entry in target.parent.iterdir()] == ["table.csv"]
-    with pytest.raises(ThoughtError, match="exists"), atomic_file(target, overwrite=False):
-        pass
-    with pytest.raises(ThoughtError, match="is a folder"), atomic_file(tmp_path):
-        pass
 
 
 def test_the_card_shows_the_figures_of_a_fit_layer_by_layer(tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ from lit_thought.patch.gguf_files import gguf_architecture
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
 
-ROOT = Path(__file__).parents[2]
-
 
 def with_vectors(model: PreTrainedModel) -> ThoughtPatch:
     patch = uneven(model)
@@ -464,23 +462,22 @@ def test_the_command_writes_every_format(files: Path, capsys: pytest.CaptureFixt
         (["--format=gguf", "--rank=8"], "rank=8 has no use for the format gguf"),
         (["--model=smollm2"], "model='smollm2' has no use for the format peft"),
         (["--format=merged", "--model_type=llama"], "model_type='llama' has no use for the format merged"),
-        (["--rank=4"], "rank=4; vLLM takes one of"),
-        (["--format=control-vector", "--model={base}"], "changes 6 weights"),
-        (["--format=merged", "--model={base}", "--adapter={steering}"], "has no bias in this architecture"),
-        (["--format=gguf", "--adapter={steering}"], "2 thought vectors"),
+        (["--format=control-vector", "--model=base"], "changes 6 weights"),
         (["--format=onnx"], "onnx"),
         (["--adapter=nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(
-    files: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    files: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(files)
     before = sorted(files.iterdir())
-    places = {"base": files / "base", "steering": files / "steering"}
     with pytest.raises(SystemExit) as stop:
-        main(
-            ["export", str(files / "adapter"), f"--out={files / 'out'}", *(text.format(**places) for text in arguments)]
-        )
+        main(["export", str(files / "adapter"), f"--out={files / 'out'}", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(files.iterdir()) == before

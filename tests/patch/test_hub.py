@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fits import identical
 from hub_server import Hub, Repo, running_hub
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from models import make_model, make_tokenizer
-from patches import make_patch
+from patches import logits_of, make_patch
+from peft import PeftModel
 from report_run import make_run
 from safetensors.torch import load_file
 from support import Task
@@ -63,14 +63,6 @@ def publish(hub: Hub, folder: Path, name: str = "me/it", **settings: Any) -> Rep
     return hub.repos[name]
 
 
-def same(one: ThoughtPatch, other: ThoughtPatch) -> bool:
-    return set(one.targets) == set(other.targets) and all(
-        torch.equal(one.factors[path].A, other.factors[path].A)
-        and torch.equal(one.factors[path].B, other.factors[path].B)
-        for path in one.factors
-    )
-
-
 def card_of(repo: Repo) -> ModelCard:
     return ModelCard(repo.files["README.md"].decode())
 
@@ -78,42 +70,23 @@ def card_of(repo: Repo) -> ModelCard:
 # Round trips
 
 
-SCRIPT = """
-import socket, sys
-sys.path.insert(0, sys.argv[1])
-genuine = socket.socket.connect
-def connect(self, address):
-    assert address[0] == "127.0.0.1", address
-    return genuine(self, address)
-socket.socket.connect = connect
-import torch
-from models import make_model
-from peft import PeftModel
-from lit_thought import ThoughtPatch
+def test_peft_reads_what_was_pushed(hub: Hub, patch: ThoughtPatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = socket.socket.connect
 
-ids = torch.arange(20)[None]
-model = make_model("llama")
-patch = ThoughtPatch.from_pretrained("me/it", model)
-plain = model(ids).logits
-with patch.applied(model):
-    patched = model(ids).logits
-through_peft = PeftModel.from_pretrained(make_model("llama"), "me/it")(ids).logits
-assert (plain - patched).abs().max() > 0.01
-assert (through_peft - patched).abs().max() < 1e-5
-print(patch)
-"""
+    def connect(self: socket.socket, address: Any) -> None:
+        assert address[0] == "127.0.0.1", address
+        genuine(self, address)
 
-
-@pytest.mark.slow
-def test_another_process_and_peft_read_what_was_pushed(hub: Hub, patch: ThoughtPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # PEFT asks through it; made at the import
     patch.push_to_hub("me/it")
     hub.repos["me/it"].commit({"adapter_model.bin": b"a pickle", "code.py": b"raise SystemExit"})
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1] / "helpers")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ThoughtPatch(model='tiny'")
+    model = make_model("llama", torch.float32)
+    plain = logits_of(model)
+    with ThoughtPatch.from_pretrained("me/it").applied(model, check=False):
+        patched = logits_of(model)
+    assert (plain - patched).abs().max() > 0.01
+    assert (logits_of(PeftModel.from_pretrained(model, "me/it")) - patched).abs().max() < 1e-5
     assert not hub.sent(r"resolve/.*\.(bin|py)$")
 
 
@@ -134,7 +107,7 @@ def test_a_push_is_one_commit_of_the_adapter_s_files(hub: Hub, patch: ThoughtPat
     assert json.loads(sent.body.splitlines()[0])["value"]["summary"] == "First."
     assert {asked.token for asked in hub.sent("POST /api/(repos|models)|batch")} == {"hf_me"}
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.name in FILES} == before
-    assert same(ThoughtPatch.from_pretrained("me/it"), patch)
+    assert identical(ThoughtPatch.from_pretrained("me/it"), patch)
     assert ThoughtPatch.from_pretrained("me/it").provenance == patch.provenance
     push_adapter(folder, "me/it")  # with nothing new
     assert repo.files["theirs.txt"] == b"stays"
@@ -167,16 +140,16 @@ def test_revisions_and_pull_requests(hub: Hub, patch: ThoughtPatch) -> None:
     first = patch.push_to_hub("me/it")
     other = 2 * patch
     other.push_to_hub("me/it", revision="twice")
-    assert same(ThoughtPatch.from_pretrained("me/it"), patch)
-    assert same(ThoughtPatch.from_pretrained("me/it", revision="twice"), other)
+    assert identical(ThoughtPatch.from_pretrained("me/it"), patch)
+    assert identical(ThoughtPatch.from_pretrained("me/it", revision="twice"), other)
     other.push_to_hub("me/it", revision="main")
-    assert same(ThoughtPatch.from_pretrained("me/it"), other)
-    assert same(ThoughtPatch.from_pretrained("me/it", revision=first.oid), patch)
+    assert identical(ThoughtPatch.from_pretrained("me/it"), other)
+    assert identical(ThoughtPatch.from_pretrained("me/it", revision=first.oid), patch)
     hub.repos["you/it"] = Repo()
     commit = patch.push_to_hub("you/it", create_pr=True)
     assert commit.pr_url == f"{hub.url}/you/it/discussions/1"
     assert not hub.repos["you/it"].files
-    assert same(ThoughtPatch.from_pretrained("you/it", revision="refs/pr/1"), patch)
+    assert identical(ThoughtPatch.from_pretrained("you/it", revision="refs/pr/1"), patch)
     with pytest.raises(ThoughtError, match="revision='main' and create_pr exclude each other"):
         patch.push_to_hub("you/it", create_pr=True, revision="main")
     with pytest.raises(ThoughtError, match=r"^commit_message is empty"):
@@ -194,7 +167,7 @@ def test_the_cache_serves_without_a_hub(
     ThoughtPatch.from_pretrained("me/it", cache_dir=tmp_path / "mine")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     for options in ({}, {"local_files_only": True}):
-        assert same(ThoughtPatch.from_pretrained("me/it", cache_dir=tmp_path / "mine", **options), patch)
+        assert identical(ThoughtPatch.from_pretrained("me/it", cache_dir=tmp_path / "mine", **options), patch)
 
 
 def test_blobs_that_repositories_share(patch: ThoughtPatch, tmp_path: Path) -> None:
@@ -208,7 +181,7 @@ def test_blobs_that_repositories_share(patch: ThoughtPatch, tmp_path: Path) -> N
         file.rename(store / file.name)
         (repo / "blobs" / file.name).symlink_to(f"../../blobs/ab/{file.name}")
         file.symlink_to(f"../../blobs/{file.name}")
-    assert same(ThoughtPatch.load(snapshot), patch)
+    assert identical(ThoughtPatch.load(snapshot), patch)
     (repo / "blobs" / "thought.json").unlink()
     (tmp_path / "elsewhere.json").write_bytes((store / "thought.json").read_bytes())
     (repo / "blobs" / "thought.json").symlink_to("../../elsewhere.json")
@@ -221,7 +194,7 @@ def test_folders_come_first(hub: Hub, patch: ThoughtPatch, tmp_path: Path, monke
     patch.save_adapter("me/it/step-1")
     asked = len(hub.requests)
     for place, options in (("me/it/step-1", {}), (tmp_path / "me" / "it", {"subfolder": "step-1"})):
-        assert same(ThoughtPatch.from_pretrained(place, make_model("llama"), **options), patch)
+        assert identical(ThoughtPatch.from_pretrained(place, make_model("llama"), **options), patch)
     with pytest.raises(PatchError, match="made for"):
         ThoughtPatch.from_pretrained("me/it/step-1", make_model("llama", seed=1))
     with pytest.raises(ThoughtError, match=r"revision='main' has no use: .* is a folder here"):
@@ -239,7 +212,7 @@ def test_adapters_in_folders_of_a_repository(hub: Hub, patch: ThoughtPatch, tmp_
     (2 * patch).save_adapter(tmp_path / "a")
     hub.repos["me/it"] = Repo()
     hub.repos["me/it"].commit({f"step/1/{file.name}": file.read_bytes() for file in (tmp_path / "a").iterdir()})
-    assert same(ThoughtPatch.from_pretrained("me/it", subfolder="step/1"), 2 * patch)
+    assert identical(ThoughtPatch.from_pretrained("me/it", subfolder="step/1"), 2 * patch)
     with pytest.raises(PatchError, match=r"repo_id_or_path='me/it' has no adapter_config\.json"):
         ThoughtPatch.from_pretrained("me/it")
     with pytest.raises(PatchError, match=r"repo_id_or_path='me/it' has no step/2/adapter_config\.json"):
@@ -407,11 +380,9 @@ def test_names_that_are_none(repo_id: Any, said: str, hub: Hub, patch: ThoughtPa
     ("options", "trouble", "said"),
     [
         ({"token": "hf_unknown"}, {}, r"does not accept the token, or wants one \(401\).*hf auth login"),
-        ({"token": False}, {}, r"does not accept the token, or wants one \(401\)"),
         ({"repo_id": "you/it"}, {}, r"does not allow this \(403\).* rights to 'you'"),
         ({}, {"repos/create": 500}, r"the hub answered 500 .*try again later"),
         ({}, {"/commit/": 500}, r"the hub answered 500"),
-        ({}, {"/commit/": 403}, r"does not allow this \(403\)"),
         ({}, {"/commit/": 0}, r"cannot be reached, or broke off .*Check the network"),
         ({}, {"PUT /large": 400}, r"the hub answered 400|Error while uploading"),
         ({}, {".": 0}, r"cannot be reached, or broke off .*Check the network"),
@@ -468,9 +439,6 @@ def test_only_adapters_are_pushed(hub: Hub, patch: ThoughtPatch, tmp_path: Path)
         ("me/it", {}, {"/api/models": 500}, r"the hub answered 500"),
         ("me/it", {}, {".": 0}, r"Check the network"),
         ("me/pickle", {}, {}, r"has no adapter_model\.safetensors.*adapter_model\.bin is never fetched"),
-        ("me/empty", {}, {}, r"has no adapter_config\.json; expected a LoRA adapter"),
-        ("me/damaged", {}, {}, r"adapter_config\.json .* is not readable JSON"),
-        ("me/dora", {}, {}, r"asks for use_dora"),
     ],
 )
 def test_repositories_that_cannot_be_read(
@@ -479,15 +447,9 @@ def test_repositories_that_cannot_be_read(
     patch.save_adapter(tmp_path / "a")
     publish(hub, tmp_path / "a")
     publish(hub, tmp_path / "a", "me/gated", gated=True)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    for place, files in {
-        "me/empty": {"README.md": b"# Nothing"},
-        "me/pickle": {"adapter_config.json": json.dumps(config).encode(), "adapter_model.bin": b"a pickle"},
-        "me/damaged": {**hub.repos["me/it"].files, "adapter_config.json": b"{"},
-        "me/dora": {**hub.repos["me/it"].files, "adapter_config.json": json.dumps({**config, "use_dora": 1}).encode()},
-    }.items():
-        hub.repos[place] = Repo()
-        hub.repos[place].commit(files)
+    hub.repos["me/pickle"] = Repo()
+    config = (tmp_path / "a" / "adapter_config.json").read_bytes()
+    hub.repos["me/pickle"].commit({"adapter_config.json": config, "adapter_model.bin": b"a pickle"})
     hub.trouble |= trouble
     with pytest.raises(ThoughtError, match=rf"^repo_id_or_path='{name}'.*{said}"):
         ThoughtPatch.from_pretrained(name, **options)
@@ -503,7 +465,7 @@ def test_what_a_repository_names_elsewhere_is_not_read(hub: Hub, patch: ThoughtP
     repo = publish(hub, tmp_path / "a")
     repo.commit({"../thought.json": b"outside", "../../adapter_config.json": b"outside", "x/thought.json": b"no"})
     found = ThoughtPatch.from_pretrained("me/it")
-    assert same(found, patch)
+    assert identical(found, patch)
     assert found.provenance == {"base_model": "../../../etc"}
     cached = sorted(file.name for file in adapter_folder("me/it").iterdir())
     assert cached == ["adapter_config.json", "adapter_model.safetensors"]
@@ -522,7 +484,7 @@ def test_commands(hub: Hub, patch: ThoughtPatch, tmp_path: Path, capsys: pytest.
     assert card_of(hub.repos["me/it"]).data.license == "mit"
     assert f"{hub.url}/me/it/commit/{hub.repos['me/it'].branches['main']}" in "".join(capsys.readouterr())
     main(["export", "me/it", f"--out={tmp_path / 'exported'}"])
-    assert same(ThoughtPatch.load(tmp_path / "exported"), patch)
+    assert identical(ThoughtPatch.load(tmp_path / "exported"), patch)
     with pytest.raises(SystemExit):
         main(["export", "me/nothing", f"--out={tmp_path / 'nothing'}"])
     assert "'me/nothing': the hub has no such repository" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import time
 import numpy
 import pytest
 import torch
+from fits import Untouched
 from models import make_model, make_tokenizer
-from support import State
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_thought import PairDataModule
@@ -121,7 +121,7 @@ def test_gradient_goes_through_what_the_prompts_share(data: PairDataModule, llam
 def test_student_learns_and_leaves_the_model_alone(
     data: PairDataModule, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, targets: str
 ) -> None:
-    before = State.of(llama)
+    before = Untouched(llama)
     examples = teach(llama, data.tokenised)
 
     def score(student: PreTrainedModel) -> dict[str, float]:
@@ -131,7 +131,7 @@ def test_student_learns_and_leaves_the_model_alone(
 
     settings = {"learning_rate": 2e-2, "rank": 4, "targets": targets, "warmup_steps": 2}
     found = distil(llama, data.tokenised, score, max_steps=60, every=20, **settings)
-    before.check(llama)
+    before.check()
     start = score(llama)["kl"]
     curve = [entry["kl"] for entry in found.history]
     assert [entry["step"] for entry in found.history] == [20, 40, 60]
