@@ -6,18 +6,20 @@ import gc
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fits
 import psutil
 import pytest
 import torch
 from families import make_family
-from models import FAMILIES, make_model, make_tokenizer
+from fits import INSTRUCTION, TOKENIZER, identical
+from models import FAMILIES, make_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_thought import ThoughtPatch, transmute
 from lit_thought.cli import main
 from lit_thought.errors import MemoryBudgetError, ThoughtError
 from lit_thought.fit import budget, callback, preparing
@@ -38,8 +40,6 @@ from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import SITES
 from lit_thought.solve.sums import Statistics
 
-TOKENIZER = make_tokenizer()
-INSTRUCTION = "Q: good\nA: bad\nQ: up\nA: down\n"
 WORDS = ("hot", "big", "brown fox", "French", "quick", "the lazy dog", "what is the capital", "over")
 PAIRS = [{"input": word, "output": "the " + WORDS[-i]} for i, word in enumerate(WORDS)]
 BOTH = ("attn_out", "mlp_out")
@@ -56,13 +56,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make_patch(model: PreTrainedModel, pairs: Sequence[dict[str, str]] = PAIRS, **settings: Any) -> ThoughtPatch:
-    usual = {"preserve": None, "rank": 4, "batch_size": 3, "progress": False}
-    return transmute(model, TOKENIZER, INSTRUCTION, pairs, **{**usual, **settings})
-
-
-def bits(patch: ThoughtPatch) -> dict[str, Tensor]:
-    return {f"{path}.{name}": getattr(f, name) for path, f in patch.factors.items() for name in ("A", "B")}
+make_patch = partial(fits.make_patch, pairs=PAIRS, rank=4, batch_size=3)
 
 
 # --- where tensors are kept -----------------------------------------------------------------------------------
@@ -122,17 +116,14 @@ def test_a_full_disk_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_the_patch_does_not_depend_on_the_place(family: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
     model = make_model(family, dtype)
-    wanted = bits(make_patch(model, offload="device", **settings))
+    wanted = make_patch(model, offload="device", **settings)
     for offload in ("disk", True):
-        found = bits(make_patch(model, offload=offload, **settings))
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted), offload
+        assert identical(make_patch(model, offload=offload, **settings), wanted), offload
 
 
-def test_a_norm_after_the_projections(temporary: Path) -> None:
+def test_a_norm_after_the_projections() -> None:
     model = make_family("gemma3_text")
-    wanted, found = (bits(make_patch(model, offload=place)) for place in ("device", "disk"))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert identical(*(make_patch(model, offload=place) for place in ("device", "disk")))
 
 
 # --- nothing is left ------------------------------------------------------------------------------------------
@@ -214,12 +205,11 @@ def long_batches(template: str = "start", batch_size: int = 4) -> list[PairBatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", ["start", "after"])
 @pytest.mark.parametrize(
-    ("family", "sites"),
+    ("family", "sites", "template"),
     [
-        *((family, BOTH) for family in ("llama", "gpt2", "gemma3_text", "phi", "granite", "mixtral")),
-        *(("llama", sites) for sites in (("mlp_in",), ("mlp_out",), ("attn_out",), SITES)),
+        *((family, BOTH, "start") for family in ("llama", "gpt2", "gemma3_text", "phi", "granite", "mixtral")),
+        *(("llama", sites, "after") for sites in (BOTH, ("mlp_in",), ("mlp_out",), ("attn_out",), SITES)),
     ],
 )
 def test_the_estimate_is_what_the_streams_take(family: str, sites: tuple[str, ...], template: str) -> None:

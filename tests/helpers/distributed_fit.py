@@ -23,10 +23,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from families import make_family
+from fits import INSTRUCTION, PAIRS, TEXTS, readable
 from lightning.pytorch import Callback, LightningModule, Trainer
-from models import make_model, make_tokenizer
+from models import SMALL, make_model, make_tokenizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lit_thought import errors
 from lit_thought.errors import ThoughtError
@@ -48,17 +50,8 @@ from lit_thought.statistics.distributed import (
 )
 from lit_thought.statistics.stage import StageSums
 
-INSTRUCTION = "Q: good\nA: bad\nQ: up\nA: down\n"
 OTHER = "Antonyms of words.\n"
-PAIRS = [
-    {"input": "hot", "output": "cold"},
-    {"input": "big", "output": "small"},
-    {"input": "brown fox", "output": "the lazy dog"},
-    {"input": "French", "output": "what is the capital"},
-    {"input": "quick", "output": "over"},
-]
 MANY = [{"input": pair["input"], "output": other["output"]} for pair in PAIRS for other in PAIRS[:3]]
-TEXTS = ["The quick brown fox jumps over the lazy dog; " * 4, "Always answer in French. You are a pirate. " * 4]
 MIXED = [{"input": p["input"]} if i else p for i, p in enumerate(PAIRS)]
 
 # name: model (family, dtype, whether it writes letters only), settings of the callback and of the data, how the
@@ -240,15 +233,30 @@ def _unrounded() -> list[Any]:
     return [mock.patch.object(torch.Tensor, "float", wide), mock.patch.object(torch.Tensor, "to", keep)]
 
 
+def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A tiny model, the same in every process."""
+    if family in ("odd", "deep"):
+        sizes = {"intermediate_size": 49, "vocab_size": 511} if family == "odd" else {"num_hidden_layers": 5}
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes})).to(dtype).eval()
+    return make_model(family, dtype) if family in ("llama", "gpt2") else make_family(family, dtype)
+
+
 def fit(
-    name: str, spec: dict[str, Any], folder: Path | None, work: Path, shuffled: bool, **launch: Any
+    name: str,
+    spec: dict[str, Any],
+    folder: Path | None,
+    work: Path,
+    shuffled: bool,
+    more: Callable[[], Sequence[Callback]] = tuple,
+    **launch: Any,
 ) -> dict[str, Any]:
-    """One fit; returns what this process saw of it, unless others were spawned for it."""
-    family, dtype, readable = spec.get("model", ("llama", "float64", False))
-    tokenizer = make_tokenizer()
-    model = (make_model if family == "llama" else make_family)(family, getattr(torch, dtype))
-    if readable:
-        _letters_only(model, tokenizer)
+    """One fit, with ``more()`` callbacks where files are written; returns what this process saw of it, unless others
+    were spawned for it."""
+    family, dtype, letters = spec.get("model", ("llama", "float64", False))
+    model = build(family, getattr(torch, dtype))
+    if letters:
+        readable(model)
     if name in ("many", "gains"):
         model.requires_grad_(False)
     pairs, settings = list(spec["pairs"]), {"instruction": INSTRUCTION, "answer_weight": 3.0, **spec.get("data", {})}
@@ -257,18 +265,16 @@ def fit(
         pairs, settings = [pairs[i] for i in order], {**settings, **spec["shuffled"]}
     output = work / (spec.get("output") or f"adapter-{name}") if spec.get("writes") or spec.get("output") else None
     usual = {"preserve": None, "ridge": 1e-2, "cache_dir": work / "cache", "output_dir": output}
-    watch = Watch(name, folder, spec.get("exact", True), spec.get("broken"))
-    thought = ThoughtCallback(**{**usual, **spec.get("thought", {})})
-    trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=[watch, thought], **launch)
-    trainer.fit(ThoughtModule(model, tokenizer), datamodule=PairDataModule(pairs, **settings))
+    if spec.get("resumes"):
+        usual["resume_dir"] = work / "progress"
+    module = ThoughtModule(model, make_tokenizer())
+    for _ in range(spec.get("repeats", 1)):  # again with a module that is sharded already
+        watch = Watch(name, folder, spec.get("exact", True), spec.get("broken") if more is tuple else None)
+        thought = ThoughtCallback(**{**usual, **spec.get("thought", {})})
+        callbacks = [watch, thought, *(more() if folder is not None else ())]
+        trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=callbacks, **launch)
+        trainer.fit(module, datamodule=PairDataModule(pairs, **settings))
     return watch.seen
-
-
-def _letters_only(model: Any, tokenizer: Any) -> None:
-    words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
-    letters = {i for i, word in words.items() if word.isascii() and word.replace(" ", "x").isalpha()}
-    allowed = {*letters, tokenizer.convert_tokens_to_ids("Ċ"), tokenizer.eos_token_id}
-    model.generation_config.suppress_tokens = [i for i in range(512) if i not in allowed]
 
 
 # --- sums and messages -------------------------------------------------------------------------------------

@@ -16,16 +16,14 @@ from typing import Any
 import distributed_fit as base
 import torch
 import torch.distributed as dist
-from families import make_family
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from models import SMALL, make_model, make_tokenizer
+from models import make_tokenizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_thought.fit.callback import ThoughtCallback
-from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.model.layers import layer_shape
 from lit_thought.model.loading import fingerprint
@@ -57,15 +55,6 @@ FITS: dict[str, dict[str, Any]] = {
     "again": {"pairs": base.PAIRS, "shuffled": {"batch_size": 1}, "repeats": 2},
     "resumed": {"pairs": base.MANY, "shuffled": {"batch_size": 2}, "resumes": True},
 }
-
-
-def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A tiny model, the same in every process."""
-    if family in ("odd", "deep"):
-        sizes = {"intermediate_size": 49, "vocab_size": 511} if family == "odd" else {"num_hidden_layers": 5}
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes})).to(dtype).eval()
-    return make_model(family, dtype) if family in ("llama", "gpt2") else make_family(family, dtype)
 
 
 class Weights(Callback):
@@ -131,35 +120,9 @@ def _hooks(model: PreTrainedModel) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def fit(
-    name: str, spec: dict[str, Any], folder: Path | None, work: Path, shuffled: bool, **launch: Any
-) -> dict[str, Any]:
-    """One fit, as distributed_fit.fit, of more families and with a second watch."""
-    family, dtype, readable = spec.get("model", ("llama", "float64", False))
-    tokenizer = make_tokenizer()
-    model = build(family, getattr(torch, dtype))
-    if readable:
-        base._letters_only(model, tokenizer)
-    pairs, settings = (
-        list(spec["pairs"]),
-        {"instruction": base.INSTRUCTION, "answer_weight": 3.0, **spec.get("data", {})},
-    )
-    if shuffled and spec.get("shuffled"):
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1)).tolist()
-        pairs, settings = [pairs[i] for i in order], {**settings, **spec["shuffled"]}
-    output = work / (spec.get("output") or f"adapter-{name}") if spec.get("writes") or spec.get("output") else None
-    usual = {"preserve": None, "ridge": 1e-2, "cache_dir": work / "cache", "output_dir": output}
-    if spec.get("resumes"):
-        usual["resume_dir"] = work / "progress"
-    module = ThoughtModule(model, tokenizer)
-    for _ in range(spec.get("repeats", 1)):  # again with a module that is sharded already
-        watch = base.Watch(name, folder, spec.get("exact", True), None)
-        callbacks = [watch, ThoughtCallback(**{**usual, **spec.get("thought", {})})]
-        if folder is not None:
-            callbacks.append(Weights(name, folder, spec.get("broken")))
-        trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=callbacks, **launch)
-        trainer.fit(module, datamodule=PairDataModule(pairs, **settings))
-    return watch.seen
+def fit(name: str, spec: dict[str, Any], folder: Path | None, *args: Any, **launch: Any) -> dict[str, Any]:
+    """One fit, as distributed_fit.fit, with a second watch."""
+    return base.fit(name, spec, folder, *args, more=lambda: [Weights(name, folder, spec.get("broken"))], **launch)
 
 
 BROKEN: dict[str, dict[str, Any]] = {
@@ -243,7 +206,7 @@ class Idle(ThoughtModule):
 def patch(name: str, folder: Path, **launch: Any) -> None:
     """``name``: "patched", a family and a dtype."""
     _, family, dtype = name.split()
-    module = Idle(build(family, getattr(torch, dtype)), make_tokenizer())
+    module = Idle(base.build(family, getattr(torch, dtype)), make_tokenizer())
     data = torch.utils.data.DataLoader([0])
     callbacks = [Patching(family, dtype, folder)]
     Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **launch).fit(module, data)

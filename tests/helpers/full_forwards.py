@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -123,18 +123,20 @@ class BruteForce:
         self.comparisons = []  # plain ids, the target run, (plain position, target position, weight)
         sinks = Counter(pair.plain_ids[:1] for pair in pairs if pair.sink)
         for ids, number in sinks.items():
-            self.comparisons.append((ids, self.target(ids), [(0, 0, float(number))]))
+            self.comparisons.append((ids, self.trace(model, ids), [(0, 0, float(number))]))
         for pair in pairs:
             start, stop = pair.output_span
             matches = [
                 (p, q, answer_weight if start < stop and start - 1 <= p < stop else 1.0)
                 for p, q in zip(pair.plain_positions, pair.instructed_positions, strict=True)
             ]
-            self.comparisons.append((pair.plain_ids, self.target(pair.instructed_ids), matches))
+            self.comparisons.append((pair.plain_ids, self.trace(model, pair.instructed_ids), matches))
 
-    def target(self, ids: Sequence[int]) -> Any:
-        """What the original model does with the tokens of an instructed run."""
-        return trace(self.model, ids)
+    def trace(
+        self, model: PreTrainedModel, ids: Sequence[int], replaced: Mapping[int, tuple[list[int], Tensor]] | None = None
+    ) -> tuple[list[Tensor], Any]:
+        """Entrances and sites of one full forward."""
+        return trace(model, ids, replaced)
 
     def install(self, patches: Mapping[tuple[int, str], SitePatch]) -> None:
         """Put patches in place of what these sites had."""
@@ -143,28 +145,32 @@ class BruteForce:
             here = {site: patch for (block, site), patch in self.patches.items() if block == index}
             install(self.changed, self.model, index, here)
 
-    def observe(self, block: int, site: str) -> Rows:
-        """A stage's rows."""
-        columns: list[list] = [[], [], [], []]
+    def runs(self, block: int) -> Iterator[tuple[Any, Any, list[int], list[int], Tensor]]:
+        """Of each comparison the changed and the target run's sites, the positions in both, and the weights."""
         for plain, (goals, goal), matches in self.comparisons:
             here, there = [p for p, _, _ in matches], [q for _, q, _ in matches]
             forced = None
             if self.order == "teacher-forced":  # the first block's entrance is the embedding
                 forced = {index: (here, goals[index][there]) for index in range(1, block + 1)}
-            _, seen = trace(self.changed, plain, forced)
+            _, seen = self.trace(self.changed, plain, forced)
+            yield seen, goal, here, there, torch.tensor([weight for _, _, weight in matches], dtype=torch.float64)
+
+    def observe(self, block: int, site: str) -> Rows:
+        """A stage's rows."""
+        columns: list[list] = [[], [], [], []]
+        for seen, goal, here, there, weight in self.runs(block):
             a, residual = (x[here] for x in seen[block, site])
             shift = goal[block, site][1][there] - residual
             delta = shift
             if site == "mlp_in":  # δ is what W δ, the error of the first linear layers' outputs, comes from
                 weights, errors = [], []
                 for name in first_linears(self.model):
-                    weight = layer_at(self.model, block, name).weight.detach()
-                    weights.append(weight if is_gpt2(self.model) else weight.T)
+                    matrix = layer_at(self.model, block, name).weight.detach()
+                    weights.append(matrix if is_gpt2(self.model) else matrix.T)
                     errors.append(goal[block, name][1][there] - seen[block, name][1][here])
                 delta = torch.cat(errors, dim=1) @ torch.linalg.pinv(torch.cat(weights, dim=1))
                 vector = self.patches.get((block, site), SitePatch()).vector
                 shift = shift if vector is None else shift - vector
-            rows = (a, delta, shift, torch.tensor([weight for _, _, weight in matches], dtype=torch.float64))
-            for column, values in zip(columns, rows, strict=True):
+            for column, values in zip(columns, (a, delta, shift, weight), strict=True):
                 column.append(values)
         return tuple(map(torch.cat, columns))  # type: ignore[return-value]

@@ -397,9 +397,6 @@ class Reference(BruteForce):
         self.places = PLACES[family]
         super().__init__(make_family(family, torch.float64), pairs, order)
 
-    def target(self, ids: Sequence[int]) -> Any:
-        return self.sights(self.model, ids)
-
     def module(self, model: PreTrainedModel, block: int, path: str | None = None) -> nn.Module:
         layer = find_layers(model)[block]
         return layer.get_submodule(path) if path else layer
@@ -431,10 +428,10 @@ class Reference(BruteForce):
             layers[-1].bias = nn.Parameter(old + patch.vector)
 
     @torch.no_grad()
-    def sights(
-        self, model: PreTrainedModel, ids: Sequence[int], forced: Mapping[int, tuple[list[int], Tensor]] | None = None
+    def trace(
+        self, model: PreTrainedModel, ids: Sequence[int], replaced: Mapping[int, tuple[list[int], Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[tuple[int, str], Sight]]:
-        """Each block's entrance and each site of one full forward; ``forced`` as in :func:`trace`."""
+        """Each block's entrance and each site of one full forward; ``replaced`` as in :func:`trace`."""
         entrances: list[Tensor] = []
         given: dict[tuple[int, str | None], Tensor] = {}
         put: dict[tuple[int, str | None], Tensor] = {}
@@ -446,8 +443,8 @@ class Reference(BruteForce):
 
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any], block: int) -> tuple[tuple, dict[str, Any]]:
             hidden = args[0] if args else kwargs["hidden_states"]
-            if forced and block in forced:
-                positions, values = forced[block]
+            if replaced and block in replaced:
+                positions, values = replaced[block]
                 hidden = hidden.clone()
                 hidden[0, positions] = values
             entrances.append(hidden[0])
@@ -493,15 +490,9 @@ class Reference(BruteForce):
     def see(self, block: int, site: str) -> list[Tensor]:
         """a, δ, the shift, weights and γ of a stage's compared tokens."""
         columns: list[list[Tensor]] = [[], [], [], [], []]
-        for plain, (goals, wanted), matches in self.comparisons:
-            here, there = [p for p, _, _ in matches], [q for _, q, _ in matches]
-            forced = None
-            if self.order == "teacher-forced":
-                forced = {index: (here, goals[index][there]) for index in range(1, block + 1)}
-            _, seen = self.sights(self.changed, plain, forced)
+        for seen, wanted, here, there, weights in self.runs(block):
             sight = seen[block, site]
             error = wanted[block, site].residual[there] - sight.residual[here]
-            weights = torch.tensor([weight for _, _, weight in matches], dtype=torch.float64)
             for column, values in zip(
                 columns, (sight.a[here], error, error, weights, sight.factors[-1][here]), strict=True
             ):

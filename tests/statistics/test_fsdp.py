@@ -195,7 +195,7 @@ def test_errors_of_the_solve_are_raised_by_all(sharded: Run) -> None:
 
 def dense(family: str, dtype: torch.dtype, patches: list[ThoughtPatch]) -> nn.Module:
     """The whole model with the patches added to its weights one after the other, each sum rounded to the dtype."""
-    model = script.build(family, dtype)
+    model = base.build(family, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.no_grad():
         for patch in patches:
@@ -219,7 +219,7 @@ def test_patch_on_sharded_weights(name: str, sharded: Run) -> None:
     """
     _, family, kind = name.split()
     dtype = getattr(torch, kind)
-    whole = script.build(family, dtype)
+    whole = base.build(family, dtype)
     sizes = {path: layer_shape(whole.get_submodule(path)) for path in script.PATCHED[family]}
     one, other = script.patches_for(family, sizes)
     eps = torch.finfo(dtype).eps
