@@ -313,17 +313,14 @@ def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
         compare(model, tokenizer, tmp_path / "nothing")
     for settings, message in (
         ({"pairs": []}, "pairs is empty"),
-        ({"pairs": "nothing.jsonl"}, r"pairs: .*nothing\.jsonl"),
         ({"instruction": None}, "instruction must be a text"),
         ({"instruction": "hot " * 300}, r"instruction: expected room"),
         ({"pairs": [{"input": "hot"}, {"input": "hot " * 300}]}, r"pairs\[1\]: expected at most"),
         ({"max_new_tokens": 250}, r"pairs\[0\]: .* max_new_tokens=250"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
-        ({"batch_size": True}, "batch_size must be a whole number"),
         ({"template": "Q: {input}"}, r"template: .*\{output\}"),
         ({"unrelated": "nothing.txt"}, "unrelated='nothing.txt' cannot be read"),
-        ({"unrelated": []}, "unrelated must hold"),
         ({"items_file": tmp_path}, "is a folder; expected a file"),
     ):
         with pytest.raises(ThoughtError, match=message):

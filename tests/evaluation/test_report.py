@@ -283,7 +283,6 @@ def _of_another(run: Path) -> None:
         (_change("items.jsonl", lambda text: text.replace('"It is warm"', "3")), "outputs of 5 pairs"),
         (_change("result.json", lambda text: text.replace('"kl":', '"KL":')), r"lacks \['kl'\]"),
         (_change("result.json", lambda text: text.replace('"kl": {', '"kl": [{}], "was": {')), "is damaged: kl is"),
-        (_change("result.json", lambda text: '{"format": 2}'), "format of result.json is 2"),
         (_change("result.json", lambda text: "{"), "cannot be read"),
         (_of_another, "another adapter"),
         (lambda run: (run / "report.json").mkdir(), "is a folder"),
