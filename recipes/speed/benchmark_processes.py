@@ -37,8 +37,8 @@ def benchmark(
     rank: int = 16,
     repeats: int = 2,
     out: str = "recipes/results/benchmark_processes",
-    worker: int = 0,
-    folder: str = "",
+    worker: int = 0,  # for the script itself: the number of processes of this run,
+    folder: str = "",  # and where it leaves its adapter and figures
 ) -> None:
     """Time the fit on each number of processes."""
     if worker:
