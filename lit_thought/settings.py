@@ -8,6 +8,7 @@ patch's provenance keeps those that it depends on, and ``"auto"`` chooses some: 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -219,6 +220,7 @@ def takes_settings(**where: bool) -> Callable[[_Function], _Function]:
         own = inspect.signature(function)
         options = next(one.name for one in own.parameters.values() if one.kind is one.VAR_KEYWORD)
 
+        @functools.wraps(function)
         def called(*args: Any, **given: Any) -> Any:
             for name in given.keys() - own.parameters.keys() - set(known):
                 near = difflib.get_close_matches(name, [*own.parameters, *known], 1)
@@ -233,8 +235,6 @@ def takes_settings(**where: bool) -> Callable[[_Function], _Function]:
             if one.name in known
         ]
         called.__signature__ = own.replace(parameters=[*parameters, *more])  # type: ignore[attr-defined]
-        for name in ("__name__", "__qualname__", "__doc__", "__module__"):
-            setattr(called, name, getattr(function, name))
         return called  # type: ignore[return-value]
 
     return decorate

@@ -88,7 +88,7 @@ def test_events_that_have_passed_are_not_kept(gpu: Gpu) -> None:
         gpu.done = gpu.queued
     with stopwatch("forward"):
         pass
-    assert len(gpu.events) <= 2  # of 202; a tool that traces lines may hold the last one
+    assert not gpu.events
     assert stopwatch.seconds == {"forward": 1000}
 
 
