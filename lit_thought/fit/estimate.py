@@ -19,6 +19,8 @@ from lit_thought.model.blocks import Block, Site
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Stage, goes_on_from
 from lit_thought.runs.storage import Place
+from lit_thought.solve.least_squares import HALF, dual_operations, primal_operations
+from lit_thought.statistics.preserve import DIRECTIONS
 from lit_thought.timing import format_bytes, format_duration
 
 __all__ = [
@@ -214,20 +216,27 @@ def lead_bytes(stages: Sequence[Stage], load: Load, sizes: ModelSizes) -> int:
 
 
 def statistics_bytes(site: Site, tokens: int, element: int = 8) -> int:
-    """Z and C of one site, or its tokens while they are fewer than d_in / 2, at ``element`` bytes a number."""
-    sums = site.d_in * (site.d_in + site.d_out)
-    return element * (sums if 2 * tokens >= site.d_in else tokens * (site.d_in + site.d_out))
+    """Z and C of one site, or its tokens while they are fewer than d_in, at ``element`` bytes a number."""
+    return element * min(tokens, site.d_in) * (site.d_in + site.d_out)
 
 
 def solve_bytes(site: Site, tokens: int, preserve: bool) -> int:
-    """Work space of one solve, the matrices of the unrelated text included; float64 throughout."""
-    d, out, rows = site.d_in, site.d_out, tokens
-    few, prior = 2 * tokens < d, d * d if preserve else 0  # the prior: Z₀ and its eigenvectors, float32
+    """Work space of one solve; float64 throughout."""
+    d, out, n = site.d_in, site.d_out, tokens
+    k = min(DIRECTIONS, d) if preserve else 0
     if site.gain is not None:
-        return 8 * (5 * d * rows + 4 * rows * rows if few and not preserve else 6 * d * d + 2 * d * out + prior)
-    if few:
-        return 8 * (3 * rows * d + 2 * rows * out + 4 * rows * rows + 2 * prior)
-    return 8 * (3 * d * d + 2 * d * out + out * out + prior)
+        few = n + k < d
+        return 8 * (5 * d * (n + k) + 4 * (n + k) ** 2 if few else 6 * d * d + 2 * d * out)
+    if _is_dual(site, n, k):
+        small = min(n, out)
+        return 8 * (2 * n * d + 2 * k * d + 3 * n * n + n * k + 2 * n * out + 4 * small * small)
+    return 8 * (3 * d * d + 2 * d * out + out * out)
+
+
+def _is_dual(site: Site, tokens: int, directions: int) -> bool:
+    """Whether the solve is the n × n dual (:func:`lit_thought.solve.least_squares.solve`)."""
+    shape = (tokens, site.d_in, site.d_out, directions)
+    return tokens < site.d_in and dual_operations(*shape) < primal_operations(*shape)
 
 
 def estimate_bytes(
@@ -273,14 +282,15 @@ def plain_runs(block: Block, names: Sequence[str]) -> float:
     return seen + (0 if sites[-1].point is None and sites[-1].linear else 1)
 
 
-def preserve_operations(model: PreTrainedModel, blocks: Sequence[Block], tokens: int) -> dict[str, float]:
+def preserve_operations(
+    model: PreTrainedModel, blocks: Sequence[Block], sites: Sequence[Site], tokens: int
+) -> dict[str, float]:
     """Those of the preservation statistics of ``tokens`` tokens, in the phases of :func:`fit_operations`."""
-    active = ModelSizes.of(model).active
-    sizes = [site.d_in for block in blocks for site in block.sites.values()]
+    active, sizes = ModelSizes.of(model).active, [site.d_in for site in sites]
     return {
         "forward": sum(2.0 * tokens * _weights(block, active) for block in blocks),
-        "statistics": sum(2.0 * tokens * d * d for d in sizes),
-        "solve": sum(9.0 * d**3 for d in sizes),
+        "statistics": sum(4.0 * tokens * d * min(d, 2 * DIRECTIONS) for d in sizes),
+        "solve": sum(12.0 * d * min(d, 2 * DIRECTIONS) ** 2 for d in sizes),
     }
 
 
@@ -293,14 +303,16 @@ def fit_operations(
         names = [stage.site for stage in stages if stage.block == block.index]
         spent["forward"] += 2 * _weights(block, active) * (load.target + load.plain * plain_runs(block, names))
         for site in (block.sites[name] for name in names):
-            d, out, few = site.d_in, site.d_out, 2 * tokens < site.d_in
-            spent["statistics"] += 0.0 if few else 2.0 * load.compared * d * (d + out)
+            d, out, few = site.d_in, site.d_out, tokens < site.d_in
+            k = min(DIRECTIONS, d) if preserve else 0
+            spent["statistics"] += 0.0 if few else load.compared * d * (HALF * d + 2 * out)
             if site.gain is not None:
-                spent["solve"] += 8 * d**3
-            elif few:
-                spent["solve"] += 2 * tokens * d * (d if preserve else tokens) + 4 * tokens**3
+                size = min(tokens + k, d) if few else d
+                spent["solve"] += 8 * size**3 + 4 * size * size * d
+            elif _is_dual(site, tokens, k):
+                spent["solve"] += dual_operations(tokens, d, out, k)
             else:
-                spent["solve"] += d**3 / 3 + d * d * out + 2 * d * out * out + 4 * out**3
+                spent["solve"] += primal_operations(tokens if few else 0, d, out, k)
     return spent
 
 

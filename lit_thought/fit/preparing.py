@@ -29,7 +29,7 @@ from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import DEFAULT_SITES, FitSettings
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
-from lit_thought.statistics.preserve import Preservation
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import StatisticsWriter
 from lit_thought.timing import Stopwatch
@@ -211,7 +211,7 @@ class Preparation:
             self.unfinished.start(data.written)
         self.provenance = describe(kept, model, self.blocks, identity, data, settings.store_instruction)
         if settings.statistics_dir is not None and first:
-            entry = self.preservation.folder.name if self.preservation is not None else None
+            entry = self.preservation.path.name if self.preservation is not None else None
             uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
             manifest = Manifest(self.provenance, entry, uncompared)
             self.writer = StatisticsWriter(settings.statistics_dir, manifest, overwrite)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["largest_eigenvalue", "top_eigenvectors"]
+__all__ = ["eigh", "largest_eigenvalue", "top_eigenvectors"]
 
 OVERSAMPLING = 8
 """Columns of a Krylov block beyond the eigenvectors that are wanted."""
@@ -15,6 +15,22 @@ STEPS = 6
 """Blocks of the smallest Krylov space."""
 TOLERANCE = 1e-8
 """Of the residual, squared, over the smallest eigenvalue wanted times the trace."""
+
+
+LARGEST_ON_CUDA = 16_384
+"""Columns up to which CUDA's eigensolver is used; it is reported to fail from about 23,000 on."""
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix, (n, n), in ascending order, and its eigenvectors, one a column.
+
+    Beyond :data:`LARGEST_ON_CUDA` columns a matrix on a GPU is decomposed on the CPU.
+    """
+    if matrix.is_cuda and len(matrix) > LARGEST_ON_CUDA:
+        values, vectors = torch.linalg.eigh(matrix.cpu())
+        return values.to(matrix.device), vectors.to(matrix.device)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
@@ -38,7 +54,7 @@ def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, 
         found = _krylov(matrix, rank)
         if found is not None:
             return found
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if isinstance(rank, float):
         explained = values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)

@@ -13,7 +13,7 @@ from lit_thought.settings import ORDERS, check_solve_settings
 
 __all__ = ["Manifest"]
 
-_ENTRY = re.compile(r"preserve-[0-9a-f]{24}")
+_ENTRY = re.compile(r"preserve-[0-9a-f]{24}(\.safetensors)?")
 _TOLD = ("instruction", "instruction_hash")
 """What a provenance says of the instructions: the texts, or the hash of one that it must not tell."""
 _NEEDED = ("order", "rank", "ridge", "preserve_weight", "step_size")

@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
-from least_squares import D_IN, D_OUT, FEW, MANY, RIDGES, Problem, close, make_problem, product
+from least_squares import D_IN, D_OUT, FEW, MANY, PRIORS, RIDGES, Problem, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.settings import check_rank
@@ -76,7 +76,7 @@ class Gained(Problem):
         return min(found)
 
     def solve(self, rank: int | float | None = None, folded: bool = False) -> Solution:
-        prior = Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None
+        prior = self.known or (Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None)
         gain = torch.tensor(self.gain)
         return solve_with_gains(self.statistics(folded), gain, self.ridge, prior, self.rho, rank, "block 3, mlp_out")
 
@@ -90,11 +90,16 @@ def spread(sigma: float = 1.5, zeros: int = 2, seed: int = 3, d_out: int = D_OUT
 
 
 def make_gained(
-    n: int, ridge: float = 1e-2, prior: bool = False, gain: np.ndarray | None = None, seed: int = 0, d_out: int = D_OUT
+    n: int,
+    ridge: float = 1e-2,
+    prior: bool | str = False,
+    gain: np.ndarray | None = None,
+    seed: int = 0,
+    d_out: int = D_OUT,
 ) -> Gained:
     base = make_problem(n, ridge, prior, seed, d_out)
     gain = spread(seed=seed + 3, d_out=d_out) if gain is None else gain
-    return Gained(base.a, base.delta, base.weights, base.ridge, base.prior, base.rho, gain)
+    return Gained(base.a, base.delta, base.weights, base.ridge, base.prior, base.rho, base.known, gain)
 
 
 def lost(problem: Gained, patch: np.ndarray) -> float:
@@ -102,11 +107,11 @@ def lost(problem: Gained, patch: np.ndarray) -> float:
     return problem.objective(patch) - problem.objective(problem.least_squares())
 
 
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("n", [*FEW, *MANY])
 @pytest.mark.parametrize("d_out", [D_OUT, 30])
-def test_full_rank_patch_is_that_of_every_row_alone(d_out: int, n: int, ridge: float, prior: bool) -> None:
+def test_full_rank_patch_is_that_of_every_row_alone(d_out: int, n: int, ridge: float, prior: bool | str) -> None:
     problem = make_gained(n, ridge, prior, d_out=d_out)
     assert (problem.statistics().rows() is not None) == (n in FEW)
     reference = problem.least_squares()
@@ -180,9 +185,10 @@ def test_a_sign_or_a_scale_of_the_gain_is_the_patch_s(n: int, rank: int | float 
 
 @pytest.mark.parametrize("rank", [None, 1, 3, 0.9])
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("n", FEW)
-def test_dual_is_the_primal(n: int, ridge: float, rank: int | float | None) -> None:
-    problem = make_gained(n, ridge)
+def test_dual_is_the_primal(n: int, prior: bool | str, ridge: float, rank: int | float | None) -> None:
+    problem = make_gained(n, ridge, prior)
     dual, primal = problem.solve(rank), problem.solve(rank, folded=True)
     assert close(product(dual), product(primal), 1e-8)
     for key, value in primal.diagnostics.items():
