@@ -292,8 +292,17 @@ def repeated(cache: DynamicCache, size: int) -> DynamicCache:
     return DynamicCache([(keys.expand(shape), values.expand(shape)) for keys, values, _ in cache])
 
 
+def patch_difference(one: ThoughtPatch, other: ThoughtPatch) -> float:
+    """The largest ‖ΔW − ΔW'‖ / ‖ΔW‖ over the layers, and the same of their vectors; NaN where there is one."""
+    deltas = [(of.delta(torch.float64), other.factors[path].delta(torch.float64)) for path, of in one.factors.items()]
+    deltas += [(vector.double(), other.vectors[path].double()) for path, vector in one.vectors.items()]
+    return float(torch.stack([(mine - theirs).norm() / mine.norm() for mine, theirs in deltas]).max())
+
+
 def machine(device: torch.device) -> str:
     """What a time was measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    name = f"{os.cpu_count()} CPU cores"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     threads = torch.get_num_threads()
     return f"{name}, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}"
