@@ -76,9 +76,9 @@ def solve_with_gains(
 ) -> Solution:
     """Solve one layer's patch behind a gain; the formula is at the top of this module.
 
-    While ``stats`` keeps its n tokens as rows and the prior's rest is one number (t I, which has every basis), only
-    the span of the n rows and the prior's k directions is decomposed, if that is smaller than d_in; d_in × d_in
-    otherwise. Both give the same patch to rounding. All arithmetic is float64.
+    While ``stats`` keeps its n tokens as rows, only the span of the n rows and the prior's k directions is decomposed,
+    if that is smaller than d_in (the prior's t I has every basis); d_in × d_in otherwise. Both give the same patch to
+    rounding. All arithmetic is float64.
 
     Args:
         stats: sums over the compared tokens, the inputs a with the per-token part of the gain multiplied in.
@@ -141,7 +141,7 @@ def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str) -> 
     """Decompose Z from rows where they span less than all dimensions, from the sums otherwise."""
     rows = stats.rows()
     known = None if prior is None else prior.to(stats.energy.double())
-    if rows is not None and (known is None or known.rest.ndim == 0):
+    if rows is not None:
         a, delta = rows[0].double() / stats.weight**0.5, rows[1].double() / stats.weight**0.5
         outside = 0.0
         if known is not None:  # the prior's directions are rows whose error is zero

@@ -29,7 +29,7 @@ from torch import Tensor
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.settings import check_rank
 from lit_thought.solve.gram import add_products, inner_products, mirror, products
-from lit_thought.solve.spectral import eigh, largest_eigenvalue, top_eigenvectors
+from lit_thought.solve.spectral import eigh, few_of_many, largest_eigenvalue, top_eigenvectors
 from lit_thought.solve.sums import Statistics
 
 __all__ = [
@@ -64,13 +64,11 @@ SMALLEST_DUAL_RIDGE = 1e-7
 
 @dataclass(frozen=True)
 class Prior:
-    """Mean Gram matrix of inputs to preserve, in few numbers: Z₀ = L Lᵀ + diag(t).
+    """Mean Gram matrix of inputs to preserve, in few numbers: Z₀ = L Lᵀ + t I.
 
     Attributes:
         factor: L, (d_in, k), the directions that matter one by one, any floating dtype; k may be 0.
-        rest: t ≥ 0, what is left in all others: one number, (), where all directions have the same left, t I, or
-            (d_in,). With one number the solve behind a gain needs no d_in × d_in matrix, and that of rows half of
-            the products.
+        rest: t ≥ 0, (), what all directions have besides.
     """
 
     factor: Tensor
@@ -247,10 +245,10 @@ def check_terms(
     if stats is not None and stats.weight <= 0:
         raise ThoughtError(f"{name}: there is no token to solve from; the statistics are empty.")
     prior = prior if rho > 0 else None
-    if prior is not None and (len(prior.factor) != d_in or prior.rest.shape not in ((), (d_in,))):
+    if prior is not None and (len(prior.factor) != d_in or prior.rest.ndim):
         raise ThoughtError(
             f"{name}: prior has a factor {tuple(prior.factor.shape)} and a rest {tuple(prior.rest.shape)}; expected "
-            f"({d_in}, k) and () or ({d_in},)."
+            f"({d_in}, k) and ()."
         )
     return prior
 
@@ -362,64 +360,74 @@ def _solve_dual(
 ) -> Solution:
     """The same patch from n rows a, δ: with D = ρ Z₀ + λ s I, G = a D⁻¹ aᵀ (n × n) and I + G = R Rᵀ,
 
-    C M⁻¹ = δᵀ (I + G)⁻¹ a D⁻¹  and  C M⁻¹ Cᵀ = δᵀ (I − (I + G)⁻¹) δ = δᵀδ − (R⁻¹ δ)ᵀ R⁻¹ δ,
+    C M⁻¹ = δᵀ (I + G)⁻¹ a D⁻¹  and  C M⁻¹ Cᵀ = δᵀ (I − (I + G)⁻¹) δ,
 
-    by Woodbury and push-through. With H = diag(ρ t + λ s) and P = H⁻¹ L (d_in × k) once more
+    by Woodbury and push-through. With h = ρ t + λ s, of ρ L Lᵀ + h I once more
 
-    D⁻¹ = H⁻¹ − P (I / ρ + Lᵀ P)⁻¹ Pᵀ,
+    D⁻¹ = (I − L (h / ρ I + Lᵀ L)⁻¹ Lᵀ) / h,
 
     so that nothing of d_in × d_in is formed.
     """
-    a, delta = rows[0], rows[1].double() / stats.weight**0.5
-    if ridge < COARSE_RIDGE:
-        a = a.double()
+    size, coarse = stats.d_in, ridge >= COARSE_RIDGE
+    a, delta = rows[0] if coarse else rows[0].double(), rows[1].double() / stats.weight**0.5
     a = a / stats.weight**0.5
-    wide = a.double()
-    inner = inner_products(a)
-    trace, square = float(inner.diagonal().sum()), float(inner.square().sum())
-    prior = Prior(wide.new_zeros(stats.d_in, 0), wide.new_zeros(())) if prior is None else prior.to(wide)
-    factor, rest = prior.factor, prior.rest.expand(stats.d_in)
-    # tr Z and ‖Z‖² of Z = aᵀa + ρ (L Lᵀ + diag t), term by term
-    seen, norms = wide @ factor, factor.square().sum(1)
-    square += 2 * rho * float(seen.square().sum() + wide.square().sum(0) @ rest)
-    square += rho**2 * float(products(factor).square().sum() + 2 * norms @ rest + rest.square().sum())
-    trace += rho * float(norms.sum() + rest.sum())
+    known = Prior(a.new_zeros(size, 0), delta.new_zeros(())) if prior is None or rho == 0 else prior
+    factor, rest = rho**0.5 * known.factor.to(a), rho * float(known.rest)  # with ρ in them
+    inner, seen, own = inner_products(a), (a @ factor).double(), inner_products(factor.T)
+    trace = float(inner.diagonal().sum() + own.diagonal().sum()) + size * rest
+    square = float(inner.square().sum() + 2 * seen.square().sum() + own.square().sum())
+    square += 2 * rest * (trace - size * rest) + size * rest**2
     scale = ridge_scale(name, trace, square, float(stats.energy))
 
-    held = rho * prior.rest + ridge * scale  # H
-    inner = inner / held if held.ndim == 0 else inner_products(a / held.sqrt().to(a))
-    pulled = factor / held.unsqueeze(-1)  # P
-    core = factor.T @ pulled
-    core.diagonal().add_(1 / rho if rho > 0 else 1.0)
+    def matmul(v: Tensor) -> Tensor:  # of the Gram matrix of both kinds of rows, whose largest eigenvalue is Z's
+        left, right = v[: len(a)], v[len(a) :]
+        return torch.cat([inner @ left + seen @ right, seen.T @ left + own @ right])
+
+    largest = largest_eigenvalue(matmul, len(a) + len(own), inner) + rest
+    held = rest + ridge * scale  # h
+    core = own.clone()
+    core.diagonal().add_(held)
     core = torch.linalg.cholesky(core)
-    seen = torch.linalg.solve_triangular(core, (seen / held if held.ndim == 0 else wide @ pulled).T, upper=False)
-    system = inner - products(seen)
+    pulled = torch.linalg.solve_triangular(core, seen.T, upper=False)
+    system = (inner - products(pulled)).div_(held)
     system.diagonal().add_(1)
     lower = torch.linalg.cholesky(system)
 
-    # what the patch writes lies in the span of the rows δ: where they are few, n × n is enough there, too
-    span, target = None, delta
-    if len(delta) < stats.d_out:
-        span, small = torch.linalg.qr(delta.T)
-        target = small.T.contiguous()
-    gained = products(target) - products(torch.linalg.solve_triangular(lower, target, upper=False))
-    gains, basis = top_eigenvectors(gained, rank)
-    most = float(target.square().sum())
-    if span is not None:  # what is numerically zero has no direction and is dropped
-        keep = gains > most * len(gained) * torch.finfo(torch.float64).eps
-        gains, basis = gains[keep], basis[:, keep]
-    A = torch.cholesky_solve(target @ basis, lower).T @ wide
-    A = A / held - torch.cholesky_solve((A @ pulled).T, core).T @ pulled.T
-    basis = basis if span is None else span @ basis
-
-    def matmul(v: Tensor) -> Tensor:
-        return wide.T @ (wide @ v) + rho * (factor @ (factor.T @ v) + rest.unsqueeze(1) * v)
-
+    gains, basis, total = _top_gains(delta, lower, rank)
+    A = torch.cholesky_solve(delta @ basis, lower).T.to(a)
+    back = torch.cholesky_solve((A.double() @ seen).T, core).T.to(a)
+    A = (A @ a - back @ factor.T).double() / held
     before = float(stats.energy) / stats.weight
-    after = float((delta - wide @ A.T @ basis.T).square().sum())
-    condition = (largest_eigenvalue(matmul, stats.d_in, wide) + ridge * scale) / (ridge * scale)
-    lost = _lost(gains, float(gained.diagonal().sum()))
-    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
+    explained = (a @ A.T.to(a)).double()
+    after = float((delta - explained @ basis.T).square().sum())
+    condition = (largest + ridge * scale) / (ridge * scale)
+    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, _lost(gains, total)))
+
+
+def _top_gains(delta: Tensor, lower: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor, float]:
+    """The top eigenvalues of δᵀ (I − (R Rᵀ)⁻¹) δ, their eigenvectors, and the trace.
+
+    Args:
+        delta: δ, (n, d_out).
+        lower: R, (n, n).
+        rank: as for :func:`top_eigenvectors`.
+    """
+    n, d_out = delta.shape
+    whitened = torch.linalg.solve_triangular(lower, delta, upper=False)
+    most = float(delta.square().sum())
+    total = most - float(whitened.square().sum())
+    if isinstance(rank, int):
+        found = few_of_many(lambda v: delta.T @ (delta @ v) - whitened.T @ (whitened @ v), d_out, rank, total, n, delta)
+        if found is not None:
+            return *found, total
+    if n >= d_out:
+        return *top_eigenvectors(products(delta) - products(whitened), rank), total
+    # what the patch writes lies in the span of the rows δ: n × n is enough
+    span, small = torch.linalg.qr(delta.T)
+    whitened = torch.linalg.solve_triangular(lower, small.T.contiguous(), upper=False)
+    gains, basis = top_eigenvectors(small @ small.T - products(whitened), rank)
+    keep = gains > most * n * torch.finfo(gains.dtype).eps  # what is numerically zero has no direction
+    return gains[keep], span @ basis[:, keep], total
 
 
 def check_finite(name: str, *sums: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.linalg
@@ -27,7 +27,7 @@ class Problem:
     ridge: float
     prior: np.ndarray | None = None
     rho: float = 0.0
-    known: Prior | None = None  # the prior in another form than all of its directions
+    known: Prior | None = field(default=None, kw_only=True)  # the prior in another form than all of its directions
 
     @property
     def share(self) -> np.ndarray:
@@ -88,7 +88,7 @@ class Problem:
         return stats - Statistics(self.a.shape[1], self.delta.shape[1]) if folded else stats
 
 
-PRIORS = (False, True, "one number left", "a number left in each channel")
+PRIORS = (False, True, "compact")
 
 
 def make_problem(n: int, ridge: float = 1e-2, prior: bool | str = False, seed: int = 0, d_out: int = D_OUT) -> Problem:
@@ -102,11 +102,11 @@ def make_problem(n: int, ridge: float = 1e-2, prior: bool | str = False, seed: i
     known = None
     if isinstance(prior, str):  # a few directions, and what is left
         factor = rng.standard_normal((D_IN, 3)) * rng.uniform(0.1, 3, (D_IN, 1))
-        rest = rng.uniform(0.1, 2, () if prior == "one number left" else D_IN)
+        rest = rng.uniform(0.1, 2)
         gram = factor @ factor.T + rest * np.eye(D_IN)
-        known = Prior(torch.tensor(factor), torch.tensor(rest))
+        known = Prior(torch.tensor(factor), torch.tensor(rest, dtype=torch.float64))
     weights = rng.uniform(0.2, 5, n)
-    return Problem(a, delta, weights, ridge, gram if prior else None, 0.7 if prior else 0.0, known)
+    return Problem(a, delta, weights, ridge, gram if prior else None, 0.7 if prior else 0.0, known=known)
 
 
 def product(solution: Solution) -> np.ndarray:

@@ -28,7 +28,7 @@ def reduce(
 ) -> tuple[np.ndarray, np.ndarray]:
     prior = problem.known or (Prior.from_gram(torch.tensor(problem.prior)) if problem.prior is not None else None)
     stats, ridge = problem.statistics(folded), problem.ridge * problem.scale
-    assert (stats.rows() is None) == (folded or 2 * len(problem.a) >= D_IN)
+    assert (stats.rows() is None) == (folded or len(problem.a) >= D_IN)
     behind = None if gain is None else torch.tensor(gain)
     found = reduce_rank(torch.tensor(A), torch.tensor(B), stats, ridge, prior, problem.rho, rank, behind)
     return found[0].numpy(), found[1].numpy()
