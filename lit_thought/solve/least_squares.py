@@ -230,7 +230,7 @@ def solve_constrained(
     orthogonal, upper = torch.linalg.qr(torch.linalg.solve_triangular(system.lower, keys.T, upper=False))
     inverse = torch.linalg.solve_triangular(system.lower.T, orthogonal, upper=True)
     inverse = torch.linalg.solve_triangular(upper, inverse.T, upper=True)
-    patch: Tensor = torch.cholesky_solve(system.cross.T, system.lower).T
+    patch: Tensor = torch.cholesky_solve(system.cross.T / (stats.weight or 1.0), system.lower).T
     for _ in range(2):  # the second time takes off the rounding of the first
         patch = patch + (values.T - patch @ keys.T) @ inverse
     return patch
@@ -281,7 +281,7 @@ def _dual_is_cheaper(stats: Statistics, prior: Prior | None) -> bool:
 class _System(NamedTuple):
     """M of one layer, C, and what is known of them."""
 
-    cross: Tensor  # C, (d_out, d_in)
+    cross: Tensor  # w C, (d_out, d_in)
     lower: Tensor  # Cholesky factor of M, (d_in, d_in)
     scale: float  # s
     trace: float  # tr Z
@@ -290,7 +290,8 @@ class _System(NamedTuple):
 
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
     weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
-    matrix, cross = (total / weight for total in stats.sums())
+    gram, cross = stats.sums()
+    matrix = gram / weight
     if prior is not None:
         known = prior.to(matrix)
         add_products(matrix, rho**0.5 * known.factor.T)
@@ -340,11 +341,11 @@ def _solve_primal(
     stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
 ) -> Solution:
     cross, lower, scale, trace, condition = _system(stats, ridge, prior, rho, name)
-    half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
+    half = torch.linalg.solve_triangular(lower, cross.T, upper=False).div_(stats.weight)
     gains, basis = top_eigenvectors(products(half), rank)
     A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
     before = float(stats.energy) / stats.weight
-    after = before - 2 * float((basis.T @ cross * A).sum()) + float(stats.projected(A).trace()) / stats.weight
+    after = before + float((stats.projected(A).trace() - 2 * (basis.T @ cross * A).sum()) / stats.weight)
     lost = _lost(gains, float(half.square().sum()))
     return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
 
