@@ -8,7 +8,13 @@ takes l products an input instead of d, and holds Z₀'s leading directions (Nys
 
     Z₀ ≈ Y (Ωᵀ Y)⁻¹ Yᵀ = U diag(σ) Uᵀ.
 
-The k leading ones are kept, L = U √σ, and what is left of Z₀ in the mean square of each channel, or of all of them.
+The k leading ones are kept, L = U √σ. Of the rest R = Z₀ − L Lᵀ, whose directions differ in size, a patch is to be held
+back where R is large more than where it is small; the one number that stands for it is the mean of its eigenvalues,
+each weighted by its own size,
+
+    Z₀ ≈ L Lᵀ + t I,   t = ‖R‖_F² / tr R.
+
+``‖R‖_F²`` is estimated from the products of R with some more random columns, on which L does not depend.
 
 Source: Tropp, Yurtsever, Udell and Cevher 2017, "Fixed-rank approximation of a positive-semidefinite matrix from
 streaming data", arXiv 1706.05736, algorithm 3; Halko, Martinsson and Tropp 2011, arXiv 0909.4061.
@@ -26,6 +32,8 @@ __all__ = ["Sketch"]
 
 OVERSAMPLING = 2
 """Columns of a sketch over directions kept."""
+PROBES = 32
+"""Columns with which what is left is measured."""
 
 
 class Sketch:
@@ -49,37 +57,39 @@ class Sketch:
 
     def __init__(self, size: int, directions: int, device: torch.device | str = "cpu") -> None:
         self.directions, self.count = min(directions, size), 0
-        width = min(size, OVERSAMPLING * directions)
-        noise = torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self._test = torch.linalg.qr(noise)[0].to(device)  # the same on every device
+        self._width = min(size, OVERSAMPLING * directions)
+        noise = torch.randn(size, self._width + PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        test = torch.linalg.qr(noise[:, : self._width])[0]
+        self._test = torch.cat([test, noise[:, self._width :]], dim=1).to(device)  # the same on every device
         self._total = torch.zeros_like(self._test)
-        self._squares = self._test.new_zeros(size)
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, a: Tensor) -> None:
         """Add inputs, (n, d), any floating dtype; they are multiplied in it, and their products added in float64."""
         self._total += a.T @ (a @ self._test.to(a))
-        self._squares += a.double().square().sum(0)
+        self._squares += a.square().sum(1).double().sum()
         self.count += len(a)
 
     @property
     def finite(self) -> bool:
         """Whether what was summed is free of NaN and infinite values."""
-        return bool(self._squares.isfinite().all()) and bool(self._total.isfinite().all())
+        return bool(self._squares.isfinite()) and bool(self._total.isfinite().all())
 
     def prior(self) -> Prior:
         """Z₀ ≈ L Lᵀ + t I, float64."""
-        sketch, squares = self._total / self.count, self._squares / self.count
+        sketch, test = self._total[:, : self._width] / self.count, self._test[:, : self._width]
         # shifted by the size of the products' rounding, so that the core is positive definite
         shift = 1e-7 * float(torch.linalg.vector_norm(sketch)) + torch.finfo(torch.float64).tiny
-        shifted = sketch + shift * self._test
-        core = self._test.T @ shifted
-        values, vectors = eigh((core + core.T) / 2)
-        root = shifted @ (vectors / values.clamp_min(shift).sqrt())  # Y (Ωᵀ Y)^{-1/2}, up to a rotation
-        left, small = torch.linalg.qr(root)
-        values, vectors = eigh(small @ small.T)
-        kept = (values[-self.directions :] - shift).clamp_min(0)
-        factor = left @ vectors[:, -self.directions :] * kept.sqrt()
-        rest = squares.sum() - kept.sum()
-        seen = sketch - factor @ (factor.T @ self._test)
-        energy = seen.square().sum() * len(squares) / sketch.shape[1]
-        return Prior(factor, (energy / rest).clamp_min(0) if float(rest) > 0 else rest.new_zeros(()))
+        shifted = sketch + shift * test
+        lower = torch.linalg.cholesky(test.T @ shifted)
+        root = torch.linalg.solve_triangular(lower, shifted.T, upper=False)  # Z₀ as sketched is rootᵀ root
+        values, vectors = eigh(root @ root.T)
+        values, vectors = values[-self.directions :], vectors[:, -self.directions :]
+        kept = (values - shift).clamp_min(0)
+        factor = root.T @ (vectors * (kept / values).sqrt())
+        left = self._squares / self.count - kept.sum()
+        if not float(left) > 1e-6 * float(kept.sum()):  # nothing but rounding
+            return Prior(factor, left.new_zeros(()))
+        probes = self._test[:, self._width :]
+        seen = self._total[:, self._width :] / self.count - factor @ (factor.T @ probes)
+        return Prior(factor, seen.square().sum() / PROBES / left)
