@@ -66,7 +66,7 @@ def rounded(prior: Prior) -> dict[str, Tensor]:
     Returns:
         factor, (d, k), int8; scale, (d,), and rest, (), float32.
     """
-    scale = (prior.factor.abs().amax(1) / 127).float() if prior.factor.shape[1] else prior.factor.new_zeros(0).float()
+    scale = (prior.factor.abs().amax(1) / 127).float()
     rows = prior.factor / scale.double().where(scale > 0, 1.0).unsqueeze(1)
     # float32 rounds the scale, so that an entry can be a hair above 127
     return {"factor": rows.round().clamp(-127, 127).to(torch.int8), "scale": scale, "rest": prior.rest.float()}
