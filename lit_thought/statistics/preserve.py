@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.files import atomic_folder, expanded, own_file, read_json
+from lit_thought.files import atomic_folder, default_cache_dir, expanded, own_file, read_json
 from lit_thought.model.blocks import Block, require_site
 from lit_thought.model.discovery import wider
 from lit_thought.model.loading import fingerprint, model_name
@@ -47,7 +47,6 @@ from lit_thought.tensor_files import TensorFile, write_tensors
 __all__ = [
     "WINDOW",
     "Preservation",
-    "default_cache_dir",
     "preservation",
     "preservation_bar",
     "site_sizes",
@@ -61,13 +60,6 @@ _FORMAT = 5
 _MANIFEST = "manifest.json"
 _PARTS = ("values", "vectors", "gram")
 _REMEDY = "Delete the cache's folder, which is made anew."
-
-
-def default_cache_dir() -> Path:
-    """``$LIT_THOUGHT_CACHE``, else ``$XDG_CACHE_HOME/lit_thought``, else ``~/.cache/lit_thought``."""
-    if chosen := os.environ.get("LIT_THOUGHT_CACHE"):
-        return expanded(chosen, "LIT_THOUGHT_CACHE")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_thought"
 
 
 class Preservation:
@@ -150,7 +142,7 @@ class Preservation:
             path: the file.
             model: the model that they are to be used with, with its ``blocks``.
             sites: the sites that they are needed for.
-            cache_dir: cache folder, :func:`default_cache_dir` when left out.
+            cache_dir: cache folder, :func:`~lit_thought.files.default_cache_dir` when left out.
             progress: called with the number of blocks done.
 
         Raises:
@@ -182,7 +174,7 @@ def preservation(
         model: the original, unpatched model.
         blocks: its blocks.
         windows: token ids of each window.
-        cache_dir: cache folder, :func:`default_cache_dir` when left out.
+        cache_dir: cache folder, :func:`~lit_thought.files.default_cache_dir` when left out.
         batch_size: windows a batch.
         identity: the model's fingerprint, where it is known already.
         progress: called with the number of blocks done.
@@ -229,7 +221,7 @@ def unpack(
     Args:
         file: the file, known to fit the model.
         device: where to decompose them and to put what is read.
-        cache_dir: cache folder, :func:`default_cache_dir` when left out.
+        cache_dir: cache folder, :func:`~lit_thought.files.default_cache_dir` when left out.
         progress: called with the number of blocks done.
 
     Returns:
