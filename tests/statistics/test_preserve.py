@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import ThoughtError
+from lit_thought.files import default_cache_dir
 from lit_thought.model.blocks import find_blocks
 from lit_thought.settings import SITES
-from lit_thought.statistics.preserve import Preservation, default_cache_dir, preservation
+from lit_thought.statistics.preserve import Preservation, preservation
 
 WINDOWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [30, 31], [5, 5, 90, 91, 92], [77, 3, 77, 3]]
 
