@@ -15,7 +15,7 @@ from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_si
 from lit_thought.model.layers import layer_shape, sits_beside
 from lit_thought.model.loading import model_name
 from lit_thought.runs.runner import stages_of
-from lit_thought.settings import DEFAULT_SITES, SITES, check_sites
+from lit_thought.settings import DEFAULT_SITES, SITES, FitSettings, check_sites
 from lit_thought.statistics.preserve import DIRECTIONS
 from lit_thought.timing import format_bytes, format_duration
 
@@ -103,7 +103,7 @@ def inspect_model(
     tokens: int = 500,
     chunk_tokens: int = 100,
     rank: int = 16,
-    preserve_tokens: int = 12_000,
+    preserve_tokens: int = FitSettings.preserve_tokens,
 ) -> Inspection:
     """Find the model's blocks and sites, and estimate what a fit costs.
 

@@ -215,7 +215,7 @@ def loop(
     the last step had to explain."""
     grams: dict[tuple[int, str], np.ndarray] = {}
     if preserve is not None:
-        seen = [trace(model, window)[1] for window in text_windows(TOKENIZER, preserve, 256, 12_000)]
+        seen = [trace(model, window)[1] for window in text_windows(TOKENIZER, preserve, 256, 6_000)]
         for key in seen[0]:
             inputs = np.concatenate([entry[key][0].numpy() for entry in seen])
             grams[key] = inputs.T @ inputs / len(inputs)
