@@ -107,7 +107,7 @@ def inspect_model(
 ) -> Inspection:
     """Find the model's blocks and sites, and estimate what a fit costs.
 
-    Times are estimates, good to about a factor of two (:func:`~lit_thought.fit.estimate.estimate_seconds`).
+    Times are estimates (:func:`~lit_thought.fit.estimate.estimate_seconds`).
 
     Args:
         model: a causal LM.
@@ -132,7 +132,7 @@ def inspect_model(
     stages = stages_of(blocks, chosen)
     memory = estimate_bytes(model, blocks, stages, load, tokens)
     seconds, preservation = (
-        estimate_seconds(operations, model.dtype, model.device, asked=True)
+        estimate_seconds(operations, fitted[-1].layer, model.device, tokens, asked=True)
         for operations in (
             fit_operations(model, blocks, stages, load, tokens, preserve=True),
             preserve_operations(model, blocks, fitted, preserve_tokens),
