@@ -50,8 +50,7 @@ class Sketch:
     Example:
         >>> sketch = Sketch(size=3, directions=3)
         >>> sketch.update(torch.eye(3))
-        >>> factor, rest = sketch.parts()
-        >>> bool(torch.allclose(factor @ factor.T + rest.diag(), torch.eye(3).double() / 3))
+        >>> bool(torch.allclose(sketch.prior().gram(), torch.eye(3).double() / 3))
         True
     """
 
@@ -78,10 +77,13 @@ class Sketch:
     def prior(self) -> Prior:
         """Z₀ ≈ L Lᵀ + t I, float64."""
         sketch, test = self._total[:, : self._width] / self.count, self._test[:, : self._width]
-        # shifted by the size of the products' rounding, so that the core is positive definite
-        shift = 1e-7 * float(torch.linalg.vector_norm(sketch)) + torch.finfo(torch.float64).tiny
-        shifted = sketch + shift * test
-        lower = torch.linalg.cholesky(test.T @ shifted)
+        norm = float(torch.linalg.vector_norm(sketch))
+        for power in range(-7, 2):  # shifted by the size of the products' rounding: the core is positive definite
+            shift = 10.0**power * norm + torch.finfo(torch.float64).tiny
+            shifted = sketch + shift * test
+            lower, failed = torch.linalg.cholesky_ex(test.T @ shifted)
+            if int(failed) == 0:
+                break
         root = torch.linalg.solve_triangular(lower, shifted.T, upper=False)  # Z₀ as sketched is rootᵀ root
         values, vectors = eigh(root @ root.T)
         values, vectors = values[-self.directions :], vectors[:, -self.directions :]

@@ -11,6 +11,7 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
+from largest import LargestTensor
 from least_squares import D_IN, D_OUT, FEW, MANY, PRIORS, RIDGES, Problem, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError, ThoughtError
@@ -458,6 +459,20 @@ def test_wrong_rank_is_refused(rank: Any, make: Callable[..., Problem]) -> None:
         make(5).solve(rank)
     with pytest.raises(ThoughtError, match="rank must be"):
         check_rank(rank, D_OUT)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_few_rows_and_few_directions_form_nothing_of_d_by_d(gain: bool) -> None:
+    size, generator = 500, torch.Generator().manual_seed(0)
+    stats = Statistics(size, D_OUT)
+    stats.update(torch.randn(12, size, generator=generator), torch.randn(12, D_OUT, generator=generator))
+    prior = Prior(torch.randn(size, 6, generator=generator), torch.tensor(0.3))
+    with LargestTensor() as largest:
+        if gain:
+            solve_with_gains(stats, torch.randn(D_OUT, generator=generator), 0.01, prior, 3.0, 4)
+        else:
+            solve(stats, 0.01, prior, 3.0, 4)
+    assert largest.numbers < size * size / 4
 
 
 @pytest.mark.parametrize("solver", [solve, lambda stats, *args, **kw: solve_with_gains(stats, ONES, *args, **kw)])
