@@ -98,5 +98,6 @@ class PreservationSource:
         """A file's copy in the cache, where the statistics of the fit find it later; and that nothing was computed."""
         entry = entry_of(settings.cache_dir, file.digest)
         if not entry.is_file() or entry.read_bytes() != file.path.read_bytes():
+            file.check_numbers()
             file.save(entry, overwrite=True)
         return Preservation(entry, device), True

@@ -167,6 +167,7 @@ def _valid(file: Path, manifest: Mapping[str, Any], sizes: Sequence[Mapping[str,
     """Whether an entry is complete, of these sizes, and is what its name says; a damaged one is made anew."""
     try:
         found = Preservation(file, argument="cache_dir")
+        found.check_numbers()
         return all(found.manifest[name] == value for name, value in manifest.items()) and found.sizes == list(sizes)
     except (OSError, ThoughtError):
         return False

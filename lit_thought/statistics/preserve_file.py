@@ -167,6 +167,16 @@ class Preservation:
             raise ThoughtError(f"{self._name} is damaged: block {block}, {site} is no Gram matrix. Get it anew.")
         return Prior(factor, rest)
 
+    def check_numbers(self) -> None:
+        """Read all of it once.
+
+        Raises:
+            ThoughtError: when a number is not what was written, or a matrix is none of a Gram matrix.
+        """
+        for block, there in enumerate(self.sites):
+            for site in there:
+                self.prior(block, site)
+
     def check_model(self, fingerprint: str, model: PreTrainedModel | None = None) -> None:
         """Refuse another model than the statistics' own.
 
