@@ -23,7 +23,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.evaluation.perplexity import unrelated_perplexity
 from lit_thought.files import atomic_file
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.fit.provenance import versions
@@ -137,10 +138,12 @@ class Trial:
         return transmute(self.model, self.tokenizer, self.split.instruction, pairs, TEMPLATE, **settings)
 
     def evaluation(self, pairs: Sequence[Mapping[str, str]] | None = None, **options: Any) -> Evaluation:
-        """The plain and the instructed run on the pairs to test, or on others, to score patches with."""
+        """The plain and the instructed run on the pairs to test, or on others, to score patches with; of unrelated text
+        all is measured, so that the ratios of two patches are of the same windows."""
         common = {"instruction": self.split.instruction, "template": TEMPLATE, "max_new_tokens": self.max_new_tokens}
+        common |= {"perplexity_interval": None, "progress": False}
         pairs = self.split.test if pairs is None else pairs
-        return Evaluation(self.model, self.tokenizer, pairs=pairs, **{"progress": False, **common, **options})
+        return Evaluation(self.model, self.tokenizer, pairs=pairs, **{**common, **options})
 
     def prepared(self, pairs: Sequence[Mapping[str, str]] | None = None) -> PairDataModule:
         """The same with the outputs that the instructed model writes where there are none, in batches."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
+from lit_thought.settings import FitSettings
 
 __all__ = ["fit", "preserve", "solve"]
 
@@ -137,7 +138,7 @@ def solve(
 def preserve(
     output: str,
     texts: str = "default",
-    preserve_tokens: int = 12_000,
+    preserve_tokens: int = FitSettings.preserve_tokens,
     sites: list[str] | None = None,
     directions: int = 120,
     cache_dir: str | None = None,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.model.blocks import Block, Site
@@ -39,8 +40,8 @@ __all__ = [
 ]
 
 
-_SLOWER = {"forward": 3.0, "statistics": 1.3, "solve": 3.0}
-"""Than products of large square matrices; measured on SmolLM2-135M, one CPU thread."""
+_SLOWER = {"forward": 1.4, "statistics": 1.3, "solve": 2.5}
+"""Than single products: of a batch with one of the model's matrices, and of square matrices."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Load:
                 looks += rows * length * (length + (0 if before is None else before.ids.shape[1]))
                 leads += length if batch.lead is None and rows == 1 else 0
         return cls(compared, target, plain, leads, looks)
+
+    def longer(self, outputs: int) -> Load:
+        """The same with so many more tokens of outputs, which both runs go through."""
+        return replace(self, compared=self.compared + outputs, target=self.target + outputs, plain=self.plain + outputs)
 
     @classmethod
     def typical(cls, tokens: int, chunk_tokens: int) -> Load:
@@ -146,6 +151,7 @@ class Estimate:
         statistics_bytes: Z and C, or the tokens where these are few, of the widest site.
         solve_bytes: work space of its solve.
         seconds: by phase: forward, statistics and solve; empty for a fit that is too short to ask.
+        most_seconds: all of them, where outputs are still to be written and come out as long as they may; else 0.
         place: where what can be kept elsewhere than on the device is kept.
     """
 
@@ -156,12 +162,20 @@ class Estimate:
     statistics_bytes: int
     solve_bytes: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    most_seconds: float = 0.0
     place: Place = "device"
 
     def __str__(self) -> str:
         place = {"device": "", "cpu": "; streams in main memory", "disk": "; streams on disk"}[self.place]
-        after = f"about {format_duration(sum(self.seconds.values()))} and " if self.seconds else ""
-        return f"This fit takes {after}{format_bytes(self.total_bytes)} besides the model: {self.parts()}{place}."
+        after, least = "", ""
+        if self.seconds:
+            longest = f" to {format_duration(self.most_seconds)}" if self.most_seconds else ""
+            after = f"about {format_duration(sum(self.seconds.values()))}{longest} and "
+        if self.most_seconds:
+            after, least = f"after the outputs are written {after}", "at least "
+        return (
+            f"This fit takes {after}{least}{format_bytes(self.total_bytes)} besides the model: {self.parts()}{place}."
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -326,31 +340,37 @@ def _weights(block: Block, active: float) -> float:
 
 
 def estimate_seconds(
-    operations: Mapping[str, float], dtype: torch.dtype, device: torch.device, asked: bool = False
+    operations: Mapping[str, float], layer: nn.Module, device: torch.device, rows: int, asked: bool = False
 ) -> dict[str, float]:
-    """Seconds for :func:`fit_operations` at the speed of two products of matrices on this machine.
-
-    Good to about a factor of two.
+    """Seconds for :func:`fit_operations` at the speed of three products of matrices on this machine.
 
     Args:
         operations: by phase.
-        dtype: of the model.
-        device: where it is.
+        layer: a linear layer of the model; where its weight is no plain matrix, another matrix stands in for it.
+        device: where the model is.
+        rows: tokens of a batch.
         asked: also where these products would take more than a twentieth of the fit themselves; otherwise nothing
             then.
     """
+    weight: Any = getattr(layer, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.ndim == 2
     size = 2048 if device.type == "cuda" else 512
-    if sum(operations.values()) < 20 * 2 * 2 * 2 * size**3 and not asked:
+    products = 2 * size**3 + rows * (weight.numel() if plain else size * size)
+    if sum(operations.values()) < 20 * 2 * 2 * products and not asked:
         return {}
-    speeds = dict.fromkeys(("forward", "statistics"), _speed(size, dtype, device))
-    speeds["solve"] = _speed(size, torch.float64, device)
+    square = {kind: torch.ones(size, size, dtype=kind, device=device) for kind in (torch.float32, torch.float64)}
+    own = weight.detach() if plain else square[torch.float32]
+    speeds = {
+        "forward": _speed(own.new_ones(rows, own.shape[0]), own),
+        "statistics": _speed(square[torch.float32], square[torch.float32]),
+        "solve": _speed(square[torch.float64], square[torch.float64]),
+    }
     return {name: _SLOWER[name] * count / speeds[name] for name, count in operations.items()}
 
 
-def _speed(size: int, dtype: torch.dtype, device: torch.device) -> float:
+def _speed(left: Tensor, right: Tensor) -> float:
     """Multiplications and additions a second."""
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / max(_timed(lambda: matrix @ matrix), 1e-9)
+    return 2 * len(left) * right.numel() / max(_timed(lambda: left @ right), 1e-9)
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.files import expanded
+from lit_thought.files import default_cache_dir, expanded
 from lit_thought.model.blocks import Block
 from lit_thought.model.discovery import wider
 from lit_thought.model.loading import fingerprint, model_name
@@ -33,20 +33,13 @@ from lit_thought.solve.nystrom import Sketch
 from lit_thought.statistics.distributed import gather_json
 from lit_thought.statistics.preserve_file import Preservation, config_hash, rounded
 
-__all__ = ["DIRECTIONS", "WINDOW", "default_cache_dir", "entry_of", "preservation", "preservation_bar", "site_sizes"]
+__all__ = ["DIRECTIONS", "WINDOW", "entry_of", "preservation", "preservation_bar", "site_sizes"]
 
 WINDOW = 256
 """Tokens of each window of unrelated text."""
 
 DIRECTIONS = 120
 """k, how many directions of each site are kept one by one."""
-
-
-def default_cache_dir() -> Path:
-    """``$LIT_THOUGHT_CACHE``, else ``$XDG_CACHE_HOME/lit_thought``, else ``~/.cache/lit_thought``."""
-    if chosen := os.environ.get("LIT_THOUGHT_CACHE"):
-        return expanded(chosen, "LIT_THOUGHT_CACHE")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_thought"
 
 
 def preservation(
@@ -70,7 +63,7 @@ def preservation(
         model: the original, unpatched model.
         blocks: its blocks.
         windows: token ids of each window.
-        cache_dir: cache folder, :func:`default_cache_dir` when left out.
+        cache_dir: cache folder, :func:`~lit_thought.files.default_cache_dir` when left out.
         batch_size: windows a batch.
         identity: the model's fingerprint, where it is known already.
         progress: called with the number of blocks done.

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import expanded
+from lit_thought.files import default_cache_dir, expanded
 from lit_thought.model.blocks import Projection, Site
 from lit_thought.model.layers import is_linear, layer_shape
 from lit_thought.model.loading import fingerprint
@@ -29,7 +29,6 @@ from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import check_solve_settings
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.sums import Statistics
-from lit_thought.statistics.preserve import default_cache_dir
 from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
@@ -67,7 +66,7 @@ def solve_saved(
         step_size: η in (0, 1]; of several steps, that of the last.
         prior_of: the inputs to preserve; left out, ``preserve`` or the cache entry that the fit used.
         preserve: a file of the model's preservation statistics to use instead (``lit-thought preserve``).
-        cache_dir: where the fit kept its entry; :func:`~lit_thought.statistics.preserve.default_cache_dir` when left
+        cache_dir: where the fit kept its entry; :func:`~lit_thought.files.default_cache_dir` when left
             out.
         model: the fit's model, for statistics of a matrix at mlp_in (whose change is W Δ); otherwise not needed.
         approximate: solve at other settings where the statistics are coupled, too.

@@ -18,12 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import ThoughtError
+from lit_thought.files import default_cache_dir
 from lit_thought.model.blocks import JOINT, find_blocks
 from lit_thought.settings import DEFAULT_SITES, SITES
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.nystrom import Sketch
 from lit_thought.statistics import preserve
-from lit_thought.statistics.preserve import default_cache_dir, preservation
+from lit_thought.statistics.preserve import preservation
 from lit_thought.statistics.preserve_file import Preservation
 
 WINDOWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [30, 31], [5, 5, 90, 91, 92], [77, 3, 77, 3]]

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
+from lit_thought.files import default_cache_dir
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
@@ -29,7 +30,6 @@ from lit_thought.model.blocks import find_blocks
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.sums import Statistics, VectorStatistics
-from lit_thought.statistics.preserve import default_cache_dir
 from lit_thought.statistics.saved import MANIFEST, SavedStatistics, StatisticsWriter
 from lit_thought.statistics.solve import solve_saved
 from lit_thought.statistics.stage import StageSums
