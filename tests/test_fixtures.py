@@ -62,7 +62,7 @@ def test_every_number_is_what_it_was(folder: Path) -> None:
 def test_preservation_statistics_of_an_earlier_version_are_refused_by_name(version: str) -> None:
     with pytest.raises(
         ThoughtError,
-        match=r"its format is 1, this version reads 2\. Write it anew: lit-thought preserve MODEL --output p",
+        match=r"its format is 1, this version reads 2\. Write it anew: lit-thought preserve MODEL",
     ):
         Preservation(FIXTURES / version / "preservation.safetensors")
 
