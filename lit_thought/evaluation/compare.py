@@ -318,7 +318,7 @@ def format_result(result: Mapping[str, Any], samples: int = 5) -> str:
         lines.append(f"| {label} | " + " | ".join(number(values.get(run), digits) for run in RUNS) + " |")
     recovery, fidelity, ratio = result["recovery"], result["fidelity"], result["perplexity_ratio"]
     unrelated = f"unrelated perplexity × {number(ratio, 3)}"
-    if result["perplexity_interval"] is not None:
+    if result.get("perplexity_interval") is not None:
         tokens = result["perplexity_tokens"]
         unrelated += f" ± {number(result['perplexity_interval'], 3)}"
         unrelated += f" ({tokens['measured']:,} of {tokens['text']:,} tokens)"

@@ -193,7 +193,7 @@ def score(task: Task, patch: ThoughtPatch, unrelated: Unrelated) -> dict[str, An
 
 
 def mean_interval(values: Sequence[Tensor]) -> tuple[float, float]:
-    """Of the mean over all answers' tokens, answers drawn anew: a mean KL is the log of a ratio of perplexities."""
+    """Of the mean over all tokens, of answers as a sample: a mean KL is the log of a ratio of perplexities."""
     sums = [float(own.double().sum()) for own in values]
     _, low, high = perplexity_ratio([0.0] * len(sums), sums, [len(own) for own in values])
     return math.log(low), math.log(high)
