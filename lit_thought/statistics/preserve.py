@@ -31,7 +31,7 @@ from lit_thought.runs.streams import Stream
 from lit_thought.settings import DEFAULT_SITES
 from lit_thought.solve.nystrom import Sketch
 from lit_thought.statistics.distributed import gather_json
-from lit_thought.statistics.preserve_file import Preservation, config_hash, rounded
+from lit_thought.statistics.preserve_file import FORMAT, Preservation, config_hash, rounded
 
 __all__ = ["DIRECTIONS", "WINDOW", "entry_of", "preservation", "preservation_bar", "site_sizes"]
 
@@ -81,6 +81,7 @@ def preservation(
     device = next(model.parameters()).device
     sizes = site_sizes(blocks, sites)
     manifest = {
+        "format": FORMAT,
         "model": model_name(model),
         "fingerprint": identity or fingerprint(model),
         "config": config_hash(model),

@@ -25,9 +25,10 @@ from lit_thought.settings import SITES
 from lit_thought.solve.least_squares import Prior
 from lit_thought.tensor_files import TensorFile, write_tensors
 
-__all__ = ["Preservation", "check_suffix", "config_hash", "is_preservation_file", "rounded"]
+__all__ = ["FORMAT", "Preservation", "check_suffix", "config_hash", "is_preservation_file", "rounded"]
 
-_FORMAT = 2
+FORMAT = 2
+"""Of the file, and of how what it holds is computed: either changes it."""
 _METADATA = "lit_thought_preservation"
 _PARTS = ("factor", "scale", "rest")
 _DTYPES = {"factor": "I8", "scale": "F32", "rest": "F32"}
@@ -135,7 +136,7 @@ class Preservation:
     ) -> None:
         """Write what :func:`rounded` gives of all sites, by block and site, under ``manifest``."""
         tensors = {_key(block, site, part): parts[part] for (block, site), parts in priors.items() for part in _PARTS}
-        header = {_METADATA: json.dumps({**manifest, "format": _FORMAT}, sort_keys=True)}
+        header = {_METADATA: json.dumps(dict(manifest), sort_keys=True)}
         write_tensors(path, tensors, header, [_key(block, site, "") for block, site in priors], overwrite)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -229,8 +230,8 @@ def _checked(manifest: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mappi
     Raises:
         KeyError, TypeError, ValueError: if not.
     """
-    if manifest["format"] != _FORMAT:
-        raise ValueError(f"its format is {manifest['format']!r}, this version reads {_FORMAT}")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
     if not all(isinstance(manifest[name], str) for name in _TEXTS):
         raise ValueError("a name in its manifest is no text")
     sites, directions = manifest["sites"], manifest["directions"]

@@ -23,7 +23,7 @@ from lit_thought.model.blocks import JOINT, find_blocks
 from lit_thought.settings import DEFAULT_SITES, SITES
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.nystrom import Sketch
-from lit_thought.statistics import preserve
+from lit_thought.statistics import preserve, preserve_file
 from lit_thought.statistics.preserve import preservation
 from lit_thought.statistics.preserve_file import Preservation
 
@@ -209,6 +209,15 @@ def test_whatever_changes_the_content_makes_another_entry(tmp_path: Path) -> Non
     assert count_blocks(base, tmp_path, sites=DEFAULT_SITES) == (True, 0)
     for other in others:
         assert count_blocks(other[0], tmp_path, other[1], **other[2]) == (True, 0)
+
+
+def test_another_format_makes_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier version computed otherwise is not taken for this one's, whatever its file looks like."""
+    make(make_model(), tmp_path)
+    monkeypatch.setattr(preserve, "FORMAT", 99)
+    monkeypatch.setattr(preserve_file, "FORMAT", 99)
+    assert count_blocks(make_model(), tmp_path)[0] is False
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_same_weights_rotated_otherwise_have_other_matrices(tmp_path: Path) -> None:

@@ -437,7 +437,8 @@ def test_statistics_of_other_fits_are_refused_by_name() -> None:
         ({"ridge": 0.5}, r"settings: ridge is 0\.01 and 0\.5"),
         ({"sites": ["attn_out"]}, "settings: sites"),
         ({"blocks": [0, 2]}, "settings: blocks"),
-        ({"preserve_tokens": 30}, "preservation is"),
+        ({"preserve_tokens": 30}, "settings: preserve_tokens is 6000 and 30"),
+        ({"preserve": TEXTS[:1]}, r"preservation is 'preserve-\w{24}\.safetensors' and"),
         ({"model": make_model(seed=1)}, "fingerprint"),
     ):
         fitted(settings.pop("model", model), "two", PAIRS[2:], **{**EXACT, **settings}, overwrite=True)
