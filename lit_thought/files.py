@@ -34,6 +34,7 @@ __all__ = [
     "atomic_folder",
     "check_output_folder",
     "check_version",
+    "default_cache_dir",
     "expanded",
     "is_own_file",
     "own_file",
@@ -268,6 +269,13 @@ def expanded(path: Any, argument: str) -> Path:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ThoughtError(f"{argument}={_shortened(path)} cannot be looked up ({_cause(error)}). Check it.") from error
     return found
+
+
+def default_cache_dir() -> Path:
+    """``$LIT_THOUGHT_CACHE``, else ``$XDG_CACHE_HOME/lit_thought``, else ``~/.cache/lit_thought``."""
+    if chosen := os.environ.get("LIT_THOUGHT_CACHE"):
+        return expanded(chosen, "LIT_THOUGHT_CACHE")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_thought"
 
 
 def is_own_file(file: Path) -> bool:

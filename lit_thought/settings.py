@@ -78,7 +78,8 @@ class FitSettings:
             .safetensors file of this model's preservation statistics, from lit-thought preserve.
         preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 3,
             and 1 for mlp_in alone.
-        preserve_tokens: most tokens of unrelated text to use; a file of statistics has its own.
+        preserve_tokens: most tokens of unrelated text to use, taken evenly from all of it; a file of statistics has its
+            own.
         generate: options of model.generate for outputs that are missing; greedy when left out.
         max_new_tokens: longest output that the instructed model may write.
         batch_size: pairs a batch; the patch does not depend on it.
@@ -114,7 +115,7 @@ class FitSettings:
     # what to preserve
     preserve: TextSource | None = field(default="default", metadata=_PASSING)
     preserve_weight: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
-    preserve_tokens: int = 12_000
+    preserve_tokens: int = 6_000
     # how to run
     generate: Mapping[str, Any] | None = field(default=None, metadata=_DATA)
     max_new_tokens: int = field(default=64, metadata=_DATA)

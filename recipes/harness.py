@@ -23,7 +23,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import Evaluation, unrelated_perplexity
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.evaluation.perplexity import unrelated_perplexity
 from lit_thought.files import atomic_file
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.fit.provenance import versions
@@ -137,10 +138,12 @@ class Trial:
         return transmute(self.model, self.tokenizer, self.split.instruction, pairs, TEMPLATE, **settings)
 
     def evaluation(self, pairs: Sequence[Mapping[str, str]] | None = None, **options: Any) -> Evaluation:
-        """The plain and the instructed run on the pairs to test, or on others, to score patches with."""
+        """The plain and the instructed run on the pairs to test, or on others, to score patches with; of unrelated text
+        all is measured, so that the ratios of two patches are of the same windows."""
         common = {"instruction": self.split.instruction, "template": TEMPLATE, "max_new_tokens": self.max_new_tokens}
+        common |= {"perplexity_interval": None, "progress": False}
         pairs = self.split.test if pairs is None else pairs
-        return Evaluation(self.model, self.tokenizer, pairs=pairs, **{"progress": False, **common, **options})
+        return Evaluation(self.model, self.tokenizer, pairs=pairs, **{**common, **options})
 
     def prepared(self, pairs: Sequence[Mapping[str, str]] | None = None) -> PairDataModule:
         """The same with the outputs that the instructed model writes where there are none, in batches."""
@@ -292,8 +295,17 @@ def repeated(cache: DynamicCache, size: int) -> DynamicCache:
     return DynamicCache([(keys.expand(shape), values.expand(shape)) for keys, values, _ in cache])
 
 
+def patch_difference(one: ThoughtPatch, other: ThoughtPatch) -> float:
+    """The largest ‖ΔW − ΔW'‖ / ‖ΔW‖ over the layers, and the same of their vectors; NaN where there is one."""
+    deltas = [(of.delta(torch.float64), other.factors[path].delta(torch.float64)) for path, of in one.factors.items()]
+    deltas += [(vector.double(), other.vectors[path].double()) for path, vector in one.vectors.items()]
+    return float(torch.stack([(mine - theirs).norm() / mine.norm() for mine, theirs in deltas]).max())
+
+
 def machine(device: torch.device) -> str:
     """What a time was measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    name = f"{os.cpu_count()} CPU cores"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     threads = torch.get_num_threads()
     return f"{name}, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}"

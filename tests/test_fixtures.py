@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixture_files import IDENTITY, OUTPUTS, numbers, unfinished
+from fixture_files import IDENTITY, OUTPUTS, numbers, preserved, unfinished
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_thought import ThoughtPatch
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.instruction_hash import is_text_of
-from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
 
@@ -25,8 +25,8 @@ VERSIONS = sorted(FIXTURES.iterdir())
 
 
 def test_there_are_fixtures_and_they_are_small() -> None:
-    assert [version.name for version in VERSIONS] == ["v1", "v2"]
-    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 200_000
+    assert [version.name for version in VERSIONS] == ["v1", "v2", "v3"]
+    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 300_000
 
 
 def same(found: Any, wanted: Any) -> bool:
@@ -42,7 +42,7 @@ def same(found: Any, wanted: Any) -> bool:
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda path: path.name)
 def test_every_number_is_what_it_was(folder: Path) -> None:
     wanted = json.loads((folder / "numbers.json").read_text())
-    progress = wanted.pop("unfinished")
+    progress, kept = wanted.pop("unfinished"), wanted.pop("preservation")
     found = json.loads(json.dumps(numbers(folder)))
     assert found.keys() == wanted.keys()
     for key in wanted:
@@ -52,8 +52,19 @@ def test_every_number_is_what_it_was(folder: Path) -> None:
     assert vectors.provenance["instruction"] is None
     assert is_text_of(vectors.provenance["instruction_hash"], "Answer with the opposite.\n")
     assert progress["outputs"] == [list(output) for output in OUTPUTS]
-    if folder == VERSIONS[-1]:
+    if folder.name != "v1":
         assert same(json.loads(json.dumps(unfinished(folder))), progress)
+    if folder == VERSIONS[-1]:
+        assert same(json.loads(json.dumps(preserved(folder))), kept)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_preservation_statistics_of_an_earlier_version_are_refused_by_name(version: str) -> None:
+    with pytest.raises(
+        ThoughtError,
+        match=r"its format is 1, this version reads 2\. Write it anew: lit-thought preserve MODEL",
+    ):
+        Preservation(FIXTURES / version / "preservation.safetensors")
 
 
 def test_an_unfinished_fit_of_an_earlier_version_is_refused_by_name() -> None:
@@ -84,7 +95,7 @@ def edited_file(folder: Path) -> None:
         (edited("adapter/thought.json", "format_version"), lambda folder: ThoughtPatch.load(folder / "adapter")),
         (edited("statistics/manifest.json", "format_version"), lambda f: SavedStatistics.load(f / "statistics")),
         (edited("unfinished/fit.json", "format"), lambda folder: UnfinishedFit(folder / "unfinished", IDENTITY)),
-        (edited_file, lambda folder: PreservationFile(folder / "preservation.safetensors")),
+        (edited_file, lambda folder: Preservation(folder / "preservation.safetensors")),
     ],
     ids=["adapter", "statistics", "unfinished fit", "preservation file"],
 )

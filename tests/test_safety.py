@@ -32,8 +32,8 @@ from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.instruction_hash import check_instruction, hash_text, is_text_of
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.runs.generate import Generation
-from lit_thought.statistics.preserve import Preservation, preservation
-from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.preserve import preservation
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.stage import StageSums
@@ -261,7 +261,7 @@ def test_pickles_are_refused_and_never_opened(tmp_path: Path) -> None:
     for read in (
         lambda: ThoughtPatch.load("adapter"),
         lambda: SavedStatistics.load("sums"),
-        lambda: PreservationFile("shared.safetensors"),
+        lambda: Preservation("shared.safetensors"),
         lambda: load_pairs("pairs.json"),
         lambda: load_pairs("pairs.pkl"),
     ):
@@ -411,12 +411,12 @@ def test_enormous_tensors_are_refused_without_memory(shape: list[int], bytes_too
     model = make_model()
     blocks = find_blocks(model)
     kept, _ = preservation(model, blocks, [[2, 3, 4]], "other")
-    kept.save("shared.safetensors", model, blocks)
+    kept.save("shared.safetensors")
     stage = next(name for name in load_file("sums/stage-0000.safetensors") if name.startswith("matrix."))
     readers: list[tuple[str, str, Callable[[], object]]] = [
         ("adapter/adapter_model.safetensors", "", lambda: ThoughtPatch.load("adapter")),
         ("sums/stage-0000.safetensors", stage, lambda: SavedStatistics.load("sums").stage(0)),
-        ("shared.safetensors", "0.attn_out.factor", lambda: PreservationFile("shared.safetensors")),
+        ("shared.safetensors", "0.attn_out.factor", lambda: Preservation("shared.safetensors")),
     ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for file, name, read in readers:
@@ -444,17 +444,16 @@ def test_sums_of_no_rows_do_not_claim_a_size(tmp_path: Path) -> None:
         SavedStatistics.load("sums").stage(0)
 
 
-def test_a_file_for_other_sizes_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+def test_a_file_for_other_sizes_is_refused_before_it_is_read(tmp_path: Path) -> None:
     model = make_model()
     blocks = find_blocks(model)
-    kept, _ = preservation(model, blocks, [[2, 3, 4]], "other")
-    kept.save("shared.safetensors", model, blocks, rank=1)
+    preservation(model, blocks, [[2, 3, 4]], "other", directions=1)[0].save("shared.safetensors")
     with safe_open("shared.safetensors", framework="pt") as content:
         label = content.metadata()
     tensors = load_file("shared.safetensors")
-    for part in ("factor", "scale", "rest"):
-        tensors[f"1.mlp_out.{part}"] = torch.ones(300_000).to(tensors[f"1.mlp_out.{part}"].dtype)
+    tensors["1.mlp_out.factor"] = torch.ones(300_000, 1, dtype=torch.int8)
+    tensors["1.mlp_out.scale"] = torch.ones(300_000)
     save_file(tensors, "shared.safetensors", label)
     with pytest.raises(ThoughtError, match=r"block 1, mlp_out has 300000 inputs, not 48"):
-        Preservation.load("shared.safetensors", model, blocks, cache_dir="theirs")
+        transmute(model, make_tokenizer(), "up: down\n", PAIRS, preserve="shared.safetensors", cache_dir="theirs")
     assert not Path("theirs").exists()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_thought.errors import ThoughtError
-from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.tensor_files import TensorFile, tensors_hash, write_tensors
 
@@ -73,7 +73,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "preservation file": (
         "preservation.safetensors",
         lambda folder: [
-            PreservationFile(folder / "preservation.safetensors").gram(block, site)
+            Preservation(folder / "preservation.safetensors").prior(block, site)
             for block in (0, 1)
             for site in ("attn_out", "mlp_out")
         ],

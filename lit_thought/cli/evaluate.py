@@ -17,9 +17,11 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     instruction_file: str | None = None,
     template: str | None = None,
     unrelated: str | None = "default",
+    perplexity_interval: float | None = 0.01,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     samples: int = 5,
+    cache_dir: str | None = None,
     progress: bool = True,
     *,
     loading: Loading,
@@ -36,9 +38,12 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         instruction_file: a UTF-8 text file to read it from instead.
         template: as for fit; the adapter's own when left out.
         unrelated: text file to measure perplexity on; "default" for text that the package ships, null to skip.
+        perplexity_interval: half-width of the 95 % interval of the perplexities' ratio at which enough of that text has
+            been measured; null to measure all of it.
         max_new_tokens: longest output.
         batch_size: pairs a batch.
         samples: how many pairs to print with their three outputs.
+        cache_dir: where the original model's losses on that text are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         progress: show progress bars.
         loading: the model.
     """
@@ -83,8 +88,10 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
             pairs=rows,
             template=chosen,
             unrelated=unrelated,
+            perplexity_interval=perplexity_interval,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            cache_dir=cache_dir,
             progress=progress,
         )
     signed = of_adapter(result, place)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
+from lit_thought.settings import FitSettings
 
 __all__ = ["fit", "preserve", "solve"]
 
@@ -137,10 +138,9 @@ def solve(
 def preserve(
     output: str,
     texts: str = "default",
-    preserve_tokens: int = 12_000,
+    preserve_tokens: int = FitSettings.preserve_tokens,
     sites: list[str] | None = None,
-    rank: int | Literal["full"] | None = None,
-    storage: Literal["int8", "float16", "float32"] = "int8",
+    directions: int = 120,
     cache_dir: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -157,9 +157,7 @@ def preserve(
         preserve_tokens: most tokens of it to use.
         sites: attn_out, mlp_in, mlp_out or several, where fits can use it; when left out, attn_out and mlp_out
             wherever a block has them.
-        rank: how many directions of each matrix are kept, and of the others what they add to the diagonal, or full; 768
-            when left out.
-        storage: numbers in the file: int8, float16 or float32.
+        directions: how many directions of each site's inputs are kept one by one; of the others, their mean size.
         cache_dir: where each model's statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         overwrite: replace the file if it exists.
         progress: show a progress bar.
@@ -167,30 +165,31 @@ def preserve(
     """
     from lit_thought.errors import check_counts
     from lit_thought.files import atomic_file
-    from lit_thought.model.blocks import find_blocks
+    from lit_thought.model.blocks import find_blocks, require_site
     from lit_thought.prompts.unrelated import load_texts, text_windows
     from lit_thought.settings import DEFAULT_SITES, check_sites
     from lit_thought.statistics.preserve import WINDOW, preservation, preservation_bar
-    from lit_thought.statistics.preserve_file import DEFAULT_RANK, check_settings, check_suffix
+    from lit_thought.statistics.preserve_file import check_suffix
 
-    kept = None if rank == "full" else DEFAULT_RANK if rank is None else rank
-    check_settings(kept, storage)
     check_suffix(output, "output")
-    check_counts(preserve_tokens=preserve_tokens)
+    check_counts(preserve_tokens=preserve_tokens, directions=directions)
     chosen = DEFAULT_SITES if sites is None else check_sites(sites)
     read = load_texts(texts, "preserve", "texts")
     with atomic_file(output, overwrite) as file:  # checks its path first
         lm, tokenizer = loading.load()
         blocks = find_blocks(lm)
+        for name in sites or ():
+            require_site(blocks, name)
         windows = text_windows(tokenizer, read, WINDOW, preserve_tokens)
         with timed("the preservation statistics"), preservation_bar(len(blocks), progress) as advance:
-            entry, _ = preservation(lm, blocks, windows, cache_dir, progress=advance)
-        with timed("reducing and writing them"):
-            entry.save(file, lm, blocks, chosen, kept, storage)
+            kept, _ = preservation(
+                *(lm, blocks, windows, cache_dir), progress=advance, sites=chosen, directions=directions
+            )
+        kept.save(file)
     size = Path(output).expanduser().stat().st_size
     say(f"Wrote {size / 1e6:.1f} MB of preservation statistics to {output}")
     tokens = sum(len(window) for window in windows)
-    return Result({"file": output, "bytes": size, "tokens": tokens, "rank": kept, "storage": storage})
+    return Result({"file": output, "bytes": size, "tokens": tokens, "directions": directions})
 
 
 def _size(adapter: str) -> int:

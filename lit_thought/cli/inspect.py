@@ -8,6 +8,7 @@ from typing import Literal
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
+from lit_thought.settings import FitSettings
 
 __all__ = ["inspect", "verify"]
 
@@ -17,7 +18,7 @@ def inspect(
     tokens: int = 500,
     chunk_tokens: int = 100,
     rank: int = 16,
-    preserve_tokens: int = 12_000,
+    preserve_tokens: int = FitSettings.preserve_tokens,
     *,
     loading: Loading,
 ) -> Result:

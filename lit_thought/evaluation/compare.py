@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import check_counts
 from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
+from lit_thought.evaluation.perplexity import UnrelatedText
 from lit_thought.files import atomic_file
 from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window, evaluating
@@ -23,11 +23,11 @@ from lit_thought.patch.card import number
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS, figures, items_text
 from lit_thought.prompts.alignment import TokenisedPair, check_context
-from lit_thought.prompts.batches import PairBatch, forward_inputs, make_batches, pad
+from lit_thought.prompts.batches import PairBatch, forward_inputs, make_batches
 from lit_thought.prompts.instruction_hash import check_instruction
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
-from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.generate import Generation, generate
 from lit_thought.settings import TextSource
 
@@ -37,12 +37,10 @@ __all__ = [
     "evaluate",
     "format_result",
     "output_batches",
-    "unrelated_perplexity",
-    "window_losses",
 ]
 
-_WINDOW = 512
-"""Tokens of each window of unrelated text whose perplexity is measured."""
+_PERPLEXITY = ("perplexity", "perplexity_ratio", "perplexity_interval", "perplexity_tokens", "perplexity_windows")
+"""What :meth:`~lit_thought.evaluation.perplexity.UnrelatedText.measure` returns."""
 
 
 def evaluate(
@@ -54,9 +52,11 @@ def evaluate(
     pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
     template: str | PromptTemplate = DEFAULT_TEMPLATE,
     unrelated: TextSource | None = "default",
+    perplexity_interval: float | None = 0.01,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     items_file: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compare the plain, the instructed and the patched model on pairs that the patch has not seen.
@@ -70,10 +70,14 @@ def evaluate(
         instruction, pairs, template: as in :func:`~lit_thought.fit.api.transmute`; outputs are the reference answers.
         unrelated: text whose perplexity should not change: a text file, a list of texts, ``"default"`` (text
             that the package ships, other than what it preserves by default), or None to skip.
+        perplexity_interval: half-width of the 95 % interval of ``perplexity_ratio`` at which enough of that text has
+            been measured; None to measure all of it.
         max_new_tokens: longest output.
         batch_size: pairs a batch.
         items_file: where to write each pair's three outputs, as JSONL.
-        progress: show a progress bar.
+        cache_dir: where the original model's losses on unrelated text are kept ($LIT_THOUGHT_CACHE,
+            ~/.cache/lit_thought).
+        progress: show progress bars.
 
     Returns:
         A JSON-able dict:
@@ -86,7 +90,10 @@ def evaluate(
         share of equal top-1 tokens, mean over all compared tokens; ``output_kl``, ``output_agreement``: the
         same over the tokens that predict the output or its end.
         ``perplexity``: of the unrelated text, original and patched; ``perplexity_ratio``: patched ÷ original;
-        ``perplexity_windows``: of each of its windows the tokens, and the losses (see :func:`window_losses`).
+        ``perplexity_interval``: half-width of the ratio's 95 % interval
+        (:func:`~lit_thought.solve.intervals.perplexity_ratio`), None for a single window; ``perplexity_tokens``: how
+        many were ``measured``, of how many in the ``text``; ``perplexity_windows``: of each measured window the
+        tokens, and the losses (:func:`~lit_thought.evaluation.perplexity.window_losses`).
         ``prompt_tokens``: mean per query, plain and instructed, and ``saved``.
         ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
 
@@ -106,8 +113,10 @@ def evaluate(
             pairs=rows,
             template=template,
             unrelated=unrelated,
+            perplexity_interval=perplexity_interval,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            cache_dir=cache_dir,
             progress=progress,
         ).score(patch)
         if file is not None:
@@ -118,7 +127,8 @@ def evaluate(
 class Evaluation:
     """What does not depend on the patch, done once for several patches; the arguments are :func:`evaluate`'s.
 
-    Creating one writes the plain and the instructed outputs and measures the original perplexity.
+    Creating one writes the plain and the instructed outputs; the original model's losses on unrelated text are kept
+    from one patch to the next.
     """
 
     @torch.no_grad()
@@ -131,8 +141,10 @@ class Evaluation:
         pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
         template: str | PromptTemplate = DEFAULT_TEMPLATE,
         unrelated: TextSource | None = "default",
+        perplexity_interval: float | None = 0.01,
         max_new_tokens: int = 64,
         batch_size: int = 32,
+        cache_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -148,13 +160,14 @@ class Evaluation:
         ]
         for index, prompt in enumerate(self.prompts):
             check_context(prompt, context_window(model), index, max_new_tokens)
-        self.windows = (
-            text_windows(tokenizer, texts, min(_WINDOW, context_window(model))) if texts is not None else None
+        self.unrelated = (
+            UnrelatedText(model, tokenizer, texts, perplexity_interval, cache_dir, progress)
+            if texts is not None
+            else None
         )
         with evaluating(model):
             self.plain = self._write("plain", [prompt.plain_ids for prompt in self.prompts])
             self.instructed = self._write_instructed()
-            self.losses = window_losses(model, self.windows) if self.windows else None
         self.completed = [
             self.template.tokenise(tokenizer, instruction, row["input"], output.text, output.finished)
             for instruction, row, output in zip(self.instructions, self.rows, self.instructed, strict=True)
@@ -166,7 +179,7 @@ class Evaluation:
         with evaluating(self.model):
             with patch.applied(self.model):
                 patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
-                losses = window_losses(self.model, self.windows) if self.windows else None
+            perplexity = dict.fromkeys(_PERPLEXITY) if self.unrelated is None else self.unrelated.measure(patch)
             divergence = self._divergences(patch)
         outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
         texts = {run: [output.text for output in outputs[run]] for run in RUNS}
@@ -190,24 +203,12 @@ class Evaluation:
             "fidelity": _match(texts["patched"], texts["instructed"]),
             "fidelity_plain": _match(texts["plain"], texts["instructed"]),
             **divergence,
-            **self._unrelated(losses),
+            **perplexity,
             "prompt_tokens": {"plain": plain, "instructed": instructed, "saved": instructed - plain},
             "items": [
                 {"input": row["input"], "reference": row.get("output"), **{run: texts[run][i] for run in RUNS}}
                 for i, row in enumerate(self.rows)
             ],
-        }
-
-    def _unrelated(self, patched: list[float] | None) -> dict[str, Any]:
-        """The perplexities of the unrelated text, from each window's loss; None where there is no text."""
-        if not self.windows or self.losses is None or patched is None:
-            return dict.fromkeys(("perplexity", "perplexity_ratio", "perplexity_windows"))
-        before, after = (_perplexity(losses, self.windows) for losses in (self.losses, patched))
-        tokens = [len(window) - 1 for window in self.windows]
-        return {
-            "perplexity": {"original": before, "patched": after},
-            "perplexity_ratio": after / before if after and before else None,
-            "perplexity_windows": {"tokens": tokens, "original": self.losses, "patched": patched},
         }
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
@@ -248,7 +249,8 @@ class Evaluation:
         prefixes = ("", "output_")
         metrics = {(run, prefix): TokenDivergence(sync_on_compute=False) for run in runs for prefix in prefixes}
         leads: dict[str, dict[int, Any]] = {run: {} for run in RUNS}
-        for batch, output in batches:
+        shown = {"desc": "Comparing token by token", "unit": "batch", "disable": not self.progress, "leave": False}
+        for batch, output in tqdm(batches, **shown):
             wanted = batch_logits(self.model, batch, "target", leads["instructed"])
             for run in runs:
                 with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
@@ -275,29 +277,6 @@ def output_batches(
     batches, heavier = make_batches(*common), make_batches(*common, answer_weight=2.0)
     every = zip(batches, heavier, strict=True)
     return [(batch, heavy.weights - batch.weights) for batch, heavy in every if batch.plain is not batch.target]
-
-
-def unrelated_perplexity(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> float:
-    """exp of the mean negative log-likelihood of each token given those before it in its window."""
-    return _perplexity(window_losses(model, windows, batch_size), windows)
-
-
-def _perplexity(losses: Sequence[float], windows: Sequence[Sequence[int]]) -> float:
-    mean = sum(losses) / sum(len(window) - 1 for window in windows)
-    return float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite, not an error, where that is too large
-
-
-@torch.no_grad()
-def window_losses(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = 4) -> list[float]:
-    """Negative log-likelihood of each window: the sum over its tokens but the first, each given those before it."""
-    losses: list[float] = []
-    for start in range(0, len(windows), batch_size):
-        tokens = pad(windows[start : start + batch_size], 0, "right").to(model.device)
-        labels = tokens.ids.masked_fill(~tokens.mask, -100)[:, 1:]
-        logits = model(**forward_inputs(tokens, 0), use_cache=False).logits[:, :-1]
-        each = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        losses += each.double().sum(1).tolist()
-    return losses
 
 
 def _match(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -338,10 +317,12 @@ def format_result(result: Mapping[str, Any], samples: int = 5) -> str:
     for _, label, values, digits in figures(result):
         lines.append(f"| {label} | " + " | ".join(number(values.get(run), digits) for run in RUNS) + " |")
     recovery, fidelity, ratio = result["recovery"], result["fidelity"], result["perplexity_ratio"]
-    lines += [
-        "",
-        f"recovery {number(recovery)}, fidelity {number(fidelity)}, unrelated perplexity × {number(ratio, 3)}",
-    ]
+    unrelated = f"unrelated perplexity × {number(ratio, 3)}"
+    if result["perplexity_interval"] is not None:
+        tokens = result["perplexity_tokens"]
+        unrelated += f" ± {number(result['perplexity_interval'], 3)}"
+        unrelated += f" ({tokens['measured']:,} of {tokens['text']:,} tokens)"
+    lines += ["", f"recovery {number(recovery)}, fidelity {number(fidelity)}, {unrelated}"]
     if samples and result["items"]:
         lines += ["", "| input | " + " | ".join(RUNS) + " |", "|---|" + "---|" * len(RUNS)]
         for item in result["items"][:samples]:

@@ -101,7 +101,7 @@ def plan(
     preserve: bool,
     processes: int,
     steps: int,
-    complete: bool,
+    missing: int,
 ) -> Estimate:
     """Estimate a fit and choose where its streams are kept; all processes of the fit call this together.
 
@@ -111,8 +111,8 @@ def plan(
         batches: this process's share of a step's pairs.
         offload, memory_budget, preserve, steps: the settings of the fit.
         processes: on this machine.
-        complete: whether the batches are final; otherwise outputs are missing, and only a lower bound of the bytes is
-            known.
+        missing: most tokens of outputs that are not in the batches yet; unless it is 0, only a lower bound of the bytes
+            is known.
 
     Raises:
         MemoryBudgetError: on every process, when the fit does not fit on one.
@@ -122,17 +122,30 @@ def plan(
     found = estimate_bytes(model, blocks, stages, load, tokens, preserve)
     refusal, place = None, found.place
     try:
-        place = choose_place(found, offload, device, room(device, memory_budget, processes), at_least=not complete)
+        place = choose_place(found, offload, device, room(device, memory_budget, processes), at_least=missing > 0)
     except MemoryBudgetError as error:
         refusal = str(error)
     for message in gather_json(refusal, device):
         if message is not None:
             raise MemoryBudgetError(message)
-    seconds = {}
-    if complete:
-        operations = fit_operations(model, blocks, stages, load, tokens, preserve)
-        seconds = estimate_seconds({name: steps * n for name, n in operations.items()}, model.dtype, device)
-    return replace(found, place=place, seconds=seconds)
+    layer = blocks[stages[-1].block].sites[stages[-1].site].layer
+    rows = max(1, (load.target + load.plain) // (2 * len(batches)))
+    every = [load] if not missing else [load, load.longer(missing)]
+    both = [
+        estimate_seconds(
+            {
+                name: steps * count
+                for name, count in fit_operations(
+                    model, blocks, stages, own, tokens + own.compared - load.compared, preserve
+                ).items()
+            },
+            layer,
+            device,
+            rows,
+        )
+        for own in every
+    ]
+    return replace(found, place=place, seconds=both[0], most_seconds=sum(both[-1].values()) if missing else 0.0)
 
 
 def _refusal(estimate: Estimate, offload: str, device: torch.device, rooms: Mapping[str, int], at_least: bool) -> str:

@@ -207,7 +207,7 @@ class ThoughtCallback(Callback):
                 ready.writer.add(stage)
         with self.stopwatch("solve"):
             known = ready.preservation if own else None
-            prior = known.prior(runner.block, runner.site) if known is not None else None
+            prior = known.prior(runner.block.index, runner.site) if known is not None else None
             patch, figures = sums.solve_at(owner, device, runner.start, prior, trainer.num_devices)
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
         pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.model.blocks import Block, Site
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Stage, goes_on_from
 from lit_thought.runs.storage import Place
+from lit_thought.solve.least_squares import HALF, dual_operations, primal_operations
+from lit_thought.statistics.preserve import DIRECTIONS
 from lit_thought.timing import format_bytes, format_duration
 
 __all__ = [
@@ -37,8 +40,8 @@ __all__ = [
 ]
 
 
-_SLOWER = {"forward": 3.0, "statistics": 1.3, "solve": 3.0}
-"""Than products of large square matrices; measured on SmolLM2-135M, one CPU thread."""
+_SLOWER = {"forward": 1.4, "statistics": 1.3, "solve": 2.5}
+"""Than single products: of a batch with one of the model's matrices, and of square matrices."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class Load:
                 looks += rows * length * (length + (0 if before is None else before.ids.shape[1]))
                 leads += length if batch.lead is None and rows == 1 else 0
         return cls(compared, target, plain, leads, looks)
+
+    def longer(self, outputs: int) -> Load:
+        """The same with so many more tokens of outputs, which both runs go through."""
+        return replace(self, compared=self.compared + outputs, target=self.target + outputs, plain=self.plain + outputs)
 
     @classmethod
     def typical(cls, tokens: int, chunk_tokens: int) -> Load:
@@ -144,6 +151,7 @@ class Estimate:
         statistics_bytes: Z and C, or the tokens where these are few, of the widest site.
         solve_bytes: work space of its solve.
         seconds: by phase: forward, statistics and solve; empty for a fit that is too short to ask.
+        most_seconds: all of them, where outputs are still to be written and come out as long as they may; else 0.
         place: where what can be kept elsewhere than on the device is kept.
     """
 
@@ -154,12 +162,20 @@ class Estimate:
     statistics_bytes: int
     solve_bytes: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    most_seconds: float = 0.0
     place: Place = "device"
 
     def __str__(self) -> str:
         place = {"device": "", "cpu": "; streams in main memory", "disk": "; streams on disk"}[self.place]
-        after = f"about {format_duration(sum(self.seconds.values()))} and " if self.seconds else ""
-        return f"This fit takes {after}{format_bytes(self.total_bytes)} besides the model: {self.parts()}{place}."
+        after, least = "", ""
+        if self.seconds:
+            longest = f" to {format_duration(self.most_seconds)}" if self.most_seconds else ""
+            after = f"about {format_duration(sum(self.seconds.values()))}{longest} and "
+        if self.most_seconds:
+            after, least = f"after the outputs are written {after}", "at least "
+        return (
+            f"This fit takes {after}{least}{format_bytes(self.total_bytes)} besides the model: {self.parts()}{place}."
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -214,20 +230,27 @@ def lead_bytes(stages: Sequence[Stage], load: Load, sizes: ModelSizes) -> int:
 
 
 def statistics_bytes(site: Site, tokens: int, element: int = 8) -> int:
-    """Z and C of one site, or its tokens while they are fewer than d_in / 2, at ``element`` bytes a number."""
-    sums = site.d_in * (site.d_in + site.d_out)
-    return element * (sums if 2 * tokens >= site.d_in else tokens * (site.d_in + site.d_out))
+    """Z and C of one site, or its tokens while they are fewer than d_in, at ``element`` bytes a number."""
+    return element * min(tokens, site.d_in) * (site.d_in + site.d_out)
 
 
 def solve_bytes(site: Site, tokens: int, preserve: bool) -> int:
-    """Work space of one solve, the matrices of the unrelated text included; float64 throughout."""
-    d, out, rows = site.d_in, site.d_out, tokens
-    few, prior = 2 * tokens < d, d * d if preserve else 0  # the prior: Z₀ and its eigenvectors, float32
+    """Work space of one solve; float64 throughout."""
+    d, out, n = site.d_in, site.d_out, tokens
+    k = min(DIRECTIONS, d) if preserve else 0
     if site.gain is not None:
-        return 8 * (5 * d * rows + 4 * rows * rows if few and not preserve else 6 * d * d + 2 * d * out + prior)
-    if few:
-        return 8 * (3 * rows * d + 2 * rows * out + 4 * rows * rows + 2 * prior)
-    return 8 * (3 * d * d + 2 * d * out + out * out + prior)
+        few = n + k < d
+        return 8 * (5 * d * (n + k) + 4 * (n + k) ** 2 if few else 6 * d * d + 2 * d * out)
+    if _is_dual(site, n, k):
+        small = min(n, out)
+        return 8 * (2 * n * d + 2 * k * d + 3 * n * n + n * k + 2 * n * out + 4 * small * small)
+    return 8 * (3 * d * d + 2 * d * out + out * out)
+
+
+def _is_dual(site: Site, tokens: int, directions: int) -> bool:
+    """Whether the solve is the n × n dual (:func:`lit_thought.solve.least_squares.solve`)."""
+    shape = (tokens, site.d_in, site.d_out, directions)
+    return tokens < site.d_in and dual_operations(*shape) < primal_operations(*shape)
 
 
 def estimate_bytes(
@@ -273,14 +296,15 @@ def plain_runs(block: Block, names: Sequence[str]) -> float:
     return seen + (0 if sites[-1].point is None and sites[-1].linear else 1)
 
 
-def preserve_operations(model: PreTrainedModel, blocks: Sequence[Block], tokens: int) -> dict[str, float]:
+def preserve_operations(
+    model: PreTrainedModel, blocks: Sequence[Block], sites: Sequence[Site], tokens: int
+) -> dict[str, float]:
     """Those of the preservation statistics of ``tokens`` tokens, in the phases of :func:`fit_operations`."""
-    active = ModelSizes.of(model).active
-    sizes = [site.d_in for block in blocks for site in block.sites.values()]
+    active, sizes = ModelSizes.of(model).active, [site.d_in for site in sites]
     return {
         "forward": sum(2.0 * tokens * _weights(block, active) for block in blocks),
-        "statistics": sum(2.0 * tokens * d * d for d in sizes),
-        "solve": sum(9.0 * d**3 for d in sizes),
+        "statistics": sum(4.0 * tokens * d * min(d, 2 * DIRECTIONS) for d in sizes),
+        "solve": sum(12.0 * d * min(d, 2 * DIRECTIONS) ** 2 for d in sizes),
     }
 
 
@@ -293,14 +317,16 @@ def fit_operations(
         names = [stage.site for stage in stages if stage.block == block.index]
         spent["forward"] += 2 * _weights(block, active) * (load.target + load.plain * plain_runs(block, names))
         for site in (block.sites[name] for name in names):
-            d, out, few = site.d_in, site.d_out, 2 * tokens < site.d_in
-            spent["statistics"] += 0.0 if few else 2.0 * load.compared * d * (d + out)
+            d, out, few = site.d_in, site.d_out, tokens < site.d_in
+            k = min(DIRECTIONS, d) if preserve else 0
+            spent["statistics"] += 0.0 if few else load.compared * d * (HALF * d + 2 * out)
             if site.gain is not None:
-                spent["solve"] += 8 * d**3
-            elif few:
-                spent["solve"] += 2 * tokens * d * (d if preserve else tokens) + 4 * tokens**3
+                size = min(tokens + k, d) if few else d
+                spent["solve"] += 8 * size**3 + 4 * size * size * d
+            elif _is_dual(site, tokens, k):
+                spent["solve"] += dual_operations(tokens, d, out, k)
             else:
-                spent["solve"] += d**3 / 3 + d * d * out + 2 * d * out * out + 4 * out**3
+                spent["solve"] += primal_operations(tokens if few else 0, d, out, k)
     return spent
 
 
@@ -314,31 +340,37 @@ def _weights(block: Block, active: float) -> float:
 
 
 def estimate_seconds(
-    operations: Mapping[str, float], dtype: torch.dtype, device: torch.device, asked: bool = False
+    operations: Mapping[str, float], layer: nn.Module, device: torch.device, rows: int, asked: bool = False
 ) -> dict[str, float]:
-    """Seconds for :func:`fit_operations` at the speed of two products of matrices on this machine.
-
-    Good to about a factor of two.
+    """Seconds for :func:`fit_operations` at the speed of three products of matrices on this machine.
 
     Args:
         operations: by phase.
-        dtype: of the model.
-        device: where it is.
+        layer: a linear layer of the model; where its weight is no plain matrix, another matrix stands in for it.
+        device: where the model is.
+        rows: tokens of a batch.
         asked: also where these products would take more than a twentieth of the fit themselves; otherwise nothing
             then.
     """
+    weight: Any = getattr(layer, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.ndim == 2
     size = 2048 if device.type == "cuda" else 512
-    if sum(operations.values()) < 20 * 2 * 2 * 2 * size**3 and not asked:
+    products = 2 * size**3 + rows * (weight.numel() if plain else size * size)
+    if sum(operations.values()) < 20 * 2 * 2 * products and not asked:
         return {}
-    speeds = dict.fromkeys(("forward", "statistics"), _speed(size, dtype, device))
-    speeds["solve"] = _speed(size, torch.float64, device)
+    square = {kind: torch.ones(size, size, dtype=kind, device=device) for kind in (torch.float32, torch.float64)}
+    own = weight.detach() if plain else square[torch.float32]
+    speeds = {
+        "forward": _speed(own.new_ones(rows, own.shape[0]), own),
+        "statistics": _speed(square[torch.float32], square[torch.float32]),
+        "solve": _speed(square[torch.float64], square[torch.float64]),
+    }
     return {name: _SLOWER[name] * count / speeds[name] for name, count in operations.items()}
 
 
-def _speed(size: int, dtype: torch.dtype, device: torch.device) -> float:
+def _speed(left: Tensor, right: Tensor) -> float:
     """Multiplications and additions a second."""
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / max(_timed(lambda: matrix @ matrix), 1e-9)
+    return 2 * len(left) * right.numel() / max(_timed(lambda: left @ right), 1e-9)
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -15,7 +15,8 @@ from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_si
 from lit_thought.model.layers import layer_shape, sits_beside
 from lit_thought.model.loading import model_name
 from lit_thought.runs.runner import stages_of
-from lit_thought.settings import DEFAULT_SITES, SITES, check_sites
+from lit_thought.settings import DEFAULT_SITES, SITES, FitSettings, check_sites
+from lit_thought.statistics.preserve import DIRECTIONS
 from lit_thought.timing import format_bytes, format_duration
 
 __all__ = ["BlockKind", "Inspection", "SiteReport", "format_inspection", "inspect_model"]
@@ -102,11 +103,11 @@ def inspect_model(
     tokens: int = 500,
     chunk_tokens: int = 100,
     rank: int = 16,
-    preserve_tokens: int = 12_000,
+    preserve_tokens: int = FitSettings.preserve_tokens,
 ) -> Inspection:
     """Find the model's blocks and sites, and estimate what a fit costs.
 
-    Times are estimates, good to about a factor of two (:func:`~lit_thought.fit.estimate.estimate_seconds`).
+    Times are estimates (:func:`~lit_thought.fit.estimate.estimate_seconds`).
 
     Args:
         model: a causal LM.
@@ -131,10 +132,10 @@ def inspect_model(
     stages = stages_of(blocks, chosen)
     memory = estimate_bytes(model, blocks, stages, load, tokens)
     seconds, preservation = (
-        estimate_seconds(operations, model.dtype, model.device, asked=True)
+        estimate_seconds(operations, fitted[-1].layer, model.device, tokens, asked=True)
         for operations in (
             fit_operations(model, blocks, stages, load, tokens, preserve=True),
-            preserve_operations(model, blocks, preserve_tokens),
+            preserve_operations(model, blocks, fitted, preserve_tokens),
         )
     )
     return Inspection(
@@ -150,7 +151,7 @@ def inspect_model(
         rank=rank,
         statistics_bytes=memory.work_bytes,
         streams_bytes=memory.held_bytes,
-        preservation_bytes=sum(4 * (2 * s.d_in**2 + s.d_in) for block in blocks for s in block.sites.values()),
+        preservation_bytes=sum((min(DIRECTIONS, site.d_in) + 4) * site.d_in for site in fitted),
         adapter_bytes=sum(4 * rank * sum(layer_shape(layer)) for site in fitted for layer in site.targets.values()),
         seconds={**seconds, "preservation": sum(preservation.values())},
     )

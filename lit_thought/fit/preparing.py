@@ -29,7 +29,7 @@ from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import DEFAULT_SITES, FitSettings
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
-from lit_thought.statistics.preserve import Preservation
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import StatisticsWriter
 from lit_thought.timing import Stopwatch
@@ -188,7 +188,9 @@ class Preparation:
         limit = context_window(model)
         with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
-            self._plan(complete=not data.missing)
+            self._plan(len(data.missing) * data.settings.max_new_tokens)
+        if show and first:
+            tqdm.write(str(self.estimate), file=sys.stderr)
         with self.stopwatch("preserve"):
             identity = common_fingerprint(model)
             self.preservation, self.preserve_cached = self.preserved.load(
@@ -203,15 +205,16 @@ class Preparation:
             before = None if self.unfinished is None else self.unfinished.outputs
             data.complete(tokenizer, before or write_outputs(data, model, tokenizer, show), limit)
             if data.written:
-                self._plan(complete=True)
-        if show and first:
-            tqdm.write(str(self.estimate), file=sys.stderr)
+                place = self.storage.place
+                self._plan(0)
+                if self.storage.place != place and show and first:
+                    tqdm.write(str(self.estimate), file=sys.stderr)
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
             self.unfinished.start(data.written)
         self.provenance = describe(kept, model, self.blocks, identity, data, settings.store_instruction)
         if settings.statistics_dir is not None and first:
-            entry = self.preservation.folder.name if self.preservation is not None else None
+            entry = self.preservation.path.name if self.preservation is not None else None
             uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
             manifest = Manifest(self.provenance, entry, uncompared)
             self.writer = StatisticsWriter(settings.statistics_dir, manifest, overwrite)
@@ -219,8 +222,12 @@ class Preparation:
             with self.stopwatch("validate"):
                 self.validation = Validation(data, model, tokenizer, show and first)
 
-    def _plan(self, complete: bool) -> None:
-        """Batch the longest pairs of a step, refuse a fit that does not fit, and choose where its streams are kept."""
+    def _plan(self, missing: int) -> None:
+        """Batch the longest pairs of a step, refuse a fit that does not fit, and choose where its streams are kept.
+
+        Args:
+            missing: most tokens of outputs that are still to be written.
+        """
         settings, data = self.settings, self.data
         self._select(sorted(range(len(data.pairs)), key=data.by_length)[: settings.pairs_per_step])
         self.estimate = plan(
@@ -233,7 +240,7 @@ class Preparation:
             preserve=bool(self.preserved) and settings.preserve_weight != 0,
             processes=self.trainer.num_devices,
             steps=settings.steps,
-            complete=complete,
+            missing=missing,
         )
         self.storage = Storage(self.estimate.place)
 

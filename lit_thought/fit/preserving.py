@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,8 +13,8 @@ from lit_thought.model.blocks import Block
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.settings import FitSettings, TextSource
-from lit_thought.statistics.preserve import WINDOW, Preservation, preservation, preservation_bar, site_sizes, unpack
-from lit_thought.statistics.preserve_file import PreservationFile, is_preservation_file
+from lit_thought.statistics.preserve import WINDOW, entry_of, preservation, preservation_bar, site_sizes
+from lit_thought.statistics.preserve_file import Preservation, is_preservation_file
 
 __all__ = ["PreservationSource"]
 
@@ -30,7 +31,7 @@ class PreservationSource:
     """
 
     def __init__(self, source: TextSource | None) -> None:
-        self.file = PreservationFile(cast(Any, source), "preserve") if is_preservation_file(source) else None
+        self.file = Preservation(cast(Any, source), argument="preserve") if is_preservation_file(source) else None
         given = source is not None and self.file is None
         self.texts = load_texts(cast(Any, source), "preserve", "preserve") if given else None
 
@@ -62,10 +63,10 @@ class PreservationSource:
         together = is_sharded(model) and self.file is None
         found: tuple[Preservation | None, bool | None] = (None, None)
         if first or together:
-            found = self._load(model, tokenizer, blocks, settings, identity, show and first, first)
+            found = self._load(model, tokenizer, blocks, sites, settings, identity, show and first, first)
         trainer.strategy.barrier("preserve")
         if not (first or together):
-            found = self._load(model, tokenizer, blocks, settings, identity, False, True)
+            found = self._load(model, tokenizer, blocks, sites, settings, identity, False, True)
         return found
 
     def _load(
@@ -73,6 +74,7 @@ class PreservationSource:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         blocks: Sequence[Block],
+        sites: Sequence[str],
         settings: FitSettings,
         identity: str,
         show: bool,
@@ -80,10 +82,22 @@ class PreservationSource:
     ) -> tuple[Preservation | None, bool | None]:
         if not self or settings.preserve_weight == 0:
             return None, None
+        if self.file is not None:
+            return self._copied(self.file, settings, next(model.parameters()).device)
         with preservation_bar(len(blocks), show) as progress:
-            if self.file is not None:
-                return unpack(self.file, next(model.parameters()).device, settings.cache_dir, progress)
             windows = text_windows(tokenizer, self.texts or [], WINDOW, settings.preserve_tokens)
             return preservation(
-                model, blocks, windows, settings.cache_dir, identity=identity, progress=progress, write=write
+                *(model, blocks, windows, settings.cache_dir),
+                identity=identity,
+                progress=progress,
+                write=write,
+                sites=sites,
             )
+
+    def _copied(self, file: Preservation, settings: FitSettings, device: torch.device) -> tuple[Preservation, bool]:
+        """A file's copy in the cache, where the statistics of the fit find it later; and that nothing was computed."""
+        entry = entry_of(settings.cache_dir, file.digest)
+        if not entry.is_file() or entry.read_bytes() != file.path.read_bytes():
+            file.check_numbers()
+            file.save(entry, overwrite=True)
+        return Preservation(entry, device), True

@@ -60,7 +60,8 @@ def text_windows(
 ) -> list[list[int]]:
     """Cut texts into windows of at most ``length`` tokens, each beginning with the tokenizer's BOS if it adds one.
 
-    A window never crosses two texts; ``max_tokens`` bounds the tokens of all windows together.
+    A window never crosses two texts. ``max_tokens`` bounds the tokens of all windows together; there are then as many
+    windows as it allows, evenly spread over the texts, the last of them cut.
 
     Raises:
         ThoughtError: when nothing of two tokens or more is left.
@@ -68,18 +69,29 @@ def text_windows(
     opening = _opening_tokens(tokenizer)
     size = length - len(opening)
     windows: list[list[int]] = []
-    left = max_tokens if max_tokens is not None else float("inf")
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for start in range(0, len(ids), size):
-            window = [*opening, *ids[start : start + size]]
-            window = window[: int(min(len(window), left))]
-            left -= len(window)
-            if len(window) >= 2:
-                windows.append(window)
+        every = ([*opening, *ids[start : start + size]] for start in range(0, len(ids), size))
+        windows += [window for window in every if len(window) >= 2]
+    total = sum(map(len, windows))
+    if max_tokens is not None and total > max_tokens:
+        windows = _spread(windows, max_tokens, max_tokens * len(windows) // total)
     if not windows:
         raise ThoughtError("the unrelated text gives no window of two tokens or more; give more text.")
     return windows
+
+
+def _spread(windows: Sequence[list[int]], most: int, count: int) -> list[list[int]]:
+    """This number of windows or a few more, evenly spread, with ``most`` tokens in all; the last is cut."""
+    chosen: list[list[int]] = []
+    while sum(map(len, chosen)) < most:
+        count += 1
+        chosen = [windows[i * len(windows) // count] for i in range(count)]
+    left, cut = most, []
+    for window in chosen:
+        cut.append(window[:left])
+        left -= len(cut[-1])
+    return [window for window in cut if len(window) >= 2]
 
 
 def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

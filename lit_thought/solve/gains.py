@@ -29,7 +29,6 @@ from torch import Tensor
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.settings import check_rank
 from lit_thought.solve.least_squares import (
-    COARSE_RIDGE,
     Prior,
     Solution,
     check_finite,
@@ -39,7 +38,7 @@ from lit_thought.solve.least_squares import (
     singular_limit,
     singular_system,
 )
-from lit_thought.solve.spectral import top_eigenvectors
+from lit_thought.solve.spectral import eigh, top_eigenvectors
 from lit_thought.solve.sums import Statistics
 
 __all__ = ["check_gain", "solve_with_gains"]
@@ -77,8 +76,9 @@ def solve_with_gains(
 ) -> Solution:
     """Solve one layer's patch behind a gain; the formula is at the top of this module.
 
-    Without a prior and with few tokens in ``stats`` only an n × n matrix is decomposed, otherwise d_in × d_in; both
-    give the same patch to rounding. All arithmetic is float64.
+    While ``stats`` keeps its n tokens as rows, only the span of the n rows and the prior's k directions is decomposed,
+    if that is smaller than d_in (the prior's t I has every basis); d_in × d_in otherwise. Both give the same patch to
+    rounding. All arithmetic is float64.
 
     Args:
         stats: sums over the compared tokens, the inputs a with the per-token part of the gain multiplied in.
@@ -103,17 +103,19 @@ def solve_with_gains(
     prior = check_terms(stats, ridge, prior, prior_weight, stats.d_in, name)
     check_rank(rank, min(stats.d_in, stats.d_out))
     acts = check_gain(gain, stats.d_out, name)
-    z, basis, cross = _spectrum(stats, prior, prior_weight, name, rounded=ridge >= COARSE_RIDGE)
+    z, basis, cross, outside = _spectrum(stats, prior, prior_weight, name)
     gain, acts = gain.to(z), acts.to(z.device)
-    scale = ridge_scale(name, float(z.sum()), float(z.square().sum()), float(stats.energy))
+    missing = stats.d_in - len(z)
+    trace, square = float(z.sum()) + missing * outside, float(z.square().sum()) + missing * outside**2
+    scale = ridge_scale(name, trace, square, float(stats.energy))
     size = gain[acts].abs().max()
     size = size * (gain[acts] / size).square().quantile(0.5).sqrt()
     h = gain[acts] / size
 
     x, y = h.square(), z / scale
-    floor = float(y.min()) if len(y) == stats.d_in else 0.0
+    floor = float(y.min()) if missing == 0 else outside / scale
     worst = (float(x.max()) * floor + ridge) / (float(x.max()) * float(y.max()) + ridge)
-    if not worst > (singular_limit(stats.d_in, stats.tokens) if len(y) == stats.d_in else 0.0):
+    if not worst > (singular_limit(stats.d_in, stats.tokens) if missing == 0 else 0.0):
         raise singular_system(stats, ridge, prior, name)
 
     B, A, lost = _factors(h.unsqueeze(1) * cross[acts] / scale, x, y, ridge, rank)
@@ -123,33 +125,42 @@ def solve_with_gains(
     B[acts] = left
     before = float(stats.energy) / stats.weight
     after = _error(stats, gain.unsqueeze(1) * B, A)
-    return Solution(A, B, describe(A, stats, scale, float(z.sum()), 1 / worst, before, after, lost))
+    return Solution(A, B, describe(A, stats, scale, trace, 1 / worst, before, after, lost))
 
 
 class _Spectrum(NamedTuple):
-    """Z = Q diag(z) Qᵀ on k directions that hold all of it, and C in their basis."""
+    """Z = Q diag(z) Qᵀ + z₀ (I − Q Qᵀ), with C in the span of Q."""
 
     values: Tensor  # z, (k,), non-negative
     basis: Tensor  # Q, (d_in, k), orthonormal columns
     cross: Tensor  # C Q, (d_out, k)
+    outside: float = 0.0  # z₀
 
 
-def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str, rounded: bool) -> _Spectrum:
-    """Decompose Z from the rows where there is no prior and ``stats`` keeps them, from the sums otherwise."""
-    rows = stats.rows() if prior is None else None
+def _spectrum(stats: Statistics, prior: Prior | None, rho: float, name: str) -> _Spectrum:
+    """Decompose Z from rows where they span less than all dimensions, from the sums otherwise."""
+    rows = stats.rows()
+    known = None if prior is None else prior.to(stats.energy.double())
     if rows is not None:
-        a, delta = rows[0] / stats.weight**0.5, rows[1] / stats.weight**0.5
-        check_finite(name, float(a.square().sum()), float(delta.square().sum()))
-        span, core = torch.linalg.qr(a.T)
-        right, singular, left = torch.linalg.svd(core)  # a = leftᵀ diag(singular) (span right)ᵀ
-        keep = singular >= singular[0] * stats.d_in * torch.finfo(torch.float64).eps
-        singular = singular[keep]
-        return _Spectrum(singular.square(), span @ right[:, keep], (left[keep] @ delta).T * singular)
-    total, cross = stats.gram / stats.weight, stats.cross / stats.weight
-    if prior is not None:
-        total = total.add(prior.gram(rounded), alpha=rho)
+        a, delta = rows[0].double() / stats.weight**0.5, rows[1].double() / stats.weight**0.5
+        outside = 0.0
+        if known is not None:  # the prior's directions are rows whose error is zero
+            a = torch.cat([a, rho**0.5 * known.factor.T])
+            outside = rho * float(known.rest)
+        check_finite(name, float(a.square().sum()), float(delta.square().sum()), outside)
+        if len(a) < stats.d_in:
+            span, core = torch.linalg.qr(a.T)
+            right, singular, left = torch.linalg.svd(core)  # a = leftᵀ diag(singular) (span right)ᵀ
+            keep = singular >= singular[0] * stats.d_in * torch.finfo(torch.float64).eps
+            singular = singular[keep]
+            cross = (left[keep, : len(delta)] @ delta).T * singular
+            return _Spectrum(singular.square() + outside, span @ right[:, keep], cross, outside)
+    gram, cross = stats.sums()
+    total, cross = gram / stats.weight, cross / stats.weight
+    if known is not None:
+        total = total.add(known.gram(), alpha=rho)
     check_finite(name, float(total.square().sum()), float(cross.square().sum()))
-    values, basis = torch.linalg.eigh(total)
+    values, basis = eigh(total)
     return _Spectrum(values.clamp_min(0), basis, cross @ basis)
 
 

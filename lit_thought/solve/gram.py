@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["add_products", "mirror", "packed", "products", "unpacked"]
+__all__ = ["add_products", "inner_products", "mirror", "packed", "products", "unpacked"]
 
 _NARROWEST, _MOST = 256, 8
+_INNER = 1024
 
 
 def add_products(total: Tensor, a: Tensor) -> None:
@@ -34,6 +35,14 @@ def products(a: Tensor) -> Tensor:
     """aᵀ a, (d, d), of rows (n, d)."""
     total = a.new_zeros(a.shape[1], a.shape[1])
     add_products(total, a)
+    return mirror(total)
+
+
+def inner_products(a: Tensor) -> Tensor:
+    """a aᵀ, (n, n), float64, of rows (n, d): products of 1024 columns at a time in their own dtype, sums in float64."""
+    total = a.new_zeros(len(a), len(a), dtype=torch.float64)
+    for columns in a.split(_INNER, dim=1):
+        add_products(total, columns.T)
     return mirror(total)
 
 

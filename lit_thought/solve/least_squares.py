@@ -28,18 +28,20 @@ from torch import Tensor
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.settings import check_rank
-from lit_thought.solve.gram import products
-from lit_thought.solve.spectral import largest_eigenvalue, top_eigenvectors
+from lit_thought.solve.gram import add_products, inner_products, mirror, products
+from lit_thought.solve.spectral import eigh, few_of_many, largest_eigenvalue, top_eigenvectors
 from lit_thought.solve.sums import Statistics
 
 __all__ = [
     "COARSE_RIDGE",
-    "DUAL",
+    "HALF",
     "Prior",
     "Solution",
     "check_finite",
     "check_terms",
     "describe",
+    "dual_operations",
+    "primal_operations",
     "ridge_scale",
     "singular_limit",
     "singular_system",
@@ -48,43 +50,46 @@ __all__ = [
 ]
 
 
+HALF = 1.2
+"""Operations of aᵀa, of n rows of d, over n d²: by blocks on and above the diagonal (:mod:`lit_thought.solve.gram`)."""
+
+
 COARSE_RIDGE = 1e-3
 """From this ridge λ on, float32 rounding of Z (1e-7 of its largest entries) makes no difference to a solution."""
 
 
-DUAL = 3
-"""How many times more input dimensions than tokens there must be for the n × n dual to be faster."""
+SMALLEST_DUAL_RIDGE = 1e-7
+"""Below this ridge λ the n × n dual loses digits where the primal does not: eps / λ of the largest entries."""
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Mean Gram matrix of inputs to preserve, by its eigendecomposition: Z₀ = Q diag(values) Qᵀ.
+    """Mean Gram matrix of inputs to preserve, in few numbers: Z₀ = L Lᵀ + t I.
 
     Attributes:
-        values: (d_in,), non-negative.
-        vectors: Q, (d_in, d_in), one eigenvector a column; None for I, where the inputs are in that basis already.
-        matrix: Z₀ itself, (d_in, d_in), where it is at hand; the n × n dual needs the decomposition, the primal Z₀.
+        factor: L, (d_in, k), the directions that matter one by one, any floating dtype; k may be 0.
+        rest: t ≥ 0, (), what all directions have besides.
     """
 
-    values: Tensor
-    vectors: Tensor | None
-    matrix: Tensor | None = None
+    factor: Tensor
+    rest: Tensor
 
     @classmethod
     def from_gram(cls, gram: Tensor) -> Prior:
-        """Decompose a mean Gram matrix, (d_in, d_in)."""
-        values, vectors = torch.linalg.eigh(gram.double())
-        return cls(values.clamp_min(0), vectors)
+        """All of a mean Gram matrix, (d_in, d_in): its eigenvectors times the roots of their eigenvalues."""
+        values, vectors = eigh(gram.double())
+        return cls(vectors * values.clamp_min(0).sqrt(), values.new_zeros(()))
 
-    def gram(self, rounded: bool = False) -> Tensor:
-        """Z₀, (d_in, d_in), float64; ``rounded`` takes :attr:`matrix` as it is if it is there, in float32, whose
-        rounding can leave it not quite positive semi-definite."""
-        if rounded and self.matrix is not None:
-            return self.matrix
-        if self.vectors is None:
-            return self.values.double().diag()
-        vectors = self.vectors.double()
-        return (vectors * self.values.double()) @ vectors.T
+    def to(self, like: Tensor) -> Prior:
+        """Of the dtype and on the device of another tensor."""
+        return Prior(self.factor.to(like), self.rest.to(like))
+
+    def gram(self) -> Tensor:
+        """Z₀, (d_in, d_in), float64."""
+        factor = self.factor.double()
+        total = products(factor.T)
+        total.diagonal().add_(self.rest.double())
+        return total
 
 
 @dataclass
@@ -120,9 +125,10 @@ def solve(
 ) -> Solution:
     """Solve one layer's patch; the formula is at the top of this module.
 
-    The n × n dual is used while ``stats`` keeps its tokens as rows and there are fewer than d_in / 3 of them, where it
-    is the faster form; the d_in × d_in primal otherwise. Both give the same patch to rounding. All arithmetic is
-    float64.
+    While ``stats`` keeps its n tokens as rows, the n × n dual is used where it takes fewer operations
+    (:func:`dual_operations`); the d_in × d_in primal otherwise. Both give the same patch to rounding. All arithmetic is
+    float64, but for products of rows that are narrower themselves, where the ridge is :data:`COARSE_RIDGE` or more:
+    their sums are float64 alone.
 
     Args:
         stats: sums over the compared tokens.
@@ -142,7 +148,7 @@ def solve(
     check_rank(rank, min(stats.d_in, stats.d_out))
     rows = stats.rows()
     try:
-        if rows is not None and ridge > 0 and DUAL * len(rows[0]) < stats.d_in:
+        if rows is not None and ridge >= SMALLEST_DUAL_RIDGE and _dual_is_cheaper(stats, prior):
             return _solve_dual(stats, rows, ridge, prior, prior_weight, rank, name)
         return _solve_primal(stats, ridge, prior, prior_weight, rank, name)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -204,7 +210,7 @@ def solve_constrained(
     if stats is None:
         if prior is None:
             raise ThoughtError(f"{name}: there is nothing to minimise; give stats, or a prior with prior_weight > 0.")
-        stats = Statistics(d_in, values.shape[1], energy=prior.values.new_zeros(()))
+        stats = Statistics(d_in, values.shape[1], energy=prior.rest.new_zeros((), dtype=torch.float64))
     system = _system(stats, ridge, prior, prior_weight, name)
     keys, values = keys.to(system.lower), values.to(system.lower)
     for argument, rows in (("keys", keys), ("values", values)):
@@ -224,7 +230,7 @@ def solve_constrained(
     orthogonal, upper = torch.linalg.qr(torch.linalg.solve_triangular(system.lower, keys.T, upper=False))
     inverse = torch.linalg.solve_triangular(system.lower.T, orthogonal, upper=True)
     inverse = torch.linalg.solve_triangular(upper, inverse.T, upper=True)
-    patch = torch.cholesky_solve(system.cross.T, system.lower).T
+    patch: Tensor = torch.cholesky_solve(system.cross.T / (stats.weight or 1.0), system.lower).T
     for _ in range(2):  # the second time takes off the rounding of the first
         patch = patch + (values.T - patch @ keys.T) @ inverse
     return patch
@@ -239,15 +245,43 @@ def check_terms(
     if stats is not None and stats.weight <= 0:
         raise ThoughtError(f"{name}: there is no token to solve from; the statistics are empty.")
     prior = prior if rho > 0 else None
-    if prior is not None and len(prior.values) != d_in:
-        raise ThoughtError(f"{name}: prior has size {len(prior.values)}; expected {d_in}.")
+    if prior is not None and (len(prior.factor) != d_in or prior.rest.ndim):
+        raise ThoughtError(
+            f"{name}: prior has a factor {tuple(prior.factor.shape)} and a rest {tuple(prior.rest.shape)}; expected "
+            f"({d_in}, k) and ()."
+        )
     return prior
+
+
+def dual_operations(rows: int, d_in: int, d_out: int, directions: int) -> float:
+    """Multiplications and additions of the n × n dual.
+
+    Args:
+        rows: n.
+        d_in, d_out: of the layer.
+        directions: k of the prior, 0 without one.
+    """
+    n, k = rows, directions
+    spread = 2 * n * d_out * min(n, d_out) + 2 * n * n * min(n, d_out)
+    return HALF * (n * n + k * k) * d_in + 2 * n * k * d_in + HALF * n * n * k + (n**3 + k**3) / 3 + spread
+
+
+def primal_operations(rows: int, d_in: int, d_out: int, directions: int) -> float:
+    """Multiplications and additions of the d_in × d_in primal; ``rows`` 0 where they are in the sums already."""
+    d = d_in
+    sums = (HALF * (rows + directions) * d + 2 * rows * d_out) * d
+    return sums + d**3 / 3 + d * d * d_out + HALF * d * d_out * d_out
+
+
+def _dual_is_cheaper(stats: Statistics, prior: Prior | None) -> bool:
+    shape = (stats.num_rows, stats.d_in, stats.d_out, 0 if prior is None else prior.factor.shape[1])
+    return dual_operations(*shape) < primal_operations(*shape)
 
 
 class _System(NamedTuple):
     """M of one layer, C, and what is known of them."""
 
-    cross: Tensor  # C, (d_out, d_in)
+    cross: Tensor  # w C, (d_out, d_in)
     lower: Tensor  # Cholesky factor of M, (d_in, d_in)
     scale: float  # s
     trace: float  # tr Z
@@ -256,9 +290,12 @@ class _System(NamedTuple):
 
 def _system(stats: Statistics, ridge: float, prior: Prior | None, rho: float, name: str) -> _System:
     weight = stats.weight or 1.0  # without tokens the sums are zero and there is nothing to divide
-    matrix, cross = (total / weight for total in stats.sums())
+    gram, cross = stats.sums()
+    matrix = gram / weight
     if prior is not None:
-        matrix.add_(prior.gram(rounded=ridge >= COARSE_RIDGE), alpha=rho)
+        known = prior.to(matrix)
+        add_products(matrix, rho**0.5 * known.factor.T)
+        mirror(matrix).diagonal().add_(rho * known.rest)
     trace = float(matrix.diagonal().sum())
     norm = float(torch.linalg.vector_norm(matrix))
     scale = ridge_scale(name, trace, norm**2, float(stats.energy))
@@ -304,12 +341,12 @@ def _solve_primal(
     stats: Statistics, ridge: float, prior: Prior | None, rho: float, rank: int | float | None, name: str
 ) -> Solution:
     cross, lower, scale, trace, condition = _system(stats, ridge, prior, rho, name)
-    half = torch.linalg.solve_triangular(lower, cross.T, upper=False)
+    half = torch.linalg.solve_triangular(lower, cross.T, upper=False).div_(stats.weight)
     gains, basis = top_eigenvectors(products(half), rank)
     A = torch.linalg.solve_triangular(lower.T, half @ basis, upper=True).T
     before = float(stats.energy) / stats.weight
-    after = before - 2 * float((basis.T @ cross * A).sum()) + float(stats.projected(A).trace()) / stats.weight
-    lost = _lost(gains, half)
+    after = before + float((stats.projected(A).trace() - 2 * (basis.T @ cross * A).sum()) / stats.weight)
+    lost = _lost(gains, float(half.square().sum()))
     return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
 
 
@@ -322,51 +359,76 @@ def _solve_dual(
     rank: int | float | None,
     name: str,
 ) -> Solution:
-    """The same patch from n rows a, δ: with D = ρ Z₀ + λ s I and G = a D⁻¹ aᵀ (n × n),
+    """The same patch from n rows a, δ: with D = ρ Z₀ + λ s I, G = a D⁻¹ aᵀ (n × n) and I + G = R Rᵀ,
 
-    C M⁻¹ = δᵀ (I + G)⁻¹ a D⁻¹  and  C M⁻¹ Cᵀ = δᵀ (I − (I + G)⁻¹) δ.  (Woodbury and push-through)
+    C M⁻¹ = δᵀ (I + G)⁻¹ a D⁻¹  and  C M⁻¹ Cᵀ = δᵀ (I − (I + G)⁻¹) δ,
+
+    by Woodbury and push-through. With h = ρ t + λ s, of ρ L Lᵀ + h I once more
+
+    D⁻¹ = (I − L (h / ρ I + Lᵀ L)⁻¹ Lᵀ) / h,
+
+    so that nothing of d_in × d_in is formed.
     """
-    root = math.sqrt(stats.weight)
-    a, delta = rows[0] / root, rows[1] / root
-    inner = a @ a.T
-    own_trace, own_square = float(inner.diagonal().sum()), float(inner.square().sum())
-    vectors = None if prior is None or prior.vectors is None else prior.vectors.to(a)
-    rotated = a if vectors is None else a @ vectors
-    if prior is None:
-        trace, square = own_trace, own_square
-        values = a.new_zeros(stats.d_in)
-    else:
-        values = rho * prior.values.to(a)
-        trace = own_trace + float(values.sum())
-        square = own_square + 2 * float((rotated.square() @ values).sum()) + float(values.square().sum())
+    size, coarse = stats.d_in, ridge >= COARSE_RIDGE
+    a, delta = rows[0] if coarse else rows[0].double(), rows[1].double() / stats.weight**0.5
+    a = a / stats.weight**0.5
+    known = Prior(a.new_zeros(size, 0), delta.new_zeros(())) if prior is None or rho == 0 else prior
+    factor, rest = rho**0.5 * known.factor.to(a), rho * float(known.rest)  # with ρ in them
+    inner, seen, own = inner_products(a), (a @ factor).double(), inner_products(factor.T)
+    trace = float(inner.diagonal().sum() + own.diagonal().sum()) + size * rest
+    square = float(inner.square().sum() + 2 * seen.square().sum() + own.square().sum())
+    square += 2 * rest * (trace - size * rest) + size * rest**2
     scale = ridge_scale(name, trace, square, float(stats.energy))
-    weighted = rotated / (values + ridge * scale)
-    dual_values, dual_vectors = torch.linalg.eigh(rotated @ weighted.T)
-    shrink = dual_values.clamp_min(0)
-    rotated_delta = dual_vectors.T @ delta
-    half = (shrink / (1 + shrink)).sqrt().unsqueeze(1) * rotated_delta
-    if len(half) < stats.d_out:
-        gains, left = top_eigenvectors(half @ half.T, rank)
-        # a left singular vector of half with gain g belongs to the basis vector halfᵀ left / √g; what is
-        # numerically zero has no direction and is dropped
-        keep = gains > gains[0] * len(half) * torch.finfo(torch.float64).eps
-        left = left[:, keep]
-        basis = (half.T @ left) / gains[keep].sqrt()
-    else:
-        gains, basis = top_eigenvectors(half.T @ half, rank)
-    A = ((rotated_delta @ basis) / (1 + shrink).unsqueeze(1)).T @ (dual_vectors.T @ weighted)
-    if vectors is not None:
-        A = A @ vectors.T
+
+    def matmul(v: Tensor) -> Tensor:  # of the Gram matrix of both kinds of rows, whose largest eigenvalue is Z's
+        left, right = v[: len(a)], v[len(a) :]
+        return torch.cat([inner @ left + seen @ right, seen.T @ left + own @ right])
+
+    largest = largest_eigenvalue(matmul, len(a) + len(own), inner) + rest
+    held = rest + ridge * scale  # h
+    core = own.clone()
+    core.diagonal().add_(held)
+    core = torch.linalg.cholesky(core)
+    pulled = torch.linalg.solve_triangular(core, seen.T, upper=False)
+    system = (inner - products(pulled)).div_(held)
+    system.diagonal().add_(1)
+    lower = torch.linalg.cholesky(system)
+
+    gains, basis, total = _top_gains(delta, lower, rank)
+    A = torch.cholesky_solve(delta @ basis, lower).T.to(a)
+    back = torch.cholesky_solve((A.double() @ seen).T, core).T.to(a)
+    A = (A @ a - back @ factor.T).double() / held
     before = float(stats.energy) / stats.weight
-    after = float((delta - a @ A.T @ basis.T).square().sum())
-
-    def matmul(v: Tensor) -> Tensor:
-        return rotated.T @ (rotated @ v) + values.unsqueeze(1) * v
-
-    largest = largest_eigenvalue(matmul, stats.d_in, a)
+    explained = (a @ A.T.to(a)).double()
+    after = float((delta - explained @ basis.T).square().sum())
     condition = (largest + ridge * scale) / (ridge * scale)
-    lost = _lost(gains, half)
-    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, lost))
+    return Solution(A, basis, describe(A, stats, scale, trace, condition, before, after, _lost(gains, total)))
+
+
+def _top_gains(delta: Tensor, lower: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor, float]:
+    """The top eigenvalues of δᵀ (I − (R Rᵀ)⁻¹) δ, their eigenvectors, and the trace.
+
+    Args:
+        delta: δ, (n, d_out).
+        lower: R, (n, n).
+        rank: as for :func:`top_eigenvectors`.
+    """
+    n, d_out = delta.shape
+    whitened = torch.linalg.solve_triangular(lower, delta, upper=False)
+    most = float(delta.square().sum())
+    total = most - float(whitened.square().sum())
+    if isinstance(rank, int):
+        found = few_of_many(lambda v: delta.T @ (delta @ v) - whitened.T @ (whitened @ v), d_out, rank, total, n, delta)
+        if found is not None:
+            return *found, total
+    if n >= d_out:
+        return *top_eigenvectors(products(delta) - products(whitened), rank), total
+    # what the patch writes lies in the span of the rows δ: n × n is enough
+    span, small = torch.linalg.qr(delta.T)
+    whitened = torch.linalg.solve_triangular(lower, small.T.contiguous(), upper=False)
+    gains, basis = top_eigenvectors(small @ small.T - products(whitened), rank)
+    keep = gains > most * n * torch.finfo(gains.dtype).eps  # what is numerically zero has no direction
+    return gains[keep], span @ basis[:, keep], total
 
 
 def check_finite(name: str, *sums: float) -> None:
@@ -390,9 +452,8 @@ def ridge_scale(name: str, trace: float, square: float, energy: float) -> float:
     return square / trace
 
 
-def _lost(kept: Tensor, half: Tensor) -> float:
-    """The share of the full-rank patch's gain, ‖half‖_F², that is beyond the gains kept."""
-    total = float(half.square().sum())
+def _lost(kept: Tensor, total: float) -> float:
+    """The share of the full-rank patch's gain that is beyond the gains kept."""
     return max(0.0, 1 - float(kept.sum()) / total) if total > 0 else 0.0
 
 

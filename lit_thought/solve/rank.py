@@ -54,8 +54,9 @@ def reduce_rank(
     A = core @ A  # T = basis A, and T M Tᵀ = basis (A M Aᵀ) basisᵀ
     metric = stats.projected(A) / stats.weight + ridge * (A @ A.T)
     if prior is not None and prior_weight > 0:
-        rotated = A if prior.vectors is None else A @ prior.vectors.to(A)
-        metric += prior_weight * (rotated * prior.values.to(A)) @ rotated.T
+        known = prior.to(A)
+        seen = A @ known.factor
+        metric += prior_weight * (seen @ seen.T + (A * known.rest) @ A.T)
     if gain is not None:
         check_gain(gain, len(B), "reduce_rank")
     if gain is None or rank is None:

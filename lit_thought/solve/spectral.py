@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["largest_eigenvalue", "top_eigenvectors"]
+__all__ = ["eigh", "few_of_many", "largest_eigenvalue", "top_eigenvectors"]
 
 OVERSAMPLING = 8
 """Columns of a Krylov block beyond the eigenvectors that are wanted."""
@@ -15,6 +15,22 @@ STEPS = 6
 """Blocks of the smallest Krylov space."""
 TOLERANCE = 1e-8
 """Of the residual, squared, over the smallest eigenvalue wanted times the trace."""
+
+
+LARGEST_ON_CUDA = 16_384
+"""Columns up to which CUDA's eigensolver is used; it is reported to fail from about 23,000 on."""
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix, (n, n), in ascending order, and its eigenvectors, one a column.
+
+    Beyond :data:`LARGEST_ON_CUDA` columns a matrix on a GPU is decomposed on the CPU.
+    """
+    if matrix.is_cuda and len(matrix) > LARGEST_ON_CUDA:
+        values, vectors = torch.linalg.eigh(matrix.cpu())
+        return values.to(matrix.device), vectors.to(matrix.device)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
@@ -35,10 +51,12 @@ def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, 
         Musco and Musco 2015, "Randomized block Krylov methods", arXiv 1504.05477.
     """
     if isinstance(rank, int):
-        found = _krylov(matrix, rank)
+        found = few_of_many(
+            lambda v: matrix @ v, len(matrix), rank, float(matrix.diagonal().sum()), len(matrix), matrix
+        )
         if found is not None:
             return found
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if isinstance(rank, float):
         explained = values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
@@ -58,22 +76,40 @@ def largest_eigenvalue(matmul: Callable[[Tensor], Tensor], size: int, like: Tens
     return float(torch.linalg.eigvalsh(basis.T @ matmul(basis))[-1])
 
 
-def _krylov(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """The top eigenpairs from a space of at most half the dimensions; None where they do not converge in it."""
-    size, width = len(matrix), rank + OVERSAMPLING
-    basis = block = torch.linalg.qr(_start(size, width, matrix))[0] if 2 * STEPS * width <= size else matrix[:, :0]
-    while 0 < basis.shape[1] <= size // 2 - width:
-        block = matrix @ block
+def few_of_many(
+    matmul: Callable[[Tensor], Tensor], size: int, rank: int, trace: float, most: int, like: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The top eigenpairs of G from a Krylov space, as :func:`top_eigenvectors` finds them.
+
+    Args:
+        matmul: V ↦ G V, of (n, w).
+        size: n.
+        rank: how many.
+        trace: tr G.
+        most: a bound on G's own rank.
+        like: of the dtype and on the device of the result.
+
+    Returns:
+        As for :func:`top_eigenvectors`; None where they are not few, or do not converge in half the dimensions.
+    """
+    width = rank + OVERSAMPLING
+    if 2 * STEPS * width > size or STEPS * width > most:
+        return None
+    basis = block = torch.linalg.qr(_start(size, width, like))[0]
+    while basis.shape[1] <= size // 2 - width:
+        block = matmul(block)
         for _ in range(2):  # twice, as the first time leaves rounding that the growing space would amplify
             block = block - basis @ (basis.T @ block)
         block = torch.linalg.qr(block)[0]
         basis = torch.cat([basis, block], dim=1)
         if basis.shape[1] % (2 * width) or basis.shape[1] < STEPS * width:
             continue
-        values, rotation = torch.linalg.eigh(basis.T @ (matrix @ basis))
-        values, vectors = values[-rank:].flip(0), basis @ rotation[:, -rank:].flip(1)
-        residual = (matrix @ vectors - vectors * values).square().sum()
-        if float(residual) <= TOLERANCE * float(values[-1]) * float(matrix.diagonal().sum()):
+        applied = matmul(basis)
+        values, rotation = torch.linalg.eigh(basis.T @ applied)
+        values, rotation = values[-rank:].flip(0), rotation[:, -rank:].flip(1)
+        vectors = basis @ rotation
+        residual = (applied @ rotation - vectors * values).square().sum()
+        if float(residual) <= TOLERANCE * float(values[-1]) * trace:
             return values, vectors
     return None
 

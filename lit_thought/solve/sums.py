@@ -5,9 +5,9 @@ With aᵢ the input of the site's linear layer, δᵢ the error of the residual 
     Z = Σ wᵢ aᵢ aᵢᵀ    (the Gram matrix, d_in × d_in)
     C = Σ wᵢ δᵢ aᵢᵀ    (the cross matrix, d_out × d_in)
 
-Sums add: over batches, processes and data sets. As long as there are fewer tokens than ``d_in / 2`` the
-tokens themselves are the smaller and the cheaper form of the same sums (they feed the n × n dual of the
-solve), so they are kept as rows; beyond that they are folded into Z and C and forgotten.
+Sums add: over batches, processes and data sets. As long as there are fewer tokens than ``d_in`` the tokens
+themselves are the smaller and the cheaper form of the same sums (they feed the n × n dual of the solve), so
+they are kept as rows; beyond that they are folded into Z and C and forgotten.
 
 A thought vector needs Σ wᵢ δᵢ only: :class:`VectorStatistics`.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Statistics:
         self.energy = self.energy.to(delta_wide) + delta_wide.square().sum()
         self._rows.append((a, delta))
         waiting = sum(len(a) for a, _ in self._rows)
-        if waiting >= FOLD if self.folded else 2 * waiting >= self.d_in:
+        if waiting >= (FOLD if self.folded else self.d_in):
             self._fold()
 
     def _add_operators(self, a: Tensor, delta: Tensor, weights: Tensor | None) -> None:
@@ -159,8 +160,10 @@ class Statistics:
         operators = tensors.get("operators")
         if operators is not None and (operators.shape != (d_out, d_in) or operators.dtype != left.dtype):
             raise ThoughtError(f"statistics: operators must be ({d_out}, {d_in}); got {tuple(operators.shape)}.")
-        left, right = left.to(_WIDE), right.to(_WIDE)
-        sums = {"_gram": left, "_cross": right} if folded else {"_rows": [(left, right)] if len(left) else []}
+        if folded:
+            sums: dict[str, Any] = {"_gram": left.to(_WIDE), "_cross": right.to(_WIDE)}
+        else:
+            sums = {"_rows": [(left, right)] if len(left) else []}
         weight, tokens = float(tensors["weight"]), int(tensors["tokens"])
         common = (d_in, d_out, weight, tokens, tensors["energy"].to(_WIDE))
         operators = None if operators is None else operators.to(_WIDE)
@@ -177,10 +180,11 @@ class Statistics:
         return 0 if self.folded else sum(len(a) for a, _ in self._rows)
 
     def rows(self) -> tuple[Tensor, Tensor] | None:
-        """√w a, (n, d_in), and √w δ, (n, d_out), while there are few tokens; otherwise None."""
+        """√w a, (n, d_in), and √w δ, (n, d_out), while there are few tokens; otherwise None. They have the dtype that
+        they are multiplied in."""
         if self._gram is not None or not self._rows:
             return None
-        self._rows = [(self._joined(0).to(_WIDE), self._joined(1).to(_WIDE))]
+        self._rows = [(self._joined(0), self._joined(1))]
         return self._rows[0]
 
     @property
@@ -234,7 +238,9 @@ class Statistics:
                 torch.zeros(self.d_out, self.d_in, dtype=_WIDE, device=device),
             )
         a, delta = rows
-        return a.T @ a, delta.T @ a
+        gram = a.new_zeros(self.d_in, self.d_in, dtype=_WIDE)
+        add_products(gram, a)
+        return mirror(gram), (delta.T @ a).to(_WIDE)
 
     def _joined(self, side: int) -> Tensor:
         """The rows that are kept, of a (0) or of δ (1), in the dtype they are multiplied in."""
@@ -256,7 +262,7 @@ class Statistics:
         total = self._combined(other, 1)
         if self._gram is None and other._gram is None:
             total._rows = [*self._rows, *other._rows]
-            if 2 * total.num_rows >= total.d_in:
+            if total.num_rows >= total.d_in:
                 total._fold()
         else:
             total._gram, total._cross = self.gram + other.gram, self.cross + other.cross

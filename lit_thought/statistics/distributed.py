@@ -71,8 +71,16 @@ def reduce_statistics(stats: Statistics, owner: int, device: torch.device) -> St
     rank, size = rank_and_size()
     if size == 1:
         return stats
+    rows = stats.rows()
     own = torch.tensor(
-        [stats.weight, stats.tokens, stats.num_rows, stats.folded, float(stats.energy)],
+        [
+            stats.weight,
+            stats.tokens,
+            stats.num_rows,
+            stats.folded,
+            float(stats.energy),
+            rows is not None and rows[0].element_size(),
+        ],
         dtype=torch.float64,
         device=device,
     )
@@ -81,9 +89,10 @@ def reduce_statistics(stats: Statistics, owner: int, device: torch.device) -> St
     heads = torch.stack(every).cpu()
     weight, tokens, energy = float(heads[:, 0].sum()), int(heads[:, 1].sum()), heads[:, 4].sum()
     counts = [int(n) for n in heads[:, 2]]
-    if not bool(heads[:, 3].any()) and 2 * sum(counts) < stats.d_in:
-        empty = (torch.zeros(0, d, dtype=torch.float64, device=device) for d in (stats.d_in, stats.d_out))
-        a, delta = (_gathered(x.to(device), counts, owner) for x in stats.rows() or empty)
+    if not bool(heads[:, 3].any()) and sum(counts) < stats.d_in:
+        dtype = torch.float32 if float(heads[:, 5].max()) == 4 else torch.float64
+        empty = (torch.zeros(0, d) for d in (stats.d_in, stats.d_out))
+        a, delta = (_gathered(x.to(device, dtype), counts, owner) for x in rows or empty)
         return Statistics.from_rows((a, delta), weight, tokens) if rank == owner else stats
     gram, cross = stats.sums()
     total = torch.cat([packed(gram), cross.flatten()]).to(device)

@@ -13,7 +13,7 @@ from lit_thought.settings import ORDERS, check_solve_settings
 
 __all__ = ["Manifest"]
 
-_ENTRY = re.compile(r"preserve-[0-9a-f]{24}")
+_ENTRY = re.compile(r"preserve-[0-9a-f]{24}(\.safetensors)?")
 _TOLD = ("instruction", "instruction_hash")
 """What a provenance says of the instructions: the texts, or the hash of one that it must not tell."""
 _NEEDED = ("order", "rank", "ridge", "preserve_weight", "step_size")
@@ -78,10 +78,10 @@ class Manifest:
         mine, theirs = self.provenance, other.provenance
         names = ("fingerprint", "model_type", "fan_in_fan_out", "template")
         pairs = {name: (mine.get(name), theirs.get(name)) for name in names}
-        pairs["preservation"] = (self.preservation, other.preservation)
         for key in dict.fromkeys([*self.settings, *other.settings]):
             if key not in (*_OF_THE_PAIRS, *_OF_THE_OUTPUTS):
                 pairs[f"settings: {key}"] = (self.settings.get(key), other.settings.get(key))
+        pairs["preservation"] = (self.preservation, other.preservation)
         for name, (one, two) in pairs.items():
             if one != two:
                 raise ThoughtError(

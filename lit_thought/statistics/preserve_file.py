@@ -1,51 +1,36 @@
-"""A model's preservation statistics as one small file, to share instead of computing them again.
+"""A model's preservation statistics as one small file: what the cache keeps, what a fit reads, what one can share.
 
-Each mean Gram matrix is kept as ``Z₀ ≈ L Lᵀ + diag(r)``. L, (d, k), is the lower trapezoidal factor of the best
-matrix of rank k, row i of it rounded to ``sᵢ`` times 8-bit integers; r ≥ 0 is what is left of Z₀'s diagonal. That is
-positive semi-definite whatever the rounding, takes d k − k (k − 1) / 2 bytes, half of what k eigenvectors take where k
-nears d, and keeps the mean square of every channel.
+Of each site's mean Gram matrix Z₀ ≈ L Lᵀ + t I (:mod:`lit_thought.solve.nystrom`) the file holds L, (d, k), row i of it
+rounded to ``sᵢ`` times 8-bit integers, and t. That is positive semi-definite whatever the rounding, and k bytes a
+channel. A solve reads it as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import expanded, parse_json
+from lit_thought.files import atomic_file, expanded, parse_json
 from lit_thought.model.blocks import JOINT
 from lit_thought.settings import SITES
+from lit_thought.solve.least_squares import Prior
 from lit_thought.tensor_files import TensorFile, write_tensors
 
-__all__ = [
-    "DEFAULT_RANK",
-    "PreservationFile",
-    "Storage",
-    "check_settings",
-    "check_suffix",
-    "config_hash",
-    "expand",
-    "is_preservation_file",
-    "pack",
-]
+__all__ = ["Preservation", "check_suffix", "config_hash", "is_preservation_file", "rounded"]
 
-DEFAULT_RANK = 768
-"""On SmolLM2-135M the error on unrelated text is 0.2 % above that of the full matrices, with 512 it is 3 %."""
-
-Storage = Literal["int8", "float16", "float32"]
-
-_FORMAT = 1
+_FORMAT = 2
 _METADATA = "lit_thought_preservation"
 _PARTS = ("factor", "scale", "rest")
+_DTYPES = {"factor": "I8", "scale": "F32", "rest": "F32"}
 _TEXTS = ("model", "fingerprint", "config", "dtype", "windows")
 
 
@@ -72,91 +57,47 @@ def check_suffix(path: str | os.PathLike[str], argument: str) -> None:
         raise ThoughtError(f"{argument}={str(path)!r} must end in .safetensors: preserve= tells files from text by it.")
 
 
-def check_settings(rank: Any, storage: Any) -> None:
-    """Check how matrices are to be stored.
-
-    Raises:
-        ThoughtError: for a rank or a storage that there is not.
-    """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ThoughtError(f"rank must be a whole number of 1 or more, or None for full rank; got {rank!r}.")
-    if storage not in get_args(Storage):
-        raise ThoughtError(f"storage must be one of {list(get_args(Storage))}; got {storage!r}.")
-
-
-def pack(values: Tensor, vectors: Tensor, rank: int | None, storage: Storage) -> dict[str, Tensor]:
-    """The compact form of a mean Gram matrix; the formula is at the top of this module.
+def rounded(prior: Prior) -> dict[str, Tensor]:
+    """What the file holds of one site.
 
     Args:
-        values: its eigenvalues in ascending order, (d,), non-negative.
-        vectors: its eigenvectors, (d, d), one a column.
-        rank: k, None or above d for d.
-        storage: dtype of the factor's entries.
+        prior: L, (d, k), and t, one number.
 
     Returns:
-        factor, (d k − k (k − 1) / 2,): the trapezoid of L row by row, each row over ``scale``; scale, (d,), and rest,
-        (d,), r, both float32.
+        factor, (d, k), int8; scale, (d,), and rest, (), float32.
     """
-    size = len(values)
-    k = size if rank is None else min(rank, size)
-    root = vectors.double() * values.double().sqrt()  # Z₀ = root rootᵀ
-    lower = torch.linalg.qr(root[:, size - k :].T, mode="r").R.T
-    steps = 127 if storage == "int8" else 1
-    scale = (lower.abs().amax(1) / steps).float()
-    rows = lower / scale.double().where(scale > 0, 1.0).unsqueeze(1)
-    trapezoid = torch.ones_like(rows, dtype=torch.bool).tril()
+    scale = (prior.factor.abs().amax(1) / 127).float()
+    rows = prior.factor / scale.double().where(scale > 0, 1.0).unsqueeze(1)
     # float32 rounds the scale, so that an entry can be a hair above 127
-    factor = (rows.round().clamp(-127, 127) if storage == "int8" else rows)[trapezoid].to(getattr(torch, storage))
-    kept = expand(factor, scale, torch.zeros_like(scale)).diagonal()  # as it is after rounding
-    return {"factor": factor, "scale": scale, "rest": (root.square().sum(1) - kept).clamp_min(0).float()}
+    return {"factor": rows.round().clamp(-127, 127).to(torch.int8), "scale": scale, "rest": prior.rest.float()}
 
 
-def expand(factor: Tensor, scale: Tensor, rest: Tensor) -> Tensor:
-    """The matrix that :func:`pack` made a compact form of, (d, d), float64."""
-    size = len(scale)
-    trapezoid = torch.ones(size, _rank(len(factor), size), dtype=torch.bool, device=factor.device).tril()
-    lower = scale.new_zeros(trapezoid.shape, dtype=torch.float64)
-    lower[trapezoid] = factor.double()
-    lower *= scale.double().unsqueeze(1)
-    gram = lower @ lower.T
-    gram.diagonal().add_(rest.double())
-    return gram
-
-
-def _entries(size: int, rank: int) -> int:
-    return size * rank - rank * (rank - 1) // 2
-
-
-def _rank(entries: int, size: int) -> int:
-    """The k of a trapezoid with this many entries: the smaller root of k² − (2 d + 1) k + 2 n."""
-    return round((2 * size + 1 - math.sqrt((2 * size + 1) ** 2 - 8 * entries)) / 2)
-
-
-class PreservationFile:
+class Preservation:
     """A file of preservation statistics: its manifest is read at once, its matrices when they are asked for.
 
     Args:
         path: the file.
-        argument: what a message calls it.
+        device: where :meth:`prior` puts its tensors.
+        argument: what a message calls the file.
 
     Attributes:
+        path: the file.
         manifest: which statistics these are: model, fingerprint, configuration, dtype, tokens and windows of the text,
-            number of blocks, sites of each block, rank and storage.
+            number of blocks, sites of each block, and directions.
         sites: the sites of each block.
         sizes: of each block, its sites with their d_in.
-        digest: SHA-256 of the file.
 
     Raises:
         ThoughtError: when it cannot be read, is damaged, or is something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str], argument: str = "path") -> None:
-        self.path, self._name = expanded(path, argument), f"{argument}={str(path)!r}"
+    def __init__(
+        self, path: str | os.PathLike[str], device: torch.device | str = "cpu", argument: str = "path"
+    ) -> None:
+        self.path, self.device, self._name = expanded(path, argument), device, f"{argument}={str(path)!r}"
         try:
             self._content = TensorFile(self.path, self._name, "Get it anew.")
-            with self.path.open("rb") as file:
-                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except (OSError, ThoughtError) as error:
+        except ThoughtError as error:
             raise ThoughtError(
                 f"{self._name} cannot be read as a file of preservation statistics ({error.__cause__ or error}). Get "
                 "it anew, or write one with lit-thought preserve."
@@ -170,38 +111,71 @@ class PreservationFile:
         try:
             self.manifest = _checked(parse_json(self._content.header[_METADATA]), shapes, dtypes)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ThoughtError(f"{self._name} is damaged or of another version: {error}. Get it anew.") from error
+            raise ThoughtError(
+                f"{self._name} is damaged or of another version: {error}. Write it anew: lit-thought preserve MODEL "
+                f"--output {self.path.name} --overwrite."
+            ) from error
         self.sites: list[list[str]] = self.manifest["sites"]
         self.sizes = [
-            {site: shapes[_key(block, site, "rest")][0] for site in there} for block, there in enumerate(self.sites)
+            {site: shapes[_key(block, site, "scale")][0] for site in there} for block, there in enumerate(self.sites)
         ]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @staticmethod
     def write(
         path: str | os.PathLike[str],
         manifest: Mapping[str, Any],
-        matrices: Mapping[tuple[int, str], Mapping[str, Tensor]],
+        priors: Mapping[tuple[int, str], Mapping[str, Tensor]],
         overwrite: bool = False,
     ) -> None:
-        """Write the compact forms of all sites, by block and site, under ``manifest``."""
-        tensors = {
-            _key(block, site, part): packed[part] for (block, site), packed in matrices.items() for part in _PARTS
-        }
-        sites = [[site for block, site in matrices if block == index] for index in range(manifest["blocks"])]
-        header = {_METADATA: json.dumps({**manifest, "format": _FORMAT, "sites": sites})}
-        write_tensors(path, tensors, header, [_key(block, site, "") for block, site in matrices], overwrite)
+        """Write what :func:`rounded` gives of all sites, by block and site, under ``manifest``."""
+        tensors = {_key(block, site, part): parts[part] for (block, site), parts in priors.items() for part in _PARTS}
+        header = {_METADATA: json.dumps({**manifest, "format": _FORMAT}, sort_keys=True)}
+        write_tensors(path, tensors, header, [_key(block, site, "") for block, site in priors], overwrite)
 
-    def gram(self, block: int, site: str, device: torch.device | str = "cpu") -> Tensor:
-        """Z₀ of one site, (d_in, d_in), float64.
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Copy them to a file of one's own, for ``preserve=`` of a fit on another machine.
+
+        Args:
+            path: the file; its suffix must be ``.safetensors``.
+            overwrite: replace the file if it exists.
 
         Raises:
-            ThoughtError: when its numbers are not those of a Gram matrix.
+            ThoughtError: for a path that cannot be written.
         """
-        parts = self._content.read(_key(block, site, ""), device, f"block {block}, {site}")
-        gram = expand(**parts)
-        if not bool(gram.isfinite().all()) or bool((parts["rest"] < 0).any()):
+        check_suffix(path, "path")
+        with atomic_file(path, overwrite) as file:
+            file.write_bytes(self.path.read_bytes())
+
+    def prior(self, block: int, site: str) -> Prior:
+        """Z₀ of one site: the mean of a aᵀ over the unrelated tokens, L float64.
+
+        Raises:
+            ThoughtError: when the file is damaged or gone, or its numbers are not those of a Gram matrix.
+        """
+        parts = self._content.read(_key(block, site, ""), self.device, f"block {block}, {site}")
+        if parts.keys() != set(_PARTS):
+            raise ThoughtError(f"{self._name} has no {site} of block {block}. Get it anew.")
+        factor = parts["factor"].double() * parts["scale"].double().unsqueeze(1)
+        rest = parts["rest"].double()
+        if not bool(factor.isfinite().all()) or not 0 <= float(rest) < float("inf"):
             raise ThoughtError(f"{self._name} is damaged: block {block}, {site} is no Gram matrix. Get it anew.")
-        return gram
+        return Prior(factor, rest)
+
+    def check_numbers(self) -> None:
+        """Read all of it once.
+
+        Raises:
+            ThoughtError: when a number is not what was written, or a matrix is none of a Gram matrix.
+        """
+        for block, there in enumerate(self.sites):
+            for site in there:
+                self.prior(block, site)
 
     def check_model(self, fingerprint: str, model: PreTrainedModel | None = None) -> None:
         """Refuse another model than the statistics' own.
@@ -259,10 +233,11 @@ def _checked(manifest: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mappi
         raise ValueError(f"its format is {manifest['format']!r}, this version reads {_FORMAT}")
     if not all(isinstance(manifest[name], str) for name in _TEXTS):
         raise ValueError("a name in its manifest is no text")
-    sites, rank, storage = manifest["sites"], manifest["rank"], manifest["storage"]
-    check_settings(rank, storage)
-    if type(manifest["tokens"]) is not int or type(manifest["blocks"]) is not int or len(sites) != manifest["blocks"]:
+    sites, directions = manifest["sites"], manifest["directions"]
+    if any(type(manifest[name]) is not int for name in ("tokens", "blocks")) or len(sites) != manifest["blocks"]:
         raise ValueError("its numbers of tokens or blocks are wrong")
+    if type(directions) is not int or directions < 1:
+        raise ValueError(f"its number of directions is {directions!r}")
     if not isinstance(sites, list) or not all(isinstance(there, list) for there in sites):
         raise ValueError("its sites are not lists of names")
     names = [(block, site) for block, there in enumerate(sites) for site in there]
@@ -270,13 +245,11 @@ def _checked(manifest: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mappi
         raise ValueError("it names an unknown site")
     if shapes.keys() != {_key(block, site, part) for block, site in names for part in _PARTS}:
         raise ValueError("its matrices are not those that it names")
-    stored = {"factor": {"int8": "I8", "float16": "F16", "float32": "F32"}[storage], "scale": "F32", "rest": "F32"}
-    wrong = [name for name, dtype in dtypes.items() if dtype != stored[name.rpartition(".")[2]]]
+    wrong = [name for name, dtype in dtypes.items() if dtype != _DTYPES[name.rpartition(".")[2]]]
     if wrong:
         raise ValueError(f"{wrong[0]} is of the dtype {dtypes[wrong[0]]}")
     for block, site in names:
-        (entries,), scale, rest = (shapes[_key(block, site, part)] for part in _PARTS)
-        (size,) = rest
-        if scale != rest or entries != _entries(size, size if rank is None else min(rank, size)):
+        factor, (size,), rest = (shapes[_key(block, site, part)] for part in _PARTS)
+        if factor != (size, min(size, directions)) or rest != ():
             raise ValueError(f"block {block}, {site} has a wrong size")
     return dict(manifest)

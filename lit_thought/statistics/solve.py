@@ -12,26 +12,24 @@ import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import EllipsisType, SimpleNamespace
-from typing import Any, cast
+from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import expanded, read_json
-from lit_thought.model.blocks import Block, Projection, Site
+from lit_thought.files import default_cache_dir, expanded
+from lit_thought.model.blocks import Projection, Site
 from lit_thought.model.layers import is_linear, layer_shape
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import check_solve_settings
-from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.sums import Statistics
-from lit_thought.statistics.preserve import Preservation, default_cache_dir, unpack
-from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
 from lit_thought.statistics.stage_file import KeptStage, StageHead
@@ -68,7 +66,7 @@ def solve_saved(
         step_size: η in (0, 1]; of several steps, that of the last.
         prior_of: the inputs to preserve; left out, ``preserve`` or the cache entry that the fit used.
         preserve: a file of the model's preservation statistics to use instead (``lit-thought preserve``).
-        cache_dir: where the fit kept its entry; :func:`~lit_thought.statistics.preserve.default_cache_dir` when left
+        cache_dir: where the fit kept its entry; :func:`~lit_thought.files.default_cache_dir` when left
             out.
         model: the fit's model, for statistics of a matrix at mlp_in (whose change is W Δ); otherwise not needed.
         approximate: solve at other settings where the statistics are coupled, too.
@@ -108,10 +106,7 @@ def solve_saved(
     if settings.prior_weight == 0:
         prior_of = None
     elif prior_of is None:
-        if file is not None:
-            prior_of = _priors(unpack(file, saved.device, cache_dir)[0], "the cache is damaged; delete it.")
-        else:
-            prior_of = _cached_priors(saved, cache_dir)
+        prior_of = file.prior if file is not None else _cached_priors(saved, cache_dir)
     solved = SolvedStages()
     for stage in saved.stages():
         site = _site(stage, model)
@@ -136,7 +131,7 @@ def solve_several(
 ) -> list[ThoughtPatch]:
     """Patches at several settings, close to what new fits would find where :func:`solve_saved` is not.
 
-    Each stage is read once, and its rows a rotated once into the basis in which the preservation term is diagonal.
+    Each stage is read once.
 
     Where a stage's inputs have gone through the patches before it, a candidate that changes the residual stream less
     than the fit did would leave more for that stage to correct. To first order the difference stays in the stream:
@@ -166,33 +161,17 @@ def solve_several(
         if saved.manifest.settings["order"] == "teacher-forced" and block != before_it:
             left = [None] * len(every)  # each block starts from the instructed stream
         before_it = block
-        rotated, prior, basis = _rotated(stage, prior_of(block, site.name) if prior_of is not None else None)
-        usual = _effect(rotated, _solve(rotated, site, fitted, prior if fitted.prior_weight else None)[0])
+        prior = prior_of(block, site.name) if prior_of is not None else None
+        usual = _effect(stage, _solve(stage, site, fitted, prior if fitted.prior_weight else None)[0])
         for number, settings in enumerate(every):
-            own = _carrying(rotated, left[number])
+            own = _carrying(stage, left[number])
             patch, figures = _solve(own, site, settings, prior if settings.prior_weight else None)
-            effect = _effect(rotated, patch)
+            effect = _effect(stage, patch)
             if usual is not None and effect is not None:
                 before = left[number]
                 left[number] = usual - effect if before is None else before + usual - effect
-            if basis is not None and patch.matrix is not None:
-                A = (patch.matrix.A.to(basis) @ basis.T).to(patch.matrix.A)
-                patch = replace(patch, matrix=Factors(A, patch.matrix.B))
             solved[number].add(block, site, patch, figures)
     return [stages.patch() for stages in solved]
-
-
-def _rotated(stage: KeptStage, prior: Prior | None) -> tuple[KeptStage, Prior | None, torch.Tensor | None]:
-    """A stage and its prior in the basis in which the prior is diagonal, and that basis; all as they are, and None,
-    where nothing is gained or a patch that was there is in the way."""
-    rows = stage.matrix.rows() if stage.matrix is not None else None
-    if rows is None or stage.gain is not None or stage.head.start or prior is None or prior.vectors is None:
-        return stage, prior, None
-    assert stage.matrix is not None
-    basis = prior.vectors.double()
-    rotated = (rows[0].double() @ basis, rows[1].double())
-    matrix = Statistics.from_rows(rotated, stage.matrix.weight, stage.matrix.tokens)
-    return replace(stage, matrix=matrix), Prior(prior.values, None), basis
 
 
 def _effect(stage: KeptStage, patch: SitePatch) -> torch.Tensor | None:
@@ -275,24 +254,29 @@ def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | N
             "preserve_weight: the fit had no preservation statistics to weigh. Pass preserve_weight=0, or prior_of."
         )
     root = expanded(cache_dir, "cache_dir") if cache_dir is not None else default_cache_dir()
-    folder = root / entry
     missing = (
         f"the preservation statistics of the fit, {entry}, are not in {str(root)!r}, or are damaged. Pass the "
         "cache_dir of the fit; a fit of the same model and text (or file) writes them anew; or pass a file of them as "
         "preserve, or preserve_weight=0."
     )
     try:
-        found = read_json(folder / "manifest.json")
-    except (OSError, ValueError) as error:
+        found = Preservation(root / entry, saved.device)
+        found.check_model(saved.manifest.provenance["fingerprint"])
+    except ThoughtError as error:
         raise ThoughtError(missing) from error
-    if not isinstance(found, dict) or found.get("fingerprint") != saved.manifest.provenance["fingerprint"]:
-        raise ThoughtError(missing)
-    return _priors(Preservation(folder, saved.device), missing)
+
+    def prior_of(block: int, site: str) -> Prior:
+        try:
+            return found.prior(block, site)
+        except ThoughtError as error:
+            raise ThoughtError(missing) from error
+
+    return prior_of
 
 
-def _preservation_file(saved: SavedStatistics, path: str | os.PathLike[str]) -> PreservationFile:
+def _preservation_file(saved: SavedStatistics, path: str | os.PathLike[str]) -> Preservation:
     """A file of preservation statistics, checked to be of the fit's model and for its sites."""
-    file = PreservationFile(path, "preserve")
+    file = Preservation(path, saved.device, "preserve")
     file.check_model(saved.manifest.provenance["fingerprint"])
     needed: list[dict[str, int]] = [{} for _ in file.sites]
     for head in saved.heads:
@@ -301,15 +285,3 @@ def _preservation_file(saved: SavedStatistics, path: str | os.PathLike[str]) -> 
         needed[head.block][head.site] = head.d_in
     file.check_sites(needed)
     return file
-
-
-def _priors(preservation: Preservation, missing: str) -> PriorOf:
-    """What is read of a cache entry, stage by stage; ``missing`` is the message where it cannot be."""
-
-    def prior_of(block: int, site: str) -> Prior:
-        try:
-            return preservation.prior(cast(Block, SimpleNamespace(index=block)), site)
-        except ThoughtError as error:
-            raise ThoughtError(missing) from error
-
-    return prior_of

@@ -26,7 +26,7 @@ from lit_thought.runs.streams import SitePatch
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.preserve import WINDOW, preservation, site_sizes
-from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
@@ -144,7 +144,7 @@ def _write_statistics(**settings: Any) -> Callable[[Path], None]:
 
 def _prior_of(block: int, site: str) -> Prior:
     size = BLOCKS[block].sites[site].d_in if block < len(BLOCKS) and site in BLOCKS[block].sites else 16
-    return Prior(torch.ones(size, dtype=torch.float64), None)
+    return Prior(torch.zeros(size, 0), torch.ones(()))
 
 
 def _read_statistics(folder: Path) -> object:
@@ -165,14 +165,14 @@ def _windows() -> list[list[int]]:
 def _write_preservation(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as cache:
         kept, _ = preservation(MODEL, BLOCKS, _windows(), cache)
-        kept.save(folder / "shared.safetensors", MODEL, BLOCKS)
+        kept.save(folder / "shared.safetensors")
 
 
 def _read_preservation(folder: Path) -> object:
-    file = PreservationFile(folder / "shared.safetensors", "preserve")
+    file = Preservation(folder / "shared.safetensors", argument="preserve")
     file.check_model(fingerprint(MODEL), MODEL)
     file.check_sites(site_sizes(BLOCKS, SITES))
-    return [file.gram(block.index, site) for block in BLOCKS for site in block.stages(SITES)]
+    return [file.prior(block.index, site).gram() for block in BLOCKS for site in block.stages(SITES)]
 
 
 def _write_cache(folder: Path) -> None:
@@ -183,8 +183,7 @@ def _read_cache(folder: Path) -> object:
     kept, _ = preservation(MODEL, BLOCKS, _windows(), folder)
     for block in BLOCKS:
         for site in block.stages(SITES):
-            prior = kept.prior(block, site)
-            if prior.gram(rounded=True).shape != prior.gram().shape:
+            if len(kept.prior(block.index, site).factor) != block.sites[site].d_in:
                 raise RuntimeError("a matrix of another size was taken from the cache")
     return None
 

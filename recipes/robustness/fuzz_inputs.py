@@ -23,7 +23,7 @@ from lit_thought.model import loading
 from lit_thought.model.loading import context_window
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows
-from lit_thought.statistics.preserve_file import PreservationFile
+from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import SavedStatistics
 from recipes.robustness.fuzzing import Kind, Reached, ending, spoil_some_file
@@ -220,7 +220,7 @@ def _read_path(folder: Path) -> object:
         load_pairs,
         ThoughtPatch.load,
         SavedStatistics.load,
-        PreservationFile,
+        Preservation,
         gather,
         lambda path: load_texts(path, "preserve", "preserve"),
         lambda path: ThoughtCallback(output_dir=path, preserve=None),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 INSTRUCTION = "Answer with the opposite.\n"
@@ -42,12 +44,21 @@ def tiny_model(blocks: int = 2, seed: int = 0) -> LlamaForCausalLM:
     return model.eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, besides a beginning and an end; with a chat template."""
-    letters = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(letters)}, merges=[]))
+def tiny_tokenizer(corpus: Sequence[str] = (), size: int = 258) -> PreTrainedTokenizerFast:
+    """One token a byte, besides a beginning and an end; with a chat template.
+
+    Args:
+        corpus: texts whose most frequent strings become tokens, too.
+        size: tokens at the most.
+    """
+    core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(_SPECIAL), initial_alphabet=letters, show_progress=False
+    )
+    core.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer

@@ -74,7 +74,7 @@ def benchmark(
             most = load_split(task, seed, fit=max(counts), test=test)
             evaluation = Trial(lm, tokenizer, most, max_new_tokens).evaluation()
             quick = copy.copy(evaluation)
-            quick.windows = quick.losses = None  # training is followed without the unrelated text
+            quick.unrelated = None  # training is followed without the unrelated text
             for count in counts:
                 trial = Trial(lm, tokenizer, replace(most, labelled=most.labelled[:count]), max_new_tokens)
                 start = time.perf_counter()

@@ -28,9 +28,10 @@ from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_mod
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.calls import cache_arguments, find_decoder
-from lit_thought.prompts.batches import forward_inputs
-from lit_thought.prompts.unrelated import load_texts
+from lit_thought.prompts.batches import forward_inputs, pad
+from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.streams import lead_cache
+from lit_thought.timing import Stopwatch
 from recipes.harness import (
     SIX_TASKS,
     TEMPLATE,
@@ -42,6 +43,9 @@ from recipes.harness import (
     table,
     write_results,
 )
+
+_WINDOW, _WINDOWS = 256, 8
+"""Tokens of a window of unrelated text, and windows a batch, as the preservation statistics have them."""
 
 
 def benchmark(
@@ -60,7 +64,7 @@ def benchmark(
     lm, tokenizer = load_model(model, dtype=dtype, device=device)
     rows = []
     with tempfile.TemporaryDirectory() as cache:
-        first = None
+        preserved = None
         for count, instruction in _cases(tokenizer, task, pairs, chunks, chunk_pairs):
             inputs = _inputs(task, count)
             data = PairDataModule(inputs, instruction, TEMPLATE, max_new_tokens=12)
@@ -72,30 +76,9 @@ def benchmark(
             settings = {"rank": rank, "cache_dir": cache}
             run = partial(fit_once, lm, tokenizer, labelled, instruction, settings)
             warm = run()
-            if first is None:
-                first = warm.stopwatch.seconds["preserve"]
-            bare(lm, data)
-            bares, fits, stages = [], [], []
-            for _ in range(repeats):
-                bares.append(_seconds(partial(bare, lm, data)))
-                start = time.perf_counter()
-                stages.append(dict(run().stopwatch.seconds))
-                fits.append(time.perf_counter() - start)
-            with peak_memory(lm.device) as peak:
-                run()
-            rows.append(
-                {
-                    "pairs": count,
-                    "compared_tokens": sum(len(b.plain_rows) for b in data.batches),
-                    "chunk_tokens": max(b.target.ids.shape[1] for b in data.batches if len(b.target.ids) == 1),
-                    "bare_seconds": median(bares),
-                    "fit_seconds": median(fits),
-                    "ratio": median(f / b for f, b in zip(fits, bares, strict=True)),
-                    "stages": {name: median(s[name] for s in stages) for name in stages[0]},
-                    "generate_seconds": generating,
-                    "peak_bytes": peak["bytes"],
-                }
-            )
+            if preserved is None:
+                preserved = preservation_costs(lm, tokenizer, warm, repeats)
+            rows.append({"pairs": count, **side_by_side(lm, data, run, repeats), "generate_seconds": generating})
     environment, names = machine(lm.device), list(rows[0]["stages"])
     head = ["pairs", "chunk tokens", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward"]
     head += [*(f"{name}, s" for name in names), "peak memory above the model, MB", "(outputs, if generated, s)"]
@@ -108,9 +91,12 @@ def benchmark(
         ]
         for row in rows
     ]
-    page = f"{table(head, lines, left=0)}\nPreservation statistics, once per model: {first:.1f} s. {environment}\n"
+    assert preserved is not None
+    page = f"{table(head, lines, left=0)}\nPreservation statistics, once per model: {preserved['seconds']:.1f} s, "
+    page += f"{preserved['ratio']:.2f} times the bare forward passes of their {preserved['tokens']:,} tokens. "
+    page += f"{environment}\n"
     record = {"model": shown(model), "settings": {"dtype": dtype, "rank": rank, "task": task}, "rows": rows}
-    write_results(__file__, out, page, record | {"preserve_seconds_once": first, "environment": environment})
+    write_results(__file__, out, page, record | {"preservation": preserved, "environment": environment})
 
 
 def _cases(
@@ -131,6 +117,51 @@ def _inputs(task: str, count: int) -> list[dict[str, str]]:
     if count > len(different):
         raise SystemExit(f"pairs must be {len(different)} at most, the words there are; got {count}.")
     return [{"input": word} for word in different[:count]]
+
+
+def side_by_side(lm: Any, data: PairDataModule, run: Callable[[], ThoughtCallback], repeats: int) -> dict[str, Any]:
+    """What fits take, and the bare forward passes in turn with them: medians.
+
+    Args:
+        lm: the model.
+        data: its pairs, prepared.
+        run: fits on them; it has run before.
+        repeats: measurements of each.
+    """
+    bare(lm, data)
+    bares, fits, stages = [], [], []
+    for _ in range(repeats):
+        bares.append(seconds(partial(bare, lm, data)))
+        fits.append(seconds(lambda: stages.append(dict(run().stopwatch.seconds))))
+    with peak_memory(lm.device) as peak:
+        run()
+    return {
+        "compared_tokens": sum(len(b.plain_rows) for b in data.batches),
+        "chunk_tokens": max(b.target.ids.shape[1] for b in data.batches if len(b.target.ids) == 1),
+        "bare_seconds": median(bares),
+        "fit_seconds": median(fits),
+        "ratio": median(f / b for f, b in zip(fits, bares, strict=True)),
+        "stages": {name: median(s[name] for s in stages) for name in stages[0]},
+        "peak_bytes": peak["bytes"],
+    }
+
+
+def preservation_costs(lm: Any, tokenizer: Any, callback: ThoughtCallback, repeats: int) -> dict[str, Any]:
+    """What the preservation statistics of a fit took that did not find them in its cache, and the bare forward passes
+    of their tokens, in the same batches: the median."""
+    assert callback.preserve_cached is False
+    windows = text_windows(tokenizer, callback.preserved.texts or [], _WINDOW, callback.settings.preserve_tokens)
+    batches = [pad(windows[i : i + _WINDOWS], 0, "right") for i in range(0, len(windows), _WINDOWS)]
+    decoder = find_decoder(lm)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for batch in batches:
+            decoder(**forward_inputs(batch.to(lm.device), 0), use_cache=False)
+
+    forward()
+    spent, least = callback.stopwatch.seconds["preserve"], median(seconds(forward) for _ in range(repeats))
+    return {"tokens": sum(map(len, windows)), "seconds": spent, "bare_seconds": least, "ratio": spent / least}
 
 
 def fit_once(
@@ -192,12 +223,11 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes, on a GPU until its work is done."""
+    start = Stopwatch.now()
     call()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return Stopwatch.now() - start
 
 
 if __name__ == "__main__":

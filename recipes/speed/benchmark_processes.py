@@ -26,7 +26,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
 from lit_thought.statistics.distributed import gather_json
-from recipes.harness import ROOT, TEMPLATE, command_line, load_split, shown, table, write_results
+from recipes.harness import ROOT, TEMPLATE, command_line, load_split, patch_difference, shown, table, write_results
 
 
 def benchmark(
@@ -59,7 +59,7 @@ def benchmark(
     names = ("forward", "statistics", "reduce", "solve")
     lines = []
     for row, patch in zip(rows, patches, strict=True):
-        row["speed_up"], row["difference"] = rows[0]["seconds"] / row["seconds"], difference(patches[0], patch)
+        row["speed_up"], row["difference"] = rows[0]["seconds"] / row["seconds"], patch_difference(patches[0], patch)
         cells = [row["processes"], f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}"]
         lines.append([*cells, *(f"{row['stages'][name]:.2f}" for name in names), f"{row['difference']:.1e}"])
     head = ["processes", "fit, s", "speed-up", *(f"{name}, s" for name in names), "patch: largest relative difference"]
@@ -128,15 +128,6 @@ def work(model: str, task: str, pairs: int, processes: int, rank: int, repeats: 
         best = min(fits, key=lambda fit: fit["seconds"])
         figures = {"processes": processes, **best, "all_seconds": [fit["seconds"] for fit in fits]}
         (folder / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
-
-
-def difference(one: ThoughtPatch, other: ThoughtPatch) -> float:
-    """The largest ‖ΔW − ΔW'‖ / ‖ΔW‖ over the layers."""
-    deltas = (
-        (factors.delta(torch.float64), other.factors[path].delta(torch.float64))
-        for path, factors in one.factors.items()
-    )
-    return max(float((mine - theirs).norm() / mine.norm()) for mine, theirs in deltas)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from lit_thought import PromptTemplate
 from lit_thought.errors import ThoughtError, check_counts
-from lit_thought.files import atomic_folder
-from lit_thought.statistics.preserve import default_cache_dir
+from lit_thought.files import atomic_folder, default_cache_dir
 
 Pair = tuple[int, int]
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"sum": operator.add, "product": operator.mul}

@@ -31,12 +31,17 @@ def test_fit_then_evaluate(files: Path, capsys: pytest.CaptureFixture[str]) -> N
             f"--pairs={files / 'test.json'}",
             f"--out={files / 'result'}",
             "--max_new_tokens=4",
+            "--perplexity_interval=null",
+            f"--cache_dir={files / 'losses'}",
             "--progress=false",
         ]
     )
     printed = capsys.readouterr().out
     assert "| accuracy (exact match) |" in printed
     result = json.loads((files / "result" / "result.json").read_text())
+    assert result["perplexity_tokens"]["measured"] == result["perplexity_tokens"]["text"] > 5000
+    (losses,) = (files / "losses").iterdir()
+    assert json.loads(losses.read_text())["losses"] == result["perplexity_windows"]["original"]
     assert result["pairs"] == 2
     assert result["prompt_tokens"]["saved"] > 10
     items = [json.loads(line) for line in (files / "result" / "items.jsonl").read_text().splitlines()]

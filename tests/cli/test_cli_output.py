@@ -94,7 +94,7 @@ def check_solve(record: dict[str, Any], folder: Path) -> None:
 
 
 def check_preserve(record: dict[str, Any], folder: Path) -> None:
-    assert (record["file"], record["rank"], record["storage"]) == ("new.safetensors", 8, "int8")
+    assert (record["file"], record["directions"]) == ("new.safetensors", 8)
     assert record["bytes"] == size(folder / "new.safetensors")
     assert 0 < record["tokens"] <= 50
 
@@ -115,7 +115,7 @@ CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
     "export": (["export", "adapter", "--out=new"], check_export),
     "solve": (["solve", "--statistics=sums", "--out=new"], check_solve),
     "preserve": (
-        ["preserve", "model", "--texts=text.txt", "--output=new.safetensors", "--rank=8", "--preserve_tokens=50"],
+        ["preserve", "model", "--texts=text.txt", "--output=new.safetensors", "--directions=8", "--preserve_tokens=50"],
         check_preserve,
     ),
     "verify": (["verify", "--model=model", "--tokens=20", "--text_file=text.txt", "--out=new"], check_verify),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.evaluation import compare as evaluation
-from lit_thought.evaluation.compare import Evaluation, evaluate, format_result, unrelated_perplexity
+from lit_thought.evaluation.compare import Evaluation, evaluate, format_result
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.template import PromptTemplate
@@ -122,7 +122,7 @@ def test_against_brute_force(family: str, bos: bool) -> None:
     }
     lengths["saved"] = lengths["instructed"] - lengths["plain"]
     assert result["prompt_tokens"] == pytest.approx(lengths)
-    assert result["perplexity"] is result["perplexity_ratio"] is None
+    assert all(value is None for name, value in result.items() if name.startswith("perplexity"))
     json.dumps(result, allow_nan=False)
 
 
@@ -205,45 +205,6 @@ def test_a_patch_of_nothing_is_the_plain_model() -> None:
     assert result["kl"]["plain"] > 0
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("window", [512, 16])
-def test_perplexity(bos: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_WINDOW", window)
-    model, tokenizer = make_model(), make_tokenizer(bos=bos)
-    patch = make_patch(model, tokenizer, rank=4)
-    texts = [*TEXTS, "Q: good\nA: bad\n", "fox"]
-    result = compare(model, tokenizer, patch, unrelated=texts)
-
-    def by_hand() -> float:
-        losses: list[float] = []
-        opening = [tokenizer.bos_token_id] if bos else []
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            for start in range(0, len(ids), window - len(opening)):
-                ids_here = [*opening, *ids[start : start + window - len(opening)]]
-                if len(ids_here) > 1:
-                    scores = log_probabilities(model, ids_here)
-                    losses += [-scores[i, token] for i, token in enumerate(ids_here[1:])]
-        return math.exp(np.mean(losses))
-
-    assert result["perplexity"]["original"] == pytest.approx(by_hand(), rel=1e-4)
-    with patch.applied(model):
-        assert result["perplexity"]["patched"] == pytest.approx(by_hand(), rel=1e-4)
-    ratio = result["perplexity"]["patched"] / result["perplexity"]["original"]
-    assert result["perplexity_ratio"] == pytest.approx(ratio)
-    windows = result["perplexity_windows"]
-    for run in ("original", "patched"):  # the parts and the whole
-        assert math.exp(sum(windows[run]) / sum(windows["tokens"])) == pytest.approx(result["perplexity"][run])
-    assert ratio != pytest.approx(1, rel=1e-3)
-
-
-@torch.no_grad()
-def test_perplexity_does_not_depend_on_batches() -> None:
-    windows = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
-    one, many = (unrelated_perplexity(make_model(), windows, size) for size in (1, 3))
-    assert one == pytest.approx(many, rel=1e-6)
-
-
 def test_one_evaluation_for_many_patches() -> None:
     model, tokenizer = readable(make_model()), make_tokenizer()
     patches = [make_patch(model, rank=2), make_patch(model, rank=8, instruction="Talk like a pirate.\n")]
@@ -321,6 +282,9 @@ def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"template": "Q: {input}"}, r"template: .*\{output\}"),
         ({"unrelated": "nothing.txt"}, "unrelated='nothing.txt' cannot be read"),
+        ({"unrelated": TEXTS, "perplexity_interval": 0.0}, "perplexity_interval must be a finite number above 0"),
+        ({"unrelated": TEXTS, "perplexity_interval": math.nan}, "perplexity_interval must be a finite number above 0"),
+        ({"unrelated": TEXTS, "cache_dir": "a\0b"}, "cache_dir="),
         ({"items_file": tmp_path}, "is a folder; expected a file"),
     ):
         with pytest.raises(ThoughtError, match=message):

@@ -186,15 +186,17 @@ def test_the_patched_model_is_that_of_the_whole_loop_by_hand(family: str, settin
     model = make_model(family)
     patch = make_patch(model, **settings)
     changed, errors = loop(model, **settings)
+    # the library keeps 8 bits of the inputs to preserve
+    tolerance = 1e-2 if "preserve" in settings and settings.get("parts") != "vector" else 1e-5
     for tokens in tokenised():
         ids = torch.tensor([tokens.plain_ids])
         original, wanted = model(ids).logits, changed(ids).logits
         with patch.applied(model):
             found = model(ids).logits
-        assert (found - wanted).norm() < 1e-5 * (wanted - original).norm()
+        assert (found - wanted).norm() < tolerance * (wanted - original).norm()
     diagnostics = patch.provenance["diagnostics"]
     assert len(diagnostics) == len(errors)
-    assert [entry["error_before"] for entry in diagnostics.values()] == pytest.approx(errors, rel=1e-5)
+    assert [entry["error_before"] for entry in diagnostics.values()] == pytest.approx(errors, rel=tolerance)
 
 
 def loop(
@@ -215,7 +217,7 @@ def loop(
     the last step had to explain."""
     grams: dict[tuple[int, str], np.ndarray] = {}
     if preserve is not None:
-        seen = [trace(model, window)[1] for window in text_windows(TOKENIZER, preserve, 256, 12_000)]
+        seen = [trace(model, window)[1] for window in text_windows(TOKENIZER, preserve, 256, 6_000)]
         for key in seen[0]:
             inputs = np.concatenate([entry[key][0].numpy() for entry in seen])
             grams[key] = inputs.T @ inputs / len(inputs)

@@ -17,7 +17,7 @@ import torch
 from families import make_family
 from fits import INSTRUCTION, TOKENIZER, identical
 from models import FAMILIES, make_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_thought.cli import main
@@ -434,12 +434,11 @@ def test_bad_settings(setting: dict[str, Any]) -> None:
 
 
 def test_seconds_follow_from_the_speed_of_this_machine() -> None:
-    assert estimate_seconds({"forward": 1e9, "solve": 1e9}, torch.float32, CPU) == {}
-    found = estimate_seconds({"forward": 1e12, "statistics": 2e12, "solve": 1e12}, torch.float32, CPU)
+    layer = nn.Linear(512, 512)
+    assert estimate_seconds({"forward": 1e9, "statistics": 1e9, "solve": 1e9}, layer, CPU, 64) == {}
+    found = estimate_seconds({"forward": 1e12, "statistics": 2e12, "solve": 1e12}, layer, CPU, 512)
     assert found.keys() == {"forward", "statistics", "solve"}
     assert all(0.1 < seconds < 10_000 for seconds in found.values())
-    assert found["forward"] < 1.5 * found["solve"]  # float64 is the slower one
-    assert found["statistics"] < 2 * found["forward"]  # one large product
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

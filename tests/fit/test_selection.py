@@ -29,8 +29,6 @@ from lit_thought.fit.selection import AUTO, choose, format_selection, select_set
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.template import PromptTemplate
-from lit_thought.solve.least_squares import Prior, solve
-from lit_thought.solve.sums import Statistics
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import _cached_priors, solve_saved, solve_several
 
@@ -141,18 +139,6 @@ def test_pairs_without_outputs_cannot_be_compared() -> None:
 
 
 # --- the second solve -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens", [3, 40])
-@pytest.mark.parametrize("ridge", [1e-4, 0.1])
-def test_diagonal_prior_is_one_with_unit_vectors(tokens: int, ridge: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    stats = Statistics(10, 4)
-    stats.update(*(torch.randn(tokens, size, generator=generator).double() for size in (10, 4)))
-    values = torch.rand(10, generator=generator).double()
-    one, other = (solve(stats, ridge, Prior(values, basis), 2.0, 3) for basis in (None, torch.eye(10).double()))
-    assert torch.allclose(one.B @ one.A, other.B @ other.A, atol=1e-12)
-    assert one.diagnostics == pytest.approx(other.diagnostics)
 
 
 CANDIDATES: list[dict[str, Any]] = [{}, {"ridge": 0.3}, {"preserve_weight": 0.0}, {"preserve_weight": 20.0, "rank": 2}]

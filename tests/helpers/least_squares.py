@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.linalg
@@ -12,8 +12,8 @@ from lit_thought.solve.least_squares import Prior, Solution, solve
 from lit_thought.solve.sums import Statistics
 
 D_IN, D_OUT = 24, 10
-FEW = (1, 5, 11)  # kept as rows (2n < d_in); 11 is more than d_out, and more than the dual is used for
-MANY = (12, 60)  # folded into sums
+FEW = (1, 5, 11, 20)  # kept as rows (n < d_in); 11 is more than d_out, and 20 are more than the dual is used for
+MANY = (24, 60)  # folded into sums
 RIDGES = (1e-6, 1e-2, 1.0)
 
 
@@ -27,6 +27,7 @@ class Problem:
     ridge: float
     prior: np.ndarray | None = None
     rho: float = 0.0
+    known: Prior | None = field(default=None, kw_only=True)  # the prior in another form than all of its directions
 
     @property
     def share(self) -> np.ndarray:
@@ -78,7 +79,7 @@ class Problem:
         return (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root)
 
     def solve(self, rank: int | float | None = None, folded: bool = False) -> Solution:
-        prior = Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None
+        prior = self.known or (Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None)
         return solve(self.statistics(folded), self.ridge, prior, self.rho, rank, "block 3, mlp_out")
 
     def statistics(self, folded: bool = False) -> Statistics:
@@ -87,7 +88,10 @@ class Problem:
         return stats - Statistics(self.a.shape[1], self.delta.shape[1]) if folded else stats
 
 
-def make_problem(n: int, ridge: float = 1e-2, prior: bool = False, seed: int = 0, d_out: int = D_OUT) -> Problem:
+PRIORS = (False, True, "compact")
+
+
+def make_problem(n: int, ridge: float = 1e-2, prior: bool | str = False, seed: int = 0, d_out: int = D_OUT) -> Problem:
     """Inputs with a decaying spectrum and a common mean, as activations have; δ partly linear in them."""
     rng = np.random.default_rng(seed)
     mixing = rng.standard_normal((D_IN, D_IN)) * 0.8 ** np.arange(D_IN)[:, None]
@@ -95,7 +99,14 @@ def make_problem(n: int, ridge: float = 1e-2, prior: bool = False, seed: int = 0
     delta = a @ rng.standard_normal((D_IN, d_out)) * 0.9 ** np.arange(d_out) + rng.standard_normal((n, d_out))
     others = rng.standard_normal((D_IN // 2, D_IN)) + 1
     gram = others.T @ others / len(others)
-    return Problem(a, delta, rng.uniform(0.2, 5, n), ridge, gram if prior else None, 0.7 if prior else 0.0)
+    known = None
+    if isinstance(prior, str):  # a few directions, and what is left
+        factor = rng.standard_normal((D_IN, 3)) * rng.uniform(0.1, 3, (D_IN, 1))
+        rest = rng.uniform(0.1, 2)
+        gram = factor @ factor.T + rest * np.eye(D_IN)
+        known = Prior(torch.tensor(factor), torch.tensor(rest, dtype=torch.float64))
+    weights = rng.uniform(0.2, 5, n)
+    return Problem(a, delta, weights, ridge, gram if prior else None, 0.7 if prior else 0.0, known=known)
 
 
 def product(solution: Solution) -> np.ndarray:

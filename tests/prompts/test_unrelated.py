@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,11 @@ def test_max_tokens_bounds_all_windows_together(bos: bool, most: int) -> None:
     tokenizer = make_tokenizer(bos=bos)
     every, some = text_windows(tokenizer, TEXTS, 6), text_windows(tokenizer, TEXTS, 6, most)
     assert most - 1 <= sum(map(len, some)) <= most  # one token alone is no window
-    assert some[:-1] == every[: len(some) - 1]
-    assert some[-1] == every[len(some) - 1][: len(some[-1])]
+    places = [next(i for i, window in enumerate(every) if window[: len(own)] == own) for own in some]
+    assert places == sorted(set(places))
+    assert all(every[i] == own for i, own in list(zip(places, some, strict=True))[:-1])
+    gaps = [after - before for before, after in pairwise(places)]
+    assert min(gaps, default=len(every)) >= len(every) // (len(some) + 2)  # spread over the texts, not their beginning
     assert text_windows(tokenizer, TEXTS, 6, 10_000) == every
 
 

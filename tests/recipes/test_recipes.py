@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from recipe_runs import CONFIGS, models, run_recipe, script_of
 from lit_thought.errors import ThoughtError
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.streams import lead_cache
+from lit_thought.settings import FitSettings
 from lit_thought.solve.factors import Factors
 from recipes.harness import (
     DATA,
@@ -30,6 +32,7 @@ from recipes.harness import (
     demonstrations,
     load_split,
     parameters,
+    patch_difference,
     table,
 )
 from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
@@ -160,15 +163,13 @@ def test_sweep(tmp_path: Path) -> None:
 
 
 def test_preservation_file(tmp_path: Path) -> None:
-    reduced = [ANTONYMS, "--file_ranks=[8,null]", "--preserve_tokens=300", "--rank=4", "--fit=4", "--test=2"]
+    reduced = [ANTONYMS, "--directions=[8,null]", "--preserve_tokens=[300]", "--rank=4", "--fit=4", "--test=2"]
     record = run_recipe("preservation_file", tmp_path, *reduced).record
-    small, whole = "file, int8, rank 8", "file, int8, full rank"
-    assert [run["preserve"] for run in record["runs"]] == ["full", small, whole, "none"]
+    small, whole = "8 directions, 300 tokens", "all directions, 300 tokens"
+    assert [run["preserve"] for run in record["runs"]] == ["none", small, whole]
     kl = {run["preserve"]: run["output_kl"]["patched"] for run in record["runs"]}
-    assert kl[whole] == pytest.approx(kl["full"], rel=0.02)
-    assert kl["none"] != pytest.approx(kl["full"], rel=0.02)
-    sizes = [record["files"][name]["bytes"] for name in ("full", whole, small)]
-    assert sizes == sorted(sizes, reverse=True)
+    assert kl["none"] != pytest.approx(kl[whole], rel=0.02)
+    assert record["files"][small]["bytes"] < record["files"][whole]["bytes"]
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -191,11 +192,16 @@ def test_limits(tmp_path: Path) -> None:
 
 def test_benchmark_fit(tmp_path: Path) -> None:
     reduced = ["--pairs=[4]", "--chunks=[20]", "--chunk_pairs=3", "--repeats=1", "--rank=4"]
-    row, longer = run_recipe("benchmark_fit", tmp_path, *reduced).record["rows"]
+    ran = run_recipe("benchmark_fit", tmp_path, *reduced)
+    row, longer = ran.record["rows"]
     assert (row["pairs"], longer["pairs"]) == (4, 3)
     assert 20 <= longer["chunk_tokens"] < 30
     assert row["ratio"] > 0
     assert {"preserve", "prepare", "forward", "statistics", "solve", "save"} <= set(row["stages"])
+    kept = ran.record["preservation"]
+    assert kept["tokens"] == FitSettings().preserve_tokens
+    assert kept["ratio"] == pytest.approx(kept["seconds"] / kept["bare_seconds"])
+    assert f"{kept['ratio']:.2f} times the bare forward passes of their {kept['tokens']:,} tokens" in ran.page
 
 
 @pytest.mark.slow
@@ -324,6 +330,19 @@ def test_demonstrations_take_a_form() -> None:
     pairs = [{"input": "hot", "output": "cold"}, {"input": "up", "output": "down"}]
     assert demonstrations(pairs, FORMS["hot -> …"]) == "hot -> cold\nup -> down\n"
     assert demonstrations(pairs) == "Q: hot\nA: cold\nQ: up\nA: down\n"
+
+
+def test_difference_of_patches() -> None:
+    torch.manual_seed(0)
+    A, B, vector = torch.randn(2, 5), torch.randn(4, 2), torch.randn(4)
+    one = ThoughtPatch({"a": Factors(A, B), "b": Factors(A, 10 * B)}, vectors={"c": vector})
+    other = ThoughtPatch({"a": Factors(A, B), "b": Factors(A, 11 * B)}, vectors={"c": vector})
+    assert patch_difference(one, one) == 0
+    assert patch_difference(one, other) == pytest.approx(0.1, rel=1e-5)
+    other.vectors["c"] = 1.5 * vector
+    assert patch_difference(one, other) == pytest.approx(0.5, rel=1e-5)
+    other.vectors["c"] = torch.full((4,), torch.nan)
+    assert math.isnan(patch_difference(one, other))
 
 
 def test_tables_and_names() -> None:

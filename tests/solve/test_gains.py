@@ -11,7 +11,8 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
-from least_squares import D_IN, D_OUT, FEW, MANY, RIDGES, Problem, close, make_problem, product
+from largest import LargestTensor
+from least_squares import D_IN, D_OUT, FEW, MANY, PRIORS, RIDGES, Problem, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.settings import check_rank
@@ -76,7 +77,7 @@ class Gained(Problem):
         return min(found)
 
     def solve(self, rank: int | float | None = None, folded: bool = False) -> Solution:
-        prior = Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None
+        prior = self.known or (Prior.from_gram(torch.tensor(self.prior)) if self.prior is not None else None)
         gain = torch.tensor(self.gain)
         return solve_with_gains(self.statistics(folded), gain, self.ridge, prior, self.rho, rank, "block 3, mlp_out")
 
@@ -90,11 +91,16 @@ def spread(sigma: float = 1.5, zeros: int = 2, seed: int = 3, d_out: int = D_OUT
 
 
 def make_gained(
-    n: int, ridge: float = 1e-2, prior: bool = False, gain: np.ndarray | None = None, seed: int = 0, d_out: int = D_OUT
+    n: int,
+    ridge: float = 1e-2,
+    prior: bool | str = False,
+    gain: np.ndarray | None = None,
+    seed: int = 0,
+    d_out: int = D_OUT,
 ) -> Gained:
     base = make_problem(n, ridge, prior, seed, d_out)
     gain = spread(seed=seed + 3, d_out=d_out) if gain is None else gain
-    return Gained(base.a, base.delta, base.weights, base.ridge, base.prior, base.rho, gain)
+    return Gained(base.a, base.delta, base.weights, base.ridge, base.prior, base.rho, gain, known=base.known)
 
 
 def lost(problem: Gained, patch: np.ndarray) -> float:
@@ -102,11 +108,11 @@ def lost(problem: Gained, patch: np.ndarray) -> float:
     return problem.objective(patch) - problem.objective(problem.least_squares())
 
 
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("n", [*FEW, *MANY])
 @pytest.mark.parametrize("d_out", [D_OUT, 30])
-def test_full_rank_patch_is_that_of_every_row_alone(d_out: int, n: int, ridge: float, prior: bool) -> None:
+def test_full_rank_patch_is_that_of_every_row_alone(d_out: int, n: int, ridge: float, prior: bool | str) -> None:
     problem = make_gained(n, ridge, prior, d_out=d_out)
     assert (problem.statistics().rows() is not None) == (n in FEW)
     reference = problem.least_squares()
@@ -180,15 +186,16 @@ def test_a_sign_or_a_scale_of_the_gain_is_the_patch_s(n: int, rank: int | float 
 
 @pytest.mark.parametrize("rank", [None, 1, 3, 0.9])
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("n", FEW)
-def test_dual_is_the_primal(n: int, ridge: float, rank: int | float | None) -> None:
-    problem = make_gained(n, ridge)
+def test_dual_is_the_primal(n: int, prior: bool | str, ridge: float, rank: int | float | None) -> None:
+    problem = make_gained(n, ridge, prior)
     dual, primal = problem.solve(rank), problem.solve(rank, folded=True)
     assert close(product(dual), product(primal), 1e-8)
     for key, value in primal.diagnostics.items():
         if key != "rank" or rank == 0.9:  # the dual has no more than n directions
             assert dual.diagnostics[key] == pytest.approx(value, rel=1e-6, abs=1e-12), key
-    assert dual.diagnostics["rank"] <= n
+    assert prior or dual.diagnostics["rank"] <= n
 
 
 def test_repeated_tokens_and_zero_tokens_in_the_dual() -> None:
@@ -454,13 +461,27 @@ def test_wrong_rank_is_refused(rank: Any, make: Callable[..., Problem]) -> None:
         check_rank(rank, D_OUT)
 
 
+@pytest.mark.parametrize("gain", [False, True])
+def test_few_rows_and_few_directions_form_nothing_of_d_by_d(gain: bool) -> None:
+    size, generator = 500, torch.Generator().manual_seed(0)
+    stats = Statistics(size, D_OUT)
+    stats.update(torch.randn(12, size, generator=generator), torch.randn(12, D_OUT, generator=generator))
+    prior = Prior(torch.randn(size, 6, generator=generator), torch.tensor(0.3))
+    with LargestTensor() as largest:
+        if gain:
+            solve_with_gains(stats, torch.randn(D_OUT, generator=generator), 0.01, prior, 3.0, 4)
+        else:
+            solve(stats, 0.01, prior, 3.0, 4)
+    assert largest.numbers < size * size / 4
+
+
 @pytest.mark.parametrize("solver", [solve, lambda stats, *args, **kw: solve_with_gains(stats, ONES, *args, **kw)])
 def test_wrong_settings_are_refused(solver: Callable[..., Solution]) -> None:
     stats, prior = make_problem(5).statistics(), Prior.from_gram(torch.eye(D_IN))
     for ridge, rho in [(-1e-3, 0.1), (float("nan"), 0.1), (float("inf"), 0.1), (0.1, -1.0), (0.1, float("nan"))]:
         with pytest.raises(ThoughtError, match="ridge and prior_weight"):
             solver(stats, ridge, prior, rho)
-    with pytest.raises(ThoughtError, match=f"block 0: prior has size {D_IN + 1}; expected {D_IN}"):
+    with pytest.raises(ThoughtError, match=rf"block 0: prior has a factor .{D_IN + 1}.*expected .{D_IN}, k"):
         solver(stats, 0.1, Prior.from_gram(torch.eye(D_IN + 1)), 1.0, name="block 0")
     with pytest.raises(ThoughtError, match="block 0: there is no token"):
         solver(Statistics(D_IN, D_OUT), 0.1, name="block 0")

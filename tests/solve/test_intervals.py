@@ -53,23 +53,44 @@ def test_paired_difference_is_near_the_bootstrap_of_many_pairs_and_has_a_width_w
     assert low == -high < -0.1
 
 
-def test_the_interval_of_a_perplexity_ratio_is_scipy_s_bootstrap() -> None:
+@pytest.mark.parametrize("windows", [*range(2, 9), 14, 101])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_the_interval_of_a_perplexity_ratio_is_scipy_s_t_interval(windows: int, confidence: float) -> None:
+    """Where all windows are as long."""
+    generator = np.random.default_rng(windows)
+    original = 511 * generator.normal(3.5, 0.3, windows)
+    patched = original + 511 * generator.normal(0.01, 0.02, windows)
+    found = perplexity_ratio(original.tolist(), patched.tolist(), [511] * windows, confidence)
+    change = (patched - original) / 511
+    wanted = scipy.stats.ttest_1samp(change, 0).confidence_interval(confidence)
+    assert found == pytest.approx(np.exp([change.mean(), wanted.low, wanted.high]), rel=1e-10)
+
+
+def test_the_interval_of_a_perplexity_ratio_weighs_windows_by_their_tokens() -> None:
     generator = np.random.default_rng(1)
-    tokens = generator.integers(200, 512, 14)
-    original = tokens * generator.normal(3.5, 0.3, 14)
-    patched = original + tokens * generator.normal(0.01, 0.02, 14)
+    tokens = generator.integers(20, 512, 400)
+    original = tokens * generator.normal(3.5, 0.3, 400)
+    patched = original + tokens * generator.normal(0.2, 0.02, 400)  # the change of long windows is larger
     value, low, high = perplexity_ratio(original.tolist(), patched.tolist(), tokens.tolist())
     assert value == pytest.approx(np.exp((patched - original).sum() / tokens.sum()))
 
     def ratio(a: Any, b: Any, n: Any, axis: int) -> Any:
         return np.exp(np.sum(b - a, axis) / np.sum(n, axis))
 
-    options: Any = {"paired": True, "vectorized": True, "rng": generator, "method": "percentile", "n_resamples": 20_000}
+    options: Any = {"paired": True, "vectorized": True, "rng": generator, "method": "percentile", "n_resamples": 4000}
     wanted = scipy.stats.bootstrap((original, patched, tokens), ratio, **options).confidence_interval
-    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=5e-4)
-    assert high - low > 0.01
-    again = perplexity_ratio(original.tolist(), patched.tolist(), tokens.tolist())
-    assert again == (value, low, high)
+    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=2e-4)
+    assert high - low > 3e-3
+
+
+def test_the_interval_of_a_perplexity_ratio_covers_it_from_four_windows() -> None:
+    generator, held = np.random.default_rng(2), 0
+    for _ in range(1000):
+        tokens = generator.integers(300, 512, 4)
+        change = tokens * generator.normal(0.01, 0.02, 4)
+        _, low, high = perplexity_ratio([0.0] * 4, change.tolist(), tokens.tolist())
+        held += low <= np.exp(0.01) <= high
+    assert 0.93 < held / 1000 < 0.97, held
 
 
 @pytest.mark.parametrize(

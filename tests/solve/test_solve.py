@@ -9,22 +9,18 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from least_squares import D_IN, D_OUT, FEW, MANY, RIDGES, close, make_problem, product
+from least_squares import D_IN, D_OUT, FEW, MANY, PRIORS, RIDGES, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError
-from lit_thought.solve import least_squares
-from lit_thought.solve.least_squares import DUAL, Prior, solve
+from lit_thought.solve.least_squares import Prior, dual_operations, primal_operations, solve
+from lit_thought.solve.sums import Statistics
 
 
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("n", [*FEW, *MANY])
 @pytest.mark.parametrize("d_out", [D_OUT, 30])
-@pytest.mark.parametrize("dual", [2, DUAL])
-def test_full_rank_patch_is_the_least_squares_solution(
-    dual: int, d_out: int, n: int, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(least_squares, "DUAL", dual)
+def test_full_rank_patch_is_the_least_squares_solution(d_out: int, n: int, ridge: float, prior: bool | str) -> None:
     problem = make_problem(n, ridge, prior, d_out=d_out)
     assert (problem.statistics().rows() is not None) == (n in FEW)  # so that both forms are tested
     reference = problem.least_squares()
@@ -39,15 +35,11 @@ def test_full_rank_patch_is_the_least_squares_solution(
         assert solution.A.dtype == solution.B.dtype == torch.float64
 
 
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
 @pytest.mark.parametrize("rank", [None, 3, 0.9])
 @pytest.mark.parametrize("n", FEW)
-@pytest.mark.parametrize("dual", [2, DUAL])
-def test_dual_is_the_primal(
-    dual: int, n: int, rank: int | float | None, ridge: float, prior: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(least_squares, "DUAL", dual)
+def test_dual_is_the_primal(n: int, rank: int | float | None, ridge: float, prior: bool | str) -> None:
     problem = make_problem(n, ridge, prior)
     dual, primal = problem.solve(rank), problem.solve(rank, folded=True)
     assert close(product(dual), product(primal), 1e-9)
@@ -57,10 +49,10 @@ def test_dual_is_the_primal(
             assert dual.diagnostics[key] == pytest.approx(value, rel=tol, abs=1e-12), key
 
 
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("n", [5, 11, 12, 60])
-def test_patch_of_rank_r_is_reduced_rank_regression(n: int, rank: int, prior: bool) -> None:
+def test_patch_of_rank_r_is_reduced_rank_regression(n: int, rank: int, prior: bool | str) -> None:
     problem = make_problem(n, prior=prior)
     patch = product(problem.solve(rank))
     assert np.linalg.matrix_rank(patch) == rank
@@ -102,9 +94,9 @@ def test_rank_as_a_fraction_is_the_smallest_that_explains_it(fraction: float, n:
     assert close(product(solution), problem.reduced_rank(rank), 1e-7)
 
 
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("n", [5, 11, 60])
-def test_scale_effective_rank_and_condition(n: int, prior: bool) -> None:
+def test_scale_effective_rank_and_condition(n: int, prior: bool | str) -> None:
     problem = make_problem(n, prior=prior)
     said = problem.solve().diagnostics
     values = np.linalg.eigvalsh(problem.gram)
@@ -114,7 +106,8 @@ def test_scale_effective_rank_and_condition(n: int, prior: bool) -> None:
     assert said["condition"] == pytest.approx((values[-1] + floor) / floor, rel=0.03)
     if values[0] < 1e-6 * floor:  # Z is singular, so the ridge is M's smallest eigenvalue
         assert said["condition"] == pytest.approx(np.linalg.cond(problem.system), rel=0.03)
-    assert (n + prior * D_IN // 2 < D_IN) == (values[0] < 1e-6 * floor)
+    spans = isinstance(prior, str) or n + prior * D_IN // 2 >= D_IN
+    assert spans == (values[0] >= 1e-6 * floor)
 
 
 @pytest.mark.parametrize("n", [D_IN, 60])
@@ -180,16 +173,43 @@ def test_prior_of_weight_zero_is_no_prior_and_a_large_one_keeps_its_inputs() -> 
     assert kept[0] > 2 * kept[1] > 4 * kept[2]
 
 
+def test_the_form_with_fewer_operations_is_used() -> None:
+    """Rows and directions of a prior that are few for the layer; the counts against those of the matrices' sizes."""
+    assert dual_operations(208, 1536, 576, 96) < primal_operations(208, 1536, 576, 96) / 10
+    assert dual_operations(1500, 1536, 576, 1536) > primal_operations(1500, 1536, 576, 1536)
+    few = dual_operations(100, 10**6, 1, 0)
+    assert few == pytest.approx(1.2 * 100**2 * 10**6, rel=1e-2)
+    assert primal_operations(0, 10**4, 1, 0) == pytest.approx(10**12 / 3, rel=1e-2)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("n", [5, 11])
+def test_rows_in_single_precision_are_multiplied_in_it(n: int, prior: bool | str) -> None:
+    """With a ridge that is coarse; the sums of their products and all that follows are float64."""
+    problem = make_problem(n, 1e-2, prior)
+    stats = Statistics(D_IN, D_OUT, product_dtype=torch.float32)
+    stats.update(torch.tensor(problem.a).float(), torch.tensor(problem.delta).float(), torch.tensor(problem.weights))
+    known = problem.known or (None if problem.prior is None else Prior.from_gram(torch.tensor(problem.prior)))
+    solution = solve(stats, problem.ridge, known, problem.rho)
+    assert solution.A.dtype == solution.B.dtype == torch.float64
+    error = np.linalg.norm(product(solution) - problem.least_squares()) / np.linalg.norm(problem.least_squares())
+    assert 1e-12 < error < 1e-5
+
+
 def test_prior_restores_its_gram_matrix() -> None:
     gram = make_problem(5, prior=True).prior
     prior = Prior.from_gram(torch.tensor(gram))
     np.testing.assert_allclose(prior.gram().numpy(), gram, atol=1e-12)
-    assert bool((prior.values >= 0).all())  # rounding below zero is cut off
+    thin = Prior(prior.factor[:, -4:], torch.tensor(0.5))
+    np.testing.assert_allclose(
+        thin.gram().numpy(), thin.factor.numpy() @ thin.factor.numpy().T + 0.5 * np.eye(D_IN), atol=1e-12
+    )
 
 
 def test_a_prior_in_single_precision_is_solved_with_in_double() -> None:
     problem = make_problem(60, prior=True)
     exact = Prior.from_gram(torch.tensor(problem.prior))
-    solution = solve(problem.statistics(), problem.ridge, Prior(exact.values, exact.vectors.float()), problem.rho)
+    single = Prior(exact.factor.float(), exact.rest.float())
+    solution = solve(problem.statistics(), problem.ridge, single, problem.rho)
     assert solution.A.dtype == torch.float64
     assert close(product(solution), problem.least_squares(), 1e-4)

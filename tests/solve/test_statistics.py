@@ -85,10 +85,10 @@ def test_weight_of_two_is_the_token_twice_and_of_zero_no_token() -> None:
 
 
 @pytest.mark.parametrize("n", range(1, 9))
-def test_tokens_are_kept_as_rows_only_below_half_of_d_in(n: int) -> None:
+def test_tokens_are_kept_as_rows_only_below_d_in(n: int) -> None:
     stats = gather([tuple(x[i : i + 1] for x in tokens(n)) for i in range(n)])
     rows = stats.rows()
-    if 2 * n >= D_IN:
+    if n >= D_IN:
         assert rows is None
         assert stats.num_rows == 0
     else:
@@ -132,7 +132,7 @@ def test_addition_is_the_sums_of_both_sets(n: int, m: int, cuts: list[int]) -> N
     total = left + right
     assert_sums(total, loop(*both))
     assert total.tokens == n + m
-    assert (total.rows() is None) == (2 * (n + m) >= D_IN) or n + m == 0
+    assert (total.rows() is None) == (n + m >= D_IN) or n + m == 0
     assert_sums(left, loop(*tokens(n, 1)))  # the parts are as they were
     assert_sums(right, loop(*tokens(m, 2)))
     total.update(*tokens(2, 3))  # and stay so when the total goes on

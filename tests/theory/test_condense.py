@@ -283,7 +283,7 @@ def test_solvers_depend_on_neither_split_order_merging_nor_folding(n, cuts, merg
     weights, order = torch.tensor(rng.integers(1, 4, n)), torch.tensor(rng.permutation(n))
     edges = [0, *sorted(cut % (n + 1) for cut in cuts), n]
     stats = gather(a[order], deltas[order], weights[order], edges, merge, fold)
-    assert (stats.rows() is None) == (fold or 2 * n >= d_in)
+    assert (stats.rows() is None) == (fold or n >= d_in)
     repeated = gather(a.repeat_interleave(weights, 0), deltas.repeat_interleave(weights, 0), None, [0, 99], False, True)
     for solver in SOLVERS:
         if solver == "exact" and n < d_in:
