@@ -108,7 +108,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             "HF_HUB_DISABLE_XET": True,  # the small hub has no Xet storage
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # PEFT and transformers ask through it
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # PEFT asks through it; made at the import
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made when first asked
         monkeypatch.setenv("HF_TOKEN", "hf_me")
         yield hub
     assert not list((tmp_path / "temporary").iterdir())  # whatever went wrong

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate, Load, estimate_bytes, estimate_seconds
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
+from lit_thought.fit.preserving import PreservationSource
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import PairBatch, make_batches
@@ -414,6 +416,51 @@ def test_what_the_model_writes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryBudgetError, match=r"the fit needs [0-9]"):
         fit(ThoughtModule(model, TOKENIZER), data, thought, progress=False)
     assert data.written
+
+
+def test_what_a_fit_takes_is_said_before_any_long_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And again only where the outputs that were written move the streams to another place."""
+    pairs, model = [{"input": pair["input"]} for pair in PAIRS], make_model()
+    model.generation_config.suppress_tokens = [i for i in range(512) if i != TOKENIZER.convert_tokens_to_ids("a")]
+    said: list[list[str]] = []
+    estimates: list[Estimate] = []
+
+    def note() -> None:
+        said.append([line for line in capsys.readouterr().err.splitlines() if "This fit takes" in line])
+
+    def noting(genuine: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **settings: (note(), genuine(*args, **settings))[1]
+
+    def plan(*args: Any, genuine: Callable[..., Any] = preparing.plan, **settings: Any) -> Estimate:
+        estimates.append(genuine(*args, **settings))
+        return estimates[-1]
+
+    monkeypatch.setattr(preparing, "plan", plan)
+    monkeypatch.setattr(preparing, "write_outputs", noting(preparing.write_outputs))
+    monkeypatch.setattr(PreservationSource, "load", noting(PreservationSource.load))
+
+    def run(**settings: Any) -> list[list[str]]:
+        said.clear()
+        data = PairDataModule(pairs, INSTRUCTION, max_new_tokens=20)
+        thought = ThoughtCallback(preserve=None, rank=4, **settings)
+        fit(ThoughtModule(model, TOKENIZER), data, thought, progress=True)
+        note()
+        return said
+
+    assert [len(lines) for lines in run()] == [1, 0, 0]  # before preservation, before outputs, in the end
+    between = (estimates[0].total_bytes + estimates[1].total_bytes) / 2e9
+    first, none, second = run(memory_budget=between)
+    assert none == []
+    assert ("on disk" in first[0], "on disk" in second[0]) == (False, True)
+
+
+def test_what_is_said_while_outputs_are_missing() -> None:
+    estimate = replace(needing(60 * GB, 10 * GB), seconds={"forward": 8.0, "solve": 2.0})
+    assert str(estimate).startswith("This fit takes about 10.0 s and 70.0 GB besides the model: ")
+    text = str(replace(estimate, most_seconds=30.0))
+    assert text.startswith("This fit takes after the outputs are written about 10.0 s to 30.0 s and at least 70.0 GB ")
 
 
 @pytest.mark.parametrize(
