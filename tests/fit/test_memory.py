@@ -456,6 +456,15 @@ def test_what_a_fit_takes_is_said_before_any_long_work(
     assert ("on disk" in first[0], "on disk" in second[0]) == (False, True)
 
 
+def test_a_process_without_pairs_plans_as_well() -> None:
+    model = make_model()
+    blocks = find_blocks(model)
+    settings = {"offload": "auto", "memory_budget": None, "preserve": True, "processes": 3, "steps": 1, "missing": 0}
+    found = budget.plan(model, blocks, stages_of(blocks, SITES), [], **settings)
+    assert found.place == "device"
+    assert found.seconds["forward"] == 0
+
+
 def test_what_is_said_while_outputs_are_missing() -> None:
     estimate = replace(needing(60 * GB, 10 * GB), seconds={"forward": 8.0, "solve": 2.0})
     assert str(estimate).startswith("This fit takes about 10.0 s and 70.0 GB besides the model: ")
