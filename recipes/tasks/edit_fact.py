@@ -35,7 +35,8 @@ from lit_thought.runs.generate import generate
 from lit_thought.runs.streams import Stream
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.least_squares import solve_constrained
-from lit_thought.statistics.preserve import WINDOW, Preservation, preservation
+from lit_thought.statistics.preserve import WINDOW, preservation
+from lit_thought.statistics.preserve_file import Preservation
 from recipes.harness import DATA, Unrelated, command_line, one_line, shown, table, write_results
 
 COMPLETION = PromptTemplate("{input} {output}")
@@ -257,7 +258,7 @@ def closed_form(
             continue
         key = seen["mlp_out"].input[rows, here].double().mean(0)
         value = (target.hidden[rows, there] - plain.hidden[rows, here]).double().mean(0)
-        prior = priors.prior(block, "mlp_out")
+        prior = priors.prior(block.index, "mlp_out")
         change = solve_constrained(key[None], value[None], prior=prior, ridge=ridge, name=f"block {block.index}")
         A = value[None] @ change / value.square().sum()  # ΔW = value A, of rank 1
         yield block.index, ThoughtPatch({block.sites["mlp_out"].path: Factors(A.float(), value[:, None].float())})
