@@ -129,7 +129,7 @@ def plan(
         if message is not None:
             raise MemoryBudgetError(message)
     layer = blocks[stages[-1].block].sites[stages[-1].site].layer
-    rows = max(1, (load.target + load.plain) // (2 * len(batches)))
+    rows = max(1, (load.target + load.plain) // max(1, 2 * len(batches)))  # a process may have no pairs
     every = [load] if not missing else [load, load.longer(missing)]
     both = [
         estimate_seconds(
