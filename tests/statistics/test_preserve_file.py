@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +22,14 @@ from transformers import PreTrainedModel
 
 from lit_thought import ThoughtPatch, transmute
 from lit_thought.cli import main
+from lit_thought.cli.fit import preserve
 from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.model.blocks import find_blocks
 from lit_thought.model.loading import fingerprint, model_name
 from lit_thought.prompts.unrelated import text_windows
-from lit_thought.settings import DEFAULT_SITES
+from lit_thought.settings import DEFAULT_SITES, FitSettings
 from lit_thought.solve.least_squares import Prior
 from lit_thought.statistics.preserve import DIRECTIONS, WINDOW, preservation
 from lit_thought.statistics.preserve_file import Preservation, config_hash, rounded
@@ -364,6 +366,12 @@ def test_preserve_then_fit_and_solve(
     Path("cache").rename("away")
     main(["solve", "--statistics=sums", "--out=solved", "--preserve=kept.safetensors"])
     assert distance(ThoughtPatch.load("solved"), file) <= SOLVE_ROUNDING
+
+
+def test_the_command_keeps_what_a_fit_would() -> None:
+    """Its defaults are typed in, as its help imports no torch."""
+    defaults = {name: argument.default for name, argument in inspect.signature(preserve).parameters.items()}
+    assert (defaults["directions"], defaults["preserve_tokens"]) == (DIRECTIONS, FitSettings.preserve_tokens)
 
 
 @pytest.mark.parametrize(
