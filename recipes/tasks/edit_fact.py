@@ -257,7 +257,7 @@ def closed_form(
             continue
         key = seen["mlp_out"].input[rows, here].double().mean(0)
         value = (target.hidden[rows, there] - plain.hidden[rows, here]).double().mean(0)
-        prior = priors.prior(block, "mlp_out")
+        prior = priors.prior(block.index, "mlp_out")
         change = solve_constrained(key[None], value[None], prior=prior, ridge=ridge, name=f"block {block.index}")
         A = value[None] @ change / value.square().sum()  # ΔW = value A, of rank 1
         yield block.index, ThoughtPatch({block.sites["mlp_out"].path: Factors(A.float(), value[:, None].float())})
