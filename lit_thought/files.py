@@ -32,6 +32,7 @@ except ImportError:  # Windows, where nothing is locked, and what a killed proce
 __all__ = [
     "atomic_file",
     "atomic_folder",
+    "cache_folder",
     "check_output_folder",
     "check_version",
     "default_cache_dir",
@@ -269,6 +270,11 @@ def expanded(path: Any, argument: str) -> Path:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ThoughtError(f"{argument}={_shortened(path)} cannot be looked up ({_cause(error)}). Check it.") from error
     return found
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder that an argument ``cache_dir`` stands for: :func:`default_cache_dir` when left out."""
+    return default_cache_dir() if cache_dir is None else expanded(cache_dir, "cache_dir")
 
 
 def default_cache_dir() -> Path:

@@ -20,6 +20,7 @@ from lit_thought.errors import ThoughtError, check_counts, is_finite
 
 __all__ = [
     "DEFAULT_SITES",
+    "DIRECTIONS",
     "ORDERS",
     "PARTS",
     "SITES",
@@ -38,6 +39,9 @@ SITES = ("attn_out", "mlp_in", "mlp_out")
 
 DEFAULT_SITES = ("attn_out", "mlp_out")
 """What is patched, where a block has it, when sites are left out."""
+
+DIRECTIONS = 120
+"""k, how many directions of each site's inputs the preservation statistics keep one by one."""
 
 PARTS = ("matrix", "vector")
 ORDERS = ("sequential", "teacher-forced")

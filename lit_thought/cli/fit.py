@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
-from lit_thought.settings import FitSettings
+from lit_thought.settings import DIRECTIONS, FitSettings
 
 __all__ = ["fit", "preserve", "solve"]
 
@@ -140,7 +140,7 @@ def preserve(
     texts: str = "default",
     preserve_tokens: int = FitSettings.preserve_tokens,
     sites: list[str] | None = None,
-    directions: int = 120,
+    directions: int = DIRECTIONS,
     cache_dir: str | None = None,
     overwrite: bool = False,
     progress: bool = True,

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, is_finite
-from lit_thought.files import atomic_file, default_cache_dir, expanded, is_own_file, read_json
+from lit_thought.files import atomic_file, cache_folder, is_own_file, read_json
 from lit_thought.model.discovery import wider
 from lit_thought.model.loading import context_window, fingerprint
 from lit_thought.model.sharding import is_sharded
@@ -79,10 +79,9 @@ class UnrelatedText:
             )
         self.model, self.interval, self.progress = model, interval, progress
         self.windows = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
-        root = expanded(cache_dir, "cache_dir") if cache_dir is not None else default_cache_dir()
         self._manifest = {} if is_sharded(model) or _has_hooks(model) else _manifest(model, self.windows)
         key = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()[:24]
-        self._file = root / f"perplexity-{key}.json"
+        self._file = cache_folder(cache_dir) / f"perplexity-{key}.json"
         self.original = _read(self._file, self._manifest) if self._manifest else {}
 
     def measure(self, patch: ThoughtPatch) -> dict[str, Any]:

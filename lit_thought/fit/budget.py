@@ -130,22 +130,14 @@ def plan(
             raise MemoryBudgetError(message)
     layer = blocks[stages[-1].block].sites[stages[-1].site].layer
     rows = max(1, (load.target + load.plain) // max(1, 2 * len(batches)))  # a process may have no pairs
-    every = [load] if not missing else [load, load.longer(missing)]
-    both = [
-        estimate_seconds(
-            {
-                name: steps * count
-                for name, count in fit_operations(
-                    model, blocks, stages, own, tokens + own.compared - load.compared, preserve
-                ).items()
-            },
-            layer,
-            device,
-            rows,
-        )
-        for own in every
-    ]
-    return replace(found, place=place, seconds=both[0], most_seconds=sum(both[-1].values()) if missing else 0.0)
+
+    def seconds(own: Load) -> dict[str, float]:
+        every = tokens + own.compared - load.compared
+        operations = fit_operations(model, blocks, stages, own, every, preserve)
+        return estimate_seconds({name: steps * count for name, count in operations.items()}, layer, device, rows)
+
+    most = sum(seconds(load.longer(missing)).values()) if missing else 0.0
+    return replace(found, place=place, seconds=seconds(load), most_seconds=most)
 
 
 def _refusal(estimate: Estimate, offload: str, device: torch.device, rooms: Mapping[str, int], at_least: bool) -> str:

@@ -20,8 +20,9 @@ from lit_thought.model.blocks import Block, Site
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Stage, goes_on_from
 from lit_thought.runs.storage import Place
+from lit_thought.settings import DIRECTIONS
 from lit_thought.solve.least_squares import HALF, dual_operations, primal_operations
-from lit_thought.statistics.preserve import DIRECTIONS
+from lit_thought.solve.nystrom import OVERSAMPLING
 from lit_thought.timing import format_bytes, format_duration
 
 __all__ = [
@@ -303,8 +304,8 @@ def preserve_operations(
     active, sizes = ModelSizes.of(model).active, [site.d_in for site in sites]
     return {
         "forward": sum(2.0 * tokens * _weights(block, active) for block in blocks),
-        "statistics": sum(4.0 * tokens * d * min(d, 2 * DIRECTIONS) for d in sizes),
-        "solve": sum(12.0 * d * min(d, 2 * DIRECTIONS) ** 2 for d in sizes),
+        "statistics": sum(4.0 * tokens * d * min(d, OVERSAMPLING * DIRECTIONS) for d in sizes),
+        "solve": sum(12.0 * d * min(d, OVERSAMPLING * DIRECTIONS) ** 2 for d in sizes),
     }
 
 

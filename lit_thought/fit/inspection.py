@@ -15,8 +15,7 @@ from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_si
 from lit_thought.model.layers import layer_shape, sits_beside
 from lit_thought.model.loading import model_name
 from lit_thought.runs.runner import stages_of
-from lit_thought.settings import DEFAULT_SITES, SITES, FitSettings, check_sites
-from lit_thought.statistics.preserve import DIRECTIONS
+from lit_thought.settings import DEFAULT_SITES, DIRECTIONS, SITES, FitSettings, check_sites
 from lit_thought.timing import format_bytes, format_duration
 
 __all__ = ["BlockKind", "Inspection", "SiteReport", "format_inspection", "inspect_model"]

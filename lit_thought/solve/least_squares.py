@@ -372,7 +372,7 @@ def _solve_dual(
     size, coarse = stats.d_in, ridge >= COARSE_RIDGE
     a, delta = rows[0] if coarse else rows[0].double(), rows[1].double() / stats.weight**0.5
     a = a / stats.weight**0.5
-    known = Prior(a.new_zeros(size, 0), delta.new_zeros(())) if prior is None or rho == 0 else prior
+    known = Prior(a.new_zeros(size, 0), delta.new_zeros(())) if prior is None else prior
     factor, rest = rho**0.5 * known.factor.to(a), rho * float(known.rest)  # with ρ in them
     inner, seen, own = inner_products(a), (a @ factor).double(), inner_products(factor.T)
     trace = float(inner.diagonal().sum() + own.diagonal().sum()) + size * rest

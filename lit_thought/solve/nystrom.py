@@ -22,6 +22,8 @@ streaming data", arXiv 1706.05736, algorithm 3; Halko, Martinsson and Tropp 2011
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -57,9 +59,7 @@ class Sketch:
     def __init__(self, size: int, directions: int, device: torch.device | str = "cpu") -> None:
         self.directions, self.count = min(directions, size), 0
         self._width = min(size, OVERSAMPLING * directions)
-        noise = torch.randn(size, self._width + PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        test = torch.linalg.qr(noise[:, : self._width])[0]
-        self._test = torch.cat([test, noise[:, self._width :]], dim=1).to(device)  # the same on every device
+        self._test = _columns(size, self._width).to(device)
         self._total = torch.zeros_like(self._test)
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -95,3 +95,10 @@ class Sketch:
         probes = self._test[:, self._width :]
         seen = self._total[:, self._width :] / self.count - factor @ (factor.T @ probes)
         return Prior(factor, seen.square().sum() / PROBES / left)
+
+
+@lru_cache(maxsize=4)
+def _columns(size: int, width: int) -> Tensor:
+    """Ω, and the probes beside it, (size, width + 32): the same for all blocks, devices and processes."""
+    noise = torch.randn(size, width + PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.cat([torch.linalg.qr(noise[:, :width])[0], noise[:, width:]], dim=1)

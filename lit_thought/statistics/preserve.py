@@ -21,25 +21,22 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.files import default_cache_dir, expanded
+from lit_thought.files import cache_folder
 from lit_thought.model.blocks import Block
 from lit_thought.model.discovery import wider
 from lit_thought.model.loading import fingerprint, model_name
 from lit_thought.model.sharding import gathered, is_sharded
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import Stream
-from lit_thought.settings import DEFAULT_SITES
+from lit_thought.settings import DEFAULT_SITES, DIRECTIONS
 from lit_thought.solve.nystrom import Sketch
 from lit_thought.statistics.distributed import gather_json
 from lit_thought.statistics.preserve_file import FORMAT, Preservation, config_hash, rounded
 
-__all__ = ["DIRECTIONS", "WINDOW", "entry_of", "preservation", "preservation_bar", "site_sizes"]
+__all__ = ["WINDOW", "entry_of", "preservation", "preservation_bar", "site_sizes"]
 
 WINDOW = 256
 """Tokens of each window of unrelated text."""
-
-DIRECTIONS = 120
-"""k, how many directions of each site are kept one by one."""
 
 
 def preservation(
@@ -107,8 +104,7 @@ def preservation(
 
 def entry_of(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
     """The file of the cache for what ``key`` says."""
-    root = expanded(cache_dir, "cache_dir") if cache_dir is not None else default_cache_dir()
-    return root / f"preserve-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    return cache_folder(cache_dir) / f"preserve-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
 
 def site_sizes(blocks: Sequence[Block], sites: Sequence[str]) -> list[dict[str, int]]:

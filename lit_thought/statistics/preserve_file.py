@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Preservation:
             {site: shapes[_key(block, site, "scale")][0] for site in there} for block, there in enumerate(self.sites)
         ]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the file."""
         with self.path.open("rb") as file:

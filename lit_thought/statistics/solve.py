@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import default_cache_dir, expanded
+from lit_thought.files import cache_folder
 from lit_thought.model.blocks import Projection, Site
 from lit_thought.model.layers import is_linear, layer_shape
 from lit_thought.model.loading import fingerprint
@@ -253,7 +253,7 @@ def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | N
         raise ThoughtError(
             "preserve_weight: the fit had no preservation statistics to weigh. Pass preserve_weight=0, or prior_of."
         )
-    root = expanded(cache_dir, "cache_dir") if cache_dir is not None else default_cache_dir()
+    root = cache_folder(cache_dir)
     missing = (
         f"the preservation statistics of the fit, {entry}, are not in {str(root)!r}, or are damaged. Pass the "
         "cache_dir of the fit; a fit of the same model and text (or file) writes them anew; or pass a file of them as "

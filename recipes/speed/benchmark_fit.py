@@ -31,6 +31,7 @@ from lit_thought.model.calls import cache_arguments, find_decoder
 from lit_thought.prompts.batches import forward_inputs, pad
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.runs.streams import lead_cache
+from lit_thought.statistics.preserve import WINDOW
 from lit_thought.timing import Stopwatch
 from recipes.harness import (
     SIX_TASKS,
@@ -44,8 +45,8 @@ from recipes.harness import (
     write_results,
 )
 
-_WINDOW, _WINDOWS = 256, 8
-"""Tokens of a window of unrelated text, and windows a batch, as the preservation statistics have them."""
+_WINDOWS = 8
+"""Windows of unrelated text a batch, as the preservation statistics have them."""
 
 
 def benchmark(
@@ -150,7 +151,7 @@ def preservation_costs(lm: Any, tokenizer: Any, callback: ThoughtCallback, repea
     """What the preservation statistics of a fit took that did not find them in its cache, and the bare forward passes
     of their tokens, in the same batches: the median."""
     assert callback.preserve_cached is False
-    windows = text_windows(tokenizer, callback.preserved.texts or [], _WINDOW, callback.settings.preserve_tokens)
+    windows = text_windows(tokenizer, callback.preserved.texts or [], WINDOW, callback.settings.preserve_tokens)
     batches = [pad(windows[i : i + _WINDOWS], 0, "right") for i in range(0, len(windows), _WINDOWS)]
     decoder = find_decoder(lm)
 

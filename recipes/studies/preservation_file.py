@@ -20,8 +20,8 @@ from typing import Any
 from lit_thought import load_model
 from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.unrelated import load_texts, text_windows
-from lit_thought.settings import FitSettings
-from lit_thought.statistics.preserve import DIRECTIONS, WINDOW, preservation
+from lit_thought.settings import DIRECTIONS, FitSettings
+from lit_thought.statistics.preserve import WINDOW, preservation
 from recipes.harness import SIX_TASKS, Trial, command_line, load_split, shown, table, write_results
 
 

@@ -29,9 +29,9 @@ from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.model.blocks import find_blocks
 from lit_thought.model.loading import fingerprint, model_name
 from lit_thought.prompts.unrelated import text_windows
-from lit_thought.settings import DEFAULT_SITES, FitSettings
+from lit_thought.settings import DEFAULT_SITES, DIRECTIONS, FitSettings
 from lit_thought.solve.least_squares import Prior
-from lit_thought.statistics.preserve import DIRECTIONS, WINDOW, preservation
+from lit_thought.statistics.preserve import WINDOW, preservation
 from lit_thought.statistics.preserve_file import Preservation, config_hash, rounded
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
@@ -369,7 +369,7 @@ def test_preserve_then_fit_and_solve(
 
 
 def test_the_command_keeps_what_a_fit_would() -> None:
-    """Its defaults are typed in, as its help imports no torch."""
+    """Its defaults are those of the settings."""
     defaults = {name: argument.default for name, argument in inspect.signature(preserve).parameters.items()}
     assert (defaults["directions"], defaults["preserve_tokens"]) == (DIRECTIONS, FitSettings.preserve_tokens)
 
