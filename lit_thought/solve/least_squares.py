@@ -29,7 +29,7 @@ from torch import Tensor
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.settings import check_rank
 from lit_thought.solve.gram import add_products, inner_products, mirror, products
-from lit_thought.solve.spectral import eigh, few_of_many, largest_eigenvalue, top_eigenvectors
+from lit_thought.solve.spectral import eigh, few_of_many, largest_eigenvalue, shifted_cholesky, top_eigenvectors
 from lit_thought.solve.sums import Statistics
 
 __all__ = [
@@ -56,6 +56,14 @@ HALF = 1.2
 
 COARSE_RIDGE = 1e-3
 """From this ridge λ on, float32 rounding of Z (1e-7 of its largest entries) makes no difference to a solution."""
+
+
+SMALL = 512
+"""Rows up to which a full decomposition of n × n is cheaper than a Krylov space of d_out."""
+
+
+FORMED = 1024
+"""Columns up to which a d_out × d_out matrix is formed rather than only multiplied with."""
 
 
 SMALLEST_DUAL_RIDGE = 1e-7
@@ -376,7 +384,8 @@ def _solve_dual(
     factor, rest = rho**0.5 * known.factor.to(a), rho * float(known.rest)  # with ρ in them
     inner, seen, own = inner_products(a), (a @ factor).double(), inner_products(factor.T)
     trace = float(inner.diagonal().sum() + own.diagonal().sum()) + size * rest
-    square = float(inner.square().sum() + 2 * seen.square().sum() + own.square().sum())
+    norms = (float(torch.linalg.vector_norm(part)) ** 2 for part in (inner, seen, seen, own))
+    square = sum(norms)
     square += 2 * rest * (trace - size * rest) + size * rest**2
     scale = ridge_scale(name, trace, square, float(stats.energy))
 
@@ -414,21 +423,39 @@ def _top_gains(delta: Tensor, lower: Tensor, rank: int | float | None) -> tuple[
         rank: as for :func:`top_eigenvectors`.
     """
     n, d_out = delta.shape
+    if isinstance(rank, int) and n <= min(SMALL, d_out):
+        return _small_gains(delta, lower, rank)
     whitened = torch.linalg.solve_triangular(lower, delta, upper=False)
-    most = float(delta.square().sum())
-    total = most - float(whitened.square().sum())
-    if isinstance(rank, int):
+    most = float(torch.linalg.vector_norm(delta)) ** 2
+    total = most - float(torch.linalg.vector_norm(whitened)) ** 2
+    if isinstance(rank, int) and d_out > FORMED:
         found = few_of_many(lambda v: delta.T @ (delta @ v) - whitened.T @ (whitened @ v), d_out, rank, total, n, delta)
         if found is not None:
             return *found, total
-    if n >= d_out:
-        return *top_eigenvectors(products(delta) - products(whitened), rank), total
-    # what the patch writes lies in the span of the rows δ: n × n is enough
-    span, small = torch.linalg.qr(delta.T)
-    whitened = torch.linalg.solve_triangular(lower, small.T.contiguous(), upper=False)
-    gains, basis = top_eigenvectors(small @ small.T - products(whitened), rank)
+    span = None
+    if n >= d_out or (isinstance(rank, int) and d_out <= FORMED):
+        matrix = products(delta) - products(whitened)
+    else:  # what the patch writes lies in the span of the rows δ: n × n is enough
+        span, small = torch.linalg.qr(delta.T)
+        whitened = torch.linalg.solve_triangular(lower, small.T.contiguous(), upper=False)
+        matrix = small @ small.T - products(whitened)
+    gains, basis = top_eigenvectors(matrix, rank)
     keep = gains > most * n * torch.finfo(gains.dtype).eps  # what is numerically zero has no direction
-    return gains[keep], span @ basis[:, keep], total
+    gains, basis = gains[keep], basis[:, keep]
+    return gains, basis if span is None else span @ basis, total
+
+
+def _small_gains(delta: Tensor, lower: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """:func:`_top_gains` of few rows: with P = I − (R Rᵀ)⁻¹ and δ δᵀ = F Fᵀ, (n × n), the gains are the eigenvalues of
+    Fᵀ P F = V diag(g) Vᵀ, and their directions δᵀ P F V / g."""
+    factor, shift = shifted_cholesky(delta @ delta.T, torch.finfo(delta.dtype).eps)
+    whitened = torch.linalg.solve_triangular(lower, factor, upper=False)
+    gains, vectors = eigh(factor.T @ factor - whitened.T @ whitened)
+    keep = gains > len(delta) * shift  # what is numerically zero has no direction
+    gains, vectors = gains[keep].flip(0), factor @ vectors[:, keep].flip(1)
+    total, vectors = float(gains.sum()), vectors[:, :rank]
+    written = delta.T @ (vectors - torch.cholesky_solve(vectors, lower))
+    return gains[:rank], torch.linalg.qr(written)[0], total
 
 
 def check_finite(name: str, *sums: float) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lit_thought.solve.least_squares import Prior
-from lit_thought.solve.spectral import eigh
+from lit_thought.solve.spectral import eigh, shifted_cholesky
 
 __all__ = ["Sketch"]
 
@@ -77,14 +77,9 @@ class Sketch:
     def prior(self) -> Prior:
         """Z₀ ≈ L Lᵀ + t I, float64."""
         sketch, test = self._total[:, : self._width] / self.count, self._test[:, : self._width]
-        norm = float(torch.linalg.vector_norm(sketch))
-        for power in range(-7, 2):  # shifted by the size of the products' rounding: the core is positive definite
-            shift = 10.0**power * norm + torch.finfo(torch.float64).tiny
-            shifted = sketch + shift * test
-            lower, failed = torch.linalg.cholesky_ex(test.T @ shifted)
-            if int(failed) == 0:
-                break
-        root = torch.linalg.solve_triangular(lower, shifted.T, upper=False)  # Z₀ as sketched is rootᵀ root
+        # shifted by the size of the products' rounding: the core is positive definite, Z₀ as sketched is rootᵀ root
+        lower, shift = shifted_cholesky(test.T @ sketch, 1e-7)
+        root = torch.linalg.solve_triangular(lower, (sketch + shift * test).T, upper=False)
         values, vectors = eigh(root @ root.T)
         values, vectors = values[-self.directions :], vectors[:, -self.directions :]
         kept = (values - shift).clamp_min(0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["eigh", "few_of_many", "largest_eigenvalue", "top_eigenvectors"]
+__all__ = ["eigh", "few_of_many", "largest_eigenvalue", "shifted_cholesky", "top_eigenvectors"]
 
 OVERSAMPLING = 8
 """Columns of a Krylov block beyond the eigenvectors that are wanted."""
@@ -31,6 +32,27 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return values.to(matrix.device), vectors.to(matrix.device)
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors
+
+
+def shifted_cholesky(matrix: Tensor, rounding: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of a positive semi-definite matrix, (n, n), plus the least shift that rounding asks for.
+
+    Args:
+        matrix: Z, which rounding may have made slightly indefinite.
+        rounding: of its entries, relative to the largest.
+
+    Returns:
+        L with L Lᵀ = Z + τ I, and τ, the first of ``rounding`` × ‖Z‖_F × 1, 10, 100, … for which there is one.
+    """
+    shift = rounding * float(torch.linalg.vector_norm(matrix)) + torch.finfo(matrix.dtype).tiny
+    for _ in range(20):
+        shifted = matrix.clone()
+        shifted.diagonal().add_(shift)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed) == 0:
+            break
+        shift *= 10
+    return lower, shift
 
 
 def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:
@@ -116,4 +138,9 @@ def few_of_many(
 
 def _start(size: int, width: int, like: Tensor) -> Tensor:
     """The same noise for every matrix of a size, (size, width), so that equal sums give equal patches."""
-    return torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    return _noise(size, width).to(like)
+
+
+@lru_cache(maxsize=8)
+def _noise(size: int, width: int) -> Tensor:
+    return torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -90,7 +90,8 @@ def preservation(
         "directions": directions,
     }
     file = entry_of(cache_dir, json.dumps(manifest, sort_keys=True))
-    cached = _valid(file, manifest, sizes)
+    found = _valid(file, device, manifest, sizes)
+    cached = found is not None
     if is_sharded(model):
         cached = all(gather_json(cached, device))
     if not cached:
@@ -99,7 +100,8 @@ def preservation(
             Preservation.write(file, manifest, priors, overwrite=True)
         if is_sharded(model):
             gather_json(True, device)  # until it is written
-    return Preservation(file, device), cached
+        found = None
+    return found or Preservation(file, device), cached
 
 
 def entry_of(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
@@ -136,7 +138,7 @@ def _compute(
     tokens = [pad(windows[i : i + batch_size], 0, "right").to(device) for i in range(0, len(windows), batch_size)]
     with gathered(model):
         streams = [Stream(model, blocks, batch) for batch in tokens]
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    kept: dict[tuple[int, str], dict[str, Tensor]] = {}
     for block, there in zip(blocks, sizes, strict=True):
         sketches = {name: Sketch(size, directions, device) for name, size in there.items()}
         with gathered(block.module):
@@ -154,17 +156,20 @@ def _compute(
                     "Check the model's weights and dtype."
                 )
             if keep:
-                found[block.index, name] = {part: value.cpu() for part, value in rounded(sketch.prior()).items()}
+                kept[block.index, name] = {part: value.cpu() for part, value in rounded(sketch.prior()).items()}
         if progress is not None:
             progress(block.index + 1)
-    return found
+    return kept
 
 
-def _valid(file: Path, manifest: Mapping[str, Any], sizes: Sequence[Mapping[str, int]]) -> bool:
-    """Whether an entry is complete, of these sizes, and is what its name says; a damaged one is made anew."""
+def _valid(
+    file: Path, device: torch.device, manifest: Mapping[str, Any], sizes: Sequence[Mapping[str, int]]
+) -> Preservation | None:
+    """An entry that is complete, of these sizes, and what its name says; a damaged one is made anew."""
     try:
-        found = Preservation(file, argument="cache_dir")
+        found = Preservation(file, device, argument="cache_dir")
         found.check_numbers()
-        return all(found.manifest[name] == value for name, value in manifest.items()) and found.sizes == list(sizes)
     except (OSError, ThoughtError):
-        return False
+        return None
+    same = all(found.manifest[name] == value for name, value in manifest.items())
+    return found if same and found.sizes == list(sizes) else None

@@ -117,6 +117,7 @@ class Preservation:
                 f"{self._name} is damaged or of another version: {error}. Write it anew: lit-thought preserve MODEL "
                 f"--output {self.path.name} --overwrite."
             ) from error
+        self._parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         self.sites: list[list[str]] = self.manifest["sites"]
         self.sizes = [
             {site: shapes[_key(block, site, "scale")][0] for site in there} for block, there in enumerate(self.sites)
@@ -160,24 +161,28 @@ class Preservation:
         Raises:
             ThoughtError: when the file is damaged or gone, or its numbers are not those of a Gram matrix.
         """
+        parts = self._parts.get((block, site)) or self._read(block, site)
+        factor = parts["factor"].double() * parts["scale"].double().unsqueeze(1)
+        return Prior(factor, parts["rest"].double())
+
+    def _read(self, block: int, site: str) -> dict[str, Tensor]:
+        """What the file holds of one site, checked."""
         parts = self._content.read(_key(block, site, ""), self.device, f"block {block}, {site}")
         if parts.keys() != set(_PARTS):
             raise ThoughtError(f"{self._name} has no {site} of block {block}. Get it anew.")
-        factor = parts["factor"].double() * parts["scale"].double().unsqueeze(1)
-        rest = parts["rest"].double()
-        if not bool(factor.isfinite().all()) or not 0 <= float(rest) < float("inf"):
+        if not bool(parts["scale"].isfinite().all()) or not 0 <= float(parts["rest"]) < float("inf"):
             raise ThoughtError(f"{self._name} is damaged: block {block}, {site} is no Gram matrix. Get it anew.")
-        return Prior(factor, rest)
+        return parts
 
     def check_numbers(self) -> None:
-        """Read all of it once.
+        """Read all of it, once and for all: :meth:`prior` takes it from memory, k bytes a channel.
 
         Raises:
             ThoughtError: when a number is not what was written, or a matrix is none of a Gram matrix.
         """
         for block, there in enumerate(self.sites):
             for site in there:
-                self.prior(block, site)
+                self._parts[block, site] = self._read(block, site)
 
     def check_model(self, fingerprint: str, model: PreTrainedModel | None = None) -> None:
         """Refuse another model than the statistics' own.

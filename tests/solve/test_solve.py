@@ -12,6 +12,7 @@ import torch
 from least_squares import D_IN, D_OUT, FEW, MANY, PRIORS, RIDGES, close, make_problem, product
 
 from lit_thought.errors import SingularSystemError
+from lit_thought.solve import least_squares as route
 from lit_thought.solve.least_squares import Prior, dual_operations, primal_operations, solve
 from lit_thought.solve.sums import Statistics
 
@@ -213,3 +214,23 @@ def test_a_prior_in_single_precision_is_solved_with_in_double() -> None:
     solution = solve(problem.statistics(), problem.ridge, single, problem.rho)
     assert solution.A.dtype == torch.float64
     assert close(product(solution), problem.least_squares(), 1e-4)
+
+
+@pytest.mark.parametrize("n", [90, 300])
+@pytest.mark.parametrize(("small", "formed"), [(512, 1024), (0, 1024), (0, 0)], ids=["rows", "formed", "products"])
+def test_every_way_to_the_top_gains(n: int, small: int, formed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By n × n, by d_out × d_out, and by a Krylov space of products: numpy's decomposition of δᵀ (I − S⁻¹) δ."""
+    monkeypatch.setattr(route, "SMALL", small)
+    monkeypatch.setattr(route, "FORMED", formed)
+    random, d_out, rank = np.random.default_rng(0), 200, 5
+    delta = random.normal(size=(n, d_out)) * 0.9 ** np.arange(d_out)
+    rows = random.normal(size=(n, n // 2))  # G is singular
+    whole = np.eye(n) + rows @ rows.T
+    gains = np.linalg.eigvalsh(delta.T @ (np.eye(n) - np.linalg.inv(whole)) @ delta)[::-1]
+    lower = torch.from_numpy(np.linalg.cholesky(whole))
+    found, basis, total = route._top_gains(torch.from_numpy(delta), lower, rank)
+    np.testing.assert_allclose(found, gains[:rank], rtol=1e-6)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(rank), atol=1e-12)
+    assert total == pytest.approx(gains.sum(), rel=1e-9)
+    matrix = torch.from_numpy(delta.T @ (np.eye(n) - np.linalg.inv(whole)) @ delta)
+    assert float(torch.trace(basis.T @ matrix @ basis)) == pytest.approx(gains[:rank].sum(), rel=1e-7)
