@@ -84,7 +84,9 @@ class FitSettings:
             and 1 for mlp_in alone.
         preserve_tokens: most tokens of unrelated text to use, taken evenly from all of it; a file of statistics has its
             own.
-        generate: options of model.generate for outputs that are missing; greedy when left out.
+        generate: options of model.generate for outputs that are missing, such as do_sample and temperature
+            (:func:`lit_thought.runs.generate.generate` lists them); greedy when left out, whatever the model's own
+            generation config says.
         max_new_tokens: longest output that the instructed model may write.
         batch_size: pairs a batch; the patch does not depend on it.
         seed: seed of the generated outputs, where they are sampled, and of which pairs "auto" holds back.

@@ -252,6 +252,25 @@ class ThoughtCallback(Callback):
                 ready.unfinished.remove()
         trainer.should_stop = True
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to end well without a patch, where something else has stopped the trainer.
+
+        Raises:
+            ThoughtError: saying how to go on.
+        """
+        if self.patch is not None or self._ready is None:
+            return
+        runner = _runner(pl_module)
+        done, every = self.step * runner.num_stages + runner.stage, self.steps * runner.num_stages
+        folder = self.settings.resume_dir
+        goes_on = "Pass resume_dir: the finished stages are then kept, and the same call goes on from there"
+        if folder is not None:
+            goes_on = f"The same call, with resume_dir={str(folder)!r}, goes on from there"
+        raise ThoughtError(
+            f"the fit was stopped after {done} of {every} stages (by max_time, a Timer or another callback), so there "
+            f"is no patch. {goes_on}; or take out what stops it."
+        )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Clean up after a failed fit, too; Lightning tears down only after one that ended well."""
         self.teardown(trainer, pl_module, "fit")

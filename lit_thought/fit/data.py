@@ -18,6 +18,7 @@ from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.runs.generate import check_options
 from lit_thought.settings import FitSettings, takes_settings
 from lit_thought.statistics.distributed import gather_json, share
 
@@ -75,6 +76,7 @@ class PairDataModule(LightningDataModule):
             self.val_instructions = pair_instructions(self.val_pairs, instruction)
         self.template = PromptTemplate.parse(template)
         self.settings = FitSettings(**settings)
+        check_options(self.settings.generate)
         self.instruction = instruction
         self.known: list[Written] | None = None
         self.written: list[Written] = []
@@ -157,7 +159,8 @@ class PairDataModule(LightningDataModule):
         """
         if not self.num_batches:
             raise ThoughtError("PairDataModule has no batches yet. Give the Trainer a ThoughtCallback.")
-        return DataLoader(_Batches(self.batches, self.num_batches), batch_size=None)
+        own = torch.Generator()  # else the loader draws a seed for its workers from the global one
+        return DataLoader(_Batches(self.batches, self.num_batches), batch_size=None, generator=own)
 
     def transfer_batch_to_device(
         self, batch: PairBatch | None, device: torch.device, dataloader_idx: int

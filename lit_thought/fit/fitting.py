@@ -8,10 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from lightning.pytorch import Trainer
 
-from lit_thought.errors import ThoughtError
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.module import ThoughtModule
@@ -25,10 +23,9 @@ def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, 
     """Run the fit with a plain Trainer on the model's own device and return the patch.
 
     Raises:
-        ThoughtError: for bad input, or when the fit was interrupted.
+        ThoughtError: for bad input.
     """
-    model = module.model
-    device = model.device
+    device = module.model.device
     with _quiet_lightning():
         trainer = Trainer(
             accelerator="cpu" if device.type == "cpu" else device.type,
@@ -48,10 +45,7 @@ def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, 
                 raise
             signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt from None
-        finally:
-            torch.nn.Module.to(model, device)  # Lightning moves a module to the CPU when it is done
-    if callback.patch is None:
-        raise ThoughtError("the fit was interrupted before its last block; there is no patch.")
+    assert callback.patch is not None
     return callback.patch
 
 

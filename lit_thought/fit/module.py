@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
+import torch
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,6 +48,10 @@ class ThoughtModule(LightningModule):
         self.tokenizer = tokenizer
         self.runner: StreamRunner | None = None
         self._mode = ExitStack()
+        self._home: torch.device | None = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Leave gradients alone: Lightning clears them before it trains, and those of a frozen model are its owner's."""
 
     def configure_optimizers(self) -> None:
         """No optimizer: the patch is solved, not trained."""
@@ -63,6 +68,12 @@ class ThoughtModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it."""
         self._mode.enter_context(evaluating(self.model))
+        self._home = None if is_sharded(self.model) else self.model.device
+
+    def cpu(self) -> Self:
+        """To the CPU; at the end of a fit, where Lightning calls this, to the device that the model came from."""
+        home, self._home = self._home, None
+        return super().cpu() if home is None else self.to(home)
 
     def training_step(self, batch: PairBatch | None, batch_idx: int) -> dict[str, Observation] | None:
         """Observe the current site of the current block on one batch; nothing where another process has more."""

@@ -97,6 +97,16 @@ def write_outputs(
     return [every[i] for i in sorted(every)]
 
 
+def try_options(data: PairDataModule, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write one token with the options for missing outputs, before any long work.
+
+    Raises:
+        ThoughtError: when a value is wrong.
+    """
+    shortest = min((data.tokenised[i].instructed_ids for i in data.missing), key=len)
+    generate(model, tokenizer, [shortest], max_new_tokens=1, options=data.settings.generate)
+
+
 def common_fingerprint(model: PreTrainedModel) -> str:
     """The model's fingerprint.
 
@@ -189,6 +199,8 @@ class Preparation:
         with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
             self._plan(len(data.missing) * data.settings.max_new_tokens)
+            if data.missing and data.settings.generate and data.known is None:
+                try_options(data, model, tokenizer)
         if show and first:
             tqdm.write(str(self.estimate), file=sys.stderr)
         with self.stopwatch("preserve"):

@@ -14,6 +14,7 @@ from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.preserving import PreservationSource
 from lit_thought.model.blocks import Block
 from lit_thought.model.loading import model_name
+from lit_thought.patch.weights import made_for
 from lit_thought.prompts.instruction_hash import hash_text
 from lit_thought.settings import FitSettings, check_parts
 from lit_thought.timing import Stopwatch
@@ -41,7 +42,7 @@ def describe(
         "model": model_name(model),
         "base_model": model_name(model),
         "revision": getattr(model.config, "_commit_hash", None),
-        "fingerprint": identity,
+        **made_for(model, identity),
         "model_type": model.config.model_type,
         "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
         **_instructions(data, store_instruction),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -148,8 +149,8 @@ def check_trainer(trainer: Trainer, stages: int, reason: str) -> None:
         reason: what makes them so many, for the message.
 
     Raises:
-        ThoughtError: for too few or too many epochs, a strategy that looks for parameters to train, limited batches
-            or a precision other than the model's own.
+        ThoughtError: for too few or too many epochs or steps, a callback that stops a fit before its last stage, a
+            strategy that looks for parameters to train, limited batches or a precision other than the model's own.
     """
     allowed = trainer.max_epochs
     if allowed is not None and allowed != -1 and allowed < stages:
@@ -159,6 +160,14 @@ def check_trainer(trainer: Trainer, stages: int, reason: str) -> None:
         )
     if (trainer.min_epochs or 0) > stages:
         raise ThoughtError(f"min_epochs={trainer.min_epochs} is too many: the fit ends after {stages} epochs.")
+    if trainer.min_steps:
+        raise ThoughtError(f"min_steps={trainer.min_steps} must be left out: the fit ends after its last stage.")
+    if trainer.max_steps != -1:
+        raise ThoughtError(f"max_steps={trainer.max_steps} must be left out: without all its stages there is no patch.")
+    if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ThoughtError(
+            "callbacks: EarlyStopping would end the fit before its last stage, and then there is no patch. Take it out."
+        )
     known = (ThoughtDDPStrategy, ModelParallelStrategy)
     if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, known):
         raise ThoughtError(
@@ -169,7 +178,7 @@ def check_trainer(trainer: Trainer, stages: int, reason: str) -> None:
     limit = trainer.limit_train_batches  # the float 1.0 is all batches, the int 1 a single one
     if isinstance(limit, int) or limit not in (None, 1.0):
         raise ThoughtError("limit_train_batches must be left out: the statistics need every batch.")
-    if trainer.precision not in ("32-true", "64-true"):
+    if trainer.precision != "32-true":  # Lightning's default, which leaves a model as it is; others convert it
         raise ThoughtError(
             f"precision={trainer.precision!r} must be left out; load the model in the dtype you want instead "
             '(load_model(name, dtype="bfloat16")).'

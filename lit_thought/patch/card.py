@@ -14,7 +14,7 @@ from huggingface_hub import CardData, ModelCardData, RepoCard
 from lit_thought.errors import ThoughtError
 from lit_thought.files import is_own_file
 from lit_thought.patch.change import Change
-from lit_thought.patch.provenance import is_hub_id, public_name, summands
+from lit_thought.patch.provenance import beneath, is_hub_id, public_name, summands
 
 __all__ = [
     "CARD",
@@ -86,6 +86,13 @@ def model_card(patch: Change) -> str:
             f"It also adds {len(patch.vectors)} thought vectors to the outputs of layers, as PEFT's `lora_bias`. PEFT "
             "reads this; vLLM and llama.cpp refuse the adapter. PEFT can merge it only where the base layers have "
             "biases (GPT-2); otherwise (Llama, Qwen) `merge_and_unload` raises an error: keep the adapter unmerged.",
+            "",
+        ]
+    if needed := beneath(known):
+        lines += [
+            f"It was made on top of {len(needed)} other patch{'es' if len(needed) > 1 else ''} ("
+            f"{', '.join(digest[:12] for digest in needed)}) and means nothing without: load it beside these, or share "
+            "their sum.",
             "",
         ]
     every = summands(known)

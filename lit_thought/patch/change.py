@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_thought.errors import PatchError
 from lit_thought.patch.provenance import added, plain_json, scaled
 from lit_thought.solve.factors import Factors
+from lit_thought.tensor_files import tensors_hash
 
 __all__ = ["Change", "checked_factors", "checked_vector"]
 
@@ -79,6 +80,12 @@ class Change:
         return max((value.rank for value in self.factors.values()), default=0)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of all factors and vectors: what tells a patch from others, on whatever model it is."""
+        matrices = {f"{path}.{name}": getattr(value, name) for path, value in self.factors.items() for name in "AB"}
+        return tensors_hash({**matrices, **{f"{path}.bias": vector for path, vector in self.vectors.items()}})
+
+    @property
     def num_parameters(self) -> int:
         """Numbers in all factors and vectors."""
         return sum(value.numel() for value in self._tensors())
@@ -137,7 +144,7 @@ class Change:
 
     def __add__(self, other: object) -> Self:
         """The sum: the factors of each target are put side by side, so their ranks add and the sum is exact;
-        vectors are added, rounded to float32 once.
+        vectors are added, rounded to float32 once. Of a patch and one that was fitted on top of it, the sum is both.
 
         Raises:
             PatchError: if the patches belong to different models.
@@ -164,7 +171,8 @@ class Change:
                     f"{len(vectors[path])} and {len(vector)} entries."
                 )
             vectors[path] = vectors[path] + vector if path in vectors else vector
-        return type(self)(total, added(self.provenance, other.provenance), vectors)
+        known = added({**self.provenance, "digest": self.digest}, {**other.provenance, "digest": other.digest})
+        return type(self)(total, known, vectors)
 
     __radd__ = __add__
 

@@ -32,7 +32,8 @@ class ThoughtPatch(Change):
         Args:
             model: the model whose module paths the patch names.
             check: also compare fingerprints, where the patch has one: is this the model it was made for?
-                Patches that are on ``model`` now do not count as a change of it.
+                Patches that are on ``model`` now do not count as a change of it; one that was fitted while others
+                were on asks for these.
 
         Raises:
             PatchError: on a missing module, one that is no linear layer, a wrong shape, a weight or bias that is
@@ -45,6 +46,8 @@ class ThoughtPatch(Change):
 
         Every target is checked before the first weight changes, and a failure midway puts all of them back.
         The sum is computed in float32 (float64 for float64 weights) and rounded to the weight's dtype once.
+        Patches stack: one that is fitted while others are on is made for the model with these, and goes on after
+        them, on top (or with them, as their sum); they come off in any order.
         One copy of each touched weight and bias is kept until the last patch on it is removed. While a patch is
         on, do not change what it touches by other means: removal would undo that change too.
 

@@ -22,7 +22,9 @@ __all__ = [
     "THOUGHT",
     "added",
     "are_figures",
+    "beneath",
     "check_provenance",
+    "fitted_on",
     "is_hub_id",
     "is_number",
     "json_text",
@@ -85,6 +87,12 @@ def _memory(value: Any) -> bool:
     )
 
 
+def _stack(value: Any) -> bool:
+    patches = value.get("patches") if isinstance(value, Mapping) else None
+    fine = isinstance(patches, list) and all(isinstance(digest, str) for digest in patches)
+    return fine and isinstance(value.get("fingerprint", ""), str)
+
+
 def _truncation(value: Any) -> bool:
     return are_figures(value, "rank", "relative_error")
 
@@ -103,6 +111,7 @@ _CHECKS: dict[str, Check] = {
     "memory": _memory,
     "scale": is_number,
     "truncated": _truncation,
+    "on_top_of": _stack,
 }
 """What is read of provenance elsewhere, and how it can be told; every value may be None."""
 
@@ -207,9 +216,10 @@ def plain_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def scaled(provenance: dict[str, Any], factor: float) -> dict[str, Any]:
     """Provenance of a patch times ``factor``: each summand's ``scale`` is."""
-    if "parts" in provenance:
-        return {**provenance, "parts": [scaled(summand, factor) for summand in provenance["parts"]]}
-    return {**provenance, "scale": provenance.get("scale", 1.0) * factor}
+    known = {key: value for key, value in provenance.items() if key != "digest"}
+    if "parts" in known:
+        return {**known, "parts": [scaled(summand, factor) for summand in known["parts"]]}
+    return {**known, "scale": provenance.get("scale", 1.0) * factor}
 
 
 def added(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +238,21 @@ def added(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     if d_in := {**mine.get("d_in", {}), **theirs.get("d_in", {})}:
         together["d_in"] = d_in
     together["parts"] = [summand for entry in (mine, theirs) for summand in _addends(entry)]
+    there = {entry.get("digest") for entry in (mine, theirs, *together["parts"])}
+    needed = [digest for entry in (mine, theirs) for digest in beneath(entry) if digest not in there]
+    if needed:
+        together["on_top_of"] = {"patches": list(dict.fromkeys(needed))}
     return together
+
+
+def beneath(provenance: Mapping[str, Any]) -> list[str]:
+    """Digests of the patches that were on the model when a patch was made, and without which it means nothing."""
+    return list((provenance.get("on_top_of") or {}).get("patches", []))
+
+
+def fitted_on(provenance: Mapping[str, Any]) -> str:
+    """The fingerprint of the weights that a patch was fitted on, with the patches that were on them."""
+    return str((provenance.get("on_top_of") or {}).get("fingerprint") or provenance["fingerprint"])
 
 
 def _addends(provenance: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,12 +25,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import PatchError
 from lit_thought.model.layers import is_linear, layer_shape, sits_beside
-from lit_thought.model.loading import fingerprint_with, model_name
+from lit_thought.model.loading import fingerprint, fingerprint_with, model_name
 from lit_thought.model.sharding import is_sharded, own_rows
 from lit_thought.patch.change import Change
+from lit_thought.patch.provenance import beneath
 from lit_thought.solve.factors import Factors
 
-__all__ = ["applied", "apply", "has_change", "original_weights", "remove", "validate"]
+__all__ = ["applied", "apply", "has_change", "made_for", "original_weights", "remove", "validate"]
 
 
 Additions = Mapping[str, Factors | Tensor]
@@ -61,19 +62,44 @@ def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
     return dict(state.originals) if state else {}
 
 
+def made_for(model: nn.Module, identity: str | None = None) -> dict[str, Any]:
+    """What a patch made on ``model`` now belongs to, for its provenance: the ``fingerprint`` of the model without the
+    patches that are on it, and ``on_top_of``, where there are any: their digests, and the fingerprint with them.
+
+    Args:
+        model: the model.
+        identity: its fingerprint as it is, where that is known.
+    """
+    state = _STATES.get(model)
+    if state is None:
+        return {"fingerprint": identity or fingerprint(model)}
+    patches = [change.digest for change, _ in state.changes]
+    found = {"fingerprint": identity or fingerprint(model), "patches": patches}
+    return {"fingerprint": fingerprint_with(model, state.originals), "on_top_of": found}
+
+
 def validate(change: Change, model: nn.Module, check: bool = True) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.validate`."""
     _find_weights(model, _additions(change))
-    made_for = change.provenance.get("fingerprint")
-    if not check or not made_for:
+    base = change.provenance.get("fingerprint")
+    if not check or not base:
         return
     found = fingerprint_with(model, original_weights(model))
-    if found != made_for:
+    if found != base:
         raise PatchError(
             f"this patch was made for {change.provenance.get('model') or 'another model'!r} (fingerprint "
-            f"{str(made_for)[:12]}), this model is {model_name(model) or type(model).__name__!r} "
+            f"{str(base)[:12]}), this model is {model_name(model) or type(model).__name__!r} "
             f"(fingerprint {found[:12]}): its weights or their dtype differ. Load the right model in the "
             "right dtype, or pass check=False to go ahead all the same."
+        )
+    needed = set(beneath(change.provenance))
+    state = _STATES.get(model)
+    there = {other.digest for other, _ in state.changes} if needed and state else set()
+    if needed - there:
+        raise PatchError(
+            f"this patch was made on top of {len(needed)} other{'s' if len(needed) > 1 else ''}, and "
+            f"{len(needed - there)} of them ({min(needed - there)[:12]}) is not on the model. Apply that first, or "
+            "apply their sum (first + this), or pass check=False to go ahead all the same."
         )
 
 

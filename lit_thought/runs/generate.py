@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import groupby
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model.calls import cache_arguments
@@ -18,9 +35,28 @@ from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
 from lit_thought.runs.streams import lead_cache
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Generation", "check_options", "generate"]
 
-_REFUSED = ("num_beams", "num_return_sequences", "return_dict_in_generate", "past_key_values", "cache")
+_WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+}
+"""What shapes the distribution that is sampled from, in transformers' order."""
+_READING = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias")
+"""Options that look at a prompt's tokens, and would take padding for some of them."""
+_NEVER = ("suppress_tokens", "begin_suppress_tokens")
+"""Tokens that are not to be written, a model's own as its end tokens are."""
+_OTHERS = ("eos_token_id", "min_new_tokens", *_NEVER, "logits_processor")
+_SUPPORTED = ("do_sample", *_WARPERS, *_READING, *_OTHERS)
+_INSTEAD = {
+    "max_new_tokens": "Set max_new_tokens, which is a setting of its own.",
+    "max_length": "Set max_new_tokens, which is a setting of its own.",
+    "stop_strings": "A template says where its outputs stop (stop).",
+    "seed": "Set seed, which is a setting of its own.",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +86,48 @@ def _cut(text: str, stop: str | None) -> tuple[str, bool]:
     return (text, False) if at < 0 or blank == len(text) else (text[:at], True)
 
 
+class _Sampler(LogitsProcessor):
+    """Leaves each row one token, drawn from its distribution with the row's own generator.
+
+    A row's draws so depend on its prompt, its seed and nothing else: not on the batch, its order or the device.
+    """
+
+    def __init__(self, warpers: LogitsProcessorList, seeds: Sequence[int]) -> None:
+        self.warpers = warpers
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        total = self.warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
+        drawn = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
+        place = torch.stack(drawn).to(total).unsqueeze(1) * total[:, -1:]
+        token = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def check_options(options: Mapping[str, Any] | None) -> None:
+    """Check the names of options for :func:`generate`, and that none of them would be without effect.
+
+    Raises:
+        ThoughtError: naming the option, and what there is in its place.
+    """
+    given = options or {}
+    for name in given:
+        if name not in _SUPPORTED:
+            near = get_close_matches(str(name), _SUPPORTED, 1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(n for n in _SUPPORTED if n != "logits_processor")
+            raise ThoughtError(
+                f"generate: {name!r} is not supported.{meant} {_INSTEAD.get(name, f'Options are {names}.')}"
+            )
+    if not isinstance(given.get("do_sample", False), bool):
+        raise ThoughtError(f"generate: do_sample must be true or false; got {given['do_sample']!r}.")
+    shaping = [name for name in given if name in _WARPERS]
+    if shaping and not given.get("do_sample"):
+        raise ThoughtError(
+            f"generate: {shaping[0]!r} has no effect on greedy outputs. Add do_sample=True, or leave it out."
+        )
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -69,16 +147,24 @@ def generate(
     The tokens that all prompts begin with are run once; each batch continues from a copy of their KV cache. Where the
     model is sharded, all processes must continue the same prompts together.
 
+    What is written depends on the model's weights, the tokens at which it ends or which it must not write, and the
+    arguments here; nothing else counts of its ``generation_config``, which a checkpoint or the caller may have set to
+    anything. It is the same in batches of any size, up to near ties in the logits.
+
     Args:
-        model: a causal LM; its training mode is not changed.
+        model: a causal LM; its training mode and generation config are not changed.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
         stop: a text that ends a generation, besides the model's end-of-sequence tokens.
         max_new_tokens: most tokens to write for each prompt.
         batch_size: prompts a batch.
-        seed: seed of the sampling, where ``options`` switch it on; the global generators are left as they were.
+        seed: seed of the sampling, where ``options`` switch it on; equal prompts are sampled independently. The global
+            generators are not used.
         progress: called with the number of prompts done after each batch.
-        options: further arguments of ``model.generate``, such as ``{"do_sample": True, "temperature": 0.7}``.
+        options: by transformers' names: do_sample, with temperature, top_k, top_p, min_p and typical_p (none unless
+            given); eos_token_id, in the place of the model's; min_new_tokens, suppress_tokens, begin_suppress_tokens;
+            repetition_penalty, no_repeat_ngram_size, bad_words_ids and sequence_bias, with which only prompts of one
+            length share a batch, as these would read padding.
         keep_special: keep special tokens in the text, except for those that end it: the channels of gpt-oss, the
             thoughts of other families.
 
@@ -86,66 +172,94 @@ def generate(
         One :class:`Generation` for each prompt, in order.
 
     Raises:
-        ThoughtError: when there is no prompt or an option is unknown to ``model.generate``.
+        ThoughtError: when there is no prompt, or an option is not one of these or has a wrong value.
     """
     if not prompts:
         raise ThoughtError("prompts is empty; expected at least one.")
-    refused = [name for name in _REFUSED if name in (options or {})]
-    if refused:
-        raise ThoughtError(
-            f"generate: {refused[0]!r} is not supported: one sequence a prompt is written. Leave it out."
-        )
+    given = dict(options or {})
+    check_options(given)
     device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     by_place = _counts_places(model)
     shared = 0 if by_place else common_prefix(prompts)
     lead = lead_cache(model, prompts[0][:shared]) if shared else None
-    ends = _end_tokens(model, tokenizer)
+    own = given.pop("logits_processor", [])
+    sampled = given.pop("do_sample", False)
+    shaping = {name: given.pop(name) for name in _WARPERS if name in given}
+    seeds = _seeds(prompts, seed) if sampled else []
     same_length = by_place or _has_window(model, max(map(len, prompts)) + max_new_tokens)
-    batches = _batches(prompts, batch_size, same_length)
+    batches = _batches(prompts, batch_size, same_length or any(name in given for name in _READING))
     results: dict[int, Generation] = {}
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for members in batches:
-            rest = pad([prompts[i][shared:] for i in members], pad_id, "left").to(device)
-            ahead = torch.tensor([list(prompts[0][:shared])], dtype=torch.long, device=device)
-            ids = torch.cat([ahead.expand(len(members), -1), rest.ids], dim=1)
-            mask = torch.cat([torch.ones_like(ids[:, :shared]), rest.mask.long()], dim=1)
-            arguments: dict[str, Any] = {
-                "do_sample": False,
-                "max_new_tokens": max_new_tokens,
-                "pad_token_id": pad_id,
-                "eos_token_id": sorted(ends) or None,
-                "synced_gpus": is_sharded(model),
-                **(options or {}),
-            }
-            if not arguments["do_sample"]:
-                # a checkpoint's sampling settings would only raise warnings about greedy search
-                arguments = {"temperature": None, "top_p": None, "top_k": None, **arguments}
-            if lead is not None:
-                cache = copy.deepcopy(lead)
-                cache.batch_repeat_interleave(len(members))
-                arguments |= cache_arguments(model, cache)
-            if stop:
-                arguments["stopping_criteria"] = StoppingCriteriaList([_StopAtText(tokenizer, ids.shape[1], stop)])
-            try:
-                output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, **arguments)
-            except (ValueError, TypeError) as error:
-                if options:
-                    raise ThoughtError(
-                        f"generate: model.generate refused {dict(options)!r}: {error}. "
-                        "Expected options of transformers' GenerationConfig."
-                    ) from error
-                raise
-            for row, i in enumerate(members):
-                new = output[row, ids.shape[1] :].tolist()
-                ended = next((k for k, token in enumerate(new) if token in ends), None)
-                text, stopped = _cut(str(tokenizer.decode(new[:ended], skip_special_tokens=not keep_special)), stop)
-                results[i] = Generation(text.strip(), stopped or ended is not None)
-            if progress is not None:
-                progress(len(results))
+    with _explained(options):
+        ends = _as_set(given["eos_token_id"]) if "eos_token_id" in given else _end_tokens(model, tokenizer)
+        never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
+        meant = {**never, **given, "eos_token_id": sorted(ends) or None}
+        config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **meant)
+        warpers = LogitsProcessorList([_WARPERS[name](value) for name, value in shaping.items()])
+    for members in batches:
+        rest = pad([prompts[i][shared:] for i in members], pad_id, "left").to(device)
+        ahead = torch.tensor([list(prompts[0][:shared])], dtype=torch.long, device=device)
+        ids = torch.cat([ahead.expand(len(members), -1), rest.ids], dim=1)
+        mask = torch.cat([torch.ones_like(ids[:, :shared]), rest.mask.long()], dim=1)
+        arguments: dict[str, Any] = {"generation_config": config, "synced_gpus": is_sharded(model)}
+        processors = [*own, _Sampler(warpers, [seeds[i] for i in members])] if sampled else own
+        if processors:
+            arguments["logits_processor"] = LogitsProcessorList(processors)
+        if lead is not None:
+            cache = copy.deepcopy(lead)
+            cache.batch_repeat_interleave(len(members))
+            arguments |= cache_arguments(model, cache)
+        if stop:
+            arguments["stopping_criteria"] = StoppingCriteriaList([_StopAtText(tokenizer, ids.shape[1], stop)])
+        with _explained(options), _configured(model, config):
+            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, **arguments)
+        for row, i in enumerate(members):
+            new = output[row, ids.shape[1] :].tolist()
+            ended = next((k for k, token in enumerate(new) if token in ends), None)
+            text, stopped = _cut(str(tokenizer.decode(new[:ended], skip_special_tokens=not keep_special)), stop)
+            results[i] = Generation(text.strip(), stopped or ended is not None)
+        if progress is not None:
+            progress(len(results))
     return [results[i] for i in range(len(prompts))]
+
+
+def _seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """A seed for each prompt: of its tokens, and of how often they came before."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt in map(tuple, prompts):
+        digest = hashlib.sha256(f"{seed} {seen[prompt]} {prompt}".encode()).digest()
+        found.append(int.from_bytes(digest[:8], "little") >> 1)
+        seen[prompt] += 1
+    return found
+
+
+@contextmanager
+def _configured(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Inside, the model's generation config is this one: ``generate`` fills up one that it is given from the model's."""
+    had = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = had
+
+
+@contextmanager
+def _explained(options: Mapping[str, Any] | None) -> Iterator[None]:
+    """What transformers says of a wrong value, with the options that it is about."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ThoughtError):
+        raise
+    except Exception as error:
+        given = {name: value for name, value in (options or {}).items() if name != "logits_processor"}
+        if not given:
+            raise
+        raise ThoughtError(
+            f"generate: model.generate refused {given!r:.200} ({type(error).__name__}: {error}). Expected values as "
+            "transformers' GenerationConfig describes them."
+        ) from error
 
 
 def _counts_places(model: PreTrainedModel) -> bool:
@@ -172,7 +286,11 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: boo
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which ``model.generate`` ends a sequence."""
-    end = model.generation_config.eos_token_id
-    ends = set(end) if isinstance(end, (list, tuple)) else {end}
-    return {*ends, tokenizer.eos_token_id} - {None}
+    """Tokens at which ``model.generate`` ends a sequence, and the tokenizer's own."""
+    config = model.generation_config if model.generation_config is not None else model.config.get_text_config()
+    return {*_as_set(getattr(config, "eos_token_id", None)), *_as_set(tokenizer.eos_token_id)}
+
+
+def _as_set(tokens: Any) -> set[int]:
+    """One token, several or none."""
+    return set(map(int, tokens)) if isinstance(tokens, (list, tuple)) else {int(tokens)} if tokens is not None else set()

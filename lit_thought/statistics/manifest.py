@@ -76,7 +76,7 @@ class Manifest:
             ThoughtError: naming what else differs than the pairs, their instructions and how outputs were generated.
         """
         mine, theirs = self.provenance, other.provenance
-        names = ("fingerprint", "model_type", "fan_in_fan_out", "template")
+        names = ("fingerprint", "on_top_of", "model_type", "fan_in_fan_out", "template")
         pairs = {name: (mine.get(name), theirs.get(name)) for name in names}
         for key in dict.fromkeys([*self.settings, *other.settings]):
             if key not in (*_OF_THE_PAIRS, *_OF_THE_OUTPUTS):

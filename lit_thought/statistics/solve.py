@@ -25,6 +25,7 @@ from lit_thought.model.blocks import Projection, Site
 from lit_thought.model.layers import is_linear, layer_shape
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.provenance import fitted_on
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import check_solve_settings
 from lit_thought.solve.least_squares import Prior
@@ -242,7 +243,7 @@ def _check_model(saved: SavedStatistics, model: PreTrainedModel | None) -> None:
                 f"model is missing: the matrix of {needing[0]} changes the weights W of the MLP's first layers by W Δ. "
                 f"Pass the model of the fit, {name!r}."
             )
-    elif fingerprint(model) != saved.manifest.provenance["fingerprint"]:
+    elif fingerprint(model) != fitted_on(saved.manifest.provenance):
         raise PatchError(f"model is not the one that the statistics were taken from, {name!r}: its weights differ.")
 
 
@@ -261,7 +262,7 @@ def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | N
     )
     try:
         found = Preservation(root / entry, saved.device)
-        found.check_model(saved.manifest.provenance["fingerprint"])
+        found.check_model(fitted_on(saved.manifest.provenance))
     except ThoughtError as error:
         raise ThoughtError(missing) from error
 
@@ -277,7 +278,7 @@ def _cached_priors(saved: SavedStatistics, cache_dir: str | os.PathLike[str] | N
 def _preservation_file(saved: SavedStatistics, path: str | os.PathLike[str]) -> Preservation:
     """A file of preservation statistics, checked to be of the fit's model and for its sites."""
     file = Preservation(path, saved.device, "preserve")
-    file.check_model(saved.manifest.provenance["fingerprint"])
+    file.check_model(fitted_on(saved.manifest.provenance))
     needed: list[dict[str, int]] = [{} for _ in file.sites]
     for head in saved.heads:
         if head.block >= len(needed):

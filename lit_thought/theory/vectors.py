@@ -23,8 +23,9 @@ from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation.compare import batch_logits
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.blocks import find_blocks, plain_outputs
-from lit_thought.model.loading import context_window, evaluating, fingerprint, model_name
+from lit_thought.model.loading import context_window, evaluating, model_name
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.weights import made_for
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
@@ -111,7 +112,7 @@ def vector_patch(model: PreTrainedModel, vectors: Mapping[int, Tensor], scale: f
     provenance = {
         "model": name,
         "base_model": name,
-        "fingerprint": fingerprint(model),
+        **made_for(model),
         "fan_in_fan_out": sites[0].fan_in_fan_out,
         "d_in": {sites[index].path: sites[index].d_in for index in vectors},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,16 @@ import pytest
 import torch
 from fits import Untouched
 from models import FAMILIES, make_model, make_tokenizer
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from lit_thought.errors import ThoughtError
 from lit_thought.runs.generate import Generation, generate
@@ -172,12 +182,14 @@ def random_states() -> tuple:
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
+SAMPLED = {"do_sample": True, "temperature": 2.0}
+
+
 def test_sampling_is_seeded_and_leaves_the_global_generators_alone() -> None:
     model = talkative("llama")
-    options = {"do_sample": True, "temperature": 2.0}
 
     def sample(seed: int) -> list[Generation]:
-        return generate(model, SpellOut(), PROMPTS, max_new_tokens=6, seed=seed, options=options)
+        return generate(model, SpellOut(), PROMPTS, max_new_tokens=6, seed=seed, options=SAMPLED)
 
     before = random_states()
     first = sample(0)
@@ -186,6 +198,112 @@ def test_sampling_is_seeded_and_leaves_the_global_generators_alone() -> None:
     assert sample(0) == first
     assert sample(1) != first
     assert first != generate(model, SpellOut(), PROMPTS, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
+def test_what_is_sampled_does_not_depend_on_the_batch(batch_size: int) -> None:
+    model, prompts = talkative("llama"), [*PROMPTS, PROMPTS[0]]
+    found = generate(model, SpellOut(), prompts, max_new_tokens=8, batch_size=batch_size, options=SAMPLED)
+    backwards = generate(model, SpellOut(), PROMPTS[::-1], max_new_tokens=8, batch_size=4, options=SAMPLED)
+    assert found[:-1] == backwards[::-1]
+    assert found[-1] != found[0]  # the same prompt once more
+
+
+@pytest.mark.parametrize(
+    "shaping", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"typical_p": 0.5}]
+)
+def test_samples_have_the_distribution_that_transformers_warpers_make(shaping: dict) -> None:
+    """Of the next token, over 1,500 draws; which tokens can come at all, exactly."""
+    model, count = talkative("llama"), 1500
+    model.lm_head.weight.data *= 40  # a distribution with a head
+    with torch.no_grad():
+        logits = model(torch.tensor([LEAD])).logits[:, -1].float()
+    warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    warpers |= {"min_p": MinPLogitsWarper, "typical_p": TypicalLogitsWarper}
+    for name, value in shaping.items():
+        logits = warpers[name](value)(torch.tensor([LEAD]), logits)
+    expected = logits.double().softmax(-1)[0].numpy()
+    options = {"do_sample": True, **shaping}
+    found = generate(model, SpellOut(), [LEAD] * count, max_new_tokens=1, batch_size=500, options=options)
+    drawn = np.bincount([int(g.text) for g in found], minlength=len(expected)) / count
+    assert not drawn[expected == 0].any()
+    assert np.abs(drawn - expected).sum() / 2 < 0.08 + 0.5 * (expected < 1 / count).dot(expected)
+
+
+CHECKPOINTS = [
+    {"use_cache": False},
+    {"num_beams": 2},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"cache_implementation": "static"},
+    {"stop_strings": ["a"]},
+    {"prompt_lookup_num_tokens": 3},
+    {"repetition_penalty": 3.0},
+    {"max_length": 13, "min_length": 10},
+    {"forced_eos_token_id": 5},
+    {"guidance_scale": 2.0},
+]
+
+
+@pytest.mark.parametrize("setting", CHECKPOINTS, ids=lambda setting: next(iter(setting)))
+def test_a_checkpoints_generation_config_changes_nothing(setting: dict) -> None:
+    model = talkative("llama")
+    expected = [" ".join(map(str, ids)) for ids in one_by_one(model, PROMPTS, 6)]
+    model.generation_config = config = GenerationConfig(**setting)
+    before = config.to_dict()
+    assert [g.text for g in generate(model, SpellOut(), PROMPTS, max_new_tokens=6)] == expected
+    assert model.generation_config is config
+    assert config.to_dict() == before
+
+
+def test_a_model_without_a_generation_config_ends_where_its_configuration_says() -> None:
+    model = talkative("llama")
+    written = one_by_one(model, PROMPTS[:1], 5)[0]
+    model.generation_config = None
+    model.config.eos_token_id = written[2]
+    found = generate(model, SpellOut(), PROMPTS[:1], max_new_tokens=5)
+    assert found == [Generation(" ".join(map(str, written[: written.index(written[2])])), True)]
+    assert model.generation_config is None
+
+
+def test_tokens_that_a_model_must_not_write_are_not_written() -> None:
+    model = talkative("llama")
+    banned = one_by_one(model, PROMPTS[:1], 1)[0]
+    model.generation_config.suppress_tokens = banned
+    found = generate(model, SpellOut(), PROMPTS, max_new_tokens=6)
+    assert not any(str(banned[0]) in g.text.split() for g in found)
+
+
+OPTIONS = [
+    {},
+    {"repetition_penalty": 1.9},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[7], [300, 8]]},
+    {"sequence_bias": [[[5], -9.0], [[9], 4.0]]},
+    {"suppress_tokens": [3, 4]},
+    {"begin_suppress_tokens": [3, 4]},
+    {"min_new_tokens": 5},
+    {"eos_token_id": 11},
+    {"eos_token_id": [11, 12, 13], "repetition_penalty": 1.4},
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "none")
+def test_options_do_in_batches_what_they_do_to_one_prompt_alone(options: dict, batch_size: int) -> None:
+    """Against a plain ``model.generate`` of each prompt, with padding that is the end token; the ends included."""
+    model = make_model("llama")
+    model.lm_head.weight.data *= 40
+    ends = options.get("eos_token_id", [1, 40, 41, 50])
+    model.generation_config = GenerationConfig(eos_token_id=[1, 40, 41, 50])
+    expected = []
+    for prompt in PROMPTS:
+        given = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 1, "eos_token_id": ends, **options}
+        new = model.generate(torch.tensor([prompt]), **given)[0, len(prompt) :].tolist()
+        stop = next((i for i, token in enumerate(new) if token in (ends if isinstance(ends, list) else [ends])), None)
+        expected.append(Generation(" ".join(map(str, new[:stop])), stop is not None))
+    found = generate(model, SpellOut(), PROMPTS, max_new_tokens=10, batch_size=batch_size, options=options)
+    assert found == expected
 
 
 def test_a_checkpoints_sampling_settings_do_not_make_it_sample(recwarn: pytest.WarningsRecorder) -> None:
@@ -211,9 +329,32 @@ def test_the_model_is_left_as_it_was() -> None:
     before.check()
 
 
-def test_no_prompt_and_unknown_options_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temprature": 0.5}, "'temprature' is not supported. Did you mean 'temperature'"),
+        ({"num_beams": 2}, "'num_beams' is not supported"),
+        ({"max_length": 20}, "Set max_new_tokens"),
+        ({"stop_strings": ["x"]}, "A template says where its outputs stop"),
+        ({"cache_implementation": "static"}, "'cache_implementation' is not supported"),
+        ({"temperature": 0.5}, "'temperature' has no effect on greedy outputs"),
+        ({"do_sample": "yes"}, "do_sample must be true or false"),
+        ({"do_sample": True, "temperature": "hot"}, "refused"),
+        ({"do_sample": True, "temperature": -1.0}, "refused"),
+        ({"do_sample": True, "top_p": 2}, "refused"),
+        ({"repetition_penalty": "much"}, "refused"),
+        ({"bad_words_ids": [3]}, "refused"),
+        ({"eos_token_id": "</s>"}, "refused"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(options: dict, said: str) -> None:
     model = talkative("llama")
+    had = model.generation_config
+    with pytest.raises(ThoughtError, match=f"generate: .*{re.escape(said)}"):
+        generate(model, TOKENIZER, PROMPTS, options=options)
+    assert model.generation_config is had
+
+
+def test_no_prompt_is_refused() -> None:
     with pytest.raises(ThoughtError, match="prompts is empty"):
-        generate(model, TOKENIZER, [])
-    with pytest.raises(ThoughtError, match=r"generate.*'temprature'.*GenerationConfig"):
-        generate(model, TOKENIZER, PROMPTS, options={"temprature": 0.5})
+        generate(talkative("llama"), TOKENIZER, [])

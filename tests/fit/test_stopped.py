@@ -1,0 +1,90 @@
+"""A fit that something else ends before its last stage: an error that says how to go on, and nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fits import INSTRUCTION, PAIRS, TOKENIZER, distance
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from models import make_model
+
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, ThoughtModule
+from lit_thought.patch.patch import ThoughtPatch
+
+
+class StopAfter(Callback):
+    """Asks the trainer to stop after some epochs, as other callbacks do."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.should_stop |= trainer.current_epoch + 1 >= self.epochs
+
+
+def fit(folder: Path, callbacks: tuple = (), resume: bool = False, **options: Any) -> ThoughtPatch:
+    ours = ThoughtCallback(
+        preserve=None, rank=2, output_dir=folder / "adapter", resume_dir=folder / "resume" if resume else None
+    )
+    trainer = Trainer(
+        max_epochs=-1,
+        callbacks=[*callbacks, ours],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        **options,
+    )
+    trainer.fit(ThoughtModule(make_model("llama"), TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION))
+    assert ours.patch is not None
+    return ours.patch
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "done"),
+    [
+        ([], {"max_time": {"seconds": 0}}, "0 of 6|1 of 6"),
+        ([Timer(duration={"seconds": 0}, interval="epoch")], {}, "0 of 6|1 of 6"),
+        ([StopAfter(1)], {}, "1 of 6"),
+        ([StopAfter(4)], {}, "4 of 6"),
+    ],
+    ids=["max_time", "Timer", "first stage", "later"],
+)
+def test_it_ends_as_an_error_with_the_cure(callbacks: list, options: dict, done: str, tmp_path: Path) -> None:
+    with pytest.raises(ThoughtError, match=rf"stopped after ({done}) stages .* Pass resume_dir"):
+        fit(tmp_path, tuple(callbacks), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_resume_dir_the_same_call_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(ThoughtError, match=r"The same call, with resume_dir=.*, goes on from there"):
+        fit(tmp_path, (StopAfter(3),), resume=True)
+    assert not (tmp_path / "adapter").exists()
+    found = fit(tmp_path, resume=True)
+    assert distance(found, fit(tmp_path / "whole")) < 1e-6
+    assert ThoughtPatch.load(tmp_path / "adapter").rank == 2
+
+
+def test_stopping_with_the_last_stage_is_no_error(tmp_path: Path) -> None:
+    assert fit(tmp_path, (StopAfter(6),)).rank == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "callbacks", "said"),
+    [
+        ({"min_steps": 500}, (), "min_steps=500 must be left out"),
+        ({"max_steps": 2}, (), "max_steps=2 must be left out"),
+        ({"fast_dev_run": True}, (), "must be left out|max_epochs=1 is too few"),
+        ({"limit_train_batches": 1}, (), "limit_train_batches must be left out"),
+        ({"overfit_batches": 1}, (), "limit_train_batches must be left out"),
+        ({}, (EarlyStopping("attn_out/error_left"),), "EarlyStopping would end the fit"),
+    ],
+)
+def test_what_can_only_stop_it_is_refused_before_it_starts(
+    options: dict, callbacks: tuple, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ThoughtError, match=said):
+        fit(tmp_path, callbacks, **options)
+    assert not list(tmp_path.iterdir())
