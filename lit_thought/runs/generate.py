@@ -97,7 +97,7 @@ class _Sampler(LogitsProcessor):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        total = self.warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
+        total = self.warpers(cast(Any, input_ids), cast(Any, scores)).double().softmax(-1).cumsum(-1)
         drawn = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
         place = torch.stack(drawn).to(total).unsqueeze(1) * total[:, -1:]
         token = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
@@ -236,7 +236,7 @@ def _seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
 
 @contextmanager
 def _configured(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Inside, the model's generation config is this one: ``generate`` fills up one that it is given from the model's."""
+    """Inside, the model's generation config is this one, from which ``generate`` fills up one that it is given."""
     had = model.generation_config
     model.generation_config = config
     try:
@@ -293,4 +293,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 def _as_set(tokens: Any) -> set[int]:
     """One token, several or none."""
-    return set(map(int, tokens)) if isinstance(tokens, (list, tuple)) else {int(tokens)} if tokens is not None else set()
+    if tokens is None:
+        return set()
+    return set(map(int, tokens)) if isinstance(tokens, (list, tuple)) else {int(tokens)}

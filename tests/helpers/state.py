@@ -17,7 +17,7 @@ import torch
 from fits import Untouched
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-_LOGGERS = ("", "lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "transformers", "lit_thought")
+_LOGGERS = ("", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "transformers", "lit_thought")
 
 
 def of_the_process() -> dict[str, Any]:

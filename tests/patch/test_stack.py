@@ -51,7 +51,7 @@ def test_it_fits_the_model_that_it_was_made_for_and_comes_off_in_any_order(stack
 
 
 def test_it_is_the_fit_of_a_model_that_has_the_first_in_its_weights(stack) -> None:
-    model, first, second, _ = stack
+    _, first, second, _ = stack
     merged = make_model("llama")
     first.apply_(merged)
     other = make_model("llama")
