@@ -51,7 +51,7 @@ class ThoughtModule(LightningModule):
         self._home: torch.device | None = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Leave gradients alone: those of a frozen model are its owner's, and Lightning clears them before it trains."""
+        """Leave gradients alone, which Lightning clears before it trains: those of a frozen model are its owner's."""
 
     def configure_optimizers(self) -> None:
         """No optimizer: the patch is solved, not trained."""
