@@ -13,7 +13,16 @@ from models import make_model
 from state import unchanged
 from transformers import PreTrainedModel
 
-from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, ThoughtModule, ThoughtPatch, evaluate, transmute
+from lit_thought import (
+    PairDataModule,
+    ThoughtCallback,
+    ThoughtError,
+    ThoughtModule,
+    ThoughtPatch,
+    evaluate,
+    load_model,
+    transmute,
+)
 from lit_thought.fit.inspection import inspect_model
 from lit_thought.model.blocks import find_blocks
 from lit_thought.statistics.preserve import preservation
@@ -83,6 +92,14 @@ def steered(model: PreTrainedModel, folder: Path) -> None:
     vector_patch(model, {1: vectors[1]}).save_control_vector(folder.with_suffix(".gguf"), model)
 
 
+def loaded(model: PreTrainedModel, folder: Path) -> None:
+    """Loading draws random numbers in other libraries: for weights that are then read from the file."""
+    if not (place := folder.parent / "model").exists():
+        model.save_pretrained(place)
+        TOKENIZER.save_pretrained(place)
+    load_model(str(place))
+
+
 ENTRIES: dict[str, Callable[[PreTrainedModel, Path], object]] = {
     "transmute": lambda model, folder: transmute(model, TOKENIZER, INSTRUCTION, INPUTS, **small(folder)),
     "sampled outputs": lambda model, folder: transmute(
@@ -95,6 +112,7 @@ ENTRIES: dict[str, Callable[[PreTrainedModel, Path], object]] = {
     "evaluate": compared,
     "apply and remove": applied,
     "vectors": steered,
+    "load_model": loaded,
     "inspect": lambda model, folder: inspect_model(model),
     "verify": lambda model, folder: verify_exact(model, TOKENIZER, INSTRUCTION, " ".join(TEXTS), tokens=12),
     "preserve": lambda model, folder: preservation(model, find_blocks(model), [[5, 6, 7, 8] * 4], folder),

@@ -19,6 +19,7 @@ from lit_thought.cli import main
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.report.content import gather
 from lit_thought.files import check_output_folder
+from lit_thought.fit import api
 from lit_thought.model import loading
 from lit_thought.model.loading import context_window
 from lit_thought.prompts.pairs import load_pairs
@@ -192,6 +193,80 @@ def _read_config(folder: Path) -> object:
     return None
 
 
+def _write_instruction(folder: Path) -> None:
+    (folder / "instruction.json").write_text(json.dumps(INSTRUCTION.strip()), encoding="utf-8")
+
+
+def _spoil_instruction(folder: Path, draw: Random) -> str:
+    """What a parser could read as something else, alone, before or after other words."""
+    odd = [
+        "#",
+        "# ",
+        "~",
+        "null",
+        "None",
+        "yes",
+        "true",
+        "0",
+        "1e3",
+        ".5",
+        "2020-01-01",
+        ":",
+        "a: b",
+        "- a",
+        "-5",
+        "--x",
+    ]
+    odd += [
+        "[a]",
+        "{a: 1}",
+        "'",
+        '"',
+        "|",
+        ">",
+        "&a",
+        "*a",
+        "!!str x",
+        "%",
+        "@",
+        "`",
+        "\\n",
+        "\n",
+        "\t",
+        "\ufeff",
+        "é",
+        "\u2028",
+    ]
+    text = draw.choice(["", "", " "]).join(draw.choices([*odd, "Say it", " "], k=draw.choice([1, 1, 2, 3])))
+    (folder / "instruction.json").write_text(json.dumps(text), encoding="utf-8")
+    return "value: instruction"
+
+
+def _read_instruction(folder: Path) -> object:
+    """The command line: as one word, as two, and from a file, the text that is typed arrives, to the letter."""
+    text = json.loads((folder / "instruction.json").read_text(encoding="utf-8"))
+    (folder / "pairs.json").write_text(json.dumps(PAIRS), encoding="utf-8")
+    for words in ([f"--instruction={text}"], ["--instruction", text]):
+        reached = mock.Mock(side_effect=Reached)
+        said = io.StringIO()
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(said),
+            mock.patch.object(api, "transmute", reached),
+        ):
+            try:
+                main(["fit", "--pairs", "pairs.json", "--out", "adapter", *words])
+            except SystemExit as error:
+                if not isinstance(error.__context__, Reached):
+                    if error.code == 2 and "error:" in said.getvalue():
+                        raise ThoughtError(said.getvalue()) from error
+                    raise RuntimeError(f"status {error.code}: {said.getvalue()}") from error
+        if reached.call_args is None or reached.call_args.args[2] != text:
+            raise RuntimeError(f"{text!r} arrived as {reached.call_args}")
+    return None
+
+
 def _write_text(folder: Path) -> None:
     (folder / "prose.txt").write_text(TEXTS[0] + "Ünïcode, too.\n", encoding="utf-8")
 
@@ -240,6 +315,7 @@ INPUTS: dict[str, Kind] = {
     "templates": Kind(_write_template, _read_template, _spoil_template),
     "settings": Kind(_write_settings, _read_settings, _spoil_settings),
     "configs": Kind(_write_config, _read_config, _spoil_config),
+    "instruction texts": Kind(_write_instruction, _read_instruction, _spoil_instruction),
     "texts": Kind(_write_text, _read_text, spoil_some_file),
     "paths": Kind(_write_path, _read_path, _spoil_path, valid=False),
 }

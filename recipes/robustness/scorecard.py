@@ -29,11 +29,12 @@ from recipes.harness import check_names, command_line, table, write_results
 from recipes.robustness.faults import FAULTS, Outcome
 from recipes.robustness.fuzz_folders import FOLDERS
 from recipes.robustness.fuzz_inputs import INPUTS
+from recipes.robustness.fuzz_models import MODELS
 from recipes.robustness.fuzzing import Tally, fuzz
 from recipes.robustness.junit import Case, count, run_tests
 from recipes.robustness.versions import page as versions_page
 
-KINDS = {**INPUTS, **FOLDERS}
+KINDS = {**INPUTS, **MODELS, **FOLDERS}
 
 
 def main(
