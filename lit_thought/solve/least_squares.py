@@ -59,7 +59,7 @@ COARSE_RIDGE = 1e-3
 
 
 SMALL = 512
-"""Rows up to which a full decomposition of n × n is cheaper than a Krylov space of d_out."""
+"""Rows, or half of d_out if that is more, up to which a full decomposition of n × n is cheaper than a Krylov space."""
 
 
 FORMED = 1024
@@ -423,7 +423,7 @@ def _top_gains(delta: Tensor, lower: Tensor, rank: int | float | None) -> tuple[
         rank: as for :func:`top_eigenvectors`.
     """
     n, d_out = delta.shape
-    if isinstance(rank, int) and n <= min(SMALL, d_out):
+    if isinstance(rank, int) and n <= min(max(SMALL, d_out // 2), d_out):
         return _small_gains(delta, lower, rank)
     whitened = torch.linalg.solve_triangular(lower, delta, upper=False)
     most = float(torch.linalg.vector_norm(delta)) ** 2

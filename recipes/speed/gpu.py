@@ -54,16 +54,16 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+LARGE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 SHAPES: dict[str, dict[str, dict[str, int]]] = {
     "8b": {
-        "8B's shape": {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
+        "8B's shape": {**LARGE, "vocab_size": 128256},
         "One block of 70B's shape": {
             "hidden_size": 8192,
             "intermediate_size": 28672,
@@ -72,9 +72,10 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
             "num_key_value_heads": 8,
         },
     },
+    "8b-block": {"One block of 8B's shape": {**LARGE, "num_hidden_layers": 1}},
     "tiny": {"A tiny shape": TINY, "One block of a tiny shape": {**TINY, "num_hidden_layers": 1}},
 }
-"""What the times are measured on: a whole model, and one block."""
+"""What the times are measured on: a model for all numbers of pairs, and others for the first."""
 FAMILIES = {"llama": SITES, "gemma3_text": DEFAULT_SITES}
 """Without and with a norm after the projections, whose scales are the gains of the solve; and the sites they have."""
 TASK = "function_vectors/capitalize"
@@ -101,9 +102,11 @@ def benchmark(
             f"device={device!r}: torch sees no GPU. Run this where it does, or with --device cpu --shape tiny."
         )
     tokenizer = tiny_tokenizer(load_texts("default", "preserve", "text"), VOCABULARY)
-    (whole, layers), (block, layer) = SHAPES[shape].items()
-    sizes = [(f"{whole}, {count} pairs", layers, count) for count in pairs]
-    sizes += [(f"{block}, {count} pairs", layer, count) for count in pairs[:1]]
+    sizes = [
+        (f"{title}, {count} pairs", layers, count)
+        for number, (title, layers) in enumerate(SHAPES[shape].items())
+        for count in (pairs if number == 0 else pairs[:1])
+    ]
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "Patches of both devices": partial(same_patches, there, tokenizer),
         "bfloat16, streams elsewhere, outputs": partial(other_ways, there, tokenizer),
@@ -257,10 +260,11 @@ def check(case: str, against: str, found: Callable[[], float], most: float = TOL
 def costs(
     device: torch.device, tokenizer: PreTrainedTokenizerBase, sizes: Mapping[str, int], count: int, repeats: int
 ) -> dict[str, Any]:
-    """Fits of so many pairs on a random Llama in bfloat16, from pairs with outputs to an adapter on disk."""
+    """Fits of so many pairs on a random Llama, in bfloat16 on a GPU, from pairs with outputs to an adapter on disk."""
     gc.collect()  # models that Lightning's trainers hold
     torch.cuda.empty_cache()
-    lm = random_model("llama", sizes, torch.bfloat16, device, tokenizer)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lm = random_model("llama", sizes, dtype, device, tokenizer)
     split = load_split(TASK, 0, fit=count)
     data = PairDataModule(split.labelled, split.instruction, TEMPLATE)
     prepare_pairs(data, lm, tokenizer)
