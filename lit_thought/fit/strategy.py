@@ -116,11 +116,12 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         mesh = mesh["data_parallel"]
     model = bare_model(model)
     _check_plain(model)
-    trace_model(model)  # runs whole blocks
-    model.requires_grad_(False)
-    for module in (*find_layers(model), model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    with evaluating(model), torch.no_grad():  # FSDP takes the module that it sees run first for the whole
+    with evaluating(model), torch.no_grad():
+        trace_model(model)  # runs whole blocks
+        model.requires_grad_(False)
+        for module in (*find_layers(model), model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # FSDP takes the module that it sees run first for the whole
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 

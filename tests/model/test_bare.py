@@ -145,6 +145,17 @@ def test_what_is_no_bare_causal_lm_is_refused_by_name(make: Callable[[], Any], m
     assert state_of(model) == state
 
 
+@pytest.mark.parametrize(("make", "message"), REFUSED[:3] + REFUSED[5:6], ids=["lora", "disabled", "merged", "FSDP1"])
+def test_patches_refuse_wrappers_that_change_something(make: Callable[[], Any], message: str) -> None:
+    model, patch = make(), make_patch(small())
+    state, before = state_of(model), logits(model)
+    for attempt in (patch.apply_, patch.validate, patch.remove_, lambda model: patch.applied(model).__enter__()):
+        with pytest.raises(UnsupportedModelError, match=message):
+            attempt(model)
+    assert state_of(model) == state
+    assert torch.equal(logits(model), before)
+
+
 def in_parts(*disk: str) -> dict[str, str]:
     names = (
         "model.embed_tokens",
