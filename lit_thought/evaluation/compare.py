@@ -17,6 +17,7 @@ from lit_thought.errors import check_counts
 from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
 from lit_thought.evaluation.perplexity import UnrelatedText
 from lit_thought.files import atomic_file
+from lit_thought.model.bare import bare_model, check_tokenizer
 from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.card import number
@@ -99,11 +100,13 @@ def evaluate(
 
     Raises:
         ThoughtError: for bad input, such as another instruction than that of a patch that keeps a hash of it;
-            PatchError when the patch does not fit the model.
+            PatchError when the patch does not fit the model, UnsupportedModelError for what is none
+            (:func:`~lit_thought.model.bare.bare_model`).
     """
     patch = patch if isinstance(patch, ThoughtPatch) else ThoughtPatch.load(patch)
     rows = load_pairs(pairs)
     check_instruction(patch.provenance, instruction, rows)
+    model, tokenizer = bare_model(model), check_tokenizer(tokenizer)
     patch.validate(model)
     with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first
         result = Evaluation(
@@ -147,7 +150,7 @@ class Evaluation:
         cache_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        model, tokenizer = self.model, self.tokenizer = bare_model(model), check_tokenizer(tokenizer)
         self.rows = load_pairs(pairs)
         self.instructions = pair_instructions(self.rows, instruction)
         self.template = PromptTemplate.parse(template)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.errors import ThoughtError
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
@@ -42,8 +45,9 @@ def transmute(
 
     Args:
         model: a frozen causal LM of transformers (``lit-thought inspect`` says what it finds in one), in any floating
-            dtype or quantised; or a function without arguments that loads and returns (model, tokenizer), called once
-            all other arguments have been checked.
+            dtype or quantised, compiled or not (it runs uncompiled here, and is compiled again after); or a function
+            without arguments that loads and returns (model, tokenizer), called once all other arguments have been
+            checked. What else is refused: :func:`~lit_thought.model.bare.bare_model`.
         tokenizer: its tokenizer; left out when ``model`` is such a function.
         instruction: the removable chunk of the prompt.
         pairs: inputs, with outputs where you have them; see :class:`~lit_thought.fit.data.PairDataModule`.
@@ -70,9 +74,7 @@ def transmute(
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
         check_auto(auto, len(data.pairs), options)
-    if not isinstance(model, PreTrainedModel) and callable(model):
-        model, tokenizer = model()
-    module = ThoughtModule(model, tokenizer)
+    module = ThoughtModule(*(_loaded(model) if _is_loader(model) else (cast(PreTrainedModel, model), tokenizer)))
     if not auto:
         return fit(module, data, callback, progress=progress)
     selection = select_settings(module, data, auto, seed=chosen.seed, progress=progress, **options)
@@ -80,3 +82,24 @@ def transmute(
     patch = fit(module, data, ThoughtCallback(**selection.settings), progress=progress)
     patch.provenance["selection"] = selection.provenance
     return patch
+
+
+def _is_loader(model: Any) -> TypeGuard[ModelLoader]:
+    """Whether it is a function without arguments; models, tokenizers, pipelines and classes can be called, too."""
+    if not callable(model) or isinstance(model, (nn.Module, PreTrainedTokenizerBase, type)):
+        return False
+    try:
+        inspect.signature(model).bind()
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        pass
+    return True
+
+
+def _loaded(loader: ModelLoader) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    loaded: Any = loader()
+    if not isinstance(loaded, (tuple, list)) or len(loaded) != 2:
+        got = f"{len(loaded)} things" if isinstance(loaded, (tuple, list)) else type(loaded).__name__
+        raise ThoughtError(f"model: the function that loads must return (model, tokenizer); got {got}.")
+    return loaded[0], loaded[1]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.errors import check_counts
 from lit_thought.fit.estimate import Load, estimate_bytes, estimate_seconds, fit_operations, preserve_operations
+from lit_thought.model.bare import bare_model
 from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
 from lit_thought.model.layers import layer_shape, sits_beside
 from lit_thought.model.loading import model_name
@@ -121,6 +122,7 @@ def inspect_model(
     """
     check_counts(tokens=tokens, chunk_tokens=chunk_tokens, rank=rank, preserve_tokens=preserve_tokens)
     names = None if sites is None else check_sites(sites)
+    model = bare_model(model)
     blocks = find_blocks(model)
     for name in names or ():
         require_site(blocks, name)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
 from lit_thought.fit.strategy import shard_model
+from lit_thought.model.bare import bare_model, check_tokenizer
 from lit_thought.model.loading import evaluating
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import PairBatch
@@ -26,26 +27,21 @@ class ThoughtModule(LightningModule):
     and returns the :class:`~lit_thought.runs.runner.Observation`; what to do with it is the callback's business.
 
     Args:
-        model: a causal LM that :func:`~lit_thought.model.blocks.find_blocks` knows.
+        model: a causal LM that :func:`~lit_thought.model.blocks.find_blocks` knows; wrappers that change nothing come
+            off (:func:`~lit_thought.model.bare.unwrap`).
         tokenizer: its tokenizer.
 
     Raises:
-        ThoughtError: when ``model`` is not a transformers model, or there is no tokenizer.
+        ThoughtError: when there is no tokenizer, or ``model`` is no causal LM of transformers in one place: see
+            :func:`~lit_thought.model.bare.bare_model`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
-        if not isinstance(model, PreTrainedModel):
-            raise ThoughtError(
-                f"model must be a transformers causal LM; got {type(model).__name__}. "
-                "load_model(name) returns one with its tokenizer."
-            )
-        if tokenizer is None:
-            raise ThoughtError("tokenizer is missing; give the model's own. load_model(name) returns both.")
         self.automatic_optimization = False
         self.strict_loading = False
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model = bare_model(model)
+        self.tokenizer = check_tokenizer(tokenizer)
         self.runner: StreamRunner | None = None
         self._mode = ExitStack()
         self._home: torch.device | None = None

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from lit_thought.errors import ThoughtError
+from lit_thought.model.bare import bare_model
 from lit_thought.model.calls import find_layers
 from lit_thought.model.layers import is_linear, sits_beside
 from lit_thought.model.loading import evaluating
@@ -103,7 +104,7 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         mesh: Lightning's mesh, ``data_parallel`` × ``tensor_parallel``, or one with a single dimension.
 
     Raises:
-        ThoughtError: for tensor parallelism, and for weights that are quantised or not loaded.
+        ThoughtError: for tensor parallelism, and for weights that are quantised.
         UnsupportedModelError: see :func:`~lit_thought.model.blocks.find_blocks`.
     """
     if mesh.ndim > 1:
@@ -114,23 +115,19 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
                 "tensor_parallel_size=1)."
             )
         mesh = mesh["data_parallel"]
-    _check_weights(model)
-    trace_model(model)  # runs whole blocks
-    model.requires_grad_(False)
-    for module in (*find_layers(model), model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    with evaluating(model), torch.no_grad():  # FSDP takes the module that it sees run first for the whole
+    model = bare_model(model)
+    _check_plain(model)
+    with evaluating(model), torch.no_grad():
+        trace_model(model)  # runs whole blocks
+        model.requires_grad_(False)
+        for module in (*find_layers(model), model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # FSDP takes the module that it sees run first for the whole
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
-def _check_weights(model: PreTrainedModel) -> None:
+def _check_plain(model: PreTrainedModel) -> None:
     """Refuse weights that FSDP would not bring back as they were."""
-    missing = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
-    if missing:
-        raise ThoughtError(
-            f"model: the weight {missing[0]!r} is on the meta device (offloaded or not loaded). Load the whole model "
-            "into main memory in every process (load_model(name)); the strategy brings its shares to the devices."
-        )
     packed = [name for name, value in model.named_parameters() if type(value) is not nn.Parameter]
     packed += [path for path, layer in model.named_modules() if is_linear(layer) and sits_beside(layer)]
     if packed:

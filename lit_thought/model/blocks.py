@@ -26,7 +26,7 @@ kind of block once (:mod:`lit_thought.model.discovery`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import SingularSystemError, UnsupportedModelError
+from lit_thought.model.bare import bare_model, uncompiled
 from lit_thought.model.calls import find_layers
 from lit_thought.model.discovery import Roles, Writer, channel_gain
 from lit_thought.model.layers import sits_beside, weight_of
@@ -246,20 +247,37 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     sharded model, for which all processes must call together, what was found before it was sharded holds.
 
     Raises:
-        UnsupportedModelError: for a model wrapped by PEFT, one that keeps other state than keys and values (state-space
-            and linear attention layers), an encoder-decoder, or blocks without a single site.
+        UnsupportedModelError: see :func:`~lit_thought.model.bare.bare_model`; and for a model that keeps other state
+            than keys and values (state-space and linear attention layers), an encoder-decoder, or blocks without a
+            single site.
         SingularSystemError: when a block, or the norm after a projection, puts out NaN or infinite values.
     """
-    trace = trace_model(model)
-    layers = find_layers(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    blocks = []
-    for index, (module, roles) in enumerate(zip(layers, trace.roles, strict=True)):
-        with gathered(module):
-            blocks.append(_block(index, module, roles, paths, trace))
+    model = bare_model(model)
+    with uncompiled(model):
+        trace = trace_model(model)
+        layers = find_layers(model)
+        paths = {id(module): path for path, module in model.named_modules()}
+        blocks = []
+        for index, (module, roles) in enumerate(zip(layers, trace.roles, strict=True)):
+            with gathered(module):
+                blocks.append(_block(index, module, roles, paths, trace))
     if not any(block.sites for block in blocks):
         raise UnsupportedModelError(f"not supported: {trace.name}: {blocks[0].missing['attn_out']}.")
+    _check_names(model, [path for block in blocks for site in block.sites.values() for path in site.targets])
     return blocks
+
+
+def _check_names(model: nn.Module, targets: Iterable[str]) -> None:
+    """Refuse layers in wrappers, which give them names that PEFT would not find in a model of this class."""
+    for path in targets:
+        names = path.split(".")
+        wrapped = next((number for number, name in enumerate(names) if name.startswith("_")), None)
+        if wrapped is not None:
+            kind = type(model.get_submodule(".".join(names[:wrapped]))).__name__
+            raise UnsupportedModelError(
+                f"model: {path!r} is in a {kind}, so that an adapter would do nothing to a model without one. Give the "
+                "model as it was before it was wrapped."
+            )
 
 
 def _block(index: int, module: nn.Module, roles: Roles, paths: Mapping[int, str], trace: Trace) -> Block:

@@ -8,15 +8,20 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_thought.model.sharding import is_sharded, whole
 
-__all__ = ["is_linear", "layer_shape", "sits_beside", "weight_of"]
+__all__ = ["is_linear", "layer_shape", "of_peft", "sits_beside", "weight_of"]
 
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a module is a linear layer, quantised or not: they all state their sizes. PEFT's wrappers are none."""
-    if any(base.__module__.partition(".")[0] == "peft" for base in type(layer).__mro__):
+    if of_peft(layer):
         return False
     sizes = (getattr(layer, name, None) for name in ("in_features", "out_features"))
     return isinstance(layer, Conv1D) or all(isinstance(size, int) for size in sizes)
+
+
+def of_peft(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, a wrapper of a model or of a layer."""
+    return any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

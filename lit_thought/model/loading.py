@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file
 
 from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
+from lit_thought.model.bare import uncompiled
 from lit_thought.model.sharding import whole
 from lit_thought.model.unpacking import open_gguf, quick_reader
 
@@ -127,14 +128,15 @@ def model_name(model: nn.Module) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every submodule is put back into the mode it came in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Dropout off inside, and nothing compiled; every submodule is put back into the mode it came in."""
+    with uncompiled(model):
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -156,7 +158,7 @@ def fingerprint_with(model: nn.Module, replaced: Mapping[str, Tensor | None], dt
     all of them in ``dtype``, if given."""
     digest = hashlib.sha256()
     digest.update(str(getattr(getattr(model, "config", None), "model_type", "")).encode())
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled(model):
         for name, parameter in sorted(_weights(model), key=lambda item: item[0]):
             value = parameter.detach()
             if value.is_meta:

@@ -84,16 +84,8 @@ def _trace(model: PreTrainedModel, layers: Sequence[nn.Module], kinds: list[Any]
 
 def _check_model(model: PreTrainedModel) -> str:
     """Refuse what cannot work, before anything runs; the model's name in errors."""
-    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
-        raise UnsupportedModelError(f"model must be a transformers causal LM; got {type(model).__name__}.")
-    config: Any = getattr(model, "config", None)
-    name = f"architecture {getattr(config, 'model_type', None)!r} ({type(model).__name__})"
-    adapters = [path for path, module in model.named_modules() if type(module).__module__.split(".")[0] == "peft"]
-    if adapters or hasattr(model, "peft_config"):
-        raise UnsupportedModelError(
-            "model is wrapped by PEFT; expected a plain transformers causal LM. "
-            "Call model.merge_and_unload() or model.unload() first."
-        )
+    config: Any = model.config
+    name = f"architecture {config.model_type!r} ({type(model).__name__})"
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"not supported: {name} has cross-attention; expected a decoder-only model.")
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_thought.errors import PatchError
+from lit_thought.model.bare import bare_model
 from lit_thought.model.blocks import Site, find_blocks, plain_outputs
 from lit_thought.model.loading import model_name
 from lit_thought.patch.change import Change
@@ -57,6 +58,7 @@ def write_control_vector(
         UnsupportedModelError: if the blocks of ``model`` cannot be told, or are not pre-norm.
         ThoughtError: if ``path`` cannot be written, or the ``gguf`` package is missing.
     """
+    model = bare_model(model)
     directions = _directions(patch, model)
     validate(patch, model, check)
     with gguf_writer(path, _ARCHITECTURE, overwrite) as writer:
@@ -84,6 +86,7 @@ def read_control_vector(path: str | os.PathLike[str], model: PreTrainedModel) ->
         ThoughtError: if the ``gguf`` package is missing.
     """
     gguf = import_gguf()
+    model = bare_model(model)
     sites = _sites(model)
     file = Path(path).expanduser()
     if not file.is_file():

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder
+from lit_thought.model.bare import bare_model, uncompiled
 from lit_thought.model.layers import sits_beside
 from lit_thought.model.loading import fingerprint_with
 from lit_thought.patch.adapter import write_adapter
@@ -86,7 +87,8 @@ def export_merged(
         raise PatchError(
             f"dtype={dtype}; expected a floating-point dtype of 16 bits or more, or None for the model's own."
         )
-    with atomic_folder(folder, overwrite) as out:
+    model = bare_model(model)
+    with atomic_folder(folder, overwrite) as out, uncompiled(model):
         validate(patch, model, check and not _made_for_float32(patch, model))
         _check_mergeable(patch, model)
         if dtype is None or dtype == model.dtype:

@@ -57,10 +57,11 @@ class ThoughtPatch(Change):
 
         A quantised layer (bitsandbytes, GPTQ, AWQ, HQQ, FP8, torchao and so on) keeps its weight, and the patch sits
         *beside* it: a forward hook computes ``B (A x)`` and adds it, and the vector, to the layer's output in float32,
-        rounded to the output's dtype once for all patches there. Removing the last of them removes the hook.
+        rounded to the output's dtype once for all patches there. Removing the last of them removes the hook. A model
+        with such layers that is compiled: apply first, compile after, as compiled code runs no hook that is new to it.
 
         Args:
-            model: the model to change.
+            model: the model to change; in the wrappers that come off by :func:`~lit_thought.model.bare.unwrap`, too.
             check: refuse a model with another fingerprint than the one the patch was made for.
 
         Raises:

@@ -13,7 +13,7 @@ parameters stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from lit_thought.errors import PatchError
+from lit_thought.model.bare import uncompiled, unwrap
 from lit_thought.model.layers import is_linear, layer_shape, sits_beside
 from lit_thought.model.loading import fingerprint, fingerprint_with, model_name
 from lit_thought.model.sharding import is_sharded, own_rows
@@ -80,6 +81,7 @@ def made_for(model: nn.Module, identity: str | None = None) -> dict[str, Any]:
 
 def validate(change: Change, model: nn.Module, check: bool = True) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.validate`."""
+    model = unwrap(model)
     _find_weights(model, _additions(change))
     base = change.provenance.get("fingerprint")
     if not check or not base:
@@ -105,6 +107,7 @@ def validate(change: Change, model: nn.Module, check: bool = True) -> None:
 
 def apply(change: Change, model: nn.Module, check: bool = True) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.apply_`. A failure midway takes all of it back."""
+    model = unwrap(model)
     if isinstance(model, nn.Module) and has_change(model, change):
         raise PatchError("this patch is applied to the model already. Remove it first, or apply 2 * patch.")
     validate(change, model, check)
@@ -126,6 +129,7 @@ def apply(change: Change, model: nn.Module, check: bool = True) -> None:
 
 def remove(change: Change, model: nn.Module) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.remove_`. The other changes stay, in their order."""
+    model = unwrap(model)
     if not isinstance(model, nn.Module) or not has_change(model, change):
         raise PatchError("this patch is not applied to this model, so there is nothing to remove.")
     state = _STATES[model]
@@ -146,7 +150,7 @@ def applied(change: Change, model: nn.Module, check: bool = True) -> Iterator[nn
     try:
         yield model
     finally:
-        if has_change(model, change):  # unless the block removed it
+        if has_change(unwrap(model), change):  # unless the block removed it
             remove(change, model)
 
 
@@ -164,6 +168,12 @@ def _find_weights(model: nn.Module, additions: Additions) -> dict[str, nn.Module
     """
     if not isinstance(model, nn.Module):
         raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    with uncompiled(model):
+        return _layers(model, additions)
+
+
+def _layers(model: nn.Module, additions: Additions) -> dict[str, nn.Module]:
+    """See :func:`_find_weights`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = {name: name.rpartition(".")[0] for name in additions}
     targets = set(paths.values())
@@ -313,7 +323,14 @@ def _add(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
         else:
             delta = own_rows(addition.B.to(value.device, dtype), value) @ addition.A.to(value.device, dtype)
         own: Tensor = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
-        own.copy_(own.to(dtype) + delta)
+        total = own.to(dtype) + delta
+        with _writing(own):
+            own.copy_(total)
+
+
+def _writing(value: Tensor) -> AbstractContextManager[Any]:
+    """Where a tensor can be written to: one that was made in inference mode nowhere else."""
+    return torch.inference_mode() if value.is_inference() else nullcontext()
 
 
 def _zero_bias(layer: nn.Module) -> nn.Parameter:
@@ -342,7 +359,8 @@ def _rebuild(
                 layer.register_parameter("bias", None)
             else:
                 assert value is not None
-                value.copy_(original)
+                with _writing(value):
+                    value.copy_(original)
     for additions in changes:
         for name, layer in layers.items():
             if name in additions:

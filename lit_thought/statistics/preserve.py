@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, ThoughtError
 from lit_thought.files import cache_folder
+from lit_thought.model.bare import bare_model, uncompiled
 from lit_thought.model.blocks import Block
 from lit_thought.model.discovery import wider
 from lit_thought.model.loading import fingerprint, model_name
@@ -75,6 +76,7 @@ def preservation(
     Raises:
         SingularSystemError: when the model's activations are not finite.
     """
+    model = bare_model(model)
     device = next(model.parameters()).device
     sizes = site_sizes(blocks, sites)
     manifest = {
@@ -95,7 +97,8 @@ def preservation(
     if is_sharded(model):
         cached = all(gather_json(cached, device))
     if not cached:
-        priors = _compute(model, blocks, windows, sizes, directions, batch_size, progress, write)
+        with uncompiled(model):
+            priors = _compute(model, blocks, windows, sizes, directions, batch_size, progress, write)
         if write:
             Preservation.write(file, manifest, priors, overwrite=True)
         if is_sharded(model):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import cache_folder
+from lit_thought.model.bare import bare_model, uncompiled
 from lit_thought.model.blocks import Projection, Site
 from lit_thought.model.layers import is_linear, layer_shape
 from lit_thought.model.loading import fingerprint
@@ -103,6 +104,7 @@ def solve_saved(
             f"another {', '.join(changed)} than the fit's would change the sums of these statistics too: {coupled}. "
             "Fit anew, or pass approximate=True to keep the sums as they are."
         )
+    model = None if model is None else bare_model(model)
     _check_model(saved, model)
     if settings.prior_weight == 0:
         prior_of = None
@@ -151,6 +153,7 @@ def solve_several(
     Raises:
         ThoughtError, SingularSystemError: as for :func:`solve_saved`.
     """
+    model = None if model is None else bare_model(model)
     fitted = _settings(saved.manifest.settings)
     every = [_settings({**saved.manifest.settings, **candidate}) for candidate in candidates]
     prior_of = _cached_priors(saved, cache_dir) if any(each.prior_weight for each in [fitted, *every]) else None
@@ -224,7 +227,8 @@ def _site(stage: KeptStage, model: PreTrainedModel | None) -> Site:
 
 def _layer(model: PreTrainedModel, path: str, d_in: int) -> nn.Module:
     """A linear layer of the model, of so many inputs."""
-    layer: nn.Module | None = dict(model.named_modules()).get(path)
+    with uncompiled(model):
+        layer: nn.Module | None = dict(model.named_modules()).get(path)
     if layer is None or not is_linear(layer) or layer_shape(layer)[1] != d_in:
         raise PatchError(f"the statistics name {path!r}, which is no linear layer of {d_in} inputs of this model.")
     return layer

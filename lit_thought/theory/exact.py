@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, UnsupportedModelError
+from lit_thought.model.bare import bare_model, check_tokenizer, uncompiled
 from lit_thought.model.blocks import Block, find_blocks
 from lit_thought.model.calls import find_decoder, hidden_of, unwrapped
 from lit_thought.model.discovery import wider
@@ -169,7 +170,7 @@ def token_patches(
     if order not in ("sequential", "teacher-forced"):
         raise ThoughtError(f"order={order!r}; expected 'sequential' or 'teacher-forced'.")
     runs = TokenRuns(model, tokenizer, instruction, text, blocks, output, tokens)
-    with evaluating(model):
+    with evaluating(runs.model):
         target = runs.instructed()
         return runs.construct(target, target.entrances if order == "teacher-forced" else None)
 
@@ -200,6 +201,7 @@ def apply_token_patches(model: PreTrainedModel, patches: Mapping[int, TokenPatch
                 f"got block {index} of width {width}. Apply them to the model they were made for."
             )
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(bare_model(model)))
         for index in patches:
             _register(stack, _patch_hooks(found[index], patches))
         yield model
@@ -227,7 +229,8 @@ class TokenRuns:
         output: Output | None = None,
         tokens: int | None = None,
     ) -> None:
-        self.model = model
+        model = self.model = bare_model(model)
+        tokenizer = check_tokenizer(tokenizer)
         self.blocks = find_blocks(model)
         _check_blocks(self.blocks)
         self.chosen = check_blocks(blocks, len(self.blocks)) or list(range(len(self.blocks)))

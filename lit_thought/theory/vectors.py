@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation.compare import batch_logits
 from lit_thought.evaluation.metrics import token_kl
+from lit_thought.model.bare import bare_model, check_tokenizer
 from lit_thought.model.blocks import find_blocks, plain_outputs
 from lit_thought.model.loading import context_window, evaluating, model_name
 from lit_thought.patch.patch import ThoughtPatch
@@ -74,6 +75,7 @@ def thought_vectors(
         raise ThoughtError(f'tokens must be "all" or "last"; got {tokens!r}.')
     if contrast is not None and not contrast.strip():
         raise ThoughtError("contrast is empty; expected a chunk to set against the instruction, or None for nothing.")
+    model, tokenizer = bare_model(model), check_tokenizer(tokenizer)
     blocks = find_blocks(model)
     plain_outputs(blocks)
     batches = _batches(model, tokenizer, instruction, pairs, contrast, template, tokens, batch_size)
@@ -101,6 +103,7 @@ def vector_patch(model: PreTrainedModel, vectors: Mapping[int, Tensor], scale: f
     Raises:
         ThoughtError: for an index without a block or a vector of another size.
     """
+    model = bare_model(model)
     sites = plain_outputs(find_blocks(model))
     for index, vector in vectors.items():
         if index not in range(len(sites)):
@@ -144,6 +147,7 @@ def best_block(
     Returns:
         The block's index, and the mean KL of each block in nats.
     """
+    model, tokenizer = bare_model(model), check_tokenizer(tokenizer)
     blocks = find_blocks(model)
     plain_outputs(blocks)
     batches = _batches(model, tokenizer, instruction, pairs, None, template, "last", batch_size)

@@ -140,6 +140,7 @@ def verify_exact(
     """
     start = Stopwatch.now()
     runs = TokenRuns(model, tokenizer, instruction, text, blocks, output, tokens)
+    model = runs.model
     with evaluating(model):
         target = runs.instructed()
         alone_plain, alone, alone_patches = _compare(runs, target, target.entrances)
