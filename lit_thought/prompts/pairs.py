@@ -16,6 +16,8 @@ from lit_thought.files import expanded, parse_json
 __all__ = ["check_unicode", "load_pairs", "pair_instructions"]
 
 _KEYS = ("instruction", "input", "output")
+_MARKS = {"semicolons": ";", "tabs": "\t"}
+"""What some programs put in the place of commas."""
 
 
 def load_pairs(source: str | PathLike[str] | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -108,6 +110,15 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
     try:
         header = list(reader.fieldnames or [])
         if "input" not in header or len(set(header)) < len(header):
+            parts = {name: [cell.strip('" ') for cell in header[0].split(mark)] for name, mark in _MARKS.items()}
+            for name, cells in parts.items() if len(header) == 1 else ():
+                if "input" in cells and len(cells) > 1:
+                    raise ThoughtError(
+                        f"pairs: expected commas between the cells of {path}, but its header has {name}; save it with "
+                        "commas, or as .jsonl"
+                    )
+            if header and header[0].startswith("sep="):
+                raise ThoughtError(f"pairs: the first line of {path} is for spreadsheets ({header[0]}); remove it")
             raise ThoughtError(
                 f"pairs: expected a header with one column 'input' in {path}, line 1, and optionally "
                 f"'output' and 'instruction'; got {header}"
@@ -119,9 +130,17 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
                     f"{where}: expected {len(header)} cells, got {len(header) + len(row[None])}; put cells "
                     'that contain commas into "double quotes"'
                 )
+            if not any(row.values()):
+                raise ThoughtError(f"{where}: all cells of the row are empty; fill them or remove the row")
             yield where, {key: value for key, value in row.items() if value or key not in _KEYS}
     except csv.Error as error:
         line = reader.reader.line_num
+        if "field limit" in str(error):
+            raise ThoughtError(
+                f"pairs: a cell of {path} is too long for CSV: it reaches line {line}, and more than "
+                f"{csv.field_size_limit()} characters are not read. If a quote is missing there or before, put it; "
+                "otherwise save the pairs as .json or .jsonl"
+            ) from error
         raise ThoughtError(
             f"pairs: malformed CSV in {path}, line {line}: {error}; check the quotes there and before"
         ) from error

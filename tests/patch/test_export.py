@@ -459,9 +459,9 @@ def test_the_command_writes_every_format(files: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format=gguf", "--rank=8"], "rank=8 has no use for the format gguf"),
-        (["--model=smollm2"], "model='smollm2' has no use for the format peft"),
-        (["--format=merged", "--model_type=llama"], "model_type='llama' has no use for the format merged"),
+        (["--format=gguf", "--rank=8"], "--rank 8 has no use for the format gguf"),
+        (["--model=smollm2"], "--model smollm2 has no use for the format peft"),
+        (["--format=merged", "--model_type=llama"], "--model_type llama has no use for the format merged"),
         (["--format=control-vector", "--model=base"], "changes 6 weights"),
         (["--format=onnx"], "onnx"),
         (["--adapter=nowhere"], "nowhere"),
