@@ -192,7 +192,9 @@ def test_a_control_vector_needs_a_fit_of_vectors(
     assert "Loading" not in said
     advice = re.search(r"lit-thought (fit --sites .* --blocks 1 2) …, all blocks but 0", said)
     assert advice is not None
-    run_ours([*advice[1].split(), *"--pairs pairs.jsonl --instruction x --out".split(), str(tmp_path / "vectors")])
+    run_ours(
+        [*advice[1].split(), *["--pairs", "pairs.jsonl", "--instruction", "x", "--out"], str(tmp_path / "vectors")]
+    )
     main([*export, "--adapter", str(tmp_path / "vectors")])
     assert (tmp_path / "a.gguf").is_file()
 

@@ -102,10 +102,11 @@ def _parse(given: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 def _explained(text: str, command: str, known: Iterable[str]) -> str:
     """What argparse says, with a remedy where there is one."""
-    if text.startswith("unrecognized arguments"):
+    if text.lower().startswith("unrecognized arguments"):
         return f"{text}. Put a text of several words into quotes"
     if "arguments are required" in text:
         return text.replace(f" {command}.", " --")
+    text = re.sub(r'Parser key "(\w+)"', r"--\1", text)
     unknown = re.search(r"ption '(\w+)'", text)
     return text if unknown is None else text + nearest(unknown[1], (name.lstrip("-") for name in known))
 

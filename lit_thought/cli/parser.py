@@ -134,8 +134,9 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 def _is_list(parts: Sequence[Any]) -> bool:
-    """Whether several values can be written apart: not where one may be a path, which may hold commas and blanks."""
-    return _takes_list(parts) and all(get_origin(part) is not os.PathLike for part in parts)
+    """Whether several values can be written apart: not where a sequence stands beside a text, since it is one of texts,
+    which hold commas and blanks."""
+    return _takes_list(parts) and (str not in parts or any(get_origin(part) is list for part in parts))
 
 
 def _takes_list(parts: Sequence[Any]) -> bool:
@@ -198,7 +199,8 @@ def _epilog(commands: Mapping[str, Command]) -> str:
             "examples:",
             *(f"  {line.removeprefix('Example: ')}" for line in examples),
             "",
-            "Every command takes --config FILE, --json, --quiet, --verbose and --traceback.",
+            "Every command takes --config FILE, --json, --quiet, --verbose and --traceback. A list takes several words",
+            "or commas: --blocks 0 1 2. A text is taken to the letter; for a newline, $'…\\n' in bash.",
             "",
             "exit codes:",
             *codes,

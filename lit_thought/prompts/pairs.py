@@ -16,8 +16,6 @@ from lit_thought.files import expanded, parse_json
 __all__ = ["check_unicode", "load_pairs", "pair_instructions"]
 
 _KEYS = ("instruction", "input", "output")
-_MARKS = {"semicolons": ";", "tabs": "\t"}
-"""What some programs put in the place of commas."""
 
 
 def load_pairs(source: str | PathLike[str] | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -106,19 +104,11 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    _check_commas(path, text.partition("\n")[0].strip())
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = list(reader.fieldnames or [])
         if "input" not in header or len(set(header)) < len(header):
-            parts = {name: [cell.strip('" ') for cell in header[0].split(mark)] for name, mark in _MARKS.items()}
-            for name, cells in parts.items() if len(header) == 1 else ():
-                if "input" in cells and len(cells) > 1:
-                    raise ThoughtError(
-                        f"pairs: expected commas between the cells of {path}, but its header has {name}; save it with "
-                        "commas, or as .jsonl"
-                    )
-            if header and header[0].startswith("sep="):
-                raise ThoughtError(f"pairs: the first line of {path} is for spreadsheets ({header[0]}); remove it")
             raise ThoughtError(
                 f"pairs: expected a header with one column 'input' in {path}, line 1, and optionally "
                 f"'output' and 'instruction'; got {header}"
@@ -144,6 +134,17 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
         raise ThoughtError(
             f"pairs: malformed CSV in {path}, line {line}: {error}; check the quotes there and before"
         ) from error
+
+
+def _check_commas(path: Path, header: str) -> None:
+    if header.startswith("sep="):
+        raise ThoughtError(f"pairs: the first line of {path} is for spreadsheets ({header}); remove it")
+    for name, mark in (("semicolons", ";"), ("tabs", "\t")):
+        if mark in header and "," not in header and "input" in [cell.strip('" ') for cell in header.split(mark)]:
+            raise ThoughtError(
+                f"pairs: expected commas between the cells of {path}, but its header has {name}; save it with commas, "
+                "or as .jsonl"
+            )
 
 
 def _check(where: str, row: object) -> dict[str, str]:

@@ -378,7 +378,8 @@ def test_errors_speak_of_flags(message: str, typed: str) -> None:
         (["inspect", "full", "--dtype=int8"], "error: --dtype int8; expected one of"),
         (["inspect", "full", "--rank=0"], "error: --rank must be a whole number of 1 or more"),
         (["inspect", "--quiet", "--verbose"], "error: --quiet and --verbose exclude each other"),
-        (["report", "full", "--evaluation=none"], "full"),
+        (["inspect", "full", "--tokens=many"], "error: --tokens: Expected a <class 'int'>"),
+        ([*FIT, "--blocks=first"], "error: --blocks: Does not validate"),
     ],
 )  # fmt: skip
 def test_failing_commands_speak_of_flags(

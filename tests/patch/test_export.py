@@ -491,8 +491,9 @@ def test_what_is_there_is_kept_unless_asked(files: Path, capsys: pytest.CaptureF
         ("control-vector", "base"),
     ):
         with pytest.raises(SystemExit):
-            main(["export", str(files / "adapter"), f"--format={kind}", f"--out={files / out}"])
-        assert re.search("overwrite=True|is a folder; expected a file", error := capsys.readouterr().err)
+            adapter = files / ("steering" if kind == "control-vector" else "adapter")
+            main(["export", str(adapter), f"--format={kind}", f"--out={files / out}"])
+        assert re.search("pass --overwrite|is a folder; expected a file", error := capsys.readouterr().err)
         assert "Loading" not in error
     main(["export", str(files / "adapter"), "--format=gguf", f"--out={files / 'base/config.json'}", "--overwrite=true"])
     assert (files / "base" / "config.json").read_bytes()[:4] == b"GGUF"

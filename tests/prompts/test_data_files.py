@@ -118,7 +118,7 @@ def test_bad_lists(source: list[object], match: str) -> None:
         ("pairs.csv", "input\toutput\nhot\tcold\n", r"expected commas .*pairs\.csv.*header has tabs"),
         ("pairs.csv", '"input";"output"\n"a, b";"c"\n', r"header has semicolons"),
         ("pairs.csv", "sep=;\ninput;output\n", r"first line of .*pairs\.csv is for spreadsheets \(sep=;\); remove it"),
-        ("pairs.csv", "sep=,\ninput,output\n", r"\(sep=\); remove it"),
+        ("pairs.csv", "sep=,\ninput,output\n", r"\(sep=,\); remove it"),
         ("pairs.csv", "input,output\nhot,cold\n,\n", r"pairs\.csv, line 3: all cells of the row are empty"),
         ("pairs.csv", "input,output\n,\nhot,cold\n", r"pairs\.csv, line 2: all cells of the row are empty"),
         (
