@@ -490,8 +490,8 @@ def test_what_is_there_is_kept_unless_asked(files: Path, capsys: pytest.CaptureF
         ("merged", "base"),
         ("control-vector", "base"),
     ):
+        adapter = files / ("steering" if kind == "control-vector" else "adapter")
         with pytest.raises(SystemExit):
-            adapter = files / ("steering" if kind == "control-vector" else "adapter")
             main(["export", str(adapter), f"--format={kind}", f"--out={files / out}"])
         assert re.search("pass --overwrite|is a folder; expected a file", error := capsys.readouterr().err)
         assert "Loading" not in error
