@@ -34,9 +34,9 @@ _ALIASES = {
     "commit_message": ("message",),
     "folder": ("adapter",),
     "name": ("model",),
-    "path": ("out", "output"),
+    "path": ("output", "out"),
 }
-"""What the library calls arguments of its own, and the flags that stand for them."""
+"""What the library calls arguments of its own, and the flags that stand for them: the last one that there is."""
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\.\.\.|[-+.\w]*\w"""
 
 
@@ -61,11 +61,8 @@ def tell(error: BaseException, trace: bool = False, flags: Collection[str] = ())
 def as_typed(message: str, flags: Collection[str]) -> str:
     """A message that the library has for Python, with what it says of arguments as one types it: ``rank=8`` is
     ``--rank 8``, ``overwrite=True`` is ``--overwrite``. Only of these flags, and of what they are called there."""
-    names = {flag: flag for flag in flags}
-    for other, candidates in _ALIASES.items():
-        flag = next((flag for flag in candidates if flag in names), None)
-        if flag is not None:
-            names.setdefault(other, flag)
+    names = {other: flag for other, candidates in _ALIASES.items() for flag in candidates if flag in flags}
+    names |= {flag: flag for flag in flags}
     if not names:
         return message
     name = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
