@@ -1,4 +1,5 @@
-"""Every code block of README.md, recipes/*.md and the site's own pages is run, or at least read, as a reader would.
+"""Every code block of README.md, recipes/*.md and the site's own pages is run, or at least read, as a reader would; so
+is each ``lit-thought`` line between words there, and in the help.
 
 Python runs as it stands, on a tiny model in the place of the named one; only README.md's runs on the embedded model
 itself. ``lit-thought`` and ``torchrun`` lines run with small settings added. Other programs are in :data:`READ`.
@@ -24,14 +25,14 @@ from peft import PeftModel
 
 import lit_thought
 from lit_thought import ThoughtPatch
-from lit_thought.cli import main
+from lit_thought.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *ROOT.glob("recipes/*.md"), *ROOT.glob("recipes/site/pages/**/*.md"))
 }
-MODELS = ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
+MODELS = ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m")
 SMALL = {
     "fit": ["--model=base", "--preserve_tokens=300", "--max_new_tokens=3", "--progress=false"],
     "evaluate": ["--model=base", "--max_new_tokens=3", "--progress=false"],
@@ -39,6 +40,9 @@ SMALL = {
     "verify": ["--model=base", "--tokens=20"],
 }
 """What is added to a command's line."""
+
+INLINE = re.compile(r"`(lit-thought\s[a-z]+\s[^`]*)`")
+"""A command between words: run where it is whole, that is names what it works on, in the pages' names of files."""
 
 NEEDS_A_HUB = {"push"}
 """Commands whose lines are only checked against the options that there are."""
@@ -130,6 +134,69 @@ def test_shell(page: str, place: Path) -> None:
             run_script(page, words)
         else:
             read(words)
+
+
+def lines_in_text() -> dict[str, list[str]]:
+    """The examples of the help, and the pages' lines between words that can be run as they stand."""
+    found = {}
+    for name, command in COMMANDS.items():
+        for line in re.findall(r"^ *Example: (.*)$", command.__doc__ or "", re.MULTILINE):
+            found[f"{name} --help"] = shlex.split(line)
+    for page, text in PAGES.items():
+        for line in INLINE.findall(text):
+            words = shlex.split(line)
+            if words[1] in COMMANDS and "--out" in line and not re.search("…|[A-Z]{4}", line):
+                found[f"{page}: {' '.join(words[:2])}"] = words
+    return found
+
+
+@pytest.fixture(scope="module")
+def fitted(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The material, with what one fit as in the help wrote of it: an adapter, and its sums."""
+    folder = tmp_path_factory.mktemp("fitted") / "here"
+    shutil.copytree(material, folder, ignore=shutil.ignore_patterns("antonym"))
+    with pytest.MonkeyPatch.context() as patching:
+        patching.chdir(folder)
+        patching.setenv("LIT_THOUGHT_CACHE", str(material.with_name("kept")))
+        words = next(words for name, words in lines_in_text().items() if name == "fit --help")
+        run_ours([*words[1:], "--statistics_dir", "sums"])
+    return folder
+
+
+@pytest.mark.parametrize("name", lines_in_text())
+def test_lines_between_words(name: str, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = lines_in_text()[name][1:]
+    shutil.copytree(fitted, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(fitted.parents[1] / "kept"))
+    if words[0] == "fit":
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+    if words[0] == "report":
+        pytest.importorskip("matplotlib")
+    run_ours(words)
+
+
+def test_the_lines_between_words_are_those() -> None:
+    assert {f"{name} --help" for name in COMMANDS} | {"README.md: lit-thought solve"} <= lines_in_text().keys()
+
+
+def test_a_control_vector_needs_a_fit_of_vectors(
+    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(fitted)
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(fitted.parents[1] / "kept"))
+    export = ["export", "--format", "control-vector", "--model", "base", "--out", str(tmp_path / "a.gguf")]
+    with pytest.raises(SystemExit):
+        main([*export, "--adapter", "antonym"])
+    said = capsys.readouterr().err
+    assert "Loading" not in said
+    advice = re.search(r"lit-thought (fit --sites .* --blocks 1 2) …, all blocks but 0", said)
+    assert advice is not None
+    run_ours(
+        [*advice[1].split(), *["--pairs", "pairs.jsonl", "--instruction", "x", "--out"], str(tmp_path / "vectors")]
+    )
+    main([*export, "--adapter", str(tmp_path / "vectors")])
+    assert (tmp_path / "a.gguf").is_file()
 
 
 def run_ours(words: list[str]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
+import shlex
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 
 from lit_thought.errors import ThoughtError
 
-__all__ = ["BUG", "DONE", "EXIT_CODES", "INPUT", "INTERRUPTED", "MACHINE", "exit_code", "tell"]
+__all__ = ["BUG", "DONE", "EXIT_CODES", "INPUT", "INTERRUPTED", "MACHINE", "as_typed", "exit_code", "tell"]
 
 DONE, MACHINE, INPUT, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 EXIT_CODES = {
@@ -26,6 +30,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
 _MEMORY_NAMES = {"MemoryError", "OutOfMemoryError"}  # the latter of torch, which need not be imported by now
 _NETWORK_NAMES = {"TransportError", "OfflineModeIsEnabled"}  # of httpx and huggingface_hub
+_ALIASES = {
+    "commit_message": ("message",),
+    "folder": ("adapter",),
+    "name": ("model",),
+    "path": ("output", "out"),
+}
+"""What the library calls arguments of its own, and the flags that stand for them: the last one that there is."""
+_VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\.\.\.|[-+.\w]*\w"""
 
 
 def exit_code(error: BaseException) -> int:
@@ -37,11 +49,47 @@ def exit_code(error: BaseException) -> int:
     return MACHINE if isinstance(error, OSError) or _is_of_the_machine(error) else BUG
 
 
-def tell(error: BaseException, trace: bool = False) -> None:
-    """Say on standard error what went wrong, in one line; with ``trace`` after the stack trace."""
+def tell(error: BaseException, trace: bool = False, flags: Collection[str] = ()) -> None:
+    """Say on standard error what went wrong, in one line, of a command with these flags; with ``trace`` after the stack
+    trace."""
     if trace:
         traceback.print_exception(error, file=sys.stderr)
-    print(f"lit-thought: {_red('error:')} {' '.join(_message(error, trace).split())}", file=sys.stderr)
+    text = as_typed(_message(error, trace), flags)
+    print(f"lit-thought: {_red('error:')} {' '.join(text.split())}", file=sys.stderr)
+
+
+def as_typed(message: str, flags: Collection[str]) -> str:
+    """A message that the library has for Python, with what it says of arguments as one types it: ``rank=8`` is
+    ``--rank 8``, ``overwrite=True`` is ``--overwrite``. Only of these flags, and of what they are called there."""
+    names = {other: flag for other, candidates in _ALIASES.items() for flag in candidates if flag in flags}
+    names |= {flag: flag for flag in flags}
+    if not names:
+        return message
+    name = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+
+    def flag_of(match: re.Match[str]) -> str:
+        return f"{match['before']}--{names[match['name']]}{_typed(match['value'])}"
+
+    def alone(match: re.Match[str]) -> str:
+        return re.sub(rf"\b({name})\b", lambda word: f"--{names[word[1]]}", match[0])
+
+    message = re.sub(rf"^({name})(?=: | must | is | and \w+ exclude )", alone, message)
+    message = re.sub(rf"(?<=\band )({name})(?= exclude )|(?<=[Ll]eave )({name})(?= out\b)", alone, message)
+    return re.sub(rf"(?P<before>^|[\s;:,])(?P<name>{name})=(?P<value>{_VALUE})", flag_of, message)
+
+
+def _typed(value: str) -> str:
+    """What follows a flag in the place of a Python value."""
+    with suppress(ValueError, SyntaxError):
+        known = ast.literal_eval(value)
+        if isinstance(known, bool):
+            return "" if known else " false"
+        if isinstance(known, list | tuple):
+            return "".join(f" {shlex.quote(str(one))}" for one in known)
+        if known is None or known is ...:
+            return " null" if known is None else " …"
+        return f" {shlex.quote(str(known))}"
+    return f" {value}"
 
 
 def _message(error: BaseException, trace: bool) -> str:

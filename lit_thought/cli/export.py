@@ -34,8 +34,9 @@ def export(
         adapter: adapter folder that fit wrote, or one on the hub, as OWNER/NAME.
         out: what to write: a folder (peft, merged) or a .gguf file (gguf, control-vector).
         format: peft (a folder for PEFT and vLLM, at a rank that vLLM takes), gguf (a LoRA file for llama.cpp's --lora),
-            merged (the model with the patch in its weights, as safetensors) or control-vector (thought vectors alone,
-            for llama.cpp's --control-vector).
+            merged (the model with the patch in its weights, as safetensors) or control-vector (for llama.cpp's
+            --control-vector; of a patch of vectors alone, from fit --sites mlp_in --parts vector --blocks 1 2 …, all
+            blocks but 0).
         rank: the rank of a peft folder, one that vLLM takes; the smallest that holds the patch when left out.
         dtype: of the numbers written; when left out, the base model's own for merged, else float32. For control-vector,
             whose numbers are float32, the dtype to load the model in.
@@ -50,6 +51,7 @@ def export(
     import torch
 
     from lit_thought.files import atomic_file, check_output_folder
+    from lit_thought.patch.control_vector import check_vectors
     from lit_thought.patch.export import export_adapter, export_merged
     from lit_thought.patch.export_gguf import export_gguf
     from lit_thought.patch.hub import adapter_folder
@@ -63,6 +65,8 @@ def export(
         if value is not None:
             raise ThoughtError(f"{name}={value!r} has no use for the format {format}. Leave it out.")
     patch = ThoughtPatch.load(adapter_folder(adapter, argument="adapter"))
+    if format == "control-vector":
+        check_vectors(patch)
     loading = partial(
         Loading, model or "smollm2", revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code
     )

@@ -85,7 +85,7 @@ def solve(
 ) -> Result:
     """Make an adapter of a fit's saved statistics, at its settings or at others, without running the model.
 
-    Example: lit-thought solve --statistics sums/ --ridge 0.1 --rank 8 --out antonym-8/
+    Example: lit-thought solve --statistics sums/ --rank 8 --approximate --out antonym-8/
 
     Args:
         statistics: folder that fit wrote with --statistics_dir.

@@ -61,6 +61,6 @@ def read_instruction(text: str | None, file: str | None) -> str | None:
     if file is None:
         return text
     try:
-        return expanded(file, "instruction_file").read_text(encoding="utf-8")
+        return expanded(file, "instruction_file").read_text(encoding="utf-8-sig")  # some editors write a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise ThoughtError(f"instruction_file={file!r} cannot be read as a UTF-8 text file ({error}).") from error

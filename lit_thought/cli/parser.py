@@ -11,6 +11,7 @@ import os
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import wraps
 from importlib.metadata import version
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -19,12 +20,13 @@ import jsonargparse
 from jsonargparse.typing import register_type
 
 import lit_thought
+from lit_thought.cli.config import MODE
 from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.model import Loading
 from lit_thought.cli.output import Output, Result
 from lit_thought.settings import FitSettings
 
-__all__ = ["Command", "build_parser", "call", "command_parser", "complete", "positional"]
+__all__ = ["PROSE", "Command", "build_parser", "call", "command_parser", "complete", "lists"]
 
 Command = Callable[..., Result]
 _CONFIG = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # which it exports, by other means
@@ -32,14 +34,19 @@ _GROUPS: dict[str, type] = {"loading": Loading}
 """Arguments of a command that stand for a group of flags."""
 _SETTINGS = "settings"
 """The argument of a command that takes those of :class:`FitSettings`."""
+PROSE = {"instruction", "message", "template"}
+"""Flags whose value may be any text, also null."""
 
 
 class _Help(RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """Keeps the lines of examples and exit codes."""
 
 
-def build_parser(commands: Mapping[str, Command], wanted: str | None, show_versions: bool) -> Any:
-    """The parser of all commands, with the flags of the ``wanted`` one; of all where a config may name it.
+def build_parser(
+    commands: Mapping[str, Command], wanted: str | None, show_versions: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The parser of all commands, and those of each, with the flags of the ``wanted`` one; of all where a config may
+    name it.
 
     Args:
         commands: the functions by name.
@@ -54,11 +61,13 @@ def build_parser(commands: Mapping[str, Command], wanted: str | None, show_versi
         version=_versions() if show_versions else lit_thought.__version__,
     )
     subcommands = parser.add_subcommands(required=True)
+    parsers = {}
     for name, command in commands.items():
         summary = _description(command).partition("\n\n")[0].replace("\n", " ")
         asked = wanted is not None and (name == wanted or wanted.startswith(("--config", "--print_config")))
-        subcommands.add_subcommand(name, command_parser(command) if asked else _new(), help=summary)
-    return parser
+        parsers[name] = command_parser(command) if asked else _new()
+        subcommands.add_subcommand(name, parsers[name], help=summary)
+    return parser, parsers
 
 
 def command_parser(command: Command) -> Any:
@@ -73,7 +82,14 @@ def command_parser(command: Command) -> Any:
     for action in parser._actions:
         if isinstance(action.default, bool) and action.nargs is None:  # --overwrite is --overwrite true
             action.nargs, action.const = "?", True
+        if hasattr(action, "_typehint"):
+            _read_as_typed(action)
     return parser
+
+
+def lists(parser: Any) -> set[str]:
+    """The flags that take several values."""
+    return {f"--{action.dest}" for action in parser._actions if _is_list(_parts(getattr(action, "_typehint", None)))}
 
 
 def complete(commands: Mapping[str, Command]) -> None:
@@ -90,7 +106,7 @@ def complete(commands: Mapping[str, Command]) -> None:
             if hasattr(action, "_typehint"):
                 action.completer = _completer(action._typehint)
         parser.parse_args([])
-    build_parser(commands, None, False).parse_args([])
+    build_parser(commands, None, False)[0].parse_args([])
 
 
 def _completer(hint: Any) -> Callable[..., list[str]]:
@@ -107,9 +123,43 @@ def _words(hint: Any) -> Iterator[str]:
         yield from map(str, get_args(hint))
     elif hint in (bool, str):
         yield from {bool: ("true", "false"), str: ("",)}[hint]
-    elif get_origin(hint) in (Union, UnionType):
-        for part in get_args(hint):
+    elif len(_parts(hint)) > 1:
+        for part in _parts(hint):
             yield from _words(part)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; any other by itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_list(parts: Sequence[Any]) -> bool:
+    """Whether several values can be written apart: not where a sequence stands beside a text, since it is one of texts,
+    which hold commas and blanks."""
+    return _takes_list(parts) and (str not in parts or any(get_origin(part) is list for part in parts))
+
+
+def _takes_list(parts: Sequence[Any]) -> bool:
+    return any(get_origin(part) in (list, Sequence) for part in parts)
+
+
+def _read_as_typed(action: Any) -> None:
+    """Let a text be what was typed, to the letter, where jsonargparse reads YAML and makes nothing of ``# …``, and a
+    list one value, or several with commas or blanks between. ``null`` and ``[a, b]`` stay what they are."""
+    parts, check = _parts(action._typehint), action._check_type
+    words = {*_words(action._typehint), *(() if action.dest in PROSE else ("null",))} - {""}
+
+    @wraps(check)  # jsonargparse asks for the names of its arguments
+    def checked(value: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(value, str) and value not in words and not (value.startswith("[") and _takes_list(parts)):
+            several = value.replace(",", " ").split() if _is_list(parts) else []
+            if str in parts and len(several) < 2:
+                return value
+            if _is_list(parts):
+                value = several
+        return check(value, *args, **options)
+
+    action._check_type = checked
 
 
 def call(command: Command, values: Mapping[str, Any]) -> Result:
@@ -124,23 +174,10 @@ def call(command: Command, values: Mapping[str, Any]) -> Result:
     return command(**given)
 
 
-def positional(words: Sequence[str], names: Mapping[str, Sequence[str]]) -> list[str]:
-    """The command line with the words right after the command as the flags that they stand for.
-
-    Args:
-        words: the command line.
-        names: by command, which flags may be given by place, in their order.
-    """
-    given = list(words)
-    for place, name in enumerate(names.get(given[0], ()) if given else (), start=1):
-        if place >= len(given) or given[place].startswith("-"):
-            break
-        given[place] = f"--{name}={given[place]}"
-    return given
-
-
 def _new(**options: Any) -> Any:
-    parser = jsonargparse.ArgumentParser(formatter_class=_Help, exit_on_error=False, allow_abbrev=False, **options)
+    parser = jsonargparse.ArgumentParser(
+        formatter_class=_Help, exit_on_error=False, allow_abbrev=False, parser_mode=MODE, **options
+    )
     parser.add_argument("--config", action=_CONFIG, help="a YAML file with values of the flags.")
     return parser
 
@@ -162,7 +199,8 @@ def _epilog(commands: Mapping[str, Command]) -> str:
             "examples:",
             *(f"  {line.removeprefix('Example: ')}" for line in examples),
             "",
-            "Every command takes --config FILE, --json, --quiet, --verbose and --traceback.",
+            "Every command takes --config FILE, --json, --quiet, --verbose and --traceback. A list takes several words",
+            "or commas: --blocks 0 1 2. A text is taken to the letter; for a newline, $'…\\n' in bash.",
             "",
             "exit codes:",
             *codes,

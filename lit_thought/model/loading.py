@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -13,6 +14,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +51,8 @@ _DTYPES = {
 }
 _SAMPLE = 1024
 _GGUF_MAGIC = b"GGUF"
+_HUB_SECONDS = 5
+"""How long the hub has to say whether it has a model; transformers tries again and again, for most of a minute."""
 
 
 def load_model(
@@ -96,6 +107,8 @@ def load_model(
         chosen = tokenizer
     elif tokenizer is not None:
         location = os.fspath(tokenizer)
+        if not expanded(location, "tokenizer").exists():
+            _ask_hub(location, None, "tokenizer", "tokenizer_config.json")
         chosen = _from_pretrained(AutoTokenizer, location, "tokenizer", location, trust_remote_code=False)
     elif source.gguf_file is None:
         chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, **hub)
@@ -235,21 +248,20 @@ def _find_source(name: str, gguf_file: str | None, revision: str | None) -> _Sou
         if name.strip() and path.is_file() and (path.suffix.lower() == ".gguf" or _starts_as_gguf(path)):
             _check_gguf(path, name)
             return _Source(str(path.absolute().parent), str(path.absolute()), name)
-        return _Source(_check_location(name), None, name)
+        return _Source(_check_location(name, revision), None, name)
     recorded = f"{name} ({gguf_file})"
     if path.is_dir():
         _check_gguf(path / gguf_file, name)
         return _Source(str(path.absolute()), str((path / gguf_file).absolute()), recorded)
     if path.is_file():
         raise ThoughtError(f"name={name!r} is a file, and so gguf_file={gguf_file!r} has no place. Leave it out.")
-    location = _check_location(name)
     _need_gguf(name)
     if Path(gguf_file).is_file():
         raise ThoughtError(
             f"gguf_file={gguf_file!r} is also a file here, which transformers would take instead of the one of "
             f"{name!r}. Pass that file as name, or work in another directory."
         )
-    return _Source(location, gguf_file, recorded)
+    return _Source(_check_location(name, revision, gguf_file), gguf_file, recorded)
 
 
 def _smollm2_file() -> Path:
@@ -358,8 +370,9 @@ def _rename(model: PreTrainedModel, name: str) -> None:
         model.generation_config._from_model_config = False
 
 
-def _check_location(name: str) -> str:
-    """The hub id or directory to load ``name`` from, after the checks that need no loading."""
+def _check_location(name: str, revision: str | None, file: str = "config.json") -> str:
+    """The hub id or directory to load ``name`` from, after the checks that need no loading; ``file`` is one that it
+    has."""
     if not name.strip():
         raise ThoughtError("name is empty; expected 'smollm2', a hub id, a directory or a GGUF file.")
     path = expanded(name, "name")
@@ -383,7 +396,37 @@ def _check_location(name: str) -> str:
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ThoughtError(f"name={name!r} looks like a directory, and there is none. Check the path.")
+    if difflib.get_close_matches(name.lower(), ["smollm2"], 1, cutoff=0.8):
+        raise ThoughtError(f"name={name!r} is no model. Did you mean 'smollm2'?")
+    _ask_hub(name, revision, "name", file)
     return name
+
+
+def _ask_hub(name: str, revision: str | None, argument: str, file: str) -> None:
+    """Ask the hub, once and for a few seconds, whether it has a model; not if ``file`` is in the cache, nor offline."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    given = f"{argument}={name!r}"
+    try:
+        if try_to_load_from_cache(name, file, revision=revision) is None:
+            HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS)
+    except (GatedRepoError, HFValidationError):
+        return  # transformers says what to do
+    except RevisionNotFoundError as error:
+        raise ThoughtError(f"{given} has no revision {revision!r} on the hub. Check its branches and tags.") from error
+    except RepositoryNotFoundError as error:
+        raise ThoughtError(
+            f"{given} is no directory here, and no model on the hub that you have access to. Expected 'smollm2', a "
+            "directory, a GGUF file, or a hub id, OWNER/NAME; check the spelling, and for a private model run "
+            "`hf auth login`."
+        ) from error
+    except HfHubHTTPError:
+        return  # the hub has troubles of its own, which may pass
+    except Exception as error:  # of whichever HTTP client
+        raise ThoughtError(
+            f"{given} is no directory here, and is not in the cache of the hub's files; the hub cannot be reached "
+            f"({type(error).__name__}: {error}). Check the spelling and the network, or pass 'smollm2' or a directory."
+        ) from error
 
 
 def _from_pretrained(loader: Any, location: str | None, argument: str, given: str, **options: Any) -> Any:

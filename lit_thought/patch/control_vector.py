@@ -27,9 +27,11 @@ from lit_thought.patch.change import Change
 from lit_thought.patch.gguf_files import gguf_architecture, gguf_writer, import_gguf
 from lit_thought.patch.weights import validate
 
-__all__ = ["read_control_vector", "write_control_vector"]
+__all__ = ["check_vectors", "read_control_vector", "write_control_vector"]
 
 _ARCHITECTURE = "controlvector"
+_FIT = "lit-thought fit --sites mlp_in --parts vector --blocks 1 2 …, all blocks but 0"
+"""How to make what fits."""
 _DIRECTION = re.compile(r"direction\.([1-9][0-9]*)")
 
 
@@ -130,14 +132,23 @@ def read_control_vector(path: str | os.PathLike[str], model: PreTrainedModel) ->
     return Change({}, {key: value for key, value in provenance.items() if value}, vectors)
 
 
-def _directions(patch: Change, model: PreTrainedModel) -> dict[int, Tensor]:
-    """The vectors by block; refuses what a control vector cannot hold."""
+def check_vectors(patch: Change) -> None:
+    """Check what needs no model: that the patch is of vectors alone.
+
+    Raises:
+        PatchError: if it changes weights.
+    """
     if patch.factors:
         raise PatchError(
             f"patch changes {len(patch.factors)} weights, such as {next(iter(patch.factors))!r}; a control vector can "
-            "only add to a block's output. Export it with save_adapter, or only its vectors with "
-            "patch.only_vectors().save_control_vector(...)."
+            f"only add to a block's output. Make a patch of vectors ({_FIT}), export this one with save_adapter, or "
+            "only its vectors with patch.only_vectors().save_control_vector(...)."
         )
+
+
+def _directions(patch: Change, model: PreTrainedModel) -> dict[int, Tensor]:
+    """The vectors by block; refuses what a control vector cannot hold."""
+    check_vectors(patch)
     blocks = {site.path: index for index, site in _sites(model).items()}
     elsewhere = [path for path in patch.vectors if path not in blocks]
     if elsewhere:
@@ -149,7 +160,7 @@ def _directions(patch: Change, model: PreTrainedModel) -> dict[int, Tensor]:
     if 0 in directions:
         raise PatchError(
             "patch has a vector at block 0, for which llama.cpp's control vectors have no slot. Fit blocks from 1 on "
-            "only, or export with save_adapter for PEFT."
+            f"only ({_FIT}), or export with save_adapter for PEFT."
         )
     return directions
 

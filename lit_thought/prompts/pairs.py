@@ -104,6 +104,7 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    _check_commas(path, text.partition("\n")[0].strip())
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = list(reader.fieldnames or [])
@@ -119,12 +120,31 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
                     f"{where}: expected {len(header)} cells, got {len(header) + len(row[None])}; put cells "
                     'that contain commas into "double quotes"'
                 )
+            if not any(row.values()):
+                raise ThoughtError(f"{where}: all cells of the row are empty; fill them or remove the row")
             yield where, {key: value for key, value in row.items() if value or key not in _KEYS}
     except csv.Error as error:
         line = reader.reader.line_num
+        if "field limit" in str(error):
+            raise ThoughtError(
+                f"pairs: a cell of {path} is too long for CSV: it reaches line {line}, and more than "
+                f"{csv.field_size_limit()} characters are not read. If a quote is missing there or before, put it; "
+                "otherwise save the pairs as .json or .jsonl"
+            ) from error
         raise ThoughtError(
             f"pairs: malformed CSV in {path}, line {line}: {error}; check the quotes there and before"
         ) from error
+
+
+def _check_commas(path: Path, header: str) -> None:
+    if header.startswith("sep="):
+        raise ThoughtError(f"pairs: the first line of {path} is for spreadsheets ({header}); remove it")
+    for name, mark in (("semicolons", ";"), ("tabs", "\t")):
+        if mark in header and "," not in header and "input" in [cell.strip('" ') for cell in header.split(mark)]:
+            raise ThoughtError(
+                f"pairs: expected commas between the cells of {path}, but its header has {name}; save it with commas, "
+                "or as .jsonl"
+            )
 
 
 def _check(where: str, row: object) -> dict[str, str]:

@@ -65,7 +65,7 @@ def test_a_config_file_means_the_same_as_flags(files: Path) -> None:
     [
         ("--pairs=missing.jsonl", "missing.jsonl"),
         ("--instruction=two of them", "exclude each other"),
-        ("--instruction_file=missing.txt", "instruction_file='missing.txt'"),
+        ("--instruction_file=missing.txt", "--instruction_file missing.txt cannot be read"),
         ("--rank=0", "rank must be"),
         ("--template=no field", "{input}"),
         ("--sites=[mlp_middle]", "mlp_middle"),

@@ -320,6 +320,16 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPat
             monkeypatch.undo()
 
 
+def test_what_a_coupled_solve_advises_can_be_typed(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["solve", "--statistics=sums", "--rank=2", "--out=new"]
+    with pytest.raises(SystemExit):
+        main(words)
+    advice = re.search(r"Fit anew, or pass (--\w+) to", capsys.readouterr().err)
+    assert advice is not None
+    main([*words, advice[1]])
+    assert ThoughtPatch.load(clean / "new").rank == 2
+
+
 # --- the disk -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,8 @@ import pytest
 import lit_thought
 from lit_thought.cli import COMMANDS, main
 from lit_thought.cli.errors import EXIT_CODES
-from lit_thought.cli.parser import call, command_parser, positional
+from lit_thought.cli.parser import call, command_parser
+from lit_thought.cli.words import positional
 from lit_thought.settings import FitSettings
 
 COMMON = ("config", "json", "quiet", "verbose", "traceback")
@@ -136,7 +137,7 @@ def test_values_go_where_they_belong() -> None:
         (["inspect", "--config=missing.yaml"], "missing.yaml"),
         (["inspect", "--config=unknown.yaml"], "bogus"),
         (["inspect", "--config=bytes.yaml"], "UTF-8"),
-        (["inspect", "--quiet", "--verbose"], "quiet and verbose"),
+        (["inspect", "--quiet", "--verbose"], "--quiet and --verbose"),
     ],
 )
 def test_bad_usage_is_one_line(
@@ -162,7 +163,7 @@ def test_a_config_may_name_the_command(
     with pytest.raises(SystemExit) as stop:
         main(["--config=a.yaml"])
     assert stop.value.code == 2
-    assert "path='a.yaml' is a file; expected a folder" in capsys.readouterr().err
+    assert "--out a.yaml is a file; expected a folder" in capsys.readouterr().err
 
 
 def test_no_parser_imports_torch() -> None:

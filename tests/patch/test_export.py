@@ -459,9 +459,9 @@ def test_the_command_writes_every_format(files: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format=gguf", "--rank=8"], "rank=8 has no use for the format gguf"),
-        (["--model=smollm2"], "model='smollm2' has no use for the format peft"),
-        (["--format=merged", "--model_type=llama"], "model_type='llama' has no use for the format merged"),
+        (["--format=gguf", "--rank=8"], "--rank 8 has no use for the format gguf"),
+        (["--model=smollm2"], "--model smollm2 has no use for the format peft"),
+        (["--format=merged", "--model_type=llama"], "--model_type llama has no use for the format merged"),
         (["--format=control-vector", "--model=base"], "changes 6 weights"),
         (["--format=onnx"], "onnx"),
         (["--adapter=nowhere"], "nowhere"),
@@ -490,9 +490,10 @@ def test_what_is_there_is_kept_unless_asked(files: Path, capsys: pytest.CaptureF
         ("merged", "base"),
         ("control-vector", "base"),
     ):
+        adapter = files / ("steering" if kind == "control-vector" else "adapter")
         with pytest.raises(SystemExit):
-            main(["export", str(files / "adapter"), f"--format={kind}", f"--out={files / out}"])
-        assert re.search("overwrite=True|is a folder; expected a file", error := capsys.readouterr().err)
+            main(["export", str(adapter), f"--format={kind}", f"--out={files / out}"])
+        assert re.search("pass --overwrite|is a folder; expected a file", error := capsys.readouterr().err)
         assert "Loading" not in error
     main(["export", str(files / "adapter"), "--format=gguf", f"--out={files / 'base/config.json'}", "--overwrite=true"])
     assert (files / "base" / "config.json").read_bytes()[:4] == b"GGUF"

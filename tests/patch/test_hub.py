@@ -466,7 +466,7 @@ def test_commands(hub: Hub, patch: ThoughtPatch, tmp_path: Path, capsys: pytest.
     assert identical(ThoughtPatch.load(tmp_path / "exported"), patch)
     with pytest.raises(SystemExit):
         main(["export", "me/nothing", f"--out={tmp_path / 'nothing'}"])
-    assert "'me/nothing': the hub has no such repository" in capsys.readouterr().err
+    assert "--adapter me/nothing: the hub has no such repository" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
 
 

@@ -377,10 +377,10 @@ def test_the_command_keeps_what_a_fit_would() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output=a.bin"], "output='a.bin' must end in .safetensors"),
+        (["--output=a.bin"], "--output a.bin must end in .safetensors"),
         (["--output=a.safetensors", "--directions=0"], "directions must be"),
         (["--output=a.safetensors", "--sites=[mlp]"], "sites must name"),
-        (["--output=a.safetensors", "--texts=nothing.txt"], "texts='nothing.txt' cannot be read"),
+        (["--output=a.safetensors", "--texts=nothing.txt"], "--texts nothing.txt cannot be read"),
         (["--output=a.safetensors", "--preserve_tokens=0"], "preserve_tokens must be"),
         (["--output=there.safetensors"], "exists"),
     ],

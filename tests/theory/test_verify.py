@@ -214,11 +214,11 @@ def test_the_command_with_texts_of_the_users(folder: Path, capsys: pytest.Captur
     ("flag", "message", "loads"),
     [
         ("--out=.", "is a folder", False),
-        ("--text_file=missing.txt", "text_file='missing.txt'", False),
-        ("--instruction_file=missing.txt", "instruction_file='missing.txt'", False),
+        ("--text_file=missing.txt", "--text_file missing.txt", False),
+        ("--instruction_file=missing.txt", "--instruction_file missing.txt", False),
         ("--instruction= ", "instruction", False),
-        ("--tokens=1", "tokens=1", False),
-        ("--output=norm_scale", "output='norm_scale'", True),
+        ("--tokens=1", "--tokens 1;", False),
+        ("--output=norm_scale", "--output norm_scale", True),
         ("--tokens=400", "256 tokens", True),
     ],
 )

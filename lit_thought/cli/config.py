@@ -1,0 +1,45 @@
+"""YAML for ``--config``: what is written for a value is its text, and the flag's type says what to make of it.
+
+YAML itself makes a truth value of ``yes``, a number of ``12``, and nothing of an instruction that begins with ``#``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonargparse
+import yaml
+
+__all__ = ["MODE", "load"]
+
+MODE = "lit-thought"
+"""The name under which jsonargparse knows :func:`load`, so that the parsers of others keep their own."""
+_NULL = "tag:yaml.org,2002:null"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain words stay text, but null."""
+
+    def construct_yaml_null(self, node: yaml.ScalarNode) -> None:
+        if not node.value:
+            raise yaml.constructor.ConstructorError(
+                problem="there is no value here; put a text that begins with # into quotes, or write null for none",
+                problem_mark=node.start_mark,
+            )
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, "tag:yaml.org,2002:merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor(_NULL, _Loader.construct_yaml_null)
+
+
+def load(text: str) -> Any:
+    """The value of a YAML text: of a mapping or a list the entries as text; one alone, such as an entry of a mapping of
+    any values, as jsonargparse has it (numbers, truth values)."""
+    value = yaml.load(text, _Loader)
+    return jsonargparse.get_loader("yaml")(text) if isinstance(value, str) else value
+
+
+jsonargparse.set_loader(MODE, load, (yaml.YAMLError,))

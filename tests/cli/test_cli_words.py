@@ -1,0 +1,400 @@
+"""What is typed is what a command gets: texts to the letter, lists in every form, and names with a typing mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hub_server import Hub
+from huggingface_hub import constants
+
+from lit_thought.cli import COMMANDS, main
+from lit_thought.cli.command import _parse
+from lit_thought.cli.errors import as_typed
+from lit_thought.cli.model import read_instruction
+from lit_thought.cli.parser import command_parser
+from lit_thought.errors import ThoughtError
+from lit_thought.model import loading
+
+FIT = ["fit", "--pairs=pairs.jsonl", "--out=new"]
+TEXTS = [
+    "# Give the opposite",  # what YAML makes nothing of
+    "#",
+    "~",
+    "null",
+    "Null",
+    "",
+    " ",
+    "yes",  # a truth value, numbers, a date, a time: jsonargparse#135
+    "no",
+    "12",
+    "1e-3",
+    "0x10",
+    "1_000",
+    "2020-01-01",
+    "12:30:00",
+    "Answer:",  # a mapping: jsonargparse#262
+    "a: b",
+    "{a}",
+    "{'value': 'test'}",
+    "[a, b]",
+    "- a",
+    "-",
+    "-5 degrees",  # a flag: cpython#138950
+    "-5",
+    "--- a",
+    "-> the opposite",
+    "a=b",
+    "'quoted'",  # jsonargparse#28
+    '"quoted"',
+    "' '",
+    "a # b",
+    "ends in blanks  ",
+    "\tends in a tab\t",
+    "ends in a line\n",
+    "\n# two\n\n# lines\n",
+    "&anchor",
+    "*alias",
+    "!tag",
+    "%directive",
+    "@at",
+    "`ticks`",
+    "---",
+    "...",
+    "<<",
+    "Give the opposite, --pairs or not",
+    "Répondez : « oui » \U0001f642",
+]
+
+
+def values(*words: str) -> dict[str, Any]:
+    return _parse(list(words))[1]
+
+
+def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("lit-thought: error: ")
+    return line
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_what_was_typed(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--instruction", text], [f"--instruction={text}"]):
+        for command in (FIT, ["evaluate", "--adapter=a", "--pairs=p"], ["verify"]):
+            assert values(*command, *words)["instruction"] == text
+    assert values(*FIT, "--template", text, "--instruction", text)["template"] == text
+    assert values("push", "a", "me/a", "--message", text)["message"] == text
+    with pytest.raises(SystemExit):  # and once more, from what it says that it was
+        main([*FIT, "--instruction", text, "--print_config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["instruction"] == text
+    (tmp_path / "printed.yaml").write_text(printed, encoding="utf-8")
+    assert values("fit", f"--config={tmp_path / 'printed.yaml'}")["instruction"] == text
+
+
+@pytest.mark.parametrize("text", ["#1/", "~", "12", "yes", "-x", "a, b", "a b", "a:", "[a]"])
+def test_so_are_names_and_paths(text: str) -> None:
+    found = values("evaluate", "--pairs", text, "--adapter", text, "--out", text, "--unrelated", text, "--device", text)
+    assert {found[name] for name in ("pairs", "adapter", "out", "unrelated", "device")} == {text}
+    found = values(*FIT, "--statistics_dir", text, "--cache_dir", text, "--val_pairs", text)
+    assert {found[name] for name in ("statistics_dir", "cache_dir", "val_pairs")} == {text}
+    if not text.startswith("["):  # a list of texts
+        assert values(*FIT, "--preserve", text)["preserve"] == text
+
+
+def test_null_is_nothing_where_nothing_is_something() -> None:
+    assert values(*FIT, "--preserve=null")["preserve"] is None
+    found = values("evaluate", "--pairs=p", "--adapter=a", "--unrelated=null", "--perplexity_interval", "null")
+    assert (found["unrelated"], found["perplexity_interval"]) == (None, None)
+    found = values(*FIT, "--rank=null", "--statistics_dir=null", "--device=null", "--sites=null", "--blocks", "null")
+    assert {found[name] for name in ("rank", "statistics_dir", "device", "sites", "blocks")} == {None}
+
+
+def test_a_forgotten_value_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--instruction", "--rank", "3"], ["--instruction", "--rank=3"], ["--instruction"]):
+        assert "--instruction: expected one argument" in fails([*FIT, *flags], capsys)
+    assert "--instruction: expected one argument" in fails(["verify", "--instruction", "-h"], capsys)
+    assert "into quotes" in fails([*FIT, "--instruction", "-5", "degrees"], capsys)
+
+
+def test_a_negative_number_is_a_number() -> None:
+    assert values(*FIT, "--scale", "-1e-3", "--seed", "-1")["scale"] == -1e-3
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("yes", "yes"),
+        ("12", "12"),
+        ("0.50", "0.50"),
+        ("2020-01-01", "2020-01-01"),
+        ("null", None),
+        ("~", None),
+        ("'null'", "null"),
+        ('"~"', "~"),
+        ('"# Give"', "# Give"),
+        ('""', ""),
+        ("|\n  # two\n  # lines", "# two\n# lines\n"),
+        ("Give # the opposite", "Give"),  # as YAML has it
+    ],
+)
+def test_a_text_in_a_config(line: str, text: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"instruction: {line}\n", encoding="utf-8")
+    assert values(*FIT, f"--config={tmp_path / 'a.yaml'}")["instruction"] == text
+
+
+@pytest.mark.parametrize("line", ["instruction: # Give", "instruction:", "sites:", "generate: {top_k: }"])
+def test_an_empty_value_in_a_config_is_refused(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(f"# of a fit\n{line}\n", encoding="utf-8")
+    said = fails([*FIT, f"--config={tmp_path / 'a.yaml'}"], capsys)
+    assert re.search(r"no value here.*quotes.*line 2", said)
+
+
+def test_numbers_and_switches_in_a_config_are_such(tmp_path: Path) -> None:
+    lines = "rank: 8\nridge: 1e-3\nscale: 1\nstep_size: .5\nquiet: yes\nprogress: false\noffload: true\nseed: 1_000\n"
+    lines += "blocks: [0, 1]\ngenerate: {do_sample: yes, top_k: 3, temperature: 0.7, bad: no, eos: ~}\n"
+    (tmp_path / "a.yaml").write_text(lines, encoding="utf-8")
+    found = values(*FIT, f"--config={tmp_path / 'a.yaml'}")
+    assert (found["rank"], found["ridge"], found["scale"], found["step_size"]) == (8, 1e-3, 1.0, 0.5)
+    assert (found["quiet"], found["progress"], found["offload"], found["seed"]) == (True, False, True, 1000)
+    assert found["blocks"] == [0, 1]
+    assert found["generate"] == {"do_sample": True, "top_k": 3, "temperature": 0.7, "bad": False, "eos": None}
+
+
+def test_a_mark_before_a_file_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfGive the opposite.\n")
+    assert read_instruction(None, str(tmp_path / "a.txt")) == "Give the opposite.\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "warned"),
+    [
+        ("instruction", r"Q: hot\nA: cold", True),
+        ("template", r"{input}\n{output}", True),
+        ("instruction", "a path\\name\nof two lines", False),
+        ("instruction", "Q: hot\nA: cold", False),
+    ],
+)
+def test_a_backslash_and_an_n_are_no_newline(
+    flag: str,
+    text: str,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--pairs=missing.jsonl", "--out=new", "--instruction=x", f"--{flag}={text}"])
+    said = capsys.readouterr()
+    assert (rf"Warning: --{flag} holds a backslash and an n" in said.err) == (r"$'…\n'" in said.err) == warned
+    assert said.out == ""
+
+
+# --- lists --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--sites", "attn_out"], ["attn_out"]),
+        (["--sites=attn_out"], ["attn_out"]),
+        (["--sites", "attn_out", "mlp_out"], ["attn_out", "mlp_out"]),
+        (["--sites", "attn_out,mlp_out"], ["attn_out", "mlp_out"]),
+        (["--sites=attn_out,mlp_out"], ["attn_out", "mlp_out"]),
+        (["--sites", "attn_out,", "mlp_out"], ["attn_out", "mlp_out"]),  # corso#1145
+        (["--sites", "attn_out mlp_out"], ["attn_out", "mlp_out"]),
+        (["--sites", "[attn_out, mlp_out]"], ["attn_out", "mlp_out"]),
+        (["--sites", "[attn_out,", "mlp_out]"], ["attn_out", "mlp_out"]),  # as a shell splits it
+        (["--sites", '["attn_out"]'], ["attn_out"]),
+        (["--sites+=attn_out", "--sites+", "mlp_out"], ["attn_out", "mlp_out"]),
+        (["--sites", "attn_out", "mlp_out", "--rank", "3"], ["attn_out", "mlp_out"]),
+        (["--parts", "matrix", "vector"], ["matrix", "vector"]),
+        (["--blocks", "0", "1", "2"], [0, 1, 2]),
+        (["--blocks", "0,1", "2"], [0, 1, 2]),
+        (["--blocks=7"], [7]),
+        (["--blocks", "[0, 1]"], [0, 1]),
+        (["--blocks", "-1"], [-1]),  # which the settings refuse
+        (["--blocks", "auto"], "auto"),
+        (["--blocks=null"], None),
+        (["--sites", "null"], None),
+        (["--preserve", "[a text, another]"], ["a text", "another"]),
+    ],
+)
+def test_a_list_in_every_form(words: list[str], found: Any) -> None:
+    assert values(*FIT, *words)[words[0].strip("-").partition("=")[0].rstrip("+")] == found
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["en"], "en"),
+        (["no"], "no"),  # Norwegian: huggingface_hub#797
+        (["en", "no"], ["en", "no"]),
+        (["en,no"], ["en", "no"]),
+        (["[en, no]"], ["en", "no"]),
+        (["null"], None),
+    ],
+)
+def test_a_language_or_several(words: list[str], found: Any) -> None:
+    assert values("push", "a", "me/a", "--language", *words)["language"] == found
+
+
+def test_a_list_in_a_config(tmp_path: Path) -> None:
+    for line, found in (("attn_out", ["attn_out"]), ("attn_out, mlp_out", ["attn_out", "mlp_out"]), ("[a]", ["a"])):
+        (tmp_path / "a.yaml").write_text(f"sites: {line}\n", encoding="utf-8")
+        assert values(*FIT, f"--config={tmp_path / 'a.yaml'}")["sites"] == found
+
+
+def test_an_empty_list_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--sites+: expected one argument" in fails([*FIT, "--sites", "--rank=3"], capsys)
+    assert "--sites must name one or more" in fails([*FIT, "--sites="], capsys)
+    assert "--blocks must be indices" in fails([*FIT, "--blocks", "-1"], capsys)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["fit", "--pair", "x"], "--pairs"),
+        (["fit", "--pair=x"], "--pairs"),
+        (["fit", "-pairs", "x"], "--pairs"),
+        ([*FIT, "--instrction", "x"], "--instruction"),
+        ([*FIT, "--instruction-file", "x"], "--instruction_file"),
+        ([*FIT, "--RANK=3"], "--rank"),
+        ([*FIT, "--rank=3", "--overwrit"], "--overwrite"),
+        (["inspect", "--hel"], "--help"),  # clypi#173
+        (["inspect", "--confg=a.yaml"], "--config"),
+        (["--versoin"], "--version"),
+        (["ft"], "fit"),
+        (["Fit"], "fit"),
+        (["evalute", "--adapter=a"], "evaluate"),
+        (["--config=unknown.yaml", "inspect"], "tokens"),
+        (["inspect", "--config=unknown.yaml"], "tokens"),
+    ],
+)
+def test_a_name_with_a_typing_mistake(
+    words: list[str],
+    nearest: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("unknown.yaml").write_text("tokns: 3\n" if words[0] == "inspect" else "inspect: {tokns: 3}\n")
+    assert f" Did you mean {nearest}? See lit-thought" in fails(words, capsys)
+
+
+def test_what_is_near_nothing_suggests_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no flag --bogus. See" in fails([*FIT, "--bogus=1"], capsys)
+    assert "'xyzzy' is no command (choose from fit, " in fails(["xyzzy"], capsys)
+    assert "required: --pairs, --out. See" in fails(["fit"], capsys)
+
+
+@pytest.mark.parametrize("name", ["smolm2", "SmolLM2", "smollm", "smollm-2", "smol-lm2"])
+def test_a_typing_mistake_in_the_models_name_asks_nobody(name: str, hub: Hub) -> None:
+    with pytest.raises(ThoughtError, match=r"is no model\. Did you mean 'smollm2'\?"):
+        loading.load_model(name)
+    assert hub.requests == []
+
+
+def test_one_request_tells_that_there_is_no_such_model(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model nobody/nothing is no directory here, and no model on the hub" in fails(
+        ["inspect", "nobody/nothing"], capsys
+    )
+    assert len(hub.sent("nobody/nothing")) == 1
+
+
+def test_without_a_network_it_is_told_at_once(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "nobody/nothing"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "the hub cannot be reached" in said
+    assert "Retrying" not in said
+    with pytest.raises(ThoughtError, match=r"tokenizer='nobody/words'.*cannot be reached"):
+        loading.load_model(tokenizer="nobody/words")
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("path='new' exists. Choose another path, or pass overwrite=True.", "--out new exists. Choose another path, or "
+         "pass --overwrite."),
+        ("instruction must be a text. Pass instruction=..., or", "--instruction must be a text. Pass --instruction …, "
+         "or"),
+        ("instruction and instruction_file exclude each other", "--instruction and --instruction_file exclude each "
+         "other"),
+        ("parts=['matrix', 'vector'] with sites=['mlp_out']: at", "--parts matrix vector with --sites mlp_out: at"),
+        ("name='a b' is a file", "--model 'a b' is a file"),
+        ("name is empty; expected", "--model is empty; expected"),
+        ("rank=8 has no use. Leave rank out.", "--rank 8 has no use. Leave --rank out."),
+        ("Pass preserve_weight=0, or prior_of.", "Pass --preserve_weight 0, or prior_of."),
+        ('order="teacher-forced" does, progress=False too', "--order teacher-forced does, --progress false too"),
+        ("pairs: the file has rank_one=True", "--pairs: the file has rank_one=True"),
+        ("rank is what rank does; x.rank=3, f(rank=3)", "--rank is what rank does; x.rank=3, f(rank=3)"),
+        ("patch has vectors; model types", "patch has vectors; model types"),
+    ],
+)  # fmt: skip
+def test_errors_speak_of_flags(message: str, typed: str) -> None:
+    assert as_typed(message, values(*FIT)) == typed
+    assert as_typed(message, ()) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit", "--pairs=pairs.jsonl", "--out=full"], "--out full is a folder that is not empty. Choose another path, "
+         "or pass --overwrite to"),
+        (["fit", "--pairs=pairs.jsonl", "--out=new"], "Pass --instruction …, or give each pair its own."),
+        (["fit", "--pairs=none.jsonl", "--out=new", "--instruction=x"], "error: --pairs: expected a file"),
+        (["fit", "--pairs=pairs.jsonl", "--out=new", "--instruction=x", "--instruction_file=y"],
+         "error: --instruction and --instruction_file exclude each other"),
+        ([*FIT, "--instruction=x", "--sites=mlp_out", "--parts", "matrix", "vector"],
+         "error: --parts matrix vector with --sites mlp_out: at mlp_out"),
+        (["verify", "--out=full"], "error: --out full is a folder; expected a file"),
+        (["preserve", "full/nothing/model", "--output=taken.safetensors"],
+         "--output taken.safetensors exists. Choose another path, or pass --overwrite."),
+        (["inspect", "full/nothing/model"], "error: --model full/nothing/model looks like a directory"),
+        (["inspect", "full"], "error: --model full is a directory without a config.json"),
+        (["inspect", "smollm2", "--revision=main"], "error: --revision main applies to hub models"),
+        (["inspect", "full", "--dtype=int8"], "error: --dtype int8; expected one of"),
+        (["inspect", "full", "--rank=0"], "error: --rank must be a whole number of 1 or more"),
+        (["inspect", "--quiet", "--verbose"], "error: --quiet and --verbose exclude each other"),
+        (["inspect", "full", "--tokens=many"], "error: --tokens: Expected a <class 'int'>"),
+        ([*FIT, "--blocks=first"], "error: --blocks: Does not validate"),
+    ],
+)  # fmt: skip
+def test_failing_commands_speak_of_flags(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/file").touch()
+    Path("taken.safetensors").touch()
+    Path("pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
+    line = fails(words, capsys)
+    assert said in line
+    flags = [action.dest for action in command_parser(COMMANDS[words[0]])._actions]
+    assert not re.search(rf"\b({'|'.join(flags)})=", line)
