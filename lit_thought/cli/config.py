@@ -38,7 +38,11 @@ _Loader.add_constructor(_NULL, _Loader.construct_yaml_null)
 def load(text: str) -> Any:
     """The value of a YAML text: of a mapping or a list the entries as text; one alone, such as an entry of a mapping of
     any values, as jsonargparse has it (numbers, truth values)."""
-    value = yaml.load(text, _Loader)
+    loader = _Loader(text)
+    try:
+        value = loader.get_single_data()
+    finally:
+        loader.dispose()
     return jsonargparse.get_loader("yaml")(text) if isinstance(value, str) else value
 
 

@@ -134,7 +134,8 @@ def plan(
     def seconds(own: Load) -> dict[str, float]:
         every = tokens + own.compared - load.compared
         operations = fit_operations(model, blocks, stages, own, every, preserve)
-        return estimate_seconds({name: steps * count for name, count in operations.items()}, layer, device, rows)
+        every_step = {name: steps * count for name, count in operations.items()}
+        return estimate_seconds(every_step, layer, device, rows, steps * len(stages))
 
     most = sum(seconds(load.longer(missing)).values()) if missing else 0.0
     return replace(found, place=place, seconds=seconds(load), most_seconds=most)

@@ -133,7 +133,7 @@ def inspect_model(
     stages = stages_of(blocks, chosen)
     memory = estimate_bytes(model, blocks, stages, load, tokens)
     seconds, preservation = (
-        estimate_seconds(operations, fitted[-1].layer, model.device, tokens, asked=True)
+        estimate_seconds(operations, fitted[-1].layer, model.device, tokens, len(fitted), asked=True)
         for operations in (
             fit_operations(model, blocks, stages, load, tokens, preserve=True),
             preserve_operations(model, blocks, fitted, preserve_tokens),

@@ -82,12 +82,18 @@ def benchmark(
             rows.append({"pairs": count, **side_by_side(lm, data, run, repeats), "generate_seconds": generating})
     environment, names = machine(lm.device), list(rows[0]["stages"])
     head = ["pairs", "chunk tokens", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward"]
-    head += [*(f"{name}, s" for name in names), "peak memory above the model, MB", "(outputs, if generated, s)"]
+    head += [
+        *(f"{name}, s" for name in names),
+        "forward, statistics and solve: estimated ÷ measured",
+        "peak memory above the model, MB",
+        "(outputs, if generated, s)",
+    ]
     lines = [
         [
             *(row["pairs"], row["chunk_tokens"], row["compared_tokens"]),
             *(f"{row[key]:.2f}" for key in ("bare_seconds", "fit_seconds", "ratio")),
             *(f"{row['stages'][name]:.2f}" for name in names),
+            "–" if row["estimated_ratio"] is None else f"{row['estimated_ratio']:.2f}",
             *(f"{row['peak_bytes'] / 1e6:.0f}", f"{row['generate_seconds']:.2f}"),
         ]
         for row in rows
@@ -135,14 +141,18 @@ def side_by_side(lm: Any, data: PairDataModule, run: Callable[[], ThoughtCallbac
         bares.append(seconds(partial(bare, lm, data)))
         fits.append(seconds(lambda: stages.append(dict(run().stopwatch.seconds))))
     with peak_memory(lm.device) as peak:
-        run()
+        estimate = run().estimate
+    assert estimate is not None
+    timed = {name: median(s[name] for s in stages) for name in stages[0]}
+    measured = sum(timed[name] for name in estimate.seconds)  # a fit that is too short is not asked
     return {
         "compared_tokens": sum(len(b.plain_rows) for b in data.batches),
         "chunk_tokens": max(b.target.ids.shape[1] for b in data.batches if len(b.target.ids) == 1),
         "bare_seconds": median(bares),
         "fit_seconds": median(fits),
         "ratio": median(f / b for f, b in zip(fits, bares, strict=True)),
-        "stages": {name: median(s[name] for s in stages) for name in stages[0]},
+        "stages": timed,
+        "estimated_ratio": sum(estimate.seconds.values()) / measured if measured else None,
         "peak_bytes": peak["bytes"],
     }
 

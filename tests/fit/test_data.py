@@ -9,12 +9,15 @@ import torch
 from fits import INSTRUCTION, PAIRS, readable
 from models import make_model, make_tokenizer
 
+from lit_thought import transmute
 from lit_thought.errors import ThoughtError
+from lit_thought.fit import preparing
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.model.loading import context_window
 from lit_thought.prompts.pairs import pair_instructions
 from lit_thought.prompts.template import PromptTemplate
+from lit_thought.runs.generate import Generation
 
 TOKENIZER = make_tokenizer()
 
@@ -67,9 +70,11 @@ def test_instruction_alone_overflows() -> None:
         data.tokenise(TOKENIZER, 65)  # it fits, but not with a query
 
 
-def test_an_output_that_comes_out_too_long_is_refused_too() -> None:
+def test_an_output_that_comes_out_too_long_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text that was decoded and is tokenised again may be longer than what was written."""
     model = window(60)
-    data = PairDataModule([{"input": "hot"}], "bad\n", max_new_tokens=2, generate={"max_new_tokens": 70})
+    monkeypatch.setattr(preparing, "generate", lambda m, t, prompts, **_: [Generation("cold " * 70, True)])
+    data = PairDataModule([{"input": "hot"}], "bad\n", max_new_tokens=2)
     with pytest.raises(ThoughtError, match=r"pairs\[0\]: expected at most 60"):
         prepare_pairs(data, readable(model), TOKENIZER)
 
@@ -147,6 +152,11 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     ],
 )
 def test_bad_options_of_generate(options: dict[str, Any], message: str) -> None:
-    data = PairDataModule([{"input": "hot"}, {"input": "big"}], INSTRUCTION, generate=options, max_new_tokens=3)
     with pytest.raises(ThoughtError, match=message):
-        prepare_pairs(data, make_model(), TOKENIZER)
+        PairDataModule([{"input": "hot"}, {"input": "big"}], INSTRUCTION, generate=options, max_new_tokens=3)
+
+
+def test_a_bad_value_of_an_option_is_refused_before_any_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing.PreservationSource, "load", lambda *_: pytest.fail("preserves already"))
+    with pytest.raises(ThoughtError, match=r"generate: model.generate refused .*'top_p': 7"):
+        transmute(make_model(), TOKENIZER, INSTRUCTION, [{"input": "hot"}], generate={"do_sample": True, "top_p": 7})
