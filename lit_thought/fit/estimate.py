@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-_SLOWER = {"forward": 1.6, "statistics": 1.6, "solve": 3.2}
+_SLOWER = {"forward": 1.4, "statistics": 1.6, "solve": 3.2}
 """Than single products: of a batch with one of the model's matrices, and of square matrices."""
 _PER_SOLVE = 0.005
 """Seconds of a solve besides its operations."""
