@@ -16,6 +16,7 @@ from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.selection import check_auto, select_settings
+from lit_thought.model.bare import unwrap
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.settings import FitSettings, takes_settings
@@ -74,6 +75,7 @@ def transmute(
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
         check_auto(auto, len(data.pairs), options)
+    model = unwrap(model)
     module = ThoughtModule(*(_loaded(model) if _is_loader(model) else (cast(PreTrainedModel, model), tokenizer)))
     if not auto:
         return fit(module, data, callback, progress=progress)

@@ -122,8 +122,9 @@ _OF_PEFT = (
 
 def _inner(module: Any) -> Any:
     """What a wrapper that leaves it as it is holds, or None."""
-    if not isinstance(module, nn.Module):
-        return None
+    if not isinstance(module, nn.Module):  # torch.compile makes a function of a module that is compiled already
+        owner = getattr(getattr(module, "_torchdynamo_orig_callable", None), "__self__", None)
+        return owner if isinstance(owner, nn.Module) else None
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
     if _is_peft_model(module):

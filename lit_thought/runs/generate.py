@@ -45,6 +45,8 @@ _WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "typical_p": TypicalLogitsWarper,
 }
 """What shapes the distribution that is sampled from, in transformers' order."""
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+"""Values of these that leave it as it is."""
 _READING = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias")
 """Options that look at a prompt's tokens, and would take padding for some of them."""
 _NEVER = ("suppress_tokens", "begin_suppress_tokens")
@@ -195,7 +197,8 @@ def generate(
         never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
         meant = {**never, **given, "eos_token_id": sorted(ends) or None}
         config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **meant)
-        warpers = LogitsProcessorList([_WARPERS[name](value) for name, value in shaping.items()])
+        acting = [name for name, value in shaping.items() if value is not None and value != _NEUTRAL.get(name)]
+        warpers = LogitsProcessorList([_WARPERS[name](shaping[name]) for name in acting])
     for members in batches:
         rest = pad([prompts[i][shared:] for i in members], pad_id, "left").to(device)
         ahead = torch.tensor([list(prompts[0][:shared])], dtype=torch.long, device=device)

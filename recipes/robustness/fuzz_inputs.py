@@ -195,6 +195,7 @@ def _read_config(folder: Path) -> object:
 
 def _write_instruction(folder: Path) -> None:
     (folder / "instruction.json").write_text(json.dumps(INSTRUCTION.strip()), encoding="utf-8")
+    (folder / "pairs.json").write_text(json.dumps(PAIRS), encoding="utf-8")
 
 
 def _spoil_instruction(folder: Path, draw: Random) -> str:
@@ -245,7 +246,6 @@ def _spoil_instruction(folder: Path, draw: Random) -> str:
 def _read_instruction(folder: Path) -> object:
     """The command line: as one word, as two, and from a file, the text that is typed arrives, to the letter."""
     text = json.loads((folder / "instruction.json").read_text(encoding="utf-8"))
-    (folder / "pairs.json").write_text(json.dumps(PAIRS), encoding="utf-8")
     for words in ([f"--instruction={text}"], ["--instruction", text]):
         reached = mock.Mock(side_effect=Reached)
         said = io.StringIO()

@@ -90,6 +90,11 @@ def compiled_twice(model: PreTrainedModel) -> Any:
     return torch.compile(nn.DataParallel(compiled_layers(model)), backend="eager")
 
 
+def compiled_again(model: PreTrainedModel) -> Any:
+    """Which is a function, and no module."""
+    return torch.compile(torch.compile(model, backend="eager"), backend="eager")
+
+
 def checkpointed(model: PreTrainedModel) -> Any:
     layers = model.get_decoder().layers
     for index, layer in enumerate(layers):
@@ -135,6 +140,7 @@ TAKEN_OFF = [
     compiled_forward,
     compiled_projection,
     compiled_twice,
+    compiled_again,
     checkpointed,
     data_parallel,
     distributed,

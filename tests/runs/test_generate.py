@@ -210,7 +210,16 @@ def test_what_is_sampled_does_not_depend_on_the_batch(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shaping", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"typical_p": 0.5}]
+    "shaping",
+    [
+        {},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": None},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_p": 0.3},
+        {"typical_p": 0.5},
+    ],
 )
 def test_samples_have_the_distribution_that_transformers_warpers_make(shaping: dict) -> None:
     """Of the next token, over 1,500 draws; which tokens can come at all, exactly."""
@@ -220,7 +229,7 @@ def test_samples_have_the_distribution_that_transformers_warpers_make(shaping: d
         logits = model(torch.tensor([LEAD])).logits[:, -1].float()
     warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
     warpers |= {"min_p": MinPLogitsWarper, "typical_p": TypicalLogitsWarper}
-    for name, value in shaping.items():
+    for name, value in shaping.items() if len(shaping) == 1 else ():
         logits = warpers[name](value)(torch.tensor([LEAD]), logits)
     expected = logits.double().softmax(-1)[0].numpy()
     options = {"do_sample": True, **shaping}
