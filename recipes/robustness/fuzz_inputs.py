@@ -173,24 +173,32 @@ def _spoil_config(folder: Path, draw: Random) -> str:
     return change
 
 
-def _read_config(folder: Path) -> object:
-    """The command line; bad usage ends with status 2 and a message."""
+def _run_command(folder: Path, words: list[str], owner: Any, name: str, stand_in: Any) -> None:
+    """The command line, with a function of the library replaced; bad usage ends with status 2 and a message.
+
+    Raises:
+        Reached: when the function is called.
+        ThoughtError: for bad usage.
+    """
     said = io.StringIO()
     with (
         contextlib.chdir(folder),
         contextlib.redirect_stderr(said),
         contextlib.redirect_stdout(said),
-        mock.patch.object(loading, "load_model", _stop),
+        mock.patch.object(owner, name, stand_in),
     ):
         try:
-            main(["fit", "--config", "fit.yaml", "--progress", "false"])
+            main(words)
         except SystemExit as error:
             if error.code == 2 and "error:" in said.getvalue():
                 raise ThoughtError(said.getvalue()) from error
             if isinstance(error.__context__, Reached):  # the command takes it for a bug
                 raise error.__context__ from None
             raise RuntimeError(f"status {error.code}: {said.getvalue()}") from error
-    return None
+
+
+def _read_config(folder: Path) -> object:
+    return _run_command(folder, ["fit", "--config", "fit.yaml", "--progress", "false"], loading, "load_model", _stop)
 
 
 def _write_instruction(folder: Path) -> None:
@@ -248,20 +256,10 @@ def _read_instruction(folder: Path) -> object:
     text = json.loads((folder / "instruction.json").read_text(encoding="utf-8"))
     for words in ([f"--instruction={text}"], ["--instruction", text]):
         reached = mock.Mock(side_effect=Reached)
-        said = io.StringIO()
-        with (
-            contextlib.chdir(folder),
-            contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(said),
-            mock.patch.object(api, "transmute", reached),
-        ):
-            try:
-                main(["fit", "--pairs", "pairs.json", "--out", "adapter", *words])
-            except SystemExit as error:
-                if not isinstance(error.__context__, Reached):
-                    if error.code == 2 and "error:" in said.getvalue():
-                        raise ThoughtError(said.getvalue()) from error
-                    raise RuntimeError(f"status {error.code}: {said.getvalue()}") from error
+        with contextlib.suppress(Reached):
+            _run_command(
+                folder, ["fit", "--pairs", "pairs.json", "--out", "adapter", *words], api, "transmute", reached
+            )
         if reached.call_args is None or reached.call_args.args[2] != text:
             raise RuntimeError(f"{text!r} arrived as {reached.call_args}")
     return None
