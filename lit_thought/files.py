@@ -101,31 +101,19 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         OSError: naming ``path`` and what to do, where the disk is full or there is no permission.
     """
     folder = check_output_folder(path, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    temporary = _sibling(folder, f"{_HOST}.tmp")
-    fresh = temporary.with_suffix(".new")  # under which no one takes it for abandoned before it is locked
-    with ExitStack() as stack:
-        try:
-            with writing(folder, temporary):
-                fresh.mkdir()
-                mode = fresh.stat().st_mode & 0o666
-                stack.enter_context(_locked(fresh))
-                fresh.replace(temporary)
-                yield temporary
-                for file in temporary.rglob("*"):
-                    if file.is_file() and not file.is_symlink():
-                        file.chmod(mode)
-                _replace_folder(temporary, check_output_folder(path, overwrite))
-        except BaseException:
-            for left in (fresh, temporary):
-                shutil.rmtree(left, ignore_errors=True)
-            raise
+    with _workplace(folder) as temporary, writing(folder, temporary):
+        mode = temporary.stat().st_mode & 0o666
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
+        _replace_folder(temporary, check_output_folder(path, overwrite))
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
-    """Yield the name of a temporary file beside ``path`` (same suffix) that becomes ``path`` at the end.
+    """Yield the name of a temporary file (that of ``path``, in a hidden folder beside it) that becomes ``path`` at the
+    end.
 
     On any exception the temporary file is removed and ``path`` stays as it was. A link at ``path`` is replaced, and
     what it leads to stays as it was, too. Who may read and write the file is what the umask says, whatever made it.
@@ -140,19 +128,34 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     if os.path.lexists(file) and not overwrite:
         raise ThoughtError(f"path={str(path)!r} exists. Choose another path, or pass overwrite=True.")
     _check_parent(path, file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(file, "tmp", keep_suffix=True)
-    try:
-        with writing(file, temporary):
-            temporary.touch()
-            mode = stat.S_IMODE(temporary.stat().st_mode)
-            temporary.unlink()
+    with _workplace(file) as folder, writing(file, folder):
+        temporary = folder / file.name
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, file)
+
+
+@contextmanager
+def _workplace(place: Path) -> Iterator[Path]:
+    """A hidden folder beside what is to be written, which is gone at the end; those of processes that were killed are
+    removed first."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(place)
+    temporary = _sibling(place, f"{_HOST}.tmp")
+    fresh = temporary.with_suffix(".new")  # under which no one takes it for abandoned before it is locked
+    with ExitStack() as stack:
+        try:
+            with writing(place, fresh):
+                fresh.mkdir()
+                stack.enter_context(_locked(fresh))
+                fresh.replace(temporary)
             yield temporary
-            temporary.chmod(mode)
-            os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        finally:
+            for left in (fresh, temporary):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -239,9 +242,8 @@ def _remove_abandoned(folder: Path) -> None:
                         shutil.rmtree(found, ignore_errors=True)
 
 
-def _sibling(path: Path, kind: str, keep_suffix: bool = False) -> Path:
-    suffix = path.suffix if keep_suffix else ""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}{suffix}")
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}")
 
 
 def _check_parent(path: str | os.PathLike[str], resolved: Path) -> None:
