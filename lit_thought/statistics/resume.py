@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -35,8 +36,8 @@ __all__ = ["UnfinishedFit"]
 _FORMAT = 3
 _FIT = "fit.json"
 _NAME = r"(fit\.json|stage-\d{5}\.safetensors)"
-_LEFT = re.compile(rf"\.{_NAME}\.[0-9a-f]{{12}}\.tmp\.\w+")
-"""Temporary names of our files, as a killed process leaves them."""
+_LEFT = re.compile(rf"\.{_NAME}\.[0-9a-f]{{12}}\.[0-9a-f]{{8}}\.(tmp|new)")
+"""Hidden folders in which our files are written, as a killed process leaves them."""
 
 
 class UnfinishedFit:
@@ -156,8 +157,10 @@ class UnfinishedFit:
         if self.write:
             with suppress(OSError):
                 for entry in list(self.folder.iterdir()):
-                    if re.fullmatch(_NAME, entry.name) or _LEFT.fullmatch(entry.name):
+                    if re.fullmatch(_NAME, entry.name):
                         entry.unlink()
+                    elif _LEFT.fullmatch(entry.name):
+                        shutil.rmtree(entry)
                 self.folder.rmdir()
 
     def _stage_file(self, number: int) -> Path:
