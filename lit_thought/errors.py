@@ -5,7 +5,9 @@ A message names the argument, what was expected, what came, and what to do.
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "ThoughtError",
     "UnsupportedModelError",
     "check_counts",
+    "did_you_mean",
     "is_finite",
 ]
 
@@ -37,6 +40,12 @@ class PatchError(ThoughtError):
 
 class MemoryBudgetError(ThoughtError):
     """A fit that needs more memory, or room on disk, than there is; says how much for what."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean '…'?``, where one of the ``known`` names is near; else nothing."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def is_finite(value: Any) -> bool:

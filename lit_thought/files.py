@@ -41,6 +41,7 @@ __all__ = [
     "own_file",
     "parse_json",
     "read_json",
+    "temporary_of",
     "writing",
 ]
 
@@ -233,13 +234,22 @@ def _lock(handle: int) -> bool:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove this machine's temporary folders for ``folder`` whose process is gone."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}\.{_HOST}\.tmp")
+    name = temporary_of(re.escape(folder.name), _HOST, "tmp")
     with suppress(OSError):
         for found in [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)]:
             if found.is_dir() and not found.is_symlink():
                 with _locked(found) as free:
                     if free:
                         shutil.rmtree(found, ignore_errors=True)
+
+
+def temporary_of(name: str, host: str = "[0-9a-f]{8}", kind: str = "(tmp|new)") -> re.Pattern[str]:
+    """The names of the hidden folders in which files and folders are written.
+
+    Args:
+        name: of these, a regular expression; ``host`` and ``kind`` likewise.
+    """
+    return re.compile(rf"\.{name}\.[0-9a-f]{{12}}\.{host}\.{kind}")
 
 
 def _sibling(path: Path, kind: str) -> Path:

@@ -7,7 +7,6 @@ patch's provenance keeps those that it depends on, and ``"auto"`` chooses some: 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-from lit_thought.errors import ThoughtError, check_counts, is_finite
+from lit_thought.errors import ThoughtError, check_counts, did_you_mean, is_finite
 
 __all__ = [
     "DEFAULT_SITES",
@@ -230,8 +229,7 @@ def takes_settings(**where: bool) -> Callable[[_Function], _Function]:
         @functools.wraps(function)
         def called(*args: Any, **given: Any) -> Any:
             for name in given.keys() - own.parameters.keys() - set(known):
-                near = difflib.get_close_matches(name, [*own.parameters, *known], 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, [*own.parameters, *known])
                 raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}.{hint}")
             return function(*args, **given)
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import groupby
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.model.calls import cache_arguments
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
@@ -115,8 +114,7 @@ def check_options(options: Mapping[str, Any] | None) -> None:
     given = options or {}
     for name in given:
         if name not in _SUPPORTED:
-            near = get_close_matches(str(name), _SUPPORTED, 1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
+            meant = did_you_mean(str(name), _SUPPORTED)
             names = ", ".join(n for n in _SUPPORTED if n != "logits_processor")
             raise ThoughtError(
                 f"generate: {name!r} is not supported.{meant} {_INSTEAD.get(name, f'Options are {names}.')}"

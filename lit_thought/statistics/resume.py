@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import atomic_file, check_version, expanded, is_own_file, read_json
+from lit_thought.files import atomic_file, check_version, expanded, is_own_file, read_json, temporary_of
 from lit_thought.model.blocks import Site
 from lit_thought.prompts.instruction_hash import hash_text, is_text_of
 from lit_thought.statistics.stage_file import KeptStage, label
@@ -36,7 +36,7 @@ __all__ = ["UnfinishedFit"]
 _FORMAT = 3
 _FIT = "fit.json"
 _NAME = r"(fit\.json|stage-\d{5}\.safetensors)"
-_LEFT = re.compile(rf"\.{_NAME}\.[0-9a-f]{{12}}\.[0-9a-f]{{8}}\.(tmp|new)")
+_LEFT = temporary_of(_NAME)
 """Hidden folders in which our files are written, as a killed process leaves them."""
 
 

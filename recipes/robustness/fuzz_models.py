@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
-from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -155,7 +155,7 @@ def _read_wrappers(folder: Path) -> object:
     patch = _fitted(wrapped, tokenizer)
     if any(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before):
         raise RuntimeError("the model was changed")
-    bare = _fitted(tiny_model(), TOKENIZER)
+    bare = _bare_patch()
     if patch.targets != bare.targets:
         raise RuntimeError(f"another patch: of {patch.targets[:1]}")
     for path, factors in bare.factors.items():
@@ -164,9 +164,13 @@ def _read_wrappers(folder: Path) -> object:
     return None
 
 
+@cache
+def _bare_patch() -> ThoughtPatch:
+    return _fitted(tiny_model(), TOKENIZER)
+
+
 def _fitted(model: Any, tokenizer: Any) -> ThoughtPatch:
-    with mock.patch.dict("os.environ", {"TOKENIZERS_PARALLELISM": "false"}):
-        return transmute(model, tokenizer, INSTRUCTION, PAIRS[:2], preserve=None, blocks=[0], rank=2, progress=False)
+    return transmute(model, tokenizer, INSTRUCTION, PAIRS[:2], preserve=None, blocks=[0], rank=2, progress=False)
 
 
 MODELS: dict[str, Kind] = {

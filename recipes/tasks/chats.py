@@ -17,7 +17,7 @@ from lit_thought.runs.generate import generate
 from recipes.harness import Unrelated, table
 
 TEMPLATE = PromptTemplate.chat()
-SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+SAMPLED = {"do_sample": True}
 PLACES = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32), (32, None))
 """Parts of an answer, in tokens, whose divergence is shown apart."""
 

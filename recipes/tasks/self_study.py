@@ -17,7 +17,7 @@ from lit_thought.runs.generate import generate
 from recipes.harness import DATA
 
 FOLDER = DATA / "documents"
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0}
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 LONGEST = 24
 """Tokens of a question; longer ones are dropped."""
 DRAWN = 48
