@@ -105,8 +105,8 @@ def system_prompt(
     write_results(__file__, out, "\n".join(filter(None, parts)), record)
 
 
-def instructions_known() -> dict[str, dict[str, str]]:
-    """The instructions of the data, by name."""
+def instructions_known() -> dict[str, dict[str, Any]]:
+    """The entries of the data, by name: ``instruction``, the same ``reworded``, and perhaps a ``topic``."""
     entries = json.loads((FOLDER / "instructions.json").read_text(encoding="utf-8"))
     return {entry["name"]: entry for entry in entries}
 
@@ -130,7 +130,7 @@ def split(
 def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    entry: Mapping[str, str],
+    entry: Mapping[str, Any],
     fit: int,
     test: int,
     seed: int,

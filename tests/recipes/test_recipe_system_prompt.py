@@ -110,6 +110,11 @@ def test_every_instruction_but_two_has_a_rule() -> None:
     assert set(known) - set(rules.RULES) == {"poet", "wizard"}
 
 
+def test_every_instruction_has_two_other_wordings() -> None:
+    for entry in instructions_known().values():
+        assert len({entry["instruction"], *entry["reworded"]}) == 3, entry["name"]
+
+
 @pytest.mark.parametrize(
     ("rule", "follows", "breaks"),
     [
