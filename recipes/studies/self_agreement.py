@@ -1,0 +1,262 @@
+"""The ceiling, measured: how often the instructed model agrees with itself when its prompt is disturbed.
+
+    python -m recipes.studies.self_agreement --config recipes/studies/self_agreement.yaml
+
+A patch copies one prompt, and is scored by how many outputs are the same (fidelity). The prompt is one of many that
+mean the same, and this is how many outputs stay the same when another takes its place: the demonstrations in another
+order, other demonstrations of the same task (of inputs that are fitted, never of the test), the system message in other
+words, and the same prompt with the model in bfloat16. Beside them stands the patch of the library's default fit, on the
+same words. A mismatch is *narrow* where the undisturbed model hardly preferred its likeliest token to the second, at
+the first token that differs. Divergence is measured along the undisturbed outputs. Writes a Markdown and a JSON table.
+
+    python -m recipes.studies.self_agreement --config recipes/studies/self_agreement.yaml --tasks "[]" \\
+        --instructions "[pirate,french,sentence,shakespeare,poet,wizard,json,uppercase,refuse]"
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_thought import ThoughtPatch, load_model
+from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.evaluation.metrics import token_kl
+from lit_thought.runs.generate import generate
+from recipes.harness import (
+    SIX_TASKS,
+    Trial,
+    check_names,
+    command_line,
+    demonstrations,
+    load_split,
+    share,
+    shown,
+    table,
+    write_results,
+)
+from recipes.tasks.chats import answer_logits
+from recipes.tasks.system_prompt import RULES, Task, follows, instructions_known, prepare
+
+NARROW = 0.5
+"""Margin, in nats of log probability, below which a mismatch is narrow."""
+SELF = {"shuffled": "word tasks", "reworded": "system messages"}
+"""The disturbance that the patch is set against, and of what."""
+
+
+class Case(NamedTuple):
+    """One prompt: its undisturbed run with the logits along the outputs, as :func:`answer_logits` returns them, the
+    chunks to put in its chunk's place by kind, its patch and, of a system message, its questions and rule."""
+
+    name: str
+    evaluation: Evaluation
+    wanted: list[Tensor]
+    chunks: Mapping[str, Sequence[str]]
+    patch: ThoughtPatch
+    task: Task | None = None
+
+
+def self_agreement(
+    model: str = "smollm2",
+    tasks: Sequence[str] = SIX_TASKS,
+    instructions: Sequence[str] = (),
+    seed: int = 0,
+    shuffles: int = 3,
+    bfloat16: bool = False,
+    shots: int = 10,
+    inputs: int = 30,
+    test: int = 60,
+    max_new_tokens: int = 12,
+    questions: int = 80,
+    tested_questions: int = 30,
+    answer_tokens: int = 48,
+    out: str = "recipes/results/self_agreement",
+) -> None:
+    """Disturb the prompt of every task and instruction, and fit it."""
+    check_counts(shuffles=shuffles, shots=shots, inputs=inputs)
+    known = instructions_known()
+    check_names("instructions", instructions, known)
+    splits = [load_split(task, seed, shots, max(inputs, shots), test) for task in tasks]
+    for split in splits:
+        if not split.test:
+            raise ThoughtError(f"inputs: expected words of {split.name} left to test; got {inputs}; set fewer.")
+    lm, tokenizer = load_model(model)
+    low = load_model(model, dtype="bfloat16")[0] if bfloat16 else None
+    sizes = (questions, tested_questions, seed, answer_tokens)
+    cases = chain(
+        (word_case(Trial(lm, tokenizer, split, max_new_tokens), inputs, shuffles, seed) for split in splits),
+        (message_case(prepare(lm, tokenizer, known[name], *sizes), known[name]["reworded"]) for name in instructions),
+    )
+    runs: list[dict[str, Any]] = []
+    undisturbed = {}
+    for case in cases:
+        both = zip(case.evaluation.rows, case.evaluation.instructed, strict=True)
+        undisturbed[case.name] = [{"input": row["input"], "output": own.text} for row, own in both]
+        found = measure(case, low)
+        print(_run_table(found), flush=True)
+        runs += found
+    settings: dict[str, Any] = {"seed": seed, "shuffles": shuffles, "shots": shots, "inputs": inputs, "test": test}
+    settings |= {"max_new_tokens": max_new_tokens, "questions": questions, "tested_questions": tested_questions}
+    record = {"model": shown(model), "settings": {**settings, "answer_tokens": answer_tokens}}
+    write_results(__file__, out, _page(runs), {**record, "undisturbed": undisturbed, "runs": runs})
+
+
+def word_case(trial: Trial, inputs: int, shuffles: int, seed: int) -> Case:
+    """A word task: its demonstrations in other orders, and as many of the inputs to fit in their place."""
+    evaluation, generator, given = trial.evaluation(unrelated=None), random.Random(seed), trial.split.shown
+    chunks = {
+        "shuffled": [demonstrations(generator.sample(given, len(given))) for _ in range(shuffles)],
+        "other demonstrations": [demonstrations(trial.split.labelled[: len(given)])],
+    }
+    wanted = answer_logits(trial.model, evaluation.completed, instructed=True)
+    return Case(trial.split.name, evaluation, wanted, chunks, trial.fit(trial.split.fit[:inputs]))
+
+
+def message_case(task: Task, reworded: Sequence[str]) -> Case:
+    """An instruction: its other wordings."""
+    chat = task.chat
+    return Case(task.name, chat.evaluation, chat.wanted, {"reworded": reworded}, chat.fit(chat.answer(task.fit)), task)
+
+
+def measure(case: Case, low: PreTrainedModel | None) -> list[dict[str, Any]]:
+    """The runs of a case: disturbed in each way, by the model in bfloat16 if there is one, and patched."""
+    model, own = case.evaluation.model, case.evaluation.instructions[0]
+    runs = [respond(case, kind, model, chunk) for kind, chunks in case.chunks.items() for chunk in chunks]
+    runs += [respond(case, "bfloat16", low, own)] if low is not None else []
+    with case.patch.applied(model):
+        return [*runs, respond(case, "patched", model, own, instructed=False)]
+
+
+def respond(case: Case, kind: str, model: PreTrainedModel, chunk: str, instructed: bool = True) -> dict[str, Any]:
+    """What a model, as it is now, writes, beside what the undisturbed run wrote.
+
+    Args:
+        case: what is disturbed.
+        kind: how it is.
+        model: the model that writes.
+        chunk: what stands in the place of the case's chunk.
+        instructed: whether it does; without, the prompts are the plain ones.
+
+    Returns:
+        ``task``, ``kind``, ``chunk`` (None if not instructed), ``outputs``; ``margins``, as of :func:`margins`;
+        ``kl``: KL from the undisturbed run along its outputs, in nats, mean over the tokens that predict them or what
+        follows; ``follows``: how many outputs follow the rule, ``undisturbed`` and ``disturbed``, None without a rule.
+    """
+    evaluation, inputs = case.evaluation, [row["input"] for row in case.evaluation.rows]
+    template, tokenizer, before = evaluation.template, evaluation.tokenizer, evaluation.instructed
+    prompts = [template.tokenise(tokenizer, chunk, text) for text in inputs]
+    written = generate(
+        *(model, tokenizer, [prompt.instructed_ids if instructed else prompt.plain_ids for prompt in prompts]),
+        stop=template.stop,
+        max_new_tokens=evaluation.max_new_tokens,
+        keep_special=template.is_chat,
+    )
+    outputs = [one.text for one in written]
+    along = [
+        template.tokenise(tokenizer, chunk, text, own.text, own.finished)
+        for text, own in zip(inputs, before, strict=True)
+    ]
+    got = answer_logits(model, along, instructed)
+    both = {"undisturbed": [own.text for own in before], "disturbed": outputs}
+    items = [dict(zip(("input", *both), texts, strict=True)) for texts in zip(inputs, *both.values(), strict=True)]
+    ruled = case.task if case.task is not None and case.name in RULES else None
+    return {
+        "task": case.name,
+        "kind": kind,
+        "chunk": chunk if instructed else None,
+        "outputs": outputs,
+        "margins": margins(evaluation, case.wanted, outputs),
+        "kl": float(torch.cat([token_kl(a, b) for a, b in zip(case.wanted, got, strict=True)]).mean()),
+        "follows": {run: follows(ruled, items, run) for run in both} if ruled else None,
+    }
+
+
+def margins(evaluation: Evaluation, wanted: Sequence[Tensor], outputs: Sequence[str]) -> list[float | None]:
+    """Of each output, how sure the undisturbed run was at the first token that differs.
+
+    Args:
+        evaluation: holds the undisturbed run.
+        wanted: its logits along its outputs, (n + 1, vocabulary) for one of n tokens.
+        outputs: as many others.
+
+    Returns:
+        log p₁ − log p₂ of the two likeliest tokens there, in nats; None where the outputs are the same. Where one ends
+        first, its end is what differs.
+    """
+    found: list[float | None] = []
+    for row, pair, own, logits, text in zip(
+        evaluation.rows, evaluation.completed, evaluation.instructed, wanted, outputs, strict=True
+    ):
+        if text == own.text:
+            found.append(None)
+            continue
+        other = evaluation.template.tokenise(evaluation.tokenizer, evaluation.instructions[0], row["input"], text)
+        mine, theirs = (one.plain_ids[slice(*one.output_span)] for one in (pair, other))
+        common = min(len(mine), len(theirs))
+        place = next((i for i in range(common) if mine[i] != theirs[i]), common)
+        first, second = logits[place].float().topk(2).values.tolist()
+        found.append(first - second)
+    return found
+
+
+def same(run: Mapping[str, Any]) -> list[bool]:
+    """Of a run's outputs, which are those of the undisturbed run."""
+    return [margin is None for margin in run["margins"]]
+
+
+def narrow(run: Mapping[str, Any]) -> float | None:
+    """Of a run's mismatches, the share whose margin is below :data:`NARROW`; None without any."""
+    found = [margin < NARROW for margin in run["margins"] if margin is not None]
+    return mean(found) if found else None
+
+
+def _run_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each run."""
+    rows = []
+    for run in runs:
+        thin, counts = narrow(run), run["follows"]
+        rows.append([run["task"], run["kind"], share(same(run)), len(run["outputs"]) - sum(same(run))])
+        rows[-1] += [None if thin is None else f"{thin:.2f}", f"{run['kl']:.3f}"]
+        rows[-1] += [counts and f"{counts['disturbed']} ({counts['undisturbed']}) of {len(run['outputs'])}"]
+    head = [
+        "task",
+        "run",
+        "same output",
+        "mismatches",
+        f"of these narrow, below {NARROW} nats",
+        "KL of the output, nats",
+    ]
+    return table([*head, "follows the rule (undisturbed)"], rows, left=2)
+
+
+def _summary(runs: Sequence[Mapping[str, Any]], against: str) -> str:
+    """The patch against one kind of self-agreement: a line for each task that has it, and their mean; or nothing."""
+    tasks = list(dict.fromkeys(run["task"] for run in runs if run["kind"] == against))
+    if not tasks:
+        return ""
+    kinds = list(dict.fromkeys(run["kind"] for run in runs if run["task"] in tasks))
+    rows = []
+    for name, some in [*((task, [task]) for task in tasks), ("mean", tasks)]:
+        own = [run for run in runs if run["task"] in some]
+        shares = {kind: mean(mean(same(run)) for run in own if run["kind"] == kind) for kind in kinds}
+        rows.append([name, *(f"{shares[kind]:.2f}" for kind in kinds), f"{shares['patched'] - shares[against]:+.2f}"])
+    return table([SELF[against], *kinds, f"patched − {against}"], rows)
+
+
+def _page(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The patch against self-agreement, and every run."""
+    parts = ["Share of outputs that are those of the undisturbed instructed model:\n"]
+    parts += [_summary(runs, kind) for kind in SELF]
+    parts += ["Each run, with the 95 % interval (Wilson):\n", _run_table(runs)]
+    return "\n".join(filter(None, parts))
+
+
+if __name__ == "__main__":
+    command_line(self_agreement)
