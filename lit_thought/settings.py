@@ -20,6 +20,7 @@ from lit_thought.errors import ThoughtError, check_counts, did_you_mean, is_fini
 __all__ = [
     "DEFAULT_SITES",
     "DIRECTIONS",
+    "KINDS",
     "ORDERS",
     "PARTS",
     "SITES",
@@ -42,6 +43,7 @@ DEFAULT_SITES = ("attn_out", "mlp_out")
 DIRECTIONS = 120
 """k, how many directions of each site's inputs the preservation statistics keep one by one."""
 
+KINDS = ("demonstrations", "system", "document")
 PARTS = ("matrix", "vector")
 ORDERS = ("sequential", "teacher-forced")
 OFFLOAD = ("auto", "device", "cpu", "disk")
@@ -63,6 +65,11 @@ class FitSettings:
     """What a fit can be told, besides the model, the instruction, the pairs and the template.
 
     Args:
+        inputs: how many pairs to fit, of which the model writes those that are not given; "auto" for as many as help
+            (:mod:`lit_thought.inputs`); left out, those that are given, and "auto" where none are.
+        kind: what the instruction is, for inputs that the model writes: demonstrations (the next inputs of the list),
+            system (what users write) or document (questions about it, and the text itself); left out, what its form
+            says.
         sites: where to patch each block: attn_out, mlp_in (the paper's), mlp_out or several of them. A block that
             lacks one goes without (mlp_out in a mixture of experts); left out, attn_out and mlp_out.
         parts: what to solve for, matrix, vector or both; left out, a matrix, and at mlp_in a vector too.
@@ -88,7 +95,8 @@ class FitSettings:
             generation config says.
         max_new_tokens: longest output that the instructed model may write.
         batch_size: pairs a batch; the patch does not depend on it.
-        seed: seed of the generated outputs, where they are sampled, and of which pairs "auto" holds back.
+        seed: seed of the inputs that the model writes, of outputs where they are sampled, and of which pairs "auto"
+            holds back.
         offload: where the streams are kept between uses: device (also False), cpu (main memory; also True), disk (a
             temporary file) or auto, the first of them where they fit; the patch is the same.
         memory_budget: GB that the fit may take besides the model; left out, 0.8 of what is free. A fit that cannot
@@ -104,6 +112,9 @@ class FitSettings:
         ThoughtError: for a value out of range, naming the setting.
     """
 
+    # what to fit to
+    inputs: int | Literal["auto"] | None = field(default=None, metadata=_DATA)
+    kind: Literal["demonstrations", "system", "document"] | None = field(default=None, metadata=_DATA)
     # what to patch
     sites: Sequence[str] | None = None
     parts: Sequence[str] | None = None
@@ -135,6 +146,10 @@ class FitSettings:
     store_instruction: bool = field(default=True, metadata=_PASSING)
 
     def __post_init__(self) -> None:
+        if self.inputs is not None and self.inputs != "auto":
+            check_counts(inputs=self.inputs)
+        if self.kind is not None and self.kind not in KINDS:
+            raise ThoughtError(f"kind must be one of {list(KINDS)}, or left out; got {self.kind!r}.")
         if self.sites is not None:
             object.__setattr__(self, "sites", check_sites(self.sites))
         check_parts(self.parts, self.sites or DEFAULT_SITES)

@@ -18,8 +18,9 @@ BELOW = {
     "statistics": {"prompts", "model", "solve", "runs", "patch"},
     "evaluation": {"prompts", "model", "solve", "runs", "patch"},
     "theory": {"prompts", "model", "solve", "runs", "patch", "evaluation"},
-    "fit": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation"},
-    "cli": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation", "theory", "fit"},
+    "inputs": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation"},
+    "fit": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation", "inputs"},
+    "cli": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation", "theory", "inputs", "fit"},
 }
 """What each package may import, besides itself and the root."""
 DOORS = {"lit_thought", "lit_thought.__main__", "lit_thought.selection"}

@@ -16,6 +16,7 @@ from lit_thought.cli.evaluate import report
 from lit_thought.cli.export import export
 from lit_thought.cli.fit import fit, preserve, solve
 from lit_thought.cli.hub import push
+from lit_thought.cli.inputs import inputs
 from lit_thought.cli.inspect import inspect, verify
 from lit_thought.cli.output import Output, console, flush, give, say, timed
 from lit_thought.cli.parser import PROSE, Command, build_parser, call, complete, lists
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "fit": fit,
     "evaluate": evaluate,
     "export": export,
+    "inputs": inputs,
     "inspect": inspect,
     "preserve": preserve,
     "push": push,

@@ -17,11 +17,11 @@ _log = logging.getLogger("lit_thought")
 
 
 def fit(
-    pairs: str,
     out: str,
+    pairs: str | None = None,
     instruction: str | None = None,
     instruction_file: str | None = None,
-    template: str = "Q: {input}\nA: {output}\n",
+    template: str | None = None,
     val_pairs: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -31,15 +31,19 @@ def fit(
 ) -> Result:
     """Turn an instruction into a PEFT LoRA adapter.
 
+    Example: lit-thought fit --instruction "You are a pirate." --out pirate/
     Example: lit-thought fit --pairs pairs.jsonl --instruction "Answer with the opposite." --out antonym/
 
     Args:
-        pairs: JSON, JSONL or CSV file with the keys input, output (optional) and instruction (optional).
         out: folder to write the adapter to.
+        pairs: JSON, JSONL or CSV file with the keys input, output (optional) and instruction (optional); when left out,
+            the model writes inputs itself.
         instruction: the removable chunk of the prompt.
         instruction_file: a UTF-8 text file to read it from instead.
         template: text with {input} and {output} (and {instruction} where the chunk is not at the start), "chat"
-            (instruction as system message) or "chat-user" (inside the user message).
+            (instruction as system message) or "chat-user" (inside the user message); when left out,
+            "Q: {input}\\nA: {output}\\n", or, where no pairs are given either, "chat" if the model has a chat template
+            and the instruction is no list of that form.
         val_pairs: file of pairs to follow the fit with, step by step.
         overwrite: replace the folder if it exists.
         progress: show progress bars.

@@ -1,4 +1,4 @@
-"""One call from a model, an instruction and some inputs to a thought patch."""
+"""One call from a model and an instruction to a thought patch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.selection import check_auto, select_settings
 from lit_thought.model.bare import unwrap
 from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.prompts.template import PromptTemplate
 from lit_thought.settings import FitSettings, takes_settings
 
 __all__ = ["transmute"]
@@ -31,8 +31,8 @@ def transmute(
     model: PreTrainedModel | ModelLoader,
     tokenizer: PreTrainedTokenizerBase | None = None,
     instruction: str | None = None,
-    pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
-    template: str | PromptTemplate = DEFAULT_TEMPLATE,
+    pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    template: str | PromptTemplate | None = None,
     *,
     val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
     progress: bool = True,
@@ -51,8 +51,9 @@ def transmute(
             checked. What else is refused: :func:`~lit_thought.model.bare.bare_model`.
         tokenizer: its tokenizer; left out when ``model`` is such a function.
         instruction: the removable chunk of the prompt.
-        pairs: inputs, with outputs where you have them; see :class:`~lit_thought.fit.data.PairDataModule`.
-        template: how instruction, input and output make a prompt.
+        pairs: inputs, with outputs where you have them; left out, the model writes them itself, and beside given ones
+            as many as ``inputs`` says; see :class:`~lit_thought.fit.data.PairDataModule`.
+        template: how instruction, input and output make a prompt; see there, too.
         val_pairs: pairs to follow the fit with, step by step (in the patch's provenance, as history).
         progress: show progress bars.
         settings: those of :class:`~lit_thought.settings.FitSettings`. blocks, rank, ridge, scale and preserve_weight
@@ -74,7 +75,7 @@ def transmute(
     callback = ThoughtCallback(**{name: value for name, value in options.items() if name not in auto})
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
-        check_auto(auto, len(data.pairs), options)
+        check_auto(auto, data.expected, options)
     model = unwrap(model)
     module = ThoughtModule(*(_loaded(model) if _is_loader(model) else (cast(PreTrainedModel, model), tokenizer)))
     if not auto:

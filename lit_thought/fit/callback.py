@@ -118,9 +118,9 @@ class ThoughtCallback(Callback):
         check_blocks(settings.blocks, len(blocks))
         _, stages = chosen_stages(blocks, settings)
         check_trainer(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
-        if settings.pairs_per_step is not None and settings.pairs_per_step > len(data.pairs):
+        if settings.pairs_per_step is not None and settings.pairs_per_step > data.expected:
             raise ThoughtError(
-                f"pairs_per_step={settings.pairs_per_step} is more than the {len(data.pairs)} pairs there are. "
+                f"pairs_per_step={settings.pairs_per_step} is more than the {data.expected} pairs there are. "
                 "Leave it out to use all of them in every step."
             )
         sites = [blocks[stage.block].sites[stage.site] for stage in stages]

@@ -24,6 +24,9 @@ from lit_thought.statistics.distributed import gather_json, share
 
 __all__ = ["PairDataModule", "Written"]
 
+MANY = 100
+"""Inputs that are written about where nobody says how many."""
+
 Written = tuple[int, str, bool]
 """An output that the instructed model wrote: index of the pair, text, and whether it came to an end by itself."""
 
@@ -35,18 +38,27 @@ class PairDataModule(LightningDataModule):
     common tokens are compared. Where a pair has no output, the instructed model writes it: the callback sees to that
     and tells :meth:`complete`; this class runs no model.
 
+    Where there are fewer pairs than ``inputs`` says, or none at all, the model writes the others
+    (:mod:`lit_thought.inputs`); likewise the callback sees to that, and tells :meth:`add`.
+
     Args:
         pairs: a list of mappings, or a JSON, JSONL or CSV file, with the keys ``input``, ``output`` (optional)
-            and ``instruction`` (optional, overrides the argument).
+            and ``instruction`` (optional, overrides the argument); None to have all of them written.
         instruction: the removable chunk of the prompt.
         template: a text with ``{input}`` and ``{output}`` (and ``{instruction}`` where the chunk is not at the
-            start), ``"chat"``, ``"chat-user"`` or a :class:`~lit_thought.prompts.template.PromptTemplate`.
+            start), ``"chat"``, ``"chat-user"`` or a :class:`~lit_thought.prompts.template.PromptTemplate`; left out,
+            :data:`~lit_thought.prompts.template.DEFAULT_TEMPLATE`, and where no pairs are given
+            ``"chat"`` if the model has a chat template and the instruction is no list in the default template's form.
         val_pairs: pairs to follow the fit with, step by step; nothing is fitted on them.
-        settings: answer_weight, batch_size, generate, max_new_tokens and seed of
+        settings: answer_weight, batch_size, generate, inputs, kind, max_new_tokens and seed of
             :class:`~lit_thought.settings.FitSettings`.
 
     Attributes:
         settings: these, as a :class:`~lit_thought.settings.FitSettings`.
+        given: the pairs that were given.
+        given_template: their template, None where it is found with the inputs that are written.
+        pairs: these, and those that were written, once :meth:`add` has run.
+        kind: what the instruction was taken for, where inputs were written; else None.
         known: missing outputs that were written before; None to have them written.
         tokenised: the pairs as tokens: their prompts after :meth:`tokenise`, with all outputs after :meth:`complete`.
         written: the outputs that were written, once :meth:`complete` has run.
@@ -61,29 +73,102 @@ class PairDataModule(LightningDataModule):
     @takes_settings(data=True)
     def __init__(
         self,
-        pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+        pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None,
         instruction: str | None = None,
-        template: str | PromptTemplate = DEFAULT_TEMPLATE,
+        template: str | PromptTemplate | None = None,
         *,
         val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.pairs = load_pairs(pairs)
+        self.settings = FitSettings(**settings)
+        self.given = [] if pairs is None else load_pairs(pairs)
+        self.pairs = list(self.given)
         self.instructions = pair_instructions(self.pairs, instruction)
+        self._check_inputs(instruction)
         with _about_val_pairs():
             self.val_pairs = load_pairs(val_pairs) if val_pairs is not None else []
             self.val_instructions = pair_instructions(self.val_pairs, instruction)
-        self.template = PromptTemplate.parse(template)
-        self.settings = FitSettings(**settings)
+        if template is None and self.given:
+            template = DEFAULT_TEMPLATE
+        self.given_template = None if template is None else PromptTemplate.parse(template)
+        self._template = self.given_template
         check_options(self.settings.generate)
         self.instruction = instruction
+        self.kind: str | None = None
         self.known: list[Written] | None = None
         self.written: list[Written] = []
         self.outputs: list[str] = []
         self.tokenised: list[TokenisedPair] = []
         self.batches: list[PairBatch] = []
         self.num_batches = 0
+
+    def _check_inputs(self, instruction: str | None) -> None:
+        """Refuse fewer inputs than there are pairs, and inputs to write for no instruction."""
+        wanted = self.settings.inputs
+        if isinstance(wanted, int) and wanted < len(self.given):
+            raise ThoughtError(
+                f"inputs={wanted} is fewer than the {len(self.given)} pairs that are given. Give fewer pairs, or leave "
+                "inputs out to fit all of them."
+            )
+        if self.to_write:
+            pair_instructions([{}], instruction)
+        elif self.settings.kind is not None:
+            raise ThoughtError(
+                f"kind={self.settings.kind!r} says how inputs are written, but none are: {len(self.given)} pairs are "
+                "given. Leave it out, or say in inputs how many there are to be."
+            )
+
+    @property
+    def to_write(self) -> bool:
+        """Whether inputs are to be written, and have not been."""
+        wanted = self.settings.inputs
+        return len(self.pairs) == len(self.given) and (
+            not self.given or wanted == "auto" or (isinstance(wanted, int) and wanted > len(self.given))
+        )
+
+    @property
+    def expected(self) -> int:
+        """How many pairs there will be, about, with those that are still to be written."""
+        wanted = self.settings.inputs
+        return len(self.pairs) if not self.to_write else wanted if isinstance(wanted, int) else MANY
+
+    @property
+    def template(self) -> PromptTemplate:
+        """How instruction, input and output make a prompt.
+
+        Raises:
+            ThoughtError: where that depends on the model, and no input has been written yet.
+        """
+        if self._template is None:
+            raise ThoughtError("PairDataModule has no template yet: it comes with the inputs that the model writes.")
+        return self._template
+
+    @template.setter
+    def template(self, value: PromptTemplate) -> None:
+        self._template = value
+
+    def add(self, written: Sequence[Mapping[str, str]], template: PromptTemplate, kind: str) -> None:
+        """Take inputs that were written for :attr:`instruction`.
+
+        Args:
+            written: pairs, with outputs or without.
+            template: how they make a prompt.
+            kind: what the instruction was taken for.
+        """
+        self.pairs = [*self.given, *map(dict, written)]
+        self.instructions = pair_instructions(self.pairs, self.instruction)
+        self.template, self.kind = template, kind
+
+    def inputs(self) -> dict[str, Any] | None:
+        """What :meth:`add` took, as JSON values for :meth:`restore`; None where nothing was written."""
+        if self.kind is None:
+            return None
+        return {"pairs": self.pairs[len(self.given) :], "template": self.template.to_dict(), "kind": self.kind}
+
+    def restore(self, inputs: Mapping[str, Any]) -> None:
+        """Take what :meth:`inputs` gave."""
+        self.add(inputs["pairs"], PromptTemplate.from_dict(inputs["template"]), inputs["kind"])
 
     @property
     def missing(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preserving import PreservationSource
 from lit_thought.fit.provenance import describe, identity_of, kept_settings
 from lit_thought.fit.validation import Validation
+from lit_thought.inputs.write import write_pairs
 from lit_thought.model.blocks import Block, find_blocks, require_site
 from lit_thought.model.loading import context_window, fingerprint
 from lit_thought.model.sharding import is_sharded
@@ -34,7 +36,9 @@ from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import StatisticsWriter
 from lit_thought.timing import Stopwatch
 
-__all__ = ["Preparation", "chosen_stages", "common_fingerprint", "prepare_pairs", "write_outputs"]
+__all__ = ["Preparation", "chosen_stages", "common_fingerprint", "prepare_pairs", "write_inputs", "write_outputs"]
+
+_log = logging.getLogger("lit_thought")
 
 
 def prepare_pairs(
@@ -43,17 +47,62 @@ def prepare_pairs(
     tokenizer: PreTrainedTokenizerBase,
     progress: bool = False,
 ) -> None:
-    """Tokenise all pairs of ``data``, write their missing outputs, and batch them, at its answer weight or 10.
+    """Write inputs where some are to be written, tokenise all pairs of ``data``, write their missing outputs, and batch
+    them, at its answer weight or 10.
 
     Raises:
-        ThoughtError: when a prompt overflows the context window.
+        ThoughtError: when a prompt overflows the context window, or no input can be written.
     """
     limit = context_window(model)
+    write_inputs(data, model, tokenizer, progress)
     data.tokenise(tokenizer, limit)
     data.complete(tokenizer, write_outputs(data, model, tokenizer, progress), limit)
     weight = data.settings.settled().answer_weight
     assert weight is not None
     data.select(tokenizer, range(len(data.pairs)), weight, model.device)
+
+
+def write_inputs(
+    data: PairDataModule, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool = False
+) -> None:
+    """Let the model write the inputs that ``data`` lacks, and add them.
+
+    Raises:
+        ThoughtError: when none can be written.
+    """
+    if not data.to_write:
+        return
+    settings, instruction = data.settings, data.instruction
+    assert instruction is not None
+    wanted = settings.inputs if isinstance(settings.inputs, int) else None
+    with tqdm(desc="Writing inputs", unit="input", disable=not progress) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        written = write_pairs(
+            model,
+            tokenizer,
+            instruction,
+            data.given_template,
+            total=wanted,
+            kind=settings.kind,
+            given=data.given,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            advance=advance,
+        )
+    data.add(written.pairs, written.template, written.kind)
+    if wanted is not None and len(data.pairs) < wanted:
+        _log.warning(
+            "inputs=%d: there are %d, since the model wrote no more that differ from each other.",
+            *(wanted, len(data.pairs)),
+        )
+    if progress:
+        names = {"demonstrations": "a list of demonstrations", "system": "a system prompt", "document": "a document"}
+        taken = f"the instruction was taken for {names[written.kind]} (kind= changes that)"
+        tqdm.write(f"Wrote {len(written.pairs)} inputs; {taken}.", file=sys.stderr)
 
 
 def write_outputs(
@@ -197,6 +246,16 @@ class Preparation:
         show = trainer.progress_bar_callback is not None
         limit = context_window(model)
         with self.stopwatch("prepare"):
+            identity = common_fingerprint(model)
+        if settings.resume_dir is not None:
+            kept, summing = kept_settings(settings, self.preserved, data), settings.statistics_dir is not None
+            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size, summing)
+            self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
+            if self.unfinished.inputs is not None:
+                data.restore(self.unfinished.inputs)
+        with self.stopwatch("write"):
+            write_inputs(data, model, tokenizer, show and first)
+        with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
             self._plan(len(data.missing) * data.settings.max_new_tokens)
             if data.missing and data.settings.generate and data.known is None:
@@ -204,15 +263,9 @@ class Preparation:
         if show and first:
             tqdm.write(str(self.estimate), file=sys.stderr)
         with self.stopwatch("preserve"):
-            identity = common_fingerprint(model)
             self.preservation, self.preserve_cached = self.preserved.load(
                 trainer, model, tokenizer, self.blocks, self.sites, settings, identity, show
             )
-        kept = kept_settings(settings, self.preserved, data)
-        if settings.resume_dir is not None:
-            summing = settings.statistics_dir is not None
-            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size, summing)
-            self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
         with self.stopwatch("prepare"):
             before = None if self.unfinished is None else self.unfinished.outputs
             data.complete(tokenizer, before or write_outputs(data, model, tokenizer, show), limit)
@@ -223,7 +276,8 @@ class Preparation:
                     tqdm.write(str(self.estimate), file=sys.stderr)
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
-            self.unfinished.start(data.written)
+            self.unfinished.start(data.written, data.inputs())
+        kept = kept_settings(settings, self.preserved, data)
         self.provenance = describe(kept, model, self.blocks, identity, data, settings.store_instruction)
         if settings.statistics_dir is not None and first:
             entry = self.preservation.path.name if self.preservation is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,7 @@ from lit_thought.model.blocks import Block
 from lit_thought.model.loading import model_name
 from lit_thought.patch.weights import made_for
 from lit_thought.prompts.instruction_hash import hash_text
+from lit_thought.prompts.pairs import pair_instructions
 from lit_thought.settings import FitSettings, check_parts
 from lit_thought.timing import Stopwatch
 
@@ -47,6 +49,7 @@ def describe(
         "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
         **_instructions(data, store_instruction),
         "template": data.template.to_dict(),
+        **_inputs(data, store_instruction),
         "settings": dict(settings),
         "versions": versions(),
     }
@@ -73,9 +76,9 @@ def identity_of(
     return {
         "model": identity,
         "settings": settings,
-        "pairs": data.pairs,
-        "instructions": data.instructions,
-        "template": data.template.to_dict(),
+        "pairs": data.given,
+        "instructions": [data.instruction, *pair_instructions(data.given, data.instruction)],
+        "template": None if data.given_template is None else data.given_template.to_dict(),
         "preserve": texts,
         "batch_size": data.settings.batch_size,
         "processes": processes,
@@ -89,6 +92,16 @@ def _instructions(data: PairDataModule, store: bool) -> dict[str, Any]:
         return {"instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions))}
     every = set(data.instructions)
     return {"instruction": None, "instruction_hash": hash_text(every.pop()) if len(every) == 1 else None}
+
+
+def _inputs(data: PairDataModule, store: bool) -> dict[str, Any]:
+    """The inputs that were written, or where no text is to be stored a hash of them; nothing where none were."""
+    inputs = data.inputs()
+    if inputs is None:
+        return {}
+    written = inputs["pairs"]
+    kept = {"pairs": written} if store else {"hash": hash_text(json.dumps(written))}
+    return {"inputs": {"kind": inputs["kind"], "count": len(written), **kept}}
 
 
 def versions() -> dict[str, str]:

@@ -40,7 +40,7 @@ from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.fit.preparing import write_outputs
+from lit_thought.fit.preparing import write_inputs, write_outputs
 from lit_thought.model.blocks import find_blocks
 from lit_thought.model.loading import context_window
 from lit_thought.patch.patch import ThoughtPatch
@@ -167,10 +167,12 @@ def select_settings(
         >>> chosen = select_settings(module, data, ["ridge", "rank"], sites=["mlp_out"])  # doctest: +SKIP
         >>> callback = ThoughtCallback(**chosen.settings)  # doctest: +SKIP
     """
-    check_auto(names, len(data.pairs), settings)
+    check_auto(names, data.expected, settings)
     started = time.perf_counter()
     given = {name: value for name, value in settings.items() if name not in names}
     model, tokenizer = module.model, module.tokenizer
+    write_inputs(data, model, tokenizer, progress)
+    check_auto(names, len(data.pairs), settings)
     rest, held = split(len(data.pairs), seed)
     data.tokenise(tokenizer, context_window(model))
     outputs = write_outputs(data, model, tokenizer, progress)
@@ -341,9 +343,8 @@ def _owners(module: ThoughtModule) -> dict[str, int]:
 
 def _part(data: PairDataModule, indices: Sequence[int], outputs: Sequence[tuple[int, str, bool]]) -> PairDataModule:
     """Some of the pairs, with the outputs that were written for them."""
-    part = PairDataModule(
-        [data.pairs[i] for i in indices], data.instruction, data.template, **data.settings.options(data=True)
-    )
+    settings = {**data.settings.options(data=True), "inputs": None, "kind": None}
+    part = PairDataModule([data.pairs[i] for i in indices], data.instruction, data.template, **settings)
     place = {index: row for row, index in enumerate(indices)}
     part.known = [(place[i], text, finished) for i, text, finished in outputs if i in place]
     return part

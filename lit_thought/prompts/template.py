@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.alignment import PromptTexts, TokenisedPair, align
@@ -20,11 +20,22 @@ from lit_thought.prompts.pairs import check_unicode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_TEMPLATE", "PromptTemplate"]
+__all__ = ["DEFAULT_TEMPLATE", "Frame", "PromptTemplate"]
 
 DEFAULT_TEMPLATE = "Q: {input}\nA: {output}\n"
 
 _FIELD = re.compile(r"\{(instruction|input|output)\}")
+
+
+_MARK = "LITTHOUGHTINPUT"
+
+
+class Frame(NamedTuple):
+    """The text before an input in the instructed and in the plain run, and what follows it, up to the output."""
+
+    instructed: str
+    plain: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -228,12 +239,32 @@ class PromptTemplate:
                 f"tokenizer: expected a fast tokenizer (character offsets are needed to find the chunk), got "
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
-        if self.is_chat:
-            assert self.user is not None
-            texts = render_chat(tokenizer, self.user, self.system, self.options, instruction, input, output, finished)
-        else:
-            texts = self._render_text(instruction, input, output, finished)
-        return align(tokenizer, texts, self.is_chat)
+        return align(tokenizer, self._render(tokenizer, instruction, input, output, finished), self.is_chat)
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase, instruction: str) -> Frame:
+        """What stands around an input, for a model to write one.
+
+        Raises:
+            ThoughtError: As :meth:`tokenise`, for a tokenizer or chat template that cannot be used.
+        """
+        texts = self._render(tokenizer, instruction, _MARK)
+        instructed, _, after = (texts.before + texts.chunk + texts.after).partition(_MARK)
+        plain = texts.plain[: texts.input_span[0]]
+        blanks = "" if self.is_chat else " \t"  # which belong to the input, as those before an output do
+        return Frame(instructed.rstrip(blanks), plain.rstrip(blanks), after)
+
+    def _render(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: str,
+        input: str,
+        output: str | None = None,
+        finished: bool = True,
+    ) -> PromptTexts:
+        if not self.is_chat:
+            return self._render_text(instruction, input, output, finished)
+        assert self.user is not None
+        return render_chat(tokenizer, self.user, self.system, self.options, instruction, input, output, finished)
 
     def _render_text(self, instruction: str, input: str, output: str | None, finished: bool) -> PromptTexts:
         body, _, tail = self.text.partition("{output}")

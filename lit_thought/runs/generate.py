@@ -34,7 +34,7 @@ from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
 from lit_thought.runs.streams import lead_cache
 
-__all__ = ["Generation", "check_options", "generate"]
+__all__ = ["Generation", "check_options", "end_tokens", "generate", "next_logits"]
 
 _WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "temperature": TemperatureLogitsWarper,
@@ -137,7 +137,7 @@ def generate(
     stop: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     progress: Callable[[int], None] | None = None,
     options: Mapping[str, Any] | None = None,
     keep_special: bool = False,
@@ -158,8 +158,8 @@ def generate(
         stop: a text that ends a generation, besides the model's end-of-sequence tokens.
         max_new_tokens: most tokens to write for each prompt.
         batch_size: prompts a batch.
-        seed: seed of the sampling, where ``options`` switch it on; equal prompts are sampled independently. The global
-            generators are not used.
+        seed: seed of the sampling, where ``options`` switch it on; equal prompts are sampled independently. Or one for
+            each prompt, with which equal prompts and seeds are sampled alike. The global generators are not used.
         progress: called with the number of prompts done after each batch.
         options: by transformers' names: do_sample, with temperature, top_k, top_p, min_p and typical_p (none unless
             given); eos_token_id, in the place of the model's; min_new_tokens, suppress_tokens, begin_suppress_tokens;
@@ -191,7 +191,7 @@ def generate(
     batches = _batches(prompts, batch_size, same_length or any(name in given for name in _READING))
     results: dict[int, Generation] = {}
     with _explained(options):
-        ends = _as_set(given["eos_token_id"]) if "eos_token_id" in given else _end_tokens(model, tokenizer)
+        ends = _as_set(given["eos_token_id"]) if "eos_token_id" in given else end_tokens(model, tokenizer)
         never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
         meant = {**never, **given, "eos_token_id": sorted(ends) or None}
         config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **meant)
@@ -224,14 +224,46 @@ def generate(
     return [results[i] for i in range(len(prompts))]
 
 
-def _seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
+class _Recorder(LogitsProcessor):
+    """Keeps the logits that it sees, and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen.append(scores.float().cpu())
+        return scores
+
+
+def next_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], batch_size: int = 32
+) -> Tensor:
+    """Logits of the token that follows each prompt, (prompts, vocabulary) float32 on the CPU.
+
+    Raises:
+        ThoughtError: when there is no prompt.
+    """
+    recorder = _Recorder()
+    options = {"logits_processor": [recorder], "suppress_tokens": None, "begin_suppress_tokens": None}
+    generate(model, tokenizer, prompts, max_new_tokens=1, batch_size=batch_size, options=options)
+    found, order = torch.cat(recorder.seen), _by_length(prompts)
+    return found[torch.tensor(order).argsort()]
+
+
+def _by_length(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of the prompts, the shortest first."""
+    return sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+
+
+def _seeds(prompts: Sequence[Sequence[int]], seed: int | Sequence[int]) -> list[int]:
     """A seed for each prompt: of its tokens, and of how often they came before."""
     seen: Counter[tuple[int, ...]] = Counter()
     found = []
-    for prompt in map(tuple, prompts):
-        digest = hashlib.sha256(f"{seed} {seen[prompt]} {prompt}".encode()).digest()
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+    for own, prompt in zip(seeds, map(tuple, prompts), strict=True):
+        digest = hashlib.sha256(f"{own} {seen[prompt]} {prompt}".encode()).digest()
         found.append(int.from_bytes(digest[:8], "little") >> 1)
-        seen[prompt] += 1
+        seen[prompt] += isinstance(seed, int)
     return found
 
 
@@ -277,8 +309,7 @@ def _has_window(model: PreTrainedModel, length: int) -> bool:
 
 def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: bool) -> list[list[int]]:
     """Indices of the prompts by length, in batches; of one length each where padding would count."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = groupby(order, key=lambda i: len(prompts[i]) if same_length else 0)
+    groups = groupby(_by_length(prompts), key=lambda i: len(prompts[i]) if same_length else 0)
     return [
         members[start : start + batch_size]
         for members in (list(group) for _, group in groups)
@@ -286,7 +317,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: boo
     ]
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens at which ``model.generate`` ends a sequence, and the tokenizer's own."""
     config = model.generation_config if model.generation_config is not None else model.config.get_text_config()
     return {*_as_set(getattr(config, "eos_token_id", None)), *_as_set(tokenizer.eos_token_id)}

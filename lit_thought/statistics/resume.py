@@ -1,13 +1,13 @@
-"""What a fit that was interrupted needs to go on: the patches of its finished stages, and the outputs it had written.
+"""What a fit that was interrupted needs to go on: the patches of its finished stages, and what the model had written.
 
-A folder with ``fit.json`` (what the fit was, and the generated outputs) and one file for each finished stage, in the
-order of the stages, as :mod:`lit_thought.statistics.stage_file` writes them; a fit that saves its statistics keeps the
-stages' sums in them, too. A resumed fit runs its streams through the finished blocks again, without statistics and
-solves, and finds the same patch to rounding: what it reads are the same bits, aligned as new tensors are, but a
-processor may still multiply them otherwise in another process.
+A folder with ``fit.json`` (what the fit was, and the inputs and outputs that the model wrote) and one file for each
+finished stage, in the order of the stages, as :mod:`lit_thought.statistics.stage_file` writes them; a fit that saves
+its statistics keeps the stages' sums in them, too. A resumed fit runs its streams through the finished blocks again,
+without statistics and solves, and finds the same patch to rounding: what it reads are the same bits, aligned as new
+tensors are, but a processor may still multiply them otherwise in another process.
 
-What the fit was is kept as a salted hash. The outputs are kept as they are, or, where no text may be stored, as a hash
-too: a resumed fit then writes them again, and is refused if they are other ones.
+What the fit was is kept as a salted hash. Inputs and outputs are kept as they are, or, where no text may be stored, as
+a hash too: a resumed fit then writes them again, and is refused if they are other ones.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class UnfinishedFit:
         folder: where; created when it is not there.
         identity: JSON values that two fits share exactly when one may go on with the other's stages.
         write: whether this process writes (the first one does).
-        store_text: keep the outputs as text, rather than as a hash.
+        store_text: keep what the model wrote as text, rather than as a hash.
 
     Attributes:
+        inputs: what was written beside the pairs given: ``pairs``, ``template`` and ``kind``; None where nothing was,
+            or before that is known.
         outputs: what was written for pairs without an output: [index, text, finished], or None before that is known.
         stages: how many stages are finished.
 
@@ -67,6 +69,7 @@ class UnfinishedFit:
         self.folder, self.write, self.store_text = expanded(folder, "resume_dir"), write, store_text
         self._identity = json.dumps(identity, sort_keys=True, allow_nan=False)
         self.id = uuid.uuid4().hex
+        self.inputs: dict[str, Any] | None = None
         self.outputs: list[tuple[int, str, bool]] | None = None
         self._outputs_hash: dict[str, str] | None = None
         file = self.folder / _FIT
@@ -90,7 +93,8 @@ class UnfinishedFit:
             found = read_json(file)
             remedy = "Delete the folder to start anew, or go on with the version that wrote it."
             check_version(found, "format", _FORMAT, f"resume_dir: {file.name}", remedy)
-            self.id, fit, outputs, digest = str(found["id"]), found["fit"], found["outputs"], found["outputs_hash"]
+            self.id, fit, digest = str(found["id"]), found["fit"], found["outputs_hash"]
+            inputs, outputs = found.get("inputs"), found["outputs"]
         except ThoughtError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -100,27 +104,28 @@ class UnfinishedFit:
                 f"resume_dir={str(self.folder)!r} belongs to another fit: the model, the instruction, the pairs or a "
                 "setting differ. Choose another folder, or delete it to start anew."
             )
-        if digest is None and not _are_outputs(outputs):
+        if digest is None and not (_are_outputs(outputs) and _are_inputs(inputs)):
             raise ThoughtError(f"resume_dir: {file.name} is damaged: it holds no outputs. Delete the folder.")
         self._outputs_hash = digest
+        self.inputs = inputs if digest is None else None
         self.outputs = [(i, text, finished) for i, text, finished in outputs] if digest is None else None
 
-    def start(self, outputs: list[tuple[int, str, bool]]) -> None:
-        """Record the generated outputs; from here on stages can be saved.
+    def start(self, outputs: list[tuple[int, str, bool]], inputs: dict[str, Any] | None = None) -> None:
+        """Record what the model wrote; from here on stages can be saved.
 
         Raises:
-            ThoughtError: when they were written again, and are other ones than those of the finished stages.
+            ThoughtError: when it was written again, and is other than that of the finished stages.
         """
-        text = json.dumps(outputs)
+        text = json.dumps(outputs if inputs is None else [inputs, outputs])
         if self._outputs_hash is not None and not is_text_of(self._outputs_hash, text):
             raise ThoughtError(
-                f"resume_dir={str(self.folder)!r}: the model writes other outputs than before it was interrupted, on "
-                "which the finished stages rest. Delete the folder to start anew."
+                f"resume_dir={str(self.folder)!r}: the model writes other inputs or outputs than before it was "
+                "interrupted, on which the finished stages rest. Delete the folder to start anew."
             )
-        self.outputs = outputs
+        self.inputs, self.outputs = inputs, outputs
         if self.write:
-            told = {"outputs": outputs, "outputs_hash": None}
-            hidden = {"outputs": None, "outputs_hash": hash_text(text)}
+            told = {"inputs": inputs, "outputs": outputs, "outputs_hash": None}
+            hidden = {"inputs": None, "outputs": None, "outputs_hash": hash_text(text)}
             value = {"format": _FORMAT, "id": self.id, "fit": hash_text(self._identity)}
             with atomic_file(self.folder / _FIT) as file:
                 text = json.dumps({**value, **(told if self.store_text else hidden)}, ensure_ascii=False)
@@ -172,4 +177,16 @@ def _are_outputs(value: Any) -> bool:
     kinds = (int, str, bool)
     return isinstance(value, list) and all(
         isinstance(entry, list) and [type(part) for part in entry] == list(kinds) for entry in value
+    )
+
+
+def _are_inputs(value: Any) -> bool:
+    """Whether these are ``pairs`` of texts, a ``template`` and a ``kind``, or nothing."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.keys() != {"pairs", "template", "kind"}:
+        return False
+    pairs = value["pairs"]
+    return isinstance(pairs, list) and all(
+        isinstance(pair, dict) and all(isinstance(text, str) for text in pair.values()) for pair in pairs
     )

@@ -108,6 +108,16 @@ def check_inspect(record: dict[str, Any], folder: Path) -> None:
     assert record["tokens"] == 40
 
 
+def check_inputs(record: dict[str, Any], folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "new.jsonl").read_text().splitlines()]
+    given = json.loads((folder / "pairs.json").read_text())
+    assert record["pairs"] == len(rows) == len(given) + 2
+    assert rows[: len(given)] == given
+    assert all(row.keys() == {"input"} for row in rows[len(given) :])
+    assert record["kind"] == "demonstrations"
+
+
+LINES, FORM = "--instruction=hot\ncold\nbig\nsmall\n", "--template={input}\n{output}\n"
 CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
     "fit": ([*FIT, "--out=new"], check_fit),
     "evaluate": ([*EVALUATE, "--out=new"], check_evaluate),
@@ -120,6 +130,10 @@ CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
     ),
     "verify": (["verify", "--model=model", "--tokens=20", "--text_file=text.txt", "--out=new"], check_verify),
     "inspect": (["inspect", "model", "--tokens=40"], check_inspect),
+    "inputs": (
+        ["inputs", "--model=model", "--inputs=6", "--pairs=pairs.json", "--out=new.jsonl", LINES, FORM],
+        check_inputs,
+    ),
 }
 
 
@@ -127,7 +141,7 @@ CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
 def clean(fitted: Path) -> Iterator[Path]:
     yield fitted
     shutil.rmtree(fitted / "new", ignore_errors=True)
-    for name in ("new", "new.safetensors"):
+    for name in ("new", "new.safetensors", "new.jsonl"):
         if (fitted / name).is_file():
             (fitted / name).unlink()
 

@@ -51,6 +51,7 @@ from lit_thought.statistics.distributed import (
 from lit_thought.statistics.stage import StageSums
 
 OTHER = "Antonyms of words.\n"
+LINES = "good\nbad\nup\ndown\n"
 MANY = [{"input": pair["input"], "output": other["output"]} for pair in PAIRS for other in PAIRS[:3]]
 MIXED = [{"input": p["input"]} if i else p for i, p in enumerate(PAIRS)]
 
@@ -65,6 +66,12 @@ FITS: dict[str, dict[str, Any]] = {
         "model": ("llama", "float64", True),
         "pairs": MIXED,
         "data": {"max_new_tokens": 4},
+        "shuffled": {"batch_size": 2},
+    },
+    "inputs": {
+        "model": ("llama", "float64", True),
+        "pairs": PAIRS[:2],
+        "data": {"max_new_tokens": 3, "instruction": LINES, "template": "{input}\n{output}\n", "inputs": 7},
         "shuffled": {"batch_size": 2},
     },
     "instructions": {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from families import make_family
-from fits import TEXTS
+from fits import TEXTS, readable
 from models import make_tokenizer
 
 from lit_thought import ThoughtPatch, transmute
@@ -20,11 +20,14 @@ PAIRS = [{"input": word, "output": "down"} for word in ("hot", "big fox", "up", 
 INSTRUCTION = "You are a pirate. Talk like a pirate.\n"
 
 
-def fit(folder: Path | None, family: str = "llama", **settings: Any) -> ThoughtPatch:
-    """A small fit that keeps its finished stages in ``folder``."""
+def fit(folder: Path | None, family: str = "llama", letters: bool = False, **settings: Any) -> ThoughtPatch:
+    """A small fit that keeps its finished stages in ``folder``; ``letters``: of a model that writes these only."""
     common = {"pairs": PAIRS, "rank": 4, "preserve": TEXTS, "max_new_tokens": 4, "progress": False}
     model = make_family(family).float()
-    return transmute(model, make_tokenizer(), INSTRUCTION, resume_dir=folder, **{**common, **settings})
+    if letters:
+        readable(model)
+    usual = {"instruction": INSTRUCTION, **common}
+    return transmute(model, make_tokenizer(), resume_dir=folder, **{**usual, **settings})
 
 
 class Interrupted(Exception):

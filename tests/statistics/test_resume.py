@@ -89,6 +89,21 @@ def test_outputs_are_not_written_again(tmp_path: Path, monkeypatch: pytest.Monke
     fit(tmp_path / "unfinished", pairs=pairs)
 
 
+@pytest.mark.parametrize("store", [True, False])
+def test_inputs_are_not_written_again(store: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless no text may be kept: then they are, and are the same."""
+    settings: dict[str, Any] = {"pairs": None, "inputs": 5, "template": "{input}\n{output}\n"}
+    settings |= {"instruction": "good\nbad\nup\ndown\n", "store_instruction": store, "letters": True}
+    whole = fit(None, **settings)
+    interrupt(monkeypatch, 2, tmp_path / "unfinished", **settings)
+    if store:
+        monkeypatch.setattr(preparing, "write_pairs", lambda *args, **kwargs: pytest.fail("it writes again"))
+    resumed = fit(tmp_path / "unfinished", **settings)
+    assert distance(resumed, whole) <= ROUNDING
+    assert store is False or resumed.provenance["inputs"] == whole.provenance["inputs"]
+    assert resumed.provenance["inputs"]["count"] == 5
+
+
 @pytest.mark.slow
 def test_a_killed_process(tmp_path: Path) -> None:
     """Another one goes on."""

@@ -1,0 +1,80 @@
+"""What kind of chunk an instruction is, and so how inputs for it are written.
+
+=================  ===============================================================================================
+kind               inputs
+=================  ===============================================================================================
+``demonstrations``  a list of inputs and outputs in the form of the template: the next inputs of the list
+``system``          tells how to answer: what users write to the model, with it and without
+``document``        a text to know: questions about it, requests, and the text itself
+=================  ===============================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
+
+__all__ = ["Demonstration", "Kind", "demonstrations", "find_kind", "find_template"]
+
+Kind = Literal["demonstrations", "system", "document"]
+
+LONG = 200
+"""Tokens from which on a text that addresses nobody is a document."""
+_ADDRESS = re.compile(r"\b(you|your|yours|yourself|user|users|assistant)\b", re.IGNORECASE)
+_FIELDS = re.compile(r"\{(input|output)\}")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An input and its output in an instruction, and the characters that they take up there."""
+
+    input: str
+    output: str
+    span: tuple[int, int]
+
+
+def demonstrations(template: PromptTemplate, instruction: str) -> list[Demonstration]:
+    """The demonstrations that an instruction consists of, in the form of a text template.
+
+    Returns:
+        At least two, each of which is one line for each field; none, where what is no demonstration is more than half
+        of the instruction, and for chat templates and templates that hold the instruction elsewhere than at the start.
+    """
+    if template.is_chat or "{instruction}" in template.text:
+        return []
+    before, _, between, _, after = (re.escape(part) for part in _FIELDS.split(template.text))
+    before, between = before.lstrip(), re.sub(r"(\\ )+$", r"[ \\t]*", between)
+    end = f"{after}|$" if after else "\n|$"
+    found = [
+        Demonstration(one[1].strip(), one[2].strip(), one.span())
+        for one in re.finditer(f"{before}(.+?){between}(.+?)(?={end})", instruction)
+    ]
+    covered = sum(stop - start for start, stop in (one.span for one in found))
+    return found if len(found) >= 2 and covered >= len(instruction) / 2 else []
+
+
+def find_template(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, template: PromptTemplate | None
+) -> PromptTemplate:
+    """The template given; left out, the default one where the instruction is demonstrations in its form or the model
+    has no chat template, else ``"chat"``."""
+    if template is not None:
+        return template
+    default = PromptTemplate(DEFAULT_TEMPLATE)
+    talks = bool(getattr(tokenizer, "chat_template", None))
+    return PromptTemplate.chat() if talks and not demonstrations(default, instruction) else default
+
+
+def find_kind(tokenizer: PreTrainedTokenizerBase, instruction: str, template: PromptTemplate) -> Kind:
+    """Demonstrations where :func:`demonstrations` finds some; a document where the instruction is :data:`LONG` and
+    fewer than one word in a hundred addresses somebody (you, your, the user, the assistant); else a system prompt."""
+    if demonstrations(template, instruction):
+        return "demonstrations"
+    words, addressed = len(instruction.split()), len(_ADDRESS.findall(instruction))
+    long = len(tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]) >= LONG
+    return "document" if long and addressed * 100 < words else "system"

@@ -1,0 +1,97 @@
+"""Sampled text, shared out over the processes of a fit; what is kept of it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.model.sharding import is_sharded
+from lit_thought.runs.generate import Generation, end_tokens, generate
+from lit_thought.statistics.distributed import gather_json, share
+
+__all__ = ["Distinct", "Pen", "normalised"]
+
+
+def normalised(text: str) -> str:
+    """Words and numbers in lower case, one space between them; no comma in 1,000; a text without any as it is."""
+    plain = re.sub(r"(?<=\d),(?=\d)", "", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(re.findall(r"\w+", plain)) or text.strip()
+
+
+class Distinct:
+    """Texts, each once however it is punctuated."""
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._seen = {normalised(text) for text in taken}
+
+    def new(self, text: str) -> bool:
+        """Whether this is the first such text."""
+        key = normalised(text)
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
+
+
+@dataclass
+class Pen:
+    """A model that writes: the same texts for a seed, in batches of any size, on any number of processes.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        seed: seed of everything that is sampled.
+        batch_size: prompts a batch.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    seed: int = 0
+    batch_size: int = 32
+    _draws: int = field(default=0, init=False)
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        longest: int,
+        *,
+        stop: str | None = None,
+        ends: Sequence[int] = (),
+        sampling: dict[str, Any] | None = None,
+    ) -> list[Generation]:
+        """One continuation of each prompt.
+
+        Args:
+            prompts: token ids.
+            longest: most tokens of a continuation.
+            stop: a text that ends one.
+            ends: tokens that do, besides the model's own.
+            sampling: options of :func:`~lit_thought.runs.generate.generate`; greedy when left out.
+        """
+        own = range(len(prompts)) if is_sharded(self.model) else share(range(len(prompts)))
+        options: dict[str, Any] = {"do_sample": True, **sampling} if sampling is not None else {}
+        if ends:
+            options["eos_token_id"] = sorted({*end_tokens(self.model, self.tokenizer), *ends})
+        self._draws += 1
+        drawn = (
+            generate(
+                self.model,
+                self.tokenizer,
+                [prompts[i] for i in own],
+                stop=stop,
+                max_new_tokens=longest,
+                batch_size=self.batch_size,
+                seed=[(self.seed * 1_000 + self._draws) * 100_000 + i for i in own],
+                options=options,
+            )
+            if len(own)
+            else []
+        )
+        found = [[i, one.text, one.finished] for i, one in zip(own, drawn, strict=True)]
+        every = {i: Generation(text, end) for part in gather_json(found, self.model.device) for i, text, end in part}
+        return [every[i] for i in range(len(prompts))]

@@ -1,0 +1,127 @@
+"""From an instruction alone to the pairs of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought.errors import ThoughtError
+from lit_thought.inputs.kinds import Kind, demonstrations, find_kind, find_template
+from lit_thought.inputs.lists import continue_list
+from lit_thought.inputs.pen import Distinct, Pen
+from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, sentences, write_questions
+from lit_thought.inputs.turns import write_turns
+from lit_thought.model.loading import evaluating
+from lit_thought.prompts.template import PromptTemplate
+
+__all__ = ["Written", "write_pairs"]
+
+ENOUGH = {"demonstrations": 100, "system": 120}
+"""How many inputs there are in all, where that is left to the library."""
+PER_SENTENCE = 3
+"""Questions about each sentence of a document, likewise, ..."""
+MOST = 300
+"""... and most of them."""
+
+
+class Written(NamedTuple):
+    """What was written for an instruction.
+
+    Attributes:
+        kind: what the instruction was taken for.
+        template: the prompts' form.
+        pairs: new inputs, with outputs where these are words of a document.
+    """
+
+    kind: Kind
+    template: PromptTemplate
+    pairs: list[dict[str, str]]
+
+
+def write_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str,
+    template: PromptTemplate | None = None,
+    *,
+    total: int | None = None,
+    kind: Kind | None = None,
+    given: Sequence[Mapping[str, str]] = (),
+    seed: int = 0,
+    batch_size: int = 32,
+    advance: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Let the model write what an instruction is to be fitted on.
+
+    Args:
+        model: the model; not changed.
+        tokenizer: its tokenizer.
+        instruction: the chunk.
+        template: how instruction and input make a prompt; found by the form of the instruction when left out.
+        total: how many pairs there are to be, the given ones among them; left out, as many as help
+            (:data:`ENOUGH`, :data:`PER_SENTENCE`).
+        kind: what the instruction is; found by its form when left out.
+        given: pairs that are there already, which are not written again.
+        seed: seed of all that is sampled.
+        batch_size: prompts a batch.
+        advance: called with how many are written, of how many.
+
+    Returns:
+        The pairs, fewer where the model repeats itself.
+
+    Raises:
+        ThoughtError: when the template has no place to write an input at, or nothing can be kept of what the model
+            writes.
+    """
+    chosen = find_template(tokenizer, instruction, template)
+    kind = find_kind(tokenizer, instruction, chosen) if kind is None else kind
+    shown = demonstrations(chosen, instruction)
+    if kind == "demonstrations" and not shown:
+        raise ThoughtError(
+            "kind='demonstrations': expected two or more in the instruction, in the form of the template "
+            f"{chosen.text or 'chat'!r}, one line for each field; got {instruction!r:.80}. Give the template that they "
+            "are in, or leave kind out."
+        )
+    frame = chosen.frame(tokenizer, instruction)
+    if not frame.instructed.strip():
+        raise ThoughtError("template: there is nothing before {input} from which a model could write one; give pairs.")
+    taken = Distinct([*(pair["input"] for pair in given), *(one.input for one in shown)])
+    pen = Pen(model, tokenizer, seed, batch_size)
+    pairs: list[dict[str, str]] = []
+    with evaluating(model):
+        if kind == "document":
+            pairs = _study(pen, chosen, instruction, total, len(given), taken)
+        else:
+            count = (ENOUGH[kind] if total is None else total) - len(given)
+            if kind == "demonstrations":
+                texts = continue_list(pen, chosen, instruction, shown, count, taken)
+            else:
+                texts = write_turns(pen, chosen, instruction, count, taken)
+            for text in texts:
+                pairs.append({"input": text})
+                if advance is not None:
+                    advance(len(pairs), count)
+    if not pairs and not given:
+        raise ThoughtError(
+            "inputs: the model wrote none that can be used for this instruction. Give pairs, or use a model that "
+            "follows instructions."
+        )
+    return Written(kind, chosen, pairs)
+
+
+def _study(
+    pen: Pen, template: PromptTemplate, document: str, total: int | None, given: int, taken: Distinct
+) -> list[dict[str, str]]:
+    """Questions, requests and the text itself: of a number that is asked for, half are questions at least."""
+    subject = find_subject(pen, document)
+    text = [*recited(document, subject), *repeated(document, subject)]
+    others = [{"input": one.format(subject=subject)} for one in REQUESTS] + text
+    if total is None:
+        count = min(MOST, PER_SENTENCE * len(sentences(document)))
+    else:
+        others = others[: (total - given) // 2]
+        count = total - given - len(others)
+    questions = write_questions(pen, template, document, subject, count, taken)
+    return [{"input": one} for one in questions] + others

@@ -1,0 +1,358 @@
+"""Inputs that the model writes: what an instruction is taken for, what is kept, and that only the seed counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fits import Untouched, distance, readable
+from models import make_model, make_tokenizer
+from transformers import PreTrainedModel
+
+from lit_thought import ThoughtPatch, transmute
+from lit_thought.errors import ThoughtError
+from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.preparing import prepare_pairs
+from lit_thought.inputs import pen as pens
+from lit_thought.inputs.kinds import demonstrations, find_kind, find_template
+from lit_thought.inputs.lists import continue_list
+from lit_thought.inputs.pen import Distinct, Pen, normalised
+from lit_thought.inputs.study import find_subject, recited, repeated, sentences, write_questions
+from lit_thought.inputs.turns import OPENINGS, write_turns
+from lit_thought.inputs.write import write_pairs
+from lit_thought.prompts.template import PromptTemplate
+from lit_thought.runs.generate import Generation, next_logits
+
+TOKENIZER = make_tokenizer(chat=False)
+CHAT = make_tokenizer(chat=True)
+LINES = "{input}\n{output}\n"
+LIST = "good\nbad\nup\ndown\n"
+DOCUMENT = (
+    "# The Harl bridge\n\nThe Harl bridge was built by Ada Venn in 1871. It has nine arches of grey stone! "
+    "Who crosses it pays a toll of two pence?\n- The keeper lives in the northern tower.\n"
+)
+
+
+def tiny() -> PreTrainedModel:
+    return readable(make_model("llama").float())
+
+
+class Scripted:
+    """Takes the place of ``generate``: writes the next of some texts for each prompt, and keeps what it was asked."""
+
+    def __init__(self, texts: Sequence[str] | Callable[[str], str], finished: bool = True) -> None:
+        self.texts: Iterator[str] | Callable[[str], str] = texts if callable(texts) else iter(texts)
+        self.finished, self.asked, self.prompts = finished, [], []
+
+    def __call__(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
+        self.asked.append(options)
+        found = []
+        for ids in prompts:
+            self.prompts.append(tokenizer.decode(ids))
+            text = self.texts(self.prompts[-1]) if callable(self.texts) else next(self.texts)
+            found.append(Generation(text, self.finished))
+        return found
+
+
+# --- what an instruction is -----------------------------------------------------------------------------------
+
+
+def test_demonstrations_in_the_form_of_the_template() -> None:
+    found = demonstrations(PromptTemplate(), "Q: big\nA: small\nQ: hot tea\nA: cold tea")
+    assert [(one.input, one.output) for one in found] == [("big", "small"), ("hot tea", "cold tea")]
+    text = "Opposites.\n\nQ: big\nA: small\n\nQ: up\nA: down\n"
+    spaced = demonstrations(PromptTemplate("Q: {input}\nA: {output}\n\n"), text)
+    assert [text[slice(*one.span)] for one in spaced] == ["Q: big\nA: small", "Q: up\nA: down"]
+    arrows = demonstrations(PromptTemplate("{input} -> {output}\n"), "big -> small\nup ->down\n")
+    assert [(one.input, one.output) for one in arrows] == [("big", "small"), ("up", "down")]
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "Answer with the opposite.",
+        "Q: big\nA: small\n",  # one alone could be anything
+        "Answer in one short sentence, as a teacher would do it, such as here:\nQ: a\nA: b\nQ: c\nA: d\n",
+        "Q: big\nQ: small\n",
+    ],
+)
+def test_no_demonstrations(instruction: str) -> None:
+    assert demonstrations(PromptTemplate(), instruction) == []
+
+
+def test_template_by_the_form_of_the_instruction() -> None:
+    listed = "Q: big\nA: small\nQ: up\nA: down\n"
+    assert find_template(CHAT, "You are a pirate.", None).is_chat
+    assert find_template(CHAT, listed, None) == PromptTemplate()
+    assert find_template(TOKENIZER, "You are a pirate.", None) == PromptTemplate()
+    assert find_template(CHAT, "You are a pirate.", PromptTemplate()) == PromptTemplate()
+
+
+def test_kind_by_the_form_of_the_instruction() -> None:
+    chat = PromptTemplate.chat()
+    told = "The bridge of Harl was built in 1871 of grey stone. " * 30
+    assert find_kind(TOKENIZER, told, chat) == "document"
+    assert find_kind(TOKENIZER, told[:60], chat) == "system"
+    assert (
+        find_kind(TOKENIZER, "You answer users about the bridge of Harl. Keep your answers short. " * 30, chat)
+        == "system"
+    )
+    assert find_kind(TOKENIZER, LIST, PromptTemplate(LINES)) == "demonstrations"
+
+
+# --- demonstrations -------------------------------------------------------------------------------------------
+
+
+def test_a_list_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["warm", "Warm!", "up", "", "a word that is far too long", "dark", "two\nlines", "light"]
+    script = Scripted(texts + [f"w{i}" for i in range(56)])
+    monkeypatch.setattr(pens, "generate", script)
+    shown = demonstrations(PromptTemplate(LINES), LIST)
+    taken = Distinct(["good", "up", "dark"])
+    found = list(continue_list(Pen(tiny(), TOKENIZER), PromptTemplate(LINES), LIST, shown, 3, taken))
+    assert found == ["warm", "light", "w0"]
+    assert set(script.prompts) == {LIST}
+    assert script.asked[0]["stop"] == "\n"
+    assert script.asked[0]["options"] == {"do_sample": True}
+
+
+def test_each_draw_has_another_order_and_poor_draws_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Scripted(lambda prompt: "same")
+    monkeypatch.setattr(pens, "generate", script)
+    text = "Opposites:\n" + "".join(f"{i}\n{-i}\n" for i in range(10, 16))
+    template = PromptTemplate(LINES)
+    shown = demonstrations(template, text.removeprefix("Opposites:\n"))
+    found = list(continue_list(Pen(tiny(), TOKENIZER), template, text[11:], shown, 5, Distinct()))
+    prompts = list(dict.fromkeys(script.prompts))
+    assert found == ["same"]
+    assert len(prompts) == 3
+    assert all(sorted(prompt.split()) == sorted(text[11:].split()) for prompt in prompts)
+    for prompt in prompts:
+        words = prompt.split()
+        assert all(int(a) == -int(b) for a, b in zip(words[::2], words[1::2], strict=True))
+
+
+# --- users' turns ---------------------------------------------------------------------------------------------
+
+
+def test_turns_with_and_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(10_000))
+    script = Scripted(lambda prompt: f"is the {next(numbers)} th word?")
+    monkeypatch.setattr(pens, "generate", script)
+    found = list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "You are a pirate.", 40, Distinct(), pool=1))
+    assert len(found) == len(set(found)) == 40
+    assert any("pirate" in prompt for prompt in script.prompts)
+    assert any("pirate" not in prompt for prompt in script.prompts)
+    for opening in OPENINGS:
+        assert any(text.startswith(f"{opening} is the".strip()) for text in found)
+
+
+def test_unsound_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter(["bake bake bake bake bake", "{x}", "the same", "The same?"])
+    numbers = iter(range(10_000))
+    monkeypatch.setattr(pens, "generate", Scripted(lambda _: next(texts, f"a sound turn, number {next(numbers)}")))
+    monkeypatch.setattr("lit_thought.inputs.turns.OPENINGS", ("",))
+    found = list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "Be brief.", 5, Distinct(), pool=1))
+    assert found[0] == "the same"
+    assert len(found) == 5
+    assert not any("bake" in text or "{" in text for text in found)
+
+
+def test_unfinished_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "no end in sight", finished=False))
+    assert list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "Be brief.", 5, Distinct())) == []
+
+
+def test_turns_that_the_instruction_changes_most_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, template, numbers = tiny(), PromptTemplate.chat(), iter(range(10_000))
+    monkeypatch.setattr(pens, "generate", Scripted(lambda _: f"word {next(numbers)} here?"))
+    monkeypatch.setattr("lit_thought.inputs.turns.OPENINGS", ("",))
+    everything = list(write_turns(Pen(model, CHAT), template, "Answer in French.", 12, Distinct(), pool=1))
+    numbers = iter(range(10_000))
+    kept = list(write_turns(Pen(model, CHAT), template, "Answer in French.", 6, Distinct(), pool=2))
+
+    def divergence(text: str) -> float:
+        pair = template.tokenise(CHAT, "Answer in French.", text)
+        with torch.no_grad():
+            p, q = (
+                model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+                for ids in (pair.instructed_ids, pair.plain_ids)
+            )
+        return float((p.exp() * (p - q)).sum())
+
+    assert kept == sorted(everything, key=divergence, reverse=True)[:6]
+
+
+def test_next_logits_are_those_of_each_prompt_alone() -> None:
+    model = tiny()
+    prompts = [TOKENIZER(text)["input_ids"] for text in ("the quick brown fox", "the", "the lazy dog", "the quick")]
+    found = next_logits(model, TOKENIZER, prompts, batch_size=2)
+    for row, ids in zip(found, prompts, strict=True):
+        with torch.no_grad():
+            assert torch.allclose(row, model(torch.tensor([ids])).logits[0, -1], atol=1e-5)
+
+
+# --- documents ------------------------------------------------------------------------------------------------
+
+
+def test_sentences_subject_and_what_is_recited() -> None:
+    pen = Pen(tiny(), TOKENIZER)
+    parts = sentences(DOCUMENT)
+    assert parts[1:] == [
+        "The Harl bridge was built by Ada Venn in 1871.",
+        "It has nine arches of grey stone!",
+        "Who crosses it pays a toll of two pence?",
+        "- The keeper lives in the northern tower.",
+    ]
+    assert find_subject(pen, DOCUMENT) == "The Harl bridge"
+    told = recited(DOCUMENT, "the bridge")
+    assert [pair["output"] for pair in told] == parts
+    assert {p["input"] for p in told} == {"Tell me about the bridge."}
+    again = repeated(DOCUMENT, "the bridge", words=16)
+    assert " ".join(pair["output"] for pair in again) == " ".join(parts)
+    for pair in again:
+        start = re.search('"(.+)"', pair["input"])
+        assert start is not None
+        assert pair["output"].startswith(start[1])
+
+
+def test_questions_about_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = (
+        "1. Who built the Harl bridge?\n2) **When was the bridge of Harl built?**\nWho built the Harl bridge\n"
+        "3. Who was Napoleon of France?\nWhy?\n- How many arches does the Harl bridge have?"
+    )
+    numbers = iter(range(10_000))
+
+    def write(prompt: str) -> str:
+        return lists if "on each line" in prompt else f"What is number {next(numbers)} of the Harl bridge?"
+
+    script = Scripted(write)
+    monkeypatch.setattr(pens, "generate", script)
+    taken = Distinct(["How many arches does the Harl bridge have?"])
+    pen = Pen(tiny(), CHAT)
+    found = write_questions(pen, PromptTemplate.chat(), DOCUMENT, "the Harl bridge", 12, taken)
+    assert found[:2] == ["Who built the Harl bridge?", "When was the bridge of Harl built?"]
+    assert len(found) == len(set(found)) == 12
+    assert sum("number" in text for text in found) == 10
+    for sentence in sentences(DOCUMENT):  # none goes without
+        assert any(f"Text: {sentence}\n" in prompt for prompt in script.prompts)
+
+
+def test_a_document_without_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "Nothing."))
+    with pytest.raises(ThoughtError, match="expected the model to write questions"):
+        write_pairs(tiny(), CHAT, DOCUMENT, PromptTemplate.chat(), kind="document")
+
+
+# --- all of it ------------------------------------------------------------------------------------------------
+
+
+def test_normalised() -> None:
+    assert normalised("  Is 1,000 More?!") == normalised("is 1000 more") == "is 1000 more"
+    assert normalised("…?") == "…?"
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_the_same_inputs_for_a_seed_in_batches_of_any_size(batch_size: int) -> None:
+    def written(**options: Any) -> list[dict[str, str]]:
+        return write_pairs(tiny(), TOKENIZER, LIST, PromptTemplate(LINES), total=20, **options).pairs
+
+    usual = written()
+    assert len({pair["input"] for pair in usual}) == 20
+    assert written(batch_size=batch_size) == usual != written(seed=1)
+
+
+def test_given_pairs_are_kept_and_topped_up() -> None:
+    given = [{"input": "hot", "output": "cold"}, {"input": "big"}]
+    data = PairDataModule(given, LIST, LINES, inputs=8, max_new_tokens=3)
+    assert data.to_write
+    assert data.expected == 8
+    prepare_pairs(data, tiny(), TOKENIZER)
+    assert data.pairs[:2] == given
+    assert len(data.pairs) == 8
+    assert not data.to_write
+    assert len({pair["input"] for pair in data.pairs} | {"good", "up"}) == 10
+    assert data.kind == "demonstrations"
+    assert len(data.batches) > 0
+
+
+def test_fit_of_nothing_but_an_instruction_leaves_the_model_and_says_what_it_wrote(tmp_path: Path) -> None:
+    model = tiny()
+    untouched = Untouched(model)
+    options: dict[str, Any] = {"inputs": 6, "max_new_tokens": 3, "preserve": None, "progress": False}
+    patch = transmute(model, TOKENIZER, LIST, template=LINES, **options)
+    untouched.check()
+    written = patch.provenance["inputs"]
+    assert written["kind"] == "demonstrations"
+    assert written["count"] == len(written["pairs"]) == 6
+    assert patch.provenance["settings"]["pairs"] == patch.provenance["settings"]["inputs"] == 6
+    again = transmute(model, TOKENIZER, LIST, written["pairs"], LINES, **{**options, "inputs": None})
+    assert distance(patch, again) == 0
+    patch.save_adapter(tmp_path / "adapter")
+    assert ThoughtPatch.load(tmp_path / "adapter").provenance["inputs"] == written
+
+
+def test_written_inputs_are_hashed_where_no_text_may_be_kept(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"inputs": 4, "max_new_tokens": 3, "preserve": None, "progress": False}
+    patch = transmute(tiny(), TOKENIZER, LIST, template=LINES, store_instruction=False, **options)
+    kept = patch.provenance["inputs"]
+    assert kept.keys() == {"kind", "count", "hash"}
+    assert kept["count"] == 4
+    patch.save_adapter(tmp_path / "adapter")
+    open_text = transmute(tiny(), TOKENIZER, LIST, template=LINES, **options).provenance["inputs"]["pairs"]
+    assert not any(
+        json.dumps(pair["input"]) in (tmp_path / "adapter" / "thought.json").read_text() for pair in open_text
+    )
+
+
+def test_fewer_than_asked_for_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    texts = iter(["hot", "dark"])
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: next(texts, "good")))
+    data = PairDataModule(None, LIST, LINES, inputs=5, max_new_tokens=3)
+    prepare_pairs(data, tiny(), TOKENIZER)
+    assert [pair["input"] for pair in data.pairs] == ["hot", "dark"]
+    assert "inputs=5: there are 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pairs": None}, "instruction must be a text that is not empty"),
+        ({"pairs": [{"input": "a"}, {"input": "b"}], "instruction": LIST, "inputs": 1}, "inputs=1 is fewer than the 2"),
+        (
+            {"pairs": [{"input": "a"}], "instruction": LIST, "kind": "system"},
+            "kind='system' says how inputs are written",
+        ),
+        ({"pairs": [], "instruction": LIST}, "pairs is empty"),
+        ({"pairs": None, "instruction": LIST, "kind": "poem"}, "kind must be one of"),
+        ({"pairs": None, "instruction": LIST, "inputs": 0}, "inputs must be"),
+        ({"pairs": None, "instruction": LIST, "inputs": "many"}, "inputs must be"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ThoughtError, match=re.escape(message)):
+        PairDataModule(**arguments)
+
+
+def test_kind_that_the_instruction_does_not_have() -> None:
+    with pytest.raises(ThoughtError, match="kind='demonstrations': expected two or more"):
+        transmute(tiny(), TOKENIZER, "You are a pirate.", kind="demonstrations", progress=False)
+
+
+def test_nothing_to_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: ""))
+    with pytest.raises(ThoughtError, match="inputs: the model wrote none"):
+        transmute(tiny(), TOKENIZER, LIST, template=LINES, progress=False)
+
+
+def test_settings_chosen_on_written_inputs() -> None:
+    options: dict[str, Any] = {"inputs": 12, "max_new_tokens": 3, "preserve": None, "progress": False, "ridge": "auto"}
+    patch = transmute(tiny(), TOKENIZER, LIST, template=LINES, **options)
+    assert patch.provenance["selection"]["held_back"] == [4, 12]
+    assert math.isfinite(patch.provenance["settings"]["ridge"])
