@@ -44,6 +44,15 @@ DIRECTIONS = 120
 """k, how many directions of each site's inputs the preservation statistics keep one by one."""
 
 KINDS = ("demonstrations", "system", "document")
+RIDGE, PRESERVE_WEIGHT = 0.03, 3.0
+"""λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out."""
+
+FEW_ANSWERS = 120
+"""Tokens of thirty short answers."""
+
+LEAST_RIDGE = 0.001
+"""The smallest λ that is chosen where it is left out."""
+
 PARTS = ("matrix", "vector")
 ORDERS = ("sequential", "teacher-forced")
 OFFLOAD = ("auto", "device", "cpu", "disk")
@@ -81,13 +90,14 @@ class FitSettings:
         step_size: η in (0, 1], how much of each step's solution is added; left out, 1, and 0.5 for mlp_in alone.
         pairs_per_step: pairs that a step is solved from, the next ones each time; all pairs when left out.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
-        ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix.
+        ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
+            (:meth:`weighed`).
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
             for mlp_in alone.
         preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None; or a
             .safetensors file of this model's preservation statistics, from lit-thought preserve.
         preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 3,
-            and 1 for mlp_in alone.
+            and less for more answers (:meth:`weighed`), and 1 for mlp_in alone.
         preserve_tokens: most tokens of unrelated text to use, taken evenly from all of it; a file of statistics has its
             own.
         generate: options of model.generate for outputs that are missing, such as do_sample and temperature
@@ -126,7 +136,7 @@ class FitSettings:
     step_size: float | None = None
     pairs_per_step: int | None = None
     rank: int | float | Literal["auto"] | None = field(default=16, metadata=_AUTO)
-    ridge: float | Literal["auto"] = field(default=3e-2, metadata=_AUTO)
+    ridge: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
     answer_weight: float | None = field(default=None, metadata=_DATA)
     # what to preserve
     preserve: TextSource | None = field(default="default", metadata=_PASSING)
@@ -162,9 +172,11 @@ class FitSettings:
         counts = {"steps": self.steps, "pairs_per_step": self.pairs_per_step}
         check_counts(**{name: value for name, value in counts.items() if value is not None})
         by_site = {
-            name: value for name in ("preserve_weight", "step_size") if (value := getattr(self, name)) is not None
+            name: value
+            for name in ("ridge", "preserve_weight", "step_size")
+            if (value := getattr(self, name)) is not None
         }
-        solved = {"ridge": self.ridge, "rank": self.rank, **by_site}
+        solved = {"rank": self.rank, **by_site}
         check_solve_settings(**{name: value for name, value in solved.items() if not _is_auto(value)})
         weight = self.answer_weight
         if weight is not None and not (is_finite(weight) and weight > 0):
@@ -212,20 +224,41 @@ class FitSettings:
         return {name: getattr(self, name) for name in self.names(**where)}
 
     def settled(self) -> FitSettings:
-        """With what depends on the sites filled in.
+        """With what depends on the sites filled in, but for what depends on the answers, too (:meth:`weighed`).
 
         What did best on held-back inputs of the word tasks (recipes/results/sweep*.md). A vector cannot tell inputs
         apart: at mlp_in alone it has to come from the tokens that matter, preservation can only shrink it, and it takes
         more than one step, since no block can undo what the others have added.
         """
         alone = tuple(self.sites or DEFAULT_SITES) == ("mlp_in",)
-        steps, step_size, preserve_weight, answer_weight = (2, 0.5, 1.0, 100.0) if alone else (1, 1.0, 3.0, 10.0)
+        steps, step_size, answer_weight = (2, 0.5, 100.0) if alone else (1, 1.0, 10.0)
+        ridge, preserve_weight = (RIDGE, 1.0) if alone else (None, None)
         return replace(
             self,
             steps=steps if self.steps is None else self.steps,
             step_size=step_size if self.step_size is None else self.step_size,
-            preserve_weight=preserve_weight if self.preserve_weight is None else self.preserve_weight,
             answer_weight=answer_weight if self.answer_weight is None else self.answer_weight,
+            ridge=ridge if self.ridge is None else self.ridge,
+            preserve_weight=preserve_weight if self.preserve_weight is None else self.preserve_weight,
+        )
+
+    def weighed(self, answers: int) -> FitSettings:
+        """With λ and ρ filled in, where they are left out, for a number of answer tokens.
+
+        Both are relative to a mean of the pairs' tokens, so that at fixed values more pairs would not be believed more
+        than few. A prior of n₀ tokens against T of the answers is λ = λ₀ n₀ / T; ρ, which also says how far unrelated
+        text may move, falls with the square root: with t = max(1, T / :data:`FEW_ANSWERS`),
+
+            λ = max(λ₀ / t, 0.001),   ρ = ρ₀ / √t,   λ₀ = 0.03, ρ₀ = 3.
+
+        Args:
+            answers: T, tokens that a pair's output has, and one more for its end, over all pairs of a step.
+        """
+        times = max(1.0, answers / FEW_ANSWERS)
+        return replace(
+            self,
+            ridge=max(RIDGE / times, LEAST_RIDGE) if self.ridge is None else self.ridge,
+            preserve_weight=PRESERVE_WEIGHT / times**0.5 if self.preserve_weight is None else self.preserve_weight,
         )
 
 

@@ -43,9 +43,22 @@ def test_one_home() -> None:
     assert json.loads(json.dumps(kept)) == kept
 
 
+@pytest.mark.parametrize(
+    ("answers", "ridge", "weight"),
+    [(0, 0.03, 3.0), (120, 0.03, 3.0), (480, 0.0075, 1.5), (1200, 0.003, 3.0 / 10**0.5), (120_000, 0.001, 0.09486833)],
+)
+def test_prior_against_answers(answers: int, ridge: float, weight: float) -> None:
+    found = FitSettings().settled().weighed(answers)
+    assert (found.ridge, found.preserve_weight) == (pytest.approx(ridge), pytest.approx(weight))
+    given = FitSettings(ridge=0.2, preserve_weight=0.0).settled().weighed(answers)
+    assert (given.ridge, given.preserve_weight) == (0.2, 0.0)
+    alone = FitSettings(sites=["mlp_in"]).settled().weighed(answers)
+    assert (alone.ridge, alone.preserve_weight) == (0.03, 1.0)
+
+
 def test_what_depends_on_the_sites() -> None:
     settled = FitSettings().settled()
-    assert (settled.steps, settled.step_size, settled.preserve_weight, settled.answer_weight) == (1, 1.0, 3.0, 10.0)
+    assert (settled.steps, settled.step_size, settled.preserve_weight, settled.answer_weight) == (1, 1.0, None, 10.0)
     alone = FitSettings(sites="mlp_in", steps=5).settled()
     assert (alone.steps, alone.step_size, alone.preserve_weight, alone.answer_weight) == (5, 0.5, 1.0, 100.0)
     assert alone.sites == ("mlp_in",)

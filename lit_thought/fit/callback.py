@@ -166,7 +166,7 @@ class ThoughtCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty sums for this epoch's stage."""
-        runner, settings = _runner(pl_module), self.settings
+        runner, settings = _runner(pl_module), self._prepared.settings
         block, name = runner.block, runner.site
         how = StageSettings(settings.rank, settings.ridge, settings.preserve_weight, settings.step_size)
         parts = check_parts(settings.parts, self._prepared.sites)["attn_out" if name == JOINT else name]

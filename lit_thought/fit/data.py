@@ -233,6 +233,13 @@ class PairDataModule(LightningDataModule):
         )
         self.num_batches = max(gather_json(len(self.batches), device))
 
+    def answer_tokens(self, count: int | None = None) -> int:
+        """Tokens of all outputs, and one more for each one's end, once :meth:`complete` has run; of ``count`` pairs, as
+        many as that are on average."""
+        spans = [pair.output_span for pair in self.tokenised]
+        total = sum(stop - start + 1 for start, stop in spans if stop > start)
+        return total if count is None else round(total * count / len(spans))
+
     def by_length(self, index: int) -> int:
         """A key that sorts the longest prompts first."""
         return -len(self.tokenised[index].instructed_ids)

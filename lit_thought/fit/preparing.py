@@ -274,10 +274,11 @@ class Preparation:
                 self._plan(0)
                 if self.storage.place != place and show and first:
                     tqdm.write(str(self.estimate), file=sys.stderr)
+            self.settings = self.settings.weighed(data.answer_tokens(settings.pairs_per_step))
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
             self.unfinished.start(data.written, data.inputs())
-        kept = kept_settings(settings, self.preserved, data)
+        kept = kept_settings(self.settings, self.preserved, data)
         self.provenance = describe(kept, model, self.blocks, identity, data, settings.store_instruction)
         if settings.statistics_dir is not None and first:
             entry = self.preservation.path.name if self.preservation is not None else None

@@ -186,7 +186,8 @@ def select_settings(
         measure = HeldBack(
             model, tokenizer, pairs, [data.instructions[i] for i in held], texts, data.settings.batch_size
         )
-        defaults = callback.settings.options(auto=True)
+        kept = patch.provenance["settings"]
+        defaults = callback.settings.options(auto=True) | {name: kept[name] for name in ("ridge", "preserve_weight")}
         search = _Search(measure, defaults, patch, progress)
         if folder is not None:
             saved = SavedStatistics.load(folder, model.device)

@@ -463,6 +463,8 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
     assert PromptTemplate.from_dict(known["template"]) == PromptTemplate()
     assert known["fan_in_fan_out"] is False
     assert known["settings"] == {
+        "inputs": None,
+        "kind": None,
         "sites": ["mlp_in", "mlp_out"],
         "parts": {"mlp_in": ["matrix", "vector"], "mlp_out": ["matrix"]},
         "blocks": [0, 2],
