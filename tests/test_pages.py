@@ -26,6 +26,8 @@ from peft import PeftModel
 import lit_thought
 from lit_thought import ThoughtPatch
 from lit_thought.cli import COMMANDS, main
+from lit_thought.inputs import pen
+from lit_thought.runs.generate import Generation
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -92,6 +94,17 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, some in (("pairs.jsonl", rows), ("test.jsonl", rows[:2])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _words_for_tiny_models(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write no inputs that could be kept."""
+    if "smollm2" not in request.fixturenames:
+        monkeypatch.setattr(pen, "generate", written)
+
+
+def written(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> list[Generation]:
+    return [Generation(f"number {i} of the words?", True) for i in range(len(prompts))]
 
 
 @pytest.fixture
@@ -252,9 +265,12 @@ def test_the_python_of_the_readme(smollm2: tuple[Any, Any], tmp_path: Path, monk
     asked: list[str] = []
     monkeypatch.setattr(lit_thought, "load_model", lambda name: (asked.append(name), smollm2)[1])
     before = {name: value.clone() for name, value in smollm2[0].state_dict().items()}
-    job, peft, lightning, steering = blocks("README.md", "python")
+    job, own, peft, lightning, steering = blocks("README.md", "python")
     names: dict[str, Any] = {}
     exec(job, names)
+    assert names["patch"].provenance["inputs"]["kind"] == "demonstrations"
+    exec(own, names)
+    assert names["patch"].provenance["inputs"]["count"] == 16
     assert asked == ["smollm2"]
     assert (tmp_path / "antonym" / "adapter_config.json").is_file()
     assert 0 <= names["result"]["fidelity"] <= 1

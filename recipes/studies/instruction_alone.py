@@ -1,0 +1,208 @@
+"""Only an instruction: what a patch is worth that is fitted on nothing but what the model writes itself.
+
+    python -m recipes.studies.instruction_alone --config recipes/studies/instruction_alone.yaml
+
+Every chunk goes through ``transmute(model, tokenizer, chunk)``: lists of demonstrations (the six word tasks), system
+messages, documents. Each is tested on what was never fitted: words, questions, and questions about the document that
+were worded by hand. Beside a word task's patch stands one of thirty given inputs, on the same words. The figures are
+those of ``evaluate``: along the instructed model's outputs and along the patched model's own; and the seconds from the
+instruction to the patch, by part. Writes a Markdown and a JSON table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+from typing import Any, NamedTuple
+
+from lit_thought import PromptTemplate, load_model, transmute
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.patch.results import RUNS
+from recipes.harness import SIX_TASKS, TEMPLATE, check_names, command_line, load_split, shown, table, write_results
+from recipes.tasks.self_study import contains, load_document
+from recipes.tasks.system_prompt import FOLDER, RULES, instructions_known, load_pairs, split
+
+Judge = Callable[[Mapping[str, str]], Mapping[str, bool]]
+GIVEN = 30
+"""Inputs of the fit beside which a word task's stands."""
+
+
+class Case(NamedTuple):
+    """A chunk, what to test it with, and when an output is right: from an item of ``evaluate`` to a truth for each run;
+    None where that cannot be told."""
+
+    door: str
+    name: str
+    chunk: str
+    template: PromptTemplate
+    tested: list[dict[str, str]]
+    max_new_tokens: int
+    judge: Judge | None
+    given: list[dict[str, str]]
+    settings: dict[str, Any]
+
+
+def instruction_alone(
+    model: str = "smollm2",
+    tasks: Sequence[str] = SIX_TASKS,
+    instructions: Sequence[str] = ("pirate", "french", "sentence", "shakespeare", "poet", "wizard", "json", "refuse"),
+    documents: Sequence[str] = ("brindlemark", "velmora", "quillow", "great_fire", "harrowick", "kestrel_station"),
+    seeds: Sequence[int] = (0,),
+    counts: Sequence[int] = (),
+    test: int = 100,
+    questions: int = 30,
+    word_tokens: int = 12,
+    answer_tokens: int = 48,
+    document_tokens: int = 24,
+    document_settings: Mapping[str, Any] | None = None,
+    unrelated: bool = True,
+    out: str = "recipes/results/instruction_alone",
+) -> None:
+    """Fit and test every chunk and seed."""
+    known = instructions_known()
+    check_names("instructions", instructions, known)
+    chosen = [load_document(name) for name in documents]
+    lm, tokenizer = load_model(model)
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        cases = [word_case(task, seed, test, word_tokens) for task in tasks]
+        cases += [message_case(known[name], seed, questions, answer_tokens) for name in instructions]
+        for own in chosen:
+            tested = [{"input": row["input"]} for row in own.questions]
+            accepted = {row["input"]: row["outputs"] for row in own.questions}
+
+            def judge(item: Mapping[str, str], accepted: Mapping[str, list[str]] = accepted) -> dict[str, bool]:
+                return {run: contains(item[run], accepted[item["input"]]) for run in RUNS}
+
+            settings = {"kind": "document", "rank": 64, **(document_settings or {})}
+            case = Case(
+                "document", own.name, own.chunk, PromptTemplate.chat(), tested, document_tokens, judge, [], settings
+            )
+            cases.append(case)
+        for case in cases:
+            evaluation = Evaluation(
+                *(lm, tokenizer),
+                instruction=case.chunk,
+                pairs=case.tested,
+                template=case.template,
+                max_new_tokens=case.max_new_tokens,
+                unrelated="default" if unrelated else None,
+                progress=False,
+            )
+            fits: list[tuple[str, Any, dict[str, Any]]] = [("written", None, {})]
+            fits += [(f"written, {count}", None, {"inputs": count}) for count in counts]
+            fits += [(f"given, {len(case.given)}", case.given, {})] if case.given else []
+            for name, pairs, changes in fits:
+                settings = {"seed": seed, "max_new_tokens": min(64, 2 * case.max_new_tokens), "progress": False}
+                start = time.perf_counter()
+                template = case.template if case.given or case.door == "document" else None
+                patch = transmute(lm, tokenizer, case.chunk, pairs, template, **settings, **case.settings, **changes)
+                seconds = time.perf_counter() - start
+                result = evaluation.score(patch)
+                run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
+                run |= {"inputs": patch.provenance.get("inputs"), "pairs": patch.provenance["settings"]["pairs"]}
+                run |= {"seconds": seconds, "seconds_by_part": patch.provenance["seconds"]}
+                run |= {"right": right(case, result["items"]), "tested": len(case.tested)}
+                run |= {key: value for key, value in result.items() if key != "perplexity_windows"}
+                runs.append(run)
+                print(_table(runs[-1:]), flush=True)
+    settings = {"seeds": list(seeds), "counts": list(counts), "document_settings": document_settings}
+    write_results(__file__, out, _page(runs), {"model": shown(model), "settings": settings, "runs": runs})
+
+
+def word_case(task: str, seed: int, test: int, max_new_tokens: int) -> Case:
+    """Ten demonstrations of a word task, its test words, and the inputs that the other recipes fit."""
+    own = load_split(task, seed, fit=GIVEN, test=test)
+
+    def judge(item: Mapping[str, str]) -> dict[str, bool]:
+        return {run: item[run].strip() == item["reference"].strip() for run in RUNS}
+
+    template = PromptTemplate(TEMPLATE)
+    return Case("word task", own.name, own.instruction, template, own.test, max_new_tokens, judge, own.fit, {})
+
+
+def message_case(entry: Mapping[str, str], seed: int, test: int, max_new_tokens: int) -> Case:
+    """A system message with its rule, if it has one, and the questions that its own recipe tests it with."""
+    general = [pair["input"] for pair in load_pairs(FOLDER / "questions.json")]
+    topic = [pair["input"] for pair in load_pairs(FOLDER / f"{entry['topic']}.json")] if "topic" in entry else []
+    _, tested = split(general, topic, 0, test, seed)
+    rule = RULES.get(entry["name"])
+
+    def judge(item: Mapping[str, str]) -> dict[str, bool]:
+        assert rule is not None
+        wanted = not topic or item["input"] in topic
+        return {run: rule(item[run]) == wanted for run in RUNS}
+
+    pairs = [{"input": text} for text in tested]
+    template = PromptTemplate.chat()
+    name, chunk = entry["name"], entry["instruction"]
+    return Case("system prompt", name, chunk, template, pairs, max_new_tokens, judge if rule else None, [], {})
+
+
+def right(case: Case, items: Sequence[Mapping[str, str]]) -> dict[str, int] | None:
+    """How many outputs of each run are right."""
+    if case.judge is None:
+        return None
+    found = [case.judge(item) for item in items]
+    return {run: sum(own[run] for own in found) for run in RUNS}
+
+
+def _row(run: Mapping[str, Any]) -> list[Any]:
+    kl, own, ratio = run["output_kl"], run["own_text"], run["perplexity_ratio"]
+    counts = run["right"]
+    share = None if not counts or not counts["instructed"] else counts["patched"] / counts["instructed"]
+    cells = [f"{run['name']}, seed {run['seed']}, {run['fit']}", run["pairs"]]
+    cells += [*(counts and f"{counts[which]}" for which in RUNS), None if share is None else f"{share:.2f}"]
+    cells += [
+        f"{run['fidelity']:.2f}",
+        f"{kl['plain']:.3f}",
+        f"{kl['patched']:.3f}",
+        f"{1 - kl['patched'] / kl['plain']:.1%}",
+    ]
+    cells += [f"{own['kl']:.3f}"]
+    for name in ("repetition", "length"):
+        values = own[name]
+        shown_values = (values["instructed"], values["patched"])
+        cells += [None if value is None else f"{value:.2f}" for value in shown_values]
+    cells += [None if ratio is None else f"{ratio:.4f}", f"{run['seconds_by_part'].get('write', 0):.0f}"]
+    return [*cells, f"{run['seconds']:.0f}"]
+
+
+HEAD = ["chunk", "pairs", "right: plain", "instructed", "patched", "patched ÷ instructed", "same output"]
+HEAD += ["KL, plain", "patched", "down by", "KL along its own text", "repetition, instructed", "patched"]
+HEAD += ["tokens, instructed", "patched", "unrelated perplexity ×", "seconds: writing", "all"]
+
+
+def _table(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for run in runs:
+        row = _row({**run, "right": run["right"] or {}})
+        rows.append(row if run["right"] else [*row[:2], None, None, None, *row[2:]])
+    return table(HEAD, rows)
+
+
+def _page(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each kind of chunk, each fit's mean ratio of right outputs below."""
+    parts = []
+    for door in dict.fromkeys(run["door"] for run in runs):
+        own = [run for run in runs if run["door"] == door]
+        parts.append(f"## {door.capitalize()}s\n\n{_table(own)}")
+        for fit in dict.fromkeys(run["fit"] for run in own):
+            parts.append(_line(fit, [run for run in own if run["fit"] == fit]))
+    return "\n".join(parts) + "\n"
+
+
+def _line(fit: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    counts = [run["right"] for run in runs if run["right"] and run["right"]["instructed"]]
+    ratios = [own["patched"] / own["instructed"] for own in counts]
+    down = mean(1 - run["output_kl"]["patched"] / run["output_kl"]["plain"] for run in runs)
+    text = f"- {fit}: KL down by {down:.1%}, the same output in {mean(run['fidelity'] for run in runs):.3f}"
+    if ratios:
+        text += f"; patched ÷ instructed right {mean(ratios):.3f} on average, {min(ratios):.2f} at least"
+    worst = [run["perplexity_ratio"] for run in runs if run["perplexity_ratio"] is not None]
+    return text + (f"; perplexity × {mean(worst):.4f} on average, {max(worst):.4f} at most" if worst else "")
+
+
+if __name__ == "__main__":
+    command_line(instruction_alone)
