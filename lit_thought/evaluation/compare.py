@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import check_counts
-from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
+from lit_thought.evaluation.metrics import TextMatch, TokenDivergence, agrees_for, repetition
 from lit_thought.evaluation.perplexity import UnrelatedText
 from lit_thought.files import atomic_file
 from lit_thought.model.bare import bare_model, check_tokenizer
@@ -62,7 +64,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare the plain, the instructed and the patched model on pairs that the patch has not seen.
 
-    Outputs are greedy. Divergences are measured on the instructed model's own outputs, fed to all three.
+    Outputs are greedy. Divergences are measured on the instructed model's own outputs, fed to all three, and on the
+    patched model's own outputs, fed to the instructed and the patched one: only the latter see what becomes of a patch
+    that has left the instructed model's path.
 
     Args:
         model: the model the patch was made for, without the patch; left bit for bit as it was.
@@ -90,6 +94,14 @@ def evaluate(
         ``kl``, ``agreement``: of plain and patched with the instructed run, KL(instructed ‖ ·) in nats and
         share of equal top-1 tokens, mean over all compared tokens; ``output_kl``, ``output_agreement``: the
         same over the tokens that predict the output or its end.
+        ``own_text``: figures of the text that the patched model writes, over its tokens as they were written, those
+        that end it (an end-of-sequence token, a stop string) included. ``kl``: KL(patched ‖ instructed) and
+        ``kl_reverse``: KL(instructed ‖ patched) in nats, means over the places at which the patched model wrote a
+        token, both runs having read what it had written before; ``agrees_for_tokens``: of plain and patched, mean
+        number of tokens that an output begins with as the instructed output does, ``agrees_for``: mean of this number
+        ÷ the instructed output's tokens. By run: ``repetition``: mean share of an output's 3-grams of tokens that it
+        had before, 1 − distinct ÷ all, over the outputs of three tokens or more, None without any; ``length``: mean
+        tokens of an output; ``finished``: share of outputs that came to an end before ``max_new_tokens``.
         ``perplexity``: of the unrelated text, original and patched; ``perplexity_ratio``: patched ÷ original;
         ``perplexity_interval``: half-width of the ratio's 95 % interval
         (:func:`~lit_thought.solve.intervals.perplexity_ratio`), None for a single window; ``perplexity_tokens``: how
@@ -184,7 +196,8 @@ class Evaluation:
                 patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
             perplexity = dict.fromkeys(_PERPLEXITY) if self.unrelated is None else self.unrelated.measure(patch)
             divergence = self._divergences(patch)
-        outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
+            outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
+            own_text = {**self._own_divergence(patch, patched), **_written(outputs)}
         texts = {run: [output.text for output in outputs[run]] for run in RUNS}
         answered = [i for i, row in enumerate(self.rows) if "output" in row]
         accuracy = first_accuracy = None
@@ -206,6 +219,7 @@ class Evaluation:
             "fidelity": _match(texts["patched"], texts["instructed"]),
             "fidelity_plain": _match(texts["plain"], texts["instructed"]),
             **divergence,
+            "own_text": own_text,
             **perplexity,
             "prompt_tokens": {"plain": plain, "instructed": instructed, "saved": instructed - plain},
             "items": [
@@ -266,6 +280,64 @@ class Evaluation:
             for prefix in prefixes
             for name in ("kl", "agreement")
         }
+
+    def _own_divergence(self, patch: ThoughtPatch, outputs: Sequence[Generation]) -> dict[str, float | None]:
+        """KL of the patched and the instructed run, in both directions, where the patched model wrote its outputs."""
+        pairs = [_continued(*own) for own in zip(self.prompts, (output.tokens for output in outputs), strict=True)]
+        batches = output_batches(self.tokenizer, pairs, self.instructions, self.batch_size)
+        metrics = {name: TokenDivergence(sync_on_compute=False) for name in ("kl", "kl_reverse")}
+        leads: dict[str, dict[int, Any]] = {"instructed": {}, "patched": {}}
+        shown = {"desc": "Comparing on its own text", "unit": "batch", "disable": not self.progress, "leave": False}
+        for batch, weights in tqdm(batches, **shown):
+            instructed = batch_logits(self.model, batch, "target", leads["instructed"])
+            with patch.applied(self.model, check=False):
+                patched = batch_logits(self.model, batch, "plain", leads["patched"])
+            own = (weights > 0).to(patched.device)
+            runs, weights = (patched[own], instructed[own]), weights.to(patched.device)[own]
+            for metric, (reference, other) in zip(metrics.values(), (runs, runs[::-1]), strict=True):
+                metric.to(patched.device).update(reference, other, weights)
+        values = {name: float(metric.compute()["kl"]) for name, metric in metrics.items()}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _continued(prompt: TokenisedPair, tokens: Sequence[int]) -> TokenisedPair:
+    """Both runs of a prompt with an output's tokens, as they were written, but the last one, which neither reads. The
+    places that predict one of them, the last one too, are those of the output."""
+    read, plain, instructed = tuple(tokens[:-1]), len(prompt.plain_ids), len(prompt.instructed_ids)
+    return replace(
+        prompt,
+        plain_ids=prompt.plain_ids + read,
+        instructed_ids=prompt.instructed_ids + read,
+        plain_positions=prompt.plain_positions + tuple(range(plain, plain + len(read))),
+        instructed_positions=prompt.instructed_positions + tuple(range(instructed, instructed + len(read))),
+        output_span=(plain, plain + len(tokens)),
+    )
+
+
+def _written(outputs: Mapping[str, Sequence[Generation]]) -> dict[str, dict[str, float | None]]:
+    """What can be told of the runs' outputs without the model."""
+    wanted = [output.tokens for output in outputs["instructed"]]
+    common = {
+        run: [agrees_for(output.tokens, other) for output, other in zip(outputs[run], wanted, strict=True)]
+        for run in ("plain", "patched")
+    }
+    repeated = {run: [repetition(output.tokens) for output in outputs[run]] for run in RUNS}
+    return {
+        "agrees_for": {
+            run: _mean([count / len(other) for count, other in zip(counts, wanted, strict=True) if other])
+            for run, counts in common.items()
+        },
+        "agrees_for_tokens": {run: _mean(counts) for run, counts in common.items()},
+        "repetition": {
+            run: _mean([share for share in shares if share is not None]) for run, shares in repeated.items()
+        },
+        "length": {run: _mean([len(output.tokens) for output in outputs[run]]) for run in RUNS},
+        "finished": {run: _mean([output.finished for output in outputs[run]]) for run in RUNS},
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def output_batches(
