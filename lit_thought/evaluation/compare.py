@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.errors import check_counts
+from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.evaluation.checks import Check
 from lit_thought.evaluation.metrics import TextMatch, TokenDivergence, agrees_for, repetition
 from lit_thought.evaluation.perplexity import UnrelatedText
 from lit_thought.files import atomic_file
@@ -25,6 +26,7 @@ from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.card import number
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS, figures, items_text
+from lit_thought.patch.verdict import headline, warnings
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, forward_inputs, make_batches
 from lit_thought.prompts.instruction_hash import check_instruction
@@ -54,6 +56,7 @@ def evaluate(
     instruction: str | None = None,
     pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
     template: str | PromptTemplate = DEFAULT_TEMPLATE,
+    check: Check | None = None,
     unrelated: TextSource | None = "default",
     perplexity_interval: float | None = 0.01,
     max_new_tokens: int = 64,
@@ -73,6 +76,8 @@ def evaluate(
         tokenizer: its tokenizer.
         patch: a patch, or an adapter folder.
         instruction, pairs, template: as in :func:`~lit_thought.fit.api.transmute`; outputs are the reference answers.
+        check: a function of an output's text that says whether it is what it should be, such as
+            ``lambda text: text.isupper()``; :mod:`lit_thought.evaluation.checks` has two.
         unrelated: text whose perplexity should not change: a text file, a list of texts, ``"default"`` (text
             that the package ships, other than what it preserves by default), or None to skip.
         perplexity_interval: half-width of the 95 % interval of ``perplexity_ratio`` at which enough of that text has
@@ -91,6 +96,7 @@ def evaluate(
         ``recovery``: (patched − plain) ÷ (instructed − plain) accuracy; None where the latter two are equal.
         ``fidelity``: share of patched outputs equal to the instructed ones, right or wrong; ``fidelity_plain``:
         the same for the plain outputs.
+        ``checked``: by run, share of outputs that pass the check; None without one.
         ``kl``, ``agreement``: of plain and patched with the instructed run, KL(instructed ‖ ·) in nats and
         share of equal top-1 tokens, mean over all compared tokens; ``output_kl``, ``output_agreement``: the
         same over the tokens that predict the output or its end.
@@ -108,6 +114,7 @@ def evaluate(
         many were ``measured``, of how many in the ``text``; ``perplexity_windows``: of each measured window the
         tokens, and the losses (:func:`~lit_thought.evaluation.perplexity.window_losses`).
         ``prompt_tokens``: mean per query, plain and instructed, and ``saved``.
+        ``warnings``: sentences on what these figures would hide (:func:`~lit_thought.patch.verdict.warnings`).
         ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
 
     Raises:
@@ -127,6 +134,7 @@ def evaluate(
             instruction=instruction,
             pairs=rows,
             template=template,
+            check=check,
             unrelated=unrelated,
             perplexity_interval=perplexity_interval,
             max_new_tokens=max_new_tokens,
@@ -155,6 +163,7 @@ class Evaluation:
         instruction: str | None = None,
         pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
         template: str | PromptTemplate = DEFAULT_TEMPLATE,
+        check: Check | None = None,
         unrelated: TextSource | None = "default",
         perplexity_interval: float | None = 0.01,
         max_new_tokens: int = 64,
@@ -167,6 +176,9 @@ class Evaluation:
         self.instructions = pair_instructions(self.rows, instruction)
         self.template = PromptTemplate.parse(template)
         check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        if check is not None and not callable(check):
+            raise ThoughtError(f"check must be a function of an output's text, or None; got {check!r}.")
+        self.check = check
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         texts = load_texts(unrelated, "evaluate", "unrelated") if unrelated is not None else None
         self.prompts = [
@@ -211,13 +223,14 @@ class Evaluation:
             }
         plain = sum(len(prompt.plain_ids) for prompt in self.prompts) / len(self.prompts)
         instructed = sum(len(prompt.instructed_ids) for prompt in self.prompts) / len(self.prompts)
-        return {
+        result = {
             "pairs": len(self.rows),
             "accuracy": accuracy,
             "first_token_accuracy": first_accuracy,
             "recovery": _recovery(accuracy),
             "fidelity": _match(texts["patched"], texts["instructed"]),
             "fidelity_plain": _match(texts["plain"], texts["instructed"]),
+            "checked": None if self.check is None else {run: _passing(self.check, texts[run]) for run in RUNS},
             **divergence,
             "own_text": own_text,
             **perplexity,
@@ -227,6 +240,7 @@ class Evaluation:
                 for i, row in enumerate(self.rows)
             ],
         }
+        return {**result, "warnings": warnings(result)}
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""
@@ -360,6 +374,10 @@ def _match(texts: Sequence[str], references: Sequence[str]) -> float:
     return float(metric.compute())
 
 
+def _passing(check: Check, texts: Sequence[str]) -> float:
+    return sum(bool(check(text)) for text in texts) / len(texts)
+
+
 def _recovery(accuracy: dict[str, float] | None) -> float | None:
     if accuracy is None or accuracy["instructed"] == accuracy["plain"]:
         return None
@@ -391,13 +409,21 @@ def format_result(result: Mapping[str, Any], samples: int = 5) -> str:
     lines = [f"| {result['pairs']} held-out pairs | " + " | ".join(RUNS) + " |", "|---|" + "---:|" * len(RUNS)]
     for _, label, values, digits in figures(result):
         lines.append(f"| {label} | " + " | ".join(number(values.get(run), digits) for run in RUNS) + " |")
-    recovery, fidelity, ratio = result["recovery"], result["fidelity"], result["perplexity_ratio"]
-    unrelated = f"unrelated perplexity × {number(ratio, 3)}"
+    top, recovery, ratio = headline(result), result["recovery"], result["perplexity_ratio"]
+    if top["key"] == "difference":
+        last = [f"{top['label']} {top['value']} ({top['note']})"]
+    else:
+        last = [] if recovery is None else [f"recovery {number(recovery)}"]
+        last.append(f"fidelity {number(result['fidelity'])}")
+    if ratio is not None:
+        last.append(f"unrelated perplexity × {number(ratio, 3)}")
     if result.get("perplexity_interval") is not None:
         tokens = result["perplexity_tokens"]
-        unrelated += f" ± {number(result['perplexity_interval'], 3)}"
-        unrelated += f" ({tokens['measured']:,} of {tokens['text']:,} tokens)"
-    lines += ["", f"recovery {number(recovery)}, fidelity {number(fidelity)}, {unrelated}"]
+        last[-1] += f" ± {number(result['perplexity_interval'], 3)}"
+        last[-1] += f" ({tokens['measured']:,} of {tokens['text']:,} tokens)"
+    lines += ["", ", ".join(last)]
+    for sentence in warnings(result):
+        lines += ["", f"Warning: {sentence}"]
     if samples and result["items"]:
         lines += ["", "| input | " + " | ".join(RUNS) + " |", "|---|" + "---|" * len(RUNS)]
         for item in result["items"][:samples]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fits import INSTRUCTION, PAIRS, TEXTS, Untouched, make_patch, mixed_model, readable, written
 from models import FAMILIES, make_model, make_tokenizer
+from report_run import LONG_RESULT
 from scipy.special import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,6 +23,7 @@ from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import Evaluation, evaluate, format_result
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS
+from lit_thought.patch.verdict import warnings
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.solve.factors import Factors
 
@@ -253,8 +255,9 @@ def test_each_pair_may_have_its_own_instruction() -> None:
     assert result["accuracy"] is result["first_token_accuracy"] is result["recovery"] is None
     assert all(item["reference"] is None for item in result["items"])
     table = format_result(result)
-    assert "| accuracy (exact match) | – | – | – |" in table
-    assert "recovery –" in table
+    assert "accuracy" not in table  # what there is nothing of is left out
+    assert f"\n\nfidelity {result['fidelity']:.2f}\n" in table
+    assert "–" in table  # the instructed model has no KL to itself
 
 
 def test_batch_size_does_not_matter() -> None:
@@ -299,6 +302,51 @@ def test_own_text_counts_the_place_that_ends_an_output() -> None:
     assert mute["agrees_for"] == {"plain": 1, "patched": 1}
     # the very places of outputs of one token, whatever that is
     assert (mute["kl"], mute["kl_reverse"]) == pytest.approx((one["kl"], one["kl_reverse"]), rel=1e-9)
+
+
+def test_check() -> None:
+    """A share by run, of the texts as they are in the items."""
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch, seen = make_patch(model, rank=4), []
+
+    def check(text: str) -> int:
+        seen.append(text)
+        return len(text) % 2
+
+    result = compare(model, tokenizer, patch, check=check)
+    texts = {run: [item[run] for item in result["items"]] for run in RUNS}
+    assert result["checked"] == {run: sum(len(text) % 2 for text in texts[run]) / len(INPUTS) for run in RUNS}
+    assert sorted(seen) == sorted(text for own in texts.values() for text in own)
+    assert "| outputs that pass the check |" in format_result(result)
+    assert compare(model, tokenizer, patch)["checked"] is None
+
+
+def test_long_outputs_are_told_by_the_difference_that_is_gone() -> None:
+    """The table by figures of its own; warnings under it, as in the result."""
+    table = format_result({**LONG_RESULT, "items": []}).splitlines()
+    rows = {row.split(" | ")[0].strip("| "): row for row in table if row.startswith("| ")}
+    assert rows["KL(instructed ‖ ·) along the instructed output"].endswith("| 0.400 | – | 0.060 |")
+    assert rows["KL(· ‖ instructed) along its own output"].endswith("| – | – | 1.500 |")
+    assert rows["instructed output reproduced, to the first other token"].endswith("| 0.05 | – | 0.50 |")
+    assert rows["repeated 3-grams"].endswith("| 0.00 | 0.01 | 0.25 |")
+    assert rows["tokens an output"].endswith("| 6.0 | 9.5 | 20.5 |")
+    assert rows["outputs that come to an end"].endswith("| 1.00 | 1.00 | 0.50 |")
+    assert not {"accuracy (exact match)", "first-token accuracy", "perplexity of unrelated text"} & rows.keys()
+    last = "difference to the instructed model down by 85 % (KL from 0.400 to 0.060 nats a token along its outputs)"
+    said = [line for line in table if line and not line.startswith("|")]
+    assert said == [last, *(f"Warning: {sentence}" for sentence in warnings(LONG_RESULT))]
+    assert len(said) == 6
+
+
+def test_warnings_are_in_the_result() -> None:
+    """A chat template that writes a longer system message of its own than the chunk."""
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    short = "Be brief."
+    patch = make_patch(model, template="chat", rank=4, instruction=short)
+    result = compare(model, tokenizer, patch, template="chat", instruction=short)
+    assert result["prompt_tokens"]["saved"] <= 0
+    (sentence,) = (text for text in result["warnings"] if "saves no tokens" in text)
+    assert f"Warning: {sentence}" in format_result(result)
 
 
 def test_a_patch_of_nothing_is_the_plain_model() -> None:
@@ -393,6 +441,7 @@ def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
         ({"unrelated": TEXTS, "perplexity_interval": 0.0}, "perplexity_interval must be a finite number above 0"),
         ({"unrelated": TEXTS, "perplexity_interval": math.nan}, "perplexity_interval must be a finite number above 0"),
         ({"unrelated": TEXTS, "cache_dir": "a\0b"}, "cache_dir="),
+        ({"check": "^[A-Z]"}, r"check must be a function of an output's text, or None; got '\^\[A-Z\]'"),
         ({"items_file": tmp_path}, "is a folder; expected a file"),
     ):
         with pytest.raises(ThoughtError, match=message):
