@@ -175,7 +175,7 @@ def _wrong_key(result: Mapping[str, Any]) -> str | None:
 
 def _is_own_text(value: Any) -> bool:
     own = _mapping(value)
-    if not are_figures({name: own.get(name) for name in ("kl", "kl_reverse")}):
+    if not all(name in own and are_figures({name: own[name]}) for name in ("kl", "kl_reverse")):
         return False
     whole = all(are_figures(own.get(key), *names) for key, names in _OWN_FIGURES.items())
     return whole and _are_shares(own["finished"])

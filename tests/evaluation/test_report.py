@@ -300,6 +300,7 @@ def test_long_outputs_have_a_headline_of_their_own(long: Path) -> None:
         ({"own_text": []}, "own_text"),
         ({"own_text": {**LONG_RESULT["own_text"], "length": {"instructed": 9.5}}}, "own_text"),
         ({"own_text": {**LONG_RESULT["own_text"], "kl": "1"}}, "own_text"),
+        ({"own_text": {key: value for key, value in LONG_RESULT["own_text"].items() if key != "kl"}}, "own_text"),
         ({"own_text": {**LONG_RESULT["own_text"], "finished": {**LONG_RESULT["checked"], "patched": 7}}}, "own_text"),
         ({"checked": {**LONG_RESULT["checked"], "patched": -1}}, "checked"),
         ({"checked": {"patched": 1}}, "checked"),
