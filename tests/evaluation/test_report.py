@@ -291,7 +291,8 @@ def test_long_outputs_have_a_headline_of_their_own(long: Path) -> None:
     for sentence in found["warnings"]:
         assert text.count(f'<p class="warning"><b>Warning.</b> {sentence}</p>') == 1
     assert "<dt>difference to the instructed model</dt><dd>" in text
-    assert "down by 85 %" in text
+    assert "down by 85\u00a0%" in text
+    assert "with a reference output" not in text + markdown
 
 
 @pytest.mark.parametrize(
