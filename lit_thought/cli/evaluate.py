@@ -16,6 +16,8 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     instruction: str | None = None,
     instruction_file: str | None = None,
     template: str | None = None,
+    check: str | None = None,
+    check_schema: str | None = None,
     unrelated: str | None = "default",
     perplexity_interval: float | None = 0.01,
     max_new_tokens: int = 64,
@@ -37,6 +39,8 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         instruction: the instruction; the one the adapter was made from when left out.
         instruction_file: a UTF-8 text file to read it from instead.
         template: as for fit; the adapter's own when left out.
+        check: a regular expression that an output should match, anywhere in it, such as '^[A-Z]'.
+        check_schema: a JSON schema that an output should follow, as a file; the output is JSON from beginning to end.
         unrelated: text file to measure perplexity on; "default" for text that the package ships, null to skip.
         perplexity_interval: half-width of the 95 % interval of the perplexities' ratio at which enough of that text has
             been measured; null to measure all of it.
@@ -47,6 +51,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         progress: show progress bars.
         loading: the model.
     """
+    from lit_thought.evaluation.checks import follows, matches
     from lit_thought.evaluation.compare import evaluate, format_result
     from lit_thought.files import check_output_folder
     from lit_thought.patch.hub import adapter_folder
@@ -57,6 +62,9 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     from lit_thought.prompts.template import PromptTemplate
     from lit_thought.prompts.unrelated import load_texts
 
+    if check is not None and check_schema is not None:
+        raise ThoughtError("check and check_schema exclude each other; give one of them.")
+    wanted = matches(check) if check is not None else follows(check_schema) if check_schema is not None else None
     if out is not None:
         check_output_folder(out)
     place = adapter_folder(adapter, argument="adapter")
@@ -87,6 +95,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
             instruction=text,
             pairs=rows,
             template=chosen,
+            check=wanted,
             unrelated=unrelated,
             perplexity_interval=perplexity_interval,
             max_new_tokens=max_new_tokens,

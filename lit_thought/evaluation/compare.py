@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.errors import check_counts
-from lit_thought.evaluation.metrics import TextMatch, TokenDivergence
+from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.evaluation.checks import Check
+from lit_thought.evaluation.metrics import TextMatch, TokenDivergence, agrees_for, repetition
 from lit_thought.evaluation.perplexity import UnrelatedText
 from lit_thought.files import atomic_file
 from lit_thought.model.bare import bare_model, check_tokenizer
@@ -23,6 +26,7 @@ from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.card import number
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS, figures, items_text
+from lit_thought.patch.verdict import headline, warnings
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, forward_inputs, make_batches
 from lit_thought.prompts.instruction_hash import check_instruction
@@ -52,6 +56,7 @@ def evaluate(
     instruction: str | None = None,
     pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
     template: str | PromptTemplate = DEFAULT_TEMPLATE,
+    check: Check | None = None,
     unrelated: TextSource | None = "default",
     perplexity_interval: float | None = 0.01,
     max_new_tokens: int = 64,
@@ -62,13 +67,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare the plain, the instructed and the patched model on pairs that the patch has not seen.
 
-    Outputs are greedy. Divergences are measured on the instructed model's own outputs, fed to all three.
+    Outputs are greedy. Divergences are measured on the instructed model's own outputs, fed to all three, and on the
+    patched model's own outputs, fed to the instructed and the patched one: only the latter see what becomes of a patch
+    that has left the instructed model's path.
 
     Args:
         model: the model the patch was made for, without the patch; left bit for bit as it was.
         tokenizer: its tokenizer.
         patch: a patch, or an adapter folder.
         instruction, pairs, template: as in :func:`~lit_thought.fit.api.transmute`; outputs are the reference answers.
+        check: a function of an output's text that says whether it is what it should be, such as
+            ``lambda text: text.isupper()``; :mod:`lit_thought.evaluation.checks` has two.
         unrelated: text whose perplexity should not change: a text file, a list of texts, ``"default"`` (text
             that the package ships, other than what it preserves by default), or None to skip.
         perplexity_interval: half-width of the 95 % interval of ``perplexity_ratio`` at which enough of that text has
@@ -87,15 +96,25 @@ def evaluate(
         ``recovery``: (patched − plain) ÷ (instructed − plain) accuracy; None where the latter two are equal.
         ``fidelity``: share of patched outputs equal to the instructed ones, right or wrong; ``fidelity_plain``:
         the same for the plain outputs.
+        ``checked``: by run, share of outputs that pass the check; None without one.
         ``kl``, ``agreement``: of plain and patched with the instructed run, KL(instructed ‖ ·) in nats and
         share of equal top-1 tokens, mean over all compared tokens; ``output_kl``, ``output_agreement``: the
         same over the tokens that predict the output or its end.
+        ``own_text``: figures of the text that the patched model writes, over its tokens as they were written, those
+        that end it (an end-of-sequence token, a stop string) included. ``kl``: KL(patched ‖ instructed) and
+        ``kl_reverse``: KL(instructed ‖ patched) in nats, means over the places at which the patched model wrote a
+        token, both runs having read what it had written before; ``agrees_for_tokens``: of plain and patched, mean
+        number of tokens that an output begins with as the instructed output does, ``agrees_for``: mean of this number
+        ÷ the instructed output's tokens. By run: ``repetition``: mean share of an output's 3-grams of tokens that it
+        had before, 1 − distinct ÷ all, over the outputs of three tokens or more, None without any; ``length``: mean
+        tokens of an output; ``finished``: share of outputs that came to an end before ``max_new_tokens``.
         ``perplexity``: of the unrelated text, original and patched; ``perplexity_ratio``: patched ÷ original;
         ``perplexity_interval``: half-width of the ratio's 95 % interval
         (:func:`~lit_thought.solve.intervals.perplexity_ratio`), None for a single window; ``perplexity_tokens``: how
         many were ``measured``, of how many in the ``text``; ``perplexity_windows``: of each measured window the
         tokens, and the losses (:func:`~lit_thought.evaluation.perplexity.window_losses`).
         ``prompt_tokens``: mean per query, plain and instructed, and ``saved``.
+        ``warnings``: sentences on what these figures would hide (:func:`~lit_thought.patch.verdict.warnings`).
         ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
 
     Raises:
@@ -115,6 +134,7 @@ def evaluate(
             instruction=instruction,
             pairs=rows,
             template=template,
+            check=check,
             unrelated=unrelated,
             perplexity_interval=perplexity_interval,
             max_new_tokens=max_new_tokens,
@@ -143,6 +163,7 @@ class Evaluation:
         instruction: str | None = None,
         pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
         template: str | PromptTemplate = DEFAULT_TEMPLATE,
+        check: Check | None = None,
         unrelated: TextSource | None = "default",
         perplexity_interval: float | None = 0.01,
         max_new_tokens: int = 64,
@@ -155,6 +176,9 @@ class Evaluation:
         self.instructions = pair_instructions(self.rows, instruction)
         self.template = PromptTemplate.parse(template)
         check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        if check is not None and not callable(check):
+            raise ThoughtError(f"check must be a function of an output's text, or None; got {check!r}.")
+        self.check = check
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         texts = load_texts(unrelated, "evaluate", "unrelated") if unrelated is not None else None
         self.prompts = [
@@ -184,7 +208,8 @@ class Evaluation:
                 patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
             perplexity = dict.fromkeys(_PERPLEXITY) if self.unrelated is None else self.unrelated.measure(patch)
             divergence = self._divergences(patch)
-        outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
+            outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
+            own_text = {**self._own_divergence(patch, patched), **_written(outputs)}
         texts = {run: [output.text for output in outputs[run]] for run in RUNS}
         answered = [i for i, row in enumerate(self.rows) if "output" in row]
         accuracy = first_accuracy = None
@@ -198,14 +223,16 @@ class Evaluation:
             }
         plain = sum(len(prompt.plain_ids) for prompt in self.prompts) / len(self.prompts)
         instructed = sum(len(prompt.instructed_ids) for prompt in self.prompts) / len(self.prompts)
-        return {
+        result = {
             "pairs": len(self.rows),
             "accuracy": accuracy,
             "first_token_accuracy": first_accuracy,
             "recovery": _recovery(accuracy),
             "fidelity": _match(texts["patched"], texts["instructed"]),
             "fidelity_plain": _match(texts["plain"], texts["instructed"]),
+            "checked": None if self.check is None else {run: _passing(self.check, texts[run]) for run in RUNS},
             **divergence,
+            "own_text": own_text,
             **perplexity,
             "prompt_tokens": {"plain": plain, "instructed": instructed, "saved": instructed - plain},
             "items": [
@@ -213,6 +240,7 @@ class Evaluation:
                 for i, row in enumerate(self.rows)
             ],
         }
+        return {**result, "warnings": warnings(result)}
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""
@@ -267,6 +295,64 @@ class Evaluation:
             for name in ("kl", "agreement")
         }
 
+    def _own_divergence(self, patch: ThoughtPatch, outputs: Sequence[Generation]) -> dict[str, float | None]:
+        """KL of the patched and the instructed run, in both directions, where the patched model wrote its outputs."""
+        pairs = [_continued(*own) for own in zip(self.prompts, (output.tokens for output in outputs), strict=True)]
+        batches = output_batches(self.tokenizer, pairs, self.instructions, self.batch_size)
+        metrics = {name: TokenDivergence(sync_on_compute=False) for name in ("kl", "kl_reverse")}
+        leads: dict[str, dict[int, Any]] = {"instructed": {}, "patched": {}}
+        shown = {"desc": "Comparing on its own text", "unit": "batch", "disable": not self.progress, "leave": False}
+        for batch, weights in tqdm(batches, **shown):
+            instructed = batch_logits(self.model, batch, "target", leads["instructed"])
+            with patch.applied(self.model, check=False):
+                patched = batch_logits(self.model, batch, "plain", leads["patched"])
+            own = (weights > 0).to(patched.device)
+            runs, weights = (patched[own], instructed[own]), weights.to(patched.device)[own]
+            for metric, (reference, other) in zip(metrics.values(), (runs, runs[::-1]), strict=True):
+                metric.to(patched.device).update(reference, other, weights)
+        values = {name: float(metric.compute()["kl"]) for name, metric in metrics.items()}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _continued(prompt: TokenisedPair, tokens: Sequence[int]) -> TokenisedPair:
+    """Both runs of a prompt with an output's tokens, as they were written, but the last one, which neither reads. The
+    places that predict one of them, the last one too, are those of the output."""
+    read, plain, instructed = tuple(tokens[:-1]), len(prompt.plain_ids), len(prompt.instructed_ids)
+    return replace(
+        prompt,
+        plain_ids=prompt.plain_ids + read,
+        instructed_ids=prompt.instructed_ids + read,
+        plain_positions=prompt.plain_positions + tuple(range(plain, plain + len(read))),
+        instructed_positions=prompt.instructed_positions + tuple(range(instructed, instructed + len(read))),
+        output_span=(plain, plain + len(tokens)),
+    )
+
+
+def _written(outputs: Mapping[str, Sequence[Generation]]) -> dict[str, dict[str, float | None]]:
+    """What can be told of the runs' outputs without the model."""
+    wanted = [output.tokens for output in outputs["instructed"]]
+    common = {
+        run: [agrees_for(output.tokens, other) for output, other in zip(outputs[run], wanted, strict=True)]
+        for run in ("plain", "patched")
+    }
+    repeated = {run: [repetition(output.tokens) for output in outputs[run]] for run in RUNS}
+    return {
+        "agrees_for": {
+            run: _mean([count / len(other) for count, other in zip(counts, wanted, strict=True) if other])
+            for run, counts in common.items()
+        },
+        "agrees_for_tokens": {run: _mean(counts) for run, counts in common.items()},
+        "repetition": {
+            run: _mean([share for share in shares if share is not None]) for run, shares in repeated.items()
+        },
+        "length": {run: _mean([len(output.tokens) for output in outputs[run]]) for run in RUNS},
+        "finished": {run: _mean([output.finished for output in outputs[run]]) for run in RUNS},
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
 
 def output_batches(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenisedPair], instructions: Sequence[str], batch_size: int
@@ -286,6 +372,10 @@ def _match(texts: Sequence[str], references: Sequence[str]) -> float:
     metric = TextMatch(sync_on_compute=False)
     metric.update(texts, references)
     return float(metric.compute())
+
+
+def _passing(check: Check, texts: Sequence[str]) -> float:
+    return sum(bool(check(text)) for text in texts) / len(texts)
 
 
 def _recovery(accuracy: dict[str, float] | None) -> float | None:
@@ -319,13 +409,21 @@ def format_result(result: Mapping[str, Any], samples: int = 5) -> str:
     lines = [f"| {result['pairs']} held-out pairs | " + " | ".join(RUNS) + " |", "|---|" + "---:|" * len(RUNS)]
     for _, label, values, digits in figures(result):
         lines.append(f"| {label} | " + " | ".join(number(values.get(run), digits) for run in RUNS) + " |")
-    recovery, fidelity, ratio = result["recovery"], result["fidelity"], result["perplexity_ratio"]
-    unrelated = f"unrelated perplexity × {number(ratio, 3)}"
+    top, recovery, ratio = headline(result), result["recovery"], result["perplexity_ratio"]
+    if top["key"] == "difference":
+        last = [f"{top['label']} {top['value']} ({top['note']})"]
+    else:
+        last = [] if recovery is None else [f"recovery {number(recovery)}"]
+        last.append(f"fidelity {number(result['fidelity'])}")
+    if ratio is not None:
+        last.append(f"unrelated perplexity × {number(ratio, 3)}")
     if result.get("perplexity_interval") is not None:
         tokens = result["perplexity_tokens"]
-        unrelated += f" ± {number(result['perplexity_interval'], 3)}"
-        unrelated += f" ({tokens['measured']:,} of {tokens['text']:,} tokens)"
-    lines += ["", f"recovery {number(recovery)}, fidelity {number(fidelity)}, {unrelated}"]
+        last[-1] += f" ± {number(result['perplexity_interval'], 3)}"
+        last[-1] += f" ({tokens['measured']:,} of {tokens['text']:,} tokens)"
+    lines += ["", ", ".join(last)]
+    for sentence in warnings(result):
+        lines += ["", f"Warning: {sentence}"]
     if samples and result["items"]:
         lines += ["", "| input | " + " | ".join(RUNS) + " |", "|---|" + "---|" * len(RUNS)]
         for item in result["items"][:samples]:

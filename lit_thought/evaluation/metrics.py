@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["TextMatch", "TokenDivergence", "token_kl"]
+__all__ = ["TextMatch", "TokenDivergence", "agrees_for", "repetition", "token_kl"]
 
 
 class TextMatch(Metric):
@@ -47,6 +47,31 @@ class TextMatch(Metric):
     def compute(self) -> Tensor:
         """Matches ÷ pairs, 0-dim; NaN without pairs."""
         return self.matches.double() / self.total
+
+
+def agrees_for(tokens: Sequence[int], reference: Sequence[int]) -> int:
+    """How many tokens two outputs begin with in common.
+
+    Example:
+        >>> agrees_for([5, 6, 7], [5, 6, 8, 9])
+        2
+    """
+    both = zip(tokens, reference, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(tokens), len(reference)))
+
+
+def repetition(tokens: Sequence[int], n: int = 3) -> float | None:
+    """Share of an output's n-grams that it had before: 1 − distinct n-grams ÷ n-grams; None of fewer than n tokens.
+
+    Source:
+        Welleck et al., *Neural text generation with unlikelihood training*, 2019, arXiv 1908.04319 (seq-rep-n).
+
+    Example:
+        >>> repetition([5, 6, 5, 6, 5, 6])
+        0.5
+    """
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else None
 
 
 def token_kl(reference: Tensor, logits: Tensor) -> Tensor:

@@ -240,13 +240,18 @@ def interval(cell: Mapping[str, float] | None, digits: int = 2) -> str:
 
 def _results(evaluation: Mapping[str, Any]) -> list[str]:
     """A table of the figures that a reader asks for first."""
-    lines = ["## Results", "", f"On {evaluation['pairs']} held-out pairs, with 95 % intervals:", ""]
+    lines = ["## Results", ""]
+    if (top := evaluation.get("headline")) is not None:
+        note = f" ({top['note']})" if top["note"] else ""
+        lines += [f"**{top['label'].capitalize()}: {top['value']}**{note}.", ""]
+    lines += [f"On {evaluation['pairs']} held-out pairs, with 95 % intervals:", ""]
     lines += ["| | plain | instructed | patched |", "|---|---:|---:|---:|"]
     for row in evaluation["table"]:
         cells = (_figure(row["runs"][run], row["digits"]) for run in ("plain", "instructed", "patched"))
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     ratio = evaluation["perplexity_ratio"]
-    return [*lines, "", *([f"Perplexity of unrelated text × {_figure(ratio, 3)}.", ""] if ratio is not None else [])]
+    lines += ["", *([f"Perplexity of unrelated text × {_figure(ratio, 3)}.", ""] if ratio is not None else [])]
+    return lines + [line for sentence in evaluation.get("warnings", ()) for line in (f"**Warning.** {sentence}", "")]
 
 
 def _figure(cell: Mapping[str, float] | None, digits: int) -> str:

@@ -18,6 +18,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_folder, expanded, is_own_file, parse_json
 from lit_thought.patch.adapter import WEIGHTS
 from lit_thought.patch.provenance import are_figures, is_number
+from lit_thought.patch.verdict import headline, is_long, warnings
 from lit_thought.solve.intervals import paired_difference, perplexity_ratio, wilson
 
 __all__ = [
@@ -37,13 +38,18 @@ RESULT_VERSION = 1
 _EVALUATION = "evaluation"
 _RESULT, _ITEMS = "result.json", "items.jsonl"
 _RESULT_KEYS = ("pairs", "accuracy", "fidelity", "kl", "agreement", "perplexity", "prompt_tokens")
-_OPTIONAL = ("accuracy", "first_token_accuracy", "perplexity")
+_OPTIONAL = ("accuracy", "first_token_accuracy", "checked", "perplexity")
 _FIGURES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("accuracy", "first_token_accuracy"), RUNS),
-    **dict.fromkeys(("kl", "agreement", "perplexity"), ()),
+    **dict.fromkeys(("accuracy", "first_token_accuracy", "checked"), RUNS),
+    **dict.fromkeys(("kl", "agreement", "output_kl", "perplexity"), ()),
     "prompt_tokens": ("plain", "instructed"),
 }
 """Of a result, the keys that hold figures by name, and which of these there must be."""
+_OWN_FIGURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("agrees_for", "agrees_for_tokens", "repetition"), ()),
+    **dict.fromkeys(("length", "finished"), RUNS),
+}
+"""The same of its ``own_text``."""
 
 
 def adapter_digest(folder: str | os.PathLike[str]) -> str:
@@ -147,8 +153,15 @@ def _wrong_key(result: Mapping[str, Any]) -> str | None:
         absent = key not in result or (result[key] is None and key in _OPTIONAL)
         if not absent and not are_figures(result[key], *names):
             return key
-    if result.get("recovery") is not None and not is_number(result["recovery"]):
-        return "recovery"
+    own = result.get("own_text")
+    if own is not None and not _is_own_text(own):
+        return "own_text"
+    if result.get("checked") is not None and not _are_shares(result["checked"]):
+        return "checked"
+    for key in ("recovery", "fidelity_plain", "fidelity"):
+        value = result.get(key, 0)
+        if not is_number(value) and (value is not None or key == "fidelity"):
+            return key
     windows = result.get("perplexity_windows")
     lists = list(_mapping(windows).values())
     whole = _mapping(windows).keys() == {"tokens", "original", "patched"} and all(isinstance(x, list) for x in lists)
@@ -158,6 +171,18 @@ def _wrong_key(result: Mapping[str, Any]) -> str | None:
         if windows is None or (whole and all(type(n) is int and n > 0 for n in windows["tokens"]))
         else "perplexity_windows"
     )
+
+
+def _is_own_text(value: Any) -> bool:
+    own = _mapping(value)
+    if not all(name in own and are_figures({name: own[name]}) for name in ("kl", "kl_reverse")):
+        return False
+    whole = all(are_figures(own.get(key), *names) for key, names in _OWN_FIGURES.items())
+    return whole and _are_shares(own["finished"])
+
+
+def _are_shares(figures: Mapping[str, float]) -> bool:
+    return all(0 <= figures[run] <= 1 for run in RUNS)
 
 
 def _is_item(value: Any) -> bool:
@@ -171,19 +196,37 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def figures(result: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float | None], int]]:
-    """The rows of the three-way table: key, label, the values by run where there are any, decimals."""
+    """The rows of the three-way table that have a value: key, label, the values by run where there are any, decimals.
+
+    Of long outputs (:func:`~lit_thought.patch.verdict.is_long`) it has the figures of the patched model's own text, and
+    KL along the instructed outputs; short ones are told by accuracy and fidelity.
+    """
     perplexity, lengths = result["perplexity"] or {}, result["prompt_tokens"]
     fidelity = {"plain": result.get("fidelity_plain"), "patched": result["fidelity"]}
     unrelated = {"plain": perplexity.get("original"), "patched": perplexity.get("patched")}
-    return [
+    rows = [
         ("accuracy", "accuracy (exact match)", result["accuracy"] or {}, 2),
         ("first_token_accuracy", "first-token accuracy", result.get("first_token_accuracy") or {}, 2),
+        ("checked", "outputs that pass the check", result.get("checked") or {}, 2),
         ("fidelity", "output equal to the instructed one", fidelity, 2),
         ("kl", "KL(instructed ‖ ·), nats a token", result["kl"], 3),
         ("agreement", "top-1 agreement with instructed", result["agreement"], 2),
+    ]
+    if is_long(result):
+        own = result["own_text"]
+        rows += [
+            ("output_kl", "KL(instructed ‖ ·) along the instructed output", result.get("output_kl") or {}, 3),
+            ("own_kl", "KL(· ‖ instructed) along its own output", {"patched": own["kl"]}, 3),
+            ("agrees_for", "instructed output reproduced, to the first other token", own["agrees_for"], 2),
+            ("repetition", "repeated 3-grams", own["repetition"], 2),
+            ("length", "tokens an output", own["length"], 1),
+            ("finished", "outputs that come to an end", own["finished"], 2),
+        ]
+    rows += [
         ("perplexity", "perplexity of unrelated text", unrelated, 2),
         ("prompt_tokens", "prompt tokens a query", {**lengths, "patched": lengths["plain"]}, 1),
     ]
+    return [row for row in rows if any(row[2].get(run) is not None for run in RUNS)]
 
 
 def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], samples: int = 0) -> dict[str, Any]:
@@ -197,12 +240,18 @@ def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], sam
     right = {run: [_same(item[run], item["reference"]) for item in answered] for run in RUNS}
     faithful = {run: [_same(item[run], item["instructed"]) for item in items] for run in ("plain", "patched")}
     first = result.get("first_token_accuracy") or {}
+    own = result.get("own_text") or {}
     cells = {
         "accuracy": {run: _share(sum(hits), len(hits)) for run, hits in right.items() if hits},
         "first_token_accuracy": {
             run: _share(round(first[run] * len(answered)), len(answered)) for run in RUNS if first and answered
         },
         "fidelity": {run: _share(sum(hits), len(hits)) for run, hits in faithful.items()},
+        **{
+            key: {run: _share(round(shares[run] * len(items)), len(items)) for run in RUNS}
+            for key, shares in (("checked", result.get("checked")), ("finished", own.get("finished")))
+            if shares
+        },
     }
     rows = []
     for key, label, values, digits in figures(result):
@@ -223,6 +272,9 @@ def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], sam
         "pairs": len(items),
         "answered": len(answered),
         "confidence": 0.95,
+        "headline": headline(result),
+        "warnings": warnings(result),
+        "long": is_long(result),
         "table": rows,
         "differences": differences,
         "recovery": result.get("recovery"),

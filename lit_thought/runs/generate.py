@@ -62,11 +62,13 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model wrote: the text up to the stop string, stripped; and whether it came to an end by
-    itself (at the stop string or an end-of-sequence token) rather than at ``max_new_tokens``."""
+    """What the model wrote: the text up to the stop string, stripped; whether it came to an end by itself (at the stop
+    string or an end-of-sequence token) rather than at ``max_new_tokens``; and the tokens, those that end it included.
+    """
 
     text: str
     finished: bool
+    tokens: tuple[int, ...] = ()
 
 
 class _StopAtText(StoppingCriteria):
@@ -190,6 +192,10 @@ def generate(
     same_length = by_place or _has_window(model, max(map(len, prompts)) + max_new_tokens)
     batches = _batches(prompts, batch_size, same_length or any(name in given for name in _READING))
     results: dict[int, Generation] = {}
+
+    def text_of(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=not keep_special))
+
     with _explained(options):
         ends = _as_set(given["eos_token_id"]) if "eos_token_id" in given else end_tokens(model, tokenizer)
         never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
@@ -217,8 +223,11 @@ def generate(
         for row, i in enumerate(members):
             new = output[row, ids.shape[1] :].tolist()
             ended = next((k for k, token in enumerate(new) if token in ends), None)
-            text, stopped = _cut(str(tokenizer.decode(new[:ended], skip_special_tokens=not keep_special)), stop)
-            results[i] = Generation(text.strip(), stopped or ended is not None)
+            text, stopped = _cut(text_of(new[:ended]), stop)
+            count = len(new) if ended is None else ended + 1
+            if stopped:  # what comes after the stop string is padding
+                count = next(k for k in range(1, count + 1) if _cut(text_of(new[:k]), stop)[1])
+            results[i] = Generation(text.strip(), stopped or ended is not None, tuple(new[:count]))
         if progress is not None:
             progress(len(results))
     return [results[i] for i in range(len(prompts))]

@@ -376,6 +376,48 @@ def test_an_evaluation_that_cannot_be_written_is_printed(
     assert said.err.splitlines()[-1] == "lit-thought: error: new: No space left on device"
 
 
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_checked(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jsonschema")
+    (clean / "new").mkdir()
+    (clean / "new" / "schema.json").write_text('{"type": "number"}', encoding="utf-8")
+    for check, passes in (
+        (["--check", "^.*$"], lambda text: True),
+        (["--check=(?i)[a-e]"], lambda text: re.search("(?i)[a-e]", text) is not None),
+        (["--check_schema", "new/schema.json"], lambda text: text.isdigit()),
+    ):
+        main([*EVALUATE, "--unrelated=null", "--json", "--quiet", *check])
+        found = json.loads(capsys.readouterr().out)
+        for run in results.RUNS:
+            assert found["checked"][run] == sum(passes(item[run]) for item in found["items"]) / len(WORDS), check
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--check", "[a"],
+            "--check '[a' is no regular expression (unterminated character set at position 0). Expected",
+        ),
+        (
+            ["--check_schema", "none.json"],
+            "--check_schema none.json cannot be read (there is no such file). Expected a",
+        ),
+        (["--check=a", "--check_schema=b"], "--check and --check_schema exclude each other; give one of them."),
+    ],
+)
+def test_a_bad_check_is_refused_before_the_model_loads(
+    flags: list[str], message: str, clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("jsonschema")
+    with pytest.raises(SystemExit) as stop:
+        main([*EVALUATE, "--model=nowhere", *flags])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"lit-thought: error: {message}")
+
+
 # --- the format of an evaluation ----------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fits import INSTRUCTION, PAIRS, TEXTS, Untouched, make_patch, mixed_model, readable, written
 from models import FAMILIES, make_model, make_tokenizer
+from report_run import LONG_RESULT
 from scipy.special import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,6 +23,7 @@ from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import Evaluation, evaluate, format_result
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS
+from lit_thought.patch.verdict import warnings
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.solve.factors import Factors
 
@@ -81,6 +83,74 @@ def log_probabilities(model: PreTrainedModel, ids: Sequence[int]) -> np.ndarray:
     return log_softmax(logits.double().numpy(), axis=-1)
 
 
+def own_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    patch: ThoughtPatch,
+    special: bool = True,
+    limit: int = LIMIT,
+) -> dict[str, Any]:
+    """The figures of the patched model's own text: each token by a whole forward pass of the prompt and what came
+    before it, the prompts as the tokenizer makes them of their texts, shares counted over strings of token ids."""
+    kl: dict[str, list[float]] = {"kl": [], "kl_reverse": []}
+    said: dict[str, list[list[int]]] = {run: [] for run in RUNS}
+    for text in INPUTS:
+        prompts = {run: prompt_ids(tokenizer, text, run, special) for run in RUNS}
+        for run, ids in prompts.items():
+            with patch.applied(model) if run == "patched" else nullcontext():
+                said[run].append(tokens_written(model, tokenizer, ids, "\n" if special else None, limit))
+        for end in range(len(said["patched"][-1])):
+            before = said["patched"][-1][:end]
+            instructed = log_probabilities(model, [*prompts["instructed"], *before])[-1]
+            with patch.applied(model):
+                patched = log_probabilities(model, [*prompts["patched"], *before])[-1]
+            kl["kl"].append(float(np.exp(patched) @ (patched - instructed)))
+            kl["kl_reverse"].append(float(np.exp(instructed) @ (instructed - patched)))
+    found: dict[str, Any] = {name: np.mean(values) for name, values in kl.items()}
+    for run, other in (("plain", said["plain"]), ("patched", said["patched"])):
+        same = [
+            int(np.cumprod([x == y for x, y in zip(a, b, strict=False)]).sum())
+            for a, b in zip(other, said["instructed"], strict=True)
+        ]
+        lengths = [len(ids) for ids in said["instructed"]]
+        found.setdefault("agrees_for", {})[run] = np.mean(np.array(same) / lengths)
+        found.setdefault("agrees_for_tokens", {})[run] = np.mean(same)
+    for run, outputs in said.items():
+        grams = [list(zip(ids, ids[1:], ids[2:], strict=False)) for ids in outputs if len(ids) >= 3]
+        shares = [sum(own.index(gram) < i for i, gram in enumerate(own)) / len(own) for own in grams]
+        found.setdefault("repetition", {})[run] = np.mean(shares) if shares else None
+        found.setdefault("length", {})[run] = np.mean([len(ids) for ids in outputs])
+        ends = (tokenizer.eos_token, "\n" if special else tokenizer.eos_token)
+        found.setdefault("finished", {})[run] = np.mean([tokenizer.decode(ids).endswith(ends) for ids in outputs])
+    return found
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str, run: str, special: bool) -> list[int]:
+    """A prompt with or without the instruction, as a text (with special tokens) or as a chat."""
+    if special:
+        return list(tokenizer((INSTRUCTION if run == "instructed" else "") + f"Q: {text}\nA:")["input_ids"])
+    system = [{"role": "system", "content": INSTRUCTION}] if run == "instructed" else []
+    chat = tokenizer.apply_chat_template(
+        [*system, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(chat, add_special_tokens=False)["input_ids"])
+
+
+def tokens_written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], stop: str | None, limit: int
+) -> list[int]:
+    """Greedy tokens by whole forward passes, up to the end token, the stop string after some text, or the limit."""
+    barred = list(model.generation_config.suppress_tokens or [])
+    new: list[int] = []
+    while (
+        len(new) < limit and tokenizer.eos_token_id not in new and not (stop and stop in tokenizer.decode(new).lstrip())
+    ):
+        scores = log_probabilities(model, [*prompt, *new])[-1]
+        scores[barred] = -np.inf
+        new.append(int(scores.argmax()))
+    return new
+
+
 def share(one: Sequence[str], other: Sequence[str]) -> float:
     return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
 
@@ -116,6 +186,11 @@ def test_against_brute_force(family: str, bos: bool) -> None:
     for name in ("kl", "agreement", "output_kl", "output_agreement"):
         assert result[name] == pytest.approx(wanted[name], rel=1e-9), name
     assert result["kl"]["patched"] < result["kl"]["plain"]
+    own = result["own_text"]
+    for name, value in own_text(model, tokenizer, patch).items():
+        assert own[name] == pytest.approx(value, rel=1e-9), name
+    assert own.keys() == {"kl", "kl_reverse", "agrees_for", "agrees_for_tokens", "repetition", "length", "finished"}
+    assert own["kl"] != pytest.approx(own["kl_reverse"], rel=1e-3)
     lengths = {
         "plain": np.mean([len(tokenizer(f"Q: {text}\nA:")["input_ids"]) for text in INPUTS]),
         "instructed": np.mean([len(tokenizer(f"{INSTRUCTION}Q: {text}\nA:")["input_ids"]) for text in INPUTS]),
@@ -126,16 +201,25 @@ def test_against_brute_force(family: str, bos: bool) -> None:
     json.dumps(result, allow_nan=False)
 
 
-def test_first_token_accuracy_and_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On outputs that are put into the models' mouths."""
     said = {
         "plain": ["cold fox", "12", "small", ""],
         "instructed": ["cold", "17", "small", "fox"],
         "patched": ["cold", "52", "bad", "fox"],
     }
+    tokens = {
+        "plain": [(5, 6, 1), (7, 1), (8, 1), (1,)],
+        "instructed": [(5, 1), (9, 1), (8, 8, 8, 8, 8, 1), (6, 1)],
+        "patched": [(5, 1), (7, 7, 7, 7, 7, 7), (8, 8, 9, 1), (6, 1)],
+    }
     model, tokenizer = make_model(), make_tokenizer()
     monkeypatch.setattr(
-        Evaluation, "_write", lambda self, run, prompts: [evaluation.Generation(text, True) for text in said[run]]
+        Evaluation,
+        "_write",
+        lambda self, run, prompts: [
+            evaluation.Generation(text, own[-1] == 1, own) for text, own in zip(said[run], tokens[run], strict=True)
+        ],
     )
     pairs = [
         {"input": text, "output": output} for text, output in zip(INPUTS, ("cold", "15", "big", "fox"), strict=False)
@@ -147,6 +231,12 @@ def test_first_token_accuracy_and_recovery(monkeypatch: pytest.MonkeyPatch) -> N
     assert result["first_token_accuracy"] == pytest.approx({"plain": 0.5, "instructed": 0.75, "patched": 0.5})
     assert result["fidelity"] == pytest.approx(0.5)
     assert result["fidelity_plain"] == pytest.approx(0.25)
+    own = result["own_text"]
+    assert own["agrees_for_tokens"] == {"plain": 0.5, "patched": 1.5}  # 1, 0, 1, 0; and 2, 0, 2, 2
+    assert own["agrees_for"] == pytest.approx({"plain": (1 / 2 + 1 / 6) / 4, "patched": (1 + 2 / 6 + 1) / 4})
+    assert own["repetition"] == pytest.approx({"plain": 0, "instructed": 2 / 4, "patched": (3 / 4 + 0) / 2})
+    assert own["length"] == {"plain": 2, "instructed": 3, "patched": 3.5}
+    assert own["finished"] == {"plain": 1, "instructed": 1, "patched": 0.75}
 
 
 def test_each_pair_may_have_its_own_instruction() -> None:
@@ -165,8 +255,9 @@ def test_each_pair_may_have_its_own_instruction() -> None:
     assert result["accuracy"] is result["first_token_accuracy"] is result["recovery"] is None
     assert all(item["reference"] is None for item in result["items"])
     table = format_result(result)
-    assert "| accuracy (exact match) | – | – | – |" in table
-    assert "recovery –" in table
+    assert "accuracy" not in table  # what there is nothing of is left out
+    assert f"\n\nfidelity {result['fidelity']:.2f}\n" in table
+    assert "–" in table  # the instructed model has no KL to itself
 
 
 def test_batch_size_does_not_matter() -> None:
@@ -174,8 +265,9 @@ def test_batch_size_does_not_matter() -> None:
     patch = make_patch(model, rank=4)
     one, many = (compare(model, tokenizer, patch, batch_size=size, unrelated=TEXTS) for size in (1, 32))
     assert one.pop("items") == many.pop("items")
-    one |= one.pop("perplexity_windows")
-    many |= many.pop("perplexity_windows")
+    for result in (one, many):
+        result |= result.pop("perplexity_windows")
+        result |= {f"own_{name}": value for name, value in result.pop("own_text").items()}
     for key, value in one.items():
         assert many[key] == (value if value is None else pytest.approx(value, rel=1e-6)), key
 
@@ -191,6 +283,70 @@ def test_chat_prompts() -> None:
             prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
             assert item[run] == written(model, tokenizer, prompt, LIMIT, special=False)[0]
     assert result["kl"]["patched"] < result["kl"]["plain"]
+    for name, value in own_text(model, tokenizer, patch, special=False).items():
+        assert result["own_text"][name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_own_text_counts_the_place_that_ends_an_output() -> None:
+    """Outputs of one token, which the prompt alone predicts, and outputs that are nothing but their end."""
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch = make_patch(model, rank=4)
+    one = compare(model, tokenizer, patch, max_new_tokens=1)["own_text"]
+    wanted = own_text(model, tokenizer, patch, limit=1)
+    assert one.pop("repetition") == wanted.pop("repetition") == dict.fromkeys(RUNS)
+    for name, value in wanted.items():
+        assert one[name] == pytest.approx(value, rel=1e-9), name
+    model.generation_config.suppress_tokens = [i for i in range(512) if i != tokenizer.eos_token_id]
+    mute = compare(model, tokenizer, patch)["own_text"]
+    assert (mute["length"], mute["finished"]) == (dict.fromkeys(RUNS, 1), dict.fromkeys(RUNS, 1))
+    assert mute["agrees_for"] == {"plain": 1, "patched": 1}
+    # the very places of outputs of one token, whatever that is
+    assert (mute["kl"], mute["kl_reverse"]) == pytest.approx((one["kl"], one["kl_reverse"]), rel=1e-9)
+
+
+def test_check() -> None:
+    """A share by run, of the texts as they are in the items."""
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch, seen = make_patch(model, rank=4), []
+
+    def check(text: str) -> int:
+        seen.append(text)
+        return len(text) % 2
+
+    result = compare(model, tokenizer, patch, check=check)
+    texts = {run: [item[run] for item in result["items"]] for run in RUNS}
+    assert result["checked"] == {run: sum(len(text) % 2 for text in texts[run]) / len(INPUTS) for run in RUNS}
+    assert sorted(seen) == sorted(text for own in texts.values() for text in own)
+    assert "| outputs that pass the check |" in format_result(result)
+    assert compare(model, tokenizer, patch)["checked"] is None
+
+
+def test_long_outputs_are_told_by_the_difference_that_is_gone() -> None:
+    """The table by figures of its own; warnings under it, as in the result."""
+    table = format_result({**LONG_RESULT, "items": []}).splitlines()
+    rows = {row.split(" | ")[0].strip("| "): row for row in table if row.startswith("| ")}
+    assert rows["KL(instructed ‖ ·) along the instructed output"].endswith("| 0.400 | – | 0.060 |")
+    assert rows["KL(· ‖ instructed) along its own output"].endswith("| – | – | 1.500 |")
+    assert rows["instructed output reproduced, to the first other token"].endswith("| 0.05 | – | 0.50 |")
+    assert rows["repeated 3-grams"].endswith("| 0.00 | 0.01 | 0.25 |")
+    assert rows["tokens an output"].endswith("| 6.0 | 9.5 | 20.5 |")
+    assert rows["outputs that come to an end"].endswith("| 1.00 | 1.00 | 0.50 |")
+    assert not {"accuracy (exact match)", "first-token accuracy", "perplexity of unrelated text"} & rows.keys()
+    last = "difference to the instructed model down by 85 % (KL from 0.400 to 0.060 nats a token along its outputs)"
+    said = [line for line in table if line and not line.startswith("|")]
+    assert said == [last, *(f"Warning: {sentence}" for sentence in warnings(LONG_RESULT))]
+    assert len(said) == 6
+
+
+def test_warnings_are_in_the_result() -> None:
+    """A chat template that writes a longer system message of its own than the chunk."""
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    short = "Be brief."
+    patch = make_patch(model, template="chat", rank=4, instruction=short)
+    result = compare(model, tokenizer, patch, template="chat", instruction=short)
+    assert result["prompt_tokens"]["saved"] <= 0
+    (sentence,) = (text for text in result["warnings"] if "saves no tokens" in text)
+    assert f"Warning: {sentence}" in format_result(result)
 
 
 def test_a_patch_of_nothing_is_the_plain_model() -> None:
@@ -285,6 +441,7 @@ def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
         ({"unrelated": TEXTS, "perplexity_interval": 0.0}, "perplexity_interval must be a finite number above 0"),
         ({"unrelated": TEXTS, "perplexity_interval": math.nan}, "perplexity_interval must be a finite number above 0"),
         ({"unrelated": TEXTS, "cache_dir": "a\0b"}, "cache_dir="),
+        ({"check": "^[A-Z]"}, r"check must be a function of an output's text, or None; got '\^\[A-Z\]'"),
         ({"items_file": tmp_path}, "is a folder; expected a file"),
     ):
         with pytest.raises(ThoughtError, match=message):

@@ -19,7 +19,18 @@ import torch
 from command_line import fit_arguments
 from hypothesis import given
 from hypothesis import strategies as st
-from report_run import ATTACK, INSTRUCTION, ITEMS, RESULT, SCRIPT, make_patch, make_run, write_evaluation
+from report_run import (
+    ATTACK,
+    INSTRUCTION,
+    ITEMS,
+    LONG_ITEMS,
+    LONG_RESULT,
+    RESULT,
+    SCRIPT,
+    make_patch,
+    make_run,
+    write_evaluation,
+)
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
@@ -27,6 +38,7 @@ from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.evaluation.report import gather, render, write_report
 from lit_thought.evaluation.report.content import singular_values
 from lit_thought.evaluation.report.render import differences
+from lit_thought.patch.verdict import headline, warnings
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.intervals import perplexity_ratio
 
@@ -226,6 +238,85 @@ def test_differences_of_words() -> None:
     assert differences("cat\n", " cat") == [("equal", "cat")]
 
 
+# Long outputs
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("long") / "adapter"
+    make_patch(2, diagnostics={"model.layers.0.mlp.down_proj": {"error_before": 2.0, "error_after": 1.0}}).save_adapter(
+        run
+    )
+    write_evaluation(run / "evaluation", long=True)
+    write_report(run)
+    return run
+
+
+def test_long_outputs_have_a_headline_of_their_own(long: Path) -> None:
+    """The same in page, Markdown, record and card; what is empty is left out, and no words are marked."""
+    found = json.loads((long / "report.json").read_text(encoding="utf-8"))["evaluation"]
+    assert found["headline"] == headline(LONG_RESULT)
+    assert found["warnings"] == warnings(LONG_RESULT)
+    keys = ["checked", "fidelity", "kl", "agreement", "output_kl", "own_kl", "agrees_for", "repetition", "length"]
+    rows = {row["key"]: row["runs"] for row in found["table"]}
+    assert list(rows) == [*keys, "finished", "prompt_tokens"]
+    bounds = scipy.stats.binomtest(1, 2).proportion_ci(method="wilson")
+    share = pytest.approx({"value": 0.5, "low": bounds.low, "high": bounds.high, "count": 2})
+    assert rows["checked"]["patched"] == rows["finished"]["patched"] == share
+    assert rows["own_kl"] == {"plain": None, "instructed": None, "patched": {"value": 1.5}}
+    text = (long / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.tags["del"] == 0 == page.tags["ins"]
+    assert page.tables["Samples, side by side"][0] == ["input", "instructed", "plain", "patched"]
+    assert page.tables["Samples, side by side"][1] == [
+        LONG_ITEMS[0][0],
+        LONG_ITEMS[0][3],
+        LONG_ITEMS[0][2],
+        LONG_ITEMS[0][4],
+    ]
+    assert "same output as instructed" not in text
+    layers = next(rows for caption, rows in page.tables.items() if caption.startswith("Figures by layer"))
+    assert layers[0] == ["layer", "error before", "error after", "error left"]
+    markdown = (long / "report.md").read_text(encoding="utf-8")
+    assert "| input | instructed | plain | patched |\n|---|---|---|---|\n| How do" in markdown
+    assert "| layer | error before | error after | error left |\n|---|---:|---:|---:|\n" in markdown
+    assert "**Bake" not in markdown
+    card = (long / "README.md").read_text(encoding="utf-8")
+    note = "KL from 0.400 to 0.060 nats a token along its outputs"
+    top = f"**Difference to the instructed model: down by 85 %** ({note}).\n"
+    for form in (markdown, card):
+        assert form.count(top) == 1
+        for sentence in found["warnings"]:
+            assert form.count(f"\n**Warning.** {sentence}\n") == 1
+    for sentence in found["warnings"]:
+        assert text.count(f'<p class="warning"><b>Warning.</b> {sentence}</p>') == 1
+    assert "<dt>difference to the instructed model</dt><dd>" in text
+    assert "down by 85\u00a0%" in text
+    assert "with a reference output" not in text + markdown
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"own_text": []}, "own_text"),
+        ({"own_text": {**LONG_RESULT["own_text"], "length": {"instructed": 9.5}}}, "own_text"),
+        ({"own_text": {**LONG_RESULT["own_text"], "kl": "1"}}, "own_text"),
+        ({"own_text": {key: value for key, value in LONG_RESULT["own_text"].items() if key != "kl"}}, "own_text"),
+        ({"own_text": {**LONG_RESULT["own_text"], "finished": {**LONG_RESULT["checked"], "patched": 7}}}, "own_text"),
+        ({"checked": {**LONG_RESULT["checked"], "patched": -1}}, "checked"),
+        ({"checked": {"patched": 1}}, "checked"),
+        ({"output_kl": 3}, "output_kl"),
+        ({"fidelity": "all"}, "fidelity"),
+        ({"fidelity_plain": "all"}, "fidelity_plain"),
+    ],
+)
+def test_damaged_figures_are_refused_by_name(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
+    make_patch(2).save_adapter(tmp_path / "adapter")
+    write_evaluation(tmp_path / "adapter" / "evaluation", long=True, **changes)
+    with pytest.raises(ThoughtError, match=f"'evaluation' is damaged: {key} is "):
+        gather(tmp_path / "adapter")
+
+
 # What is missing, and what is wrong
 
 
@@ -341,6 +432,7 @@ def test_the_card_gets_the_figures_once_and_keeps_its_reader_s_edits(tmp_path: P
     first = card.read_text(encoding="utf-8")
     row = "| accuracy (exact match) | 0.25 (0.05–0.70) | 0.75 (0.30–0.95) | 0.75 (0.30–0.95) |"  # as scipy has it
     assert first.count(row) == 1
+    assert first.count("**Accuracy, patched: 0.75** (instructed 0.75, plain 0.25).\n") == 1
     assert re.search(r"\n\nPerplexity of unrelated text × 1\.012 \(0\.973–1\.056\)\.\n", first)
     assert INSTRUCTION in first
     assert first.index(INSTRUCTION) < first.index(row) < first.rindex("\n## Use\n")

@@ -39,6 +39,39 @@ RESULT: dict[str, Any] = {
     "perplexity_windows": {"tokens": [10, 20, 30], "original": [30.0, 61.0, 90.0], "patched": [30.4, 60.9, 90.5]},
     "prompt_tokens": {"plain": 6.0, "instructed": 86.0, "saved": 80.0},
 }
+LONG_ITEMS = [
+    (
+        "How do I bake bread?",
+        None,
+        "Mix flour and water.",
+        "Arr, mix flour and water, matey!",
+        "Bake, bake, bake, bake",
+    ),
+    ("What is rain?", None, "Water that falls.", "Arr, water that falls!", "Arr, water that falls!"),
+]
+LONG_RESULT: dict[str, Any] = {
+    "pairs": 2,
+    **dict.fromkeys(("accuracy", "first_token_accuracy", "recovery")),
+    "checked": {"plain": 0.0, "instructed": 1.0, "patched": 0.5},
+    "fidelity": 0.5,
+    "fidelity_plain": 0.0,
+    "kl": {"plain": 0.25, "patched": 0.05},
+    "agreement": {"plain": 0.7, "patched": 0.94},
+    "output_kl": {"plain": 0.4, "patched": 0.06},
+    "own_text": {
+        "kl": 1.5,
+        "kl_reverse": 2.5,
+        "agrees_for": {"plain": 0.05, "patched": 0.5},
+        "agrees_for_tokens": {"plain": 0.5, "patched": 4.0},
+        "repetition": {"plain": 0.0, "instructed": 0.01, "patched": 0.25},
+        "length": {"plain": 6.0, "instructed": 9.5, "patched": 20.5},
+        "finished": {"plain": 1.0, "instructed": 1.0, "patched": 0.5},
+    },
+    "perplexity": None,
+    "perplexity_ratio": None,
+    "prompt_tokens": {"plain": 36.0, "instructed": 31.5, "saved": -4.5},
+}
+"""Of long outputs without references: the difference fell by 85 %, and all the same every warning applies."""
 
 
 def make_patch(blocks: int = 12, **provenance: Any) -> ThoughtPatch:
@@ -79,13 +112,14 @@ def make_patch(blocks: int = 12, **provenance: Any) -> ThoughtPatch:
     return ThoughtPatch(factors, {**record, **provenance})
 
 
-def write_evaluation(folder: Path, adapter: str | None = None, **changes: Any) -> None:
-    """What ``lit-thought evaluate --out`` writes."""
+def write_evaluation(folder: Path, adapter: str | None = None, long: bool = False, **changes: Any) -> None:
+    """What ``lit-thought evaluate --out`` writes, before it measured the patched model's own text; or, of ``long``
+    outputs, since."""
     folder.mkdir(parents=True)
     keys = ("input", "reference", "plain", "instructed", "patched")
-    lines = [json.dumps(dict(zip(keys, item, strict=True))) + "\n" for item in ITEMS]
+    lines = [json.dumps(dict(zip(keys, item, strict=True))) + "\n" for item in (LONG_ITEMS if long else ITEMS)]
     (folder / "items.jsonl").write_text("".join(lines), encoding="utf-8")
-    result = {**RESULT, **({"adapter": adapter} if adapter else {}), **changes}
+    result = {**(LONG_RESULT if long else RESULT), **({"adapter": adapter} if adapter else {}), **changes}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 

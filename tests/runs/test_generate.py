@@ -122,7 +122,8 @@ def test_the_tokenizers_end_token_counts_too() -> None:
     tokenizer = SpellOut()
     tokenizer.eos_token_id = written[2]  # type: ignore[assignment]
     found = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=5)  # type: ignore[arg-type]
-    assert found == [Generation(" ".join(map(str, written[: written.index(written[2])])), True)]
+    end = written.index(written[2])
+    assert found == [Generation(" ".join(map(str, written[:end])), True, tuple(written[: end + 1]))]
 
 
 def forced(model: PreTrainedModel, texts: Sequence[str]) -> dict:
@@ -166,6 +167,9 @@ def test_stop_string(batch_size: int) -> None:
     assert found[3].text.startswith("up up up")
     assert (found[4].text, found[5].text) == ("", "hot")
     assert [g.finished for g in found] == [True, True, True, False, False, True]
+    written = [" cold\n", "\n\n fox\n", " dog</s>", " up" * 12, "\n" * 12, " hot\n"]  # " up" and "\n" are a token each
+    assert [TOKENIZER.decode(g.tokens) for g in found] == written
+    assert [len(g.tokens) for g in found[2:5]] == [len(TOKENIZER(" dog")["input_ids"]) + 1, 12, 12]
 
 
 def test_rows_stop_by_themselves() -> None:
@@ -271,7 +275,8 @@ def test_a_model_without_a_generation_config_ends_where_its_configuration_says()
     model.generation_config = None
     model.config.eos_token_id = written[2]
     found = generate(model, SpellOut(), PROMPTS[:1], max_new_tokens=5)
-    assert found == [Generation(" ".join(map(str, written[: written.index(written[2])])), True)]
+    end = written.index(written[2])
+    assert found == [Generation(" ".join(map(str, written[:end])), True, tuple(written[: end + 1]))]
     assert model.generation_config is None
 
 
@@ -310,7 +315,8 @@ def test_options_do_in_batches_what_they_do_to_one_prompt_alone(options: dict, b
         given = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 1, "eos_token_id": ends, **options}
         new = model.generate(torch.tensor([prompt]), **given)[0, len(prompt) :].tolist()
         stop = next((i for i, token in enumerate(new) if token in (ends if isinstance(ends, list) else [ends])), None)
-        expected.append(Generation(" ".join(map(str, new[:stop])), stop is not None))
+        whole = new if stop is None else new[: stop + 1]
+        expected.append(Generation(" ".join(map(str, new[:stop])), stop is not None, tuple(whole)))
     found = generate(model, SpellOut(), PROMPTS, max_new_tokens=10, batch_size=batch_size, options=options)
     assert found == expected
 

@@ -49,7 +49,8 @@ def gather(
     Returns:
         ``adapter`` (rank, sizes), ``fits`` (one for each summand of the patch: what was asked, layers, steps, seconds,
         memory, settings, versions), ``spectrum`` (singular values of each changed weight) and ``evaluation`` (the
-        three-way table and differences with 95 % intervals, samples). What the records lack is None or empty.
+        headline, warnings, the three-way table and differences with 95 % intervals, samples). What the records lack is
+        None or empty.
 
     Raises:
         ThoughtError: when the evaluation is damaged, incomplete or of another adapter.

@@ -114,7 +114,7 @@ def _three_way(evaluation: Mapping[str, Any]) -> Figure:
                 colour, marker = _RUN_STYLE[run]
                 axes.plot([cell["low"], cell["high"]], [place + offset] * 2, color=colour, linewidth=1.8)
                 axes.plot(cell["value"], place + offset, marker, color=colour, label=run if place == 0 else None)
-        labels = [row["label"].replace("output equal to", "output equal to\n") for row in rows]
+        labels = [re.sub("^(output equal to|outputs that) ", r"\1\n", row["label"]) for row in rows]
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)

@@ -91,7 +91,7 @@ def _render(template: str, content: Mapping[str, Any], **more: Any) -> str:
         runs=RUNS,
         advice=_ADVICE,
         differences=differences,
-        layer_columns=_LAYER_COLUMNS,
+        layer_columns=_layer_columns,
         rows_of=_rows,
         summary=_summary(content["evaluation"]),
         step_columns=_step_columns,
@@ -102,16 +102,13 @@ def _summary(evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """The few figures that say most: what, how much, and what to compare it with."""
     if evaluation is None:
         return []
-    rows = {row["key"]: row for row in evaluation["table"]}
-    found = []
-    if "accuracy" in rows:
-        runs = rows["accuracy"]["runs"]
-        note = f"instructed {number(runs['instructed']['value'])}, plain {number(runs['plain']['value'])}"
-        found.append({"label": "accuracy, patched", "value": number(runs["patched"]["value"]), "note": note})
-    fidelity = rows["fidelity"]["runs"]["patched"]
-    found.append(
-        {"label": "same output as instructed", "value": number(fidelity["value"]), "note": f"95 % {interval(fidelity)}"}
-    )
+    top = evaluation["headline"]
+    found = [] if top["key"] == "fidelity" else [top]
+    if top["key"] != "difference":
+        rows = {row["key"]: row for row in evaluation["table"]}
+        cell = rows["fidelity"]["runs"]["patched"]
+        note = f"95 % {interval(cell)}"
+        found.append({"label": "same output as instructed", "value": number(cell["value"]), "note": note})
     if (ratio := evaluation["perplexity_ratio"]) is not None:
         value, bounds = f"× {number(ratio['value'], 3)}", interval(ratio, 3)
         note = f"95 % {bounds}" if bounds else "1 is unchanged"
@@ -119,6 +116,11 @@ def _summary(evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
     saved = number(evaluation["tokens_saved"], 0)
     found.append({"label": "prompt tokens saved", "value": saved, "note": "in each query"})
     return found
+
+
+def _layer_columns(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Those that any layer has a value for."""
+    return [(key, label) for key, label in _LAYER_COLUMNS if any(layer[key] is not None for layer in layers)]
 
 
 def _step_columns(steps: Sequence[Mapping[str, Any]]) -> list[str]:
