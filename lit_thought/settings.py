@@ -74,8 +74,9 @@ class FitSettings:
     """What a fit can be told, besides the model, the instruction, the pairs and the template.
 
     Args:
-        inputs: how many pairs to fit, of which the model writes those that are not given; "auto" for as many as help
-            (:mod:`lit_thought.inputs`); left out, those that are given, and "auto" where none are.
+        inputs: how many pairs to fit, of which the model writes those that are not given (:mod:`lit_thought.inputs`);
+            "auto" for as many as help on inputs that are held back; left out, those that are given, and where none are
+            the usual number.
         kind: what the instruction is, for inputs that the model writes: demonstrations (the next inputs of the list),
             system (what users write) or document (questions about it, and the text itself); left out, what its form
             says.

@@ -55,18 +55,23 @@ def fit(
     check_output_folder(out, overwrite)
     text = read_instruction(instruction, instruction_file)
     from lit_thought.fit.api import transmute
+    from lit_thought.fit.growing import format_growth
     from lit_thought.fit.selection import format_selection
 
     patch = transmute(loading.load, None, text, pairs, template, val_pairs=val_pairs, progress=progress, **settings)
     seconds, selection = patch.provenance["seconds"], patch.provenance.get("selection")
+    growth = patch.provenance.get("growth")
     for phase, value in seconds.items():
         _log.debug("%s took %.2f s", phase, value)
     patch.save_adapter(out, overwrite=overwrite)
     size = _size(out)
     say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
     values = {"adapter": out, "rank": patch.rank, "bytes": size, "parameters": patch.num_parameters}
-    values |= {"seconds": seconds, "memory": patch.provenance["memory"], "selection": selection}
-    return Result(values, "" if selection is None else format_selection(selection))
+    values |= {"pairs": patch.provenance["settings"]["pairs"], "seconds": seconds}
+    values |= {"memory": patch.provenance["memory"], "selection": selection, "growth": growth}
+    told = [format_growth(growth)] if growth is not None else []
+    told += [format_selection(selection)] if selection is not None else []
+    return Result(values, "\n".join(told))
 
 
 def solve(

@@ -14,8 +14,9 @@ from lit_thought.errors import ThoughtError
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
+from lit_thought.fit.growing import grow
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.fit.selection import check_auto, select_settings
+from lit_thought.fit.selection import OF_THE_LAST_FIT, check_auto, select_settings
 from lit_thought.model.bare import unwrap
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
@@ -58,7 +59,8 @@ def transmute(
         progress: show progress bars.
         settings: those of :class:`~lit_thought.settings.FitSettings`. blocks, rank, ridge, scale and preserve_weight
             can be ``"auto"``: chosen on a quarter of the pairs, held back first (:mod:`lit_thought.selection`); the
-            fit is then of all of them.
+            fit is then of all of them. With ``inputs="auto"`` the model writes and fits as many as help on others
+            (:mod:`lit_thought.fit.growing`).
 
     Returns:
         The patch, not applied.
@@ -78,12 +80,21 @@ def transmute(
         check_auto(auto, data.expected, options)
     model = unwrap(model)
     module = ThoughtModule(*(_loaded(model) if _is_loader(model) else (cast(PreTrainedModel, model), tokenizer)))
-    if not auto:
-        return fit(module, data, callback, progress=progress)
-    selection = select_settings(module, data, auto, seed=chosen.seed, progress=progress, **options)
-    data.known = selection.outputs
-    patch = fit(module, data, ThoughtCallback(**selection.settings), progress=progress)
-    patch.provenance["selection"] = selection.provenance
+    told: dict[str, Any] = {}
+    patch: ThoughtPatch | None = None
+    if data.to_write and chosen.inputs == "auto":
+        usual = {name: value for name, value in options.items() if name not in (*auto, *OF_THE_LAST_FIT)}
+        grown = grow(module, data, lambda: ThoughtCallback(**usual), progress)
+        data, told["growth"] = grown.data, grown.provenance
+        if not any(options.get(name) for name in (*auto, *OF_THE_LAST_FIT)):
+            patch = grown.patch
+    if auto:
+        selection = select_settings(module, data, auto, seed=chosen.seed, progress=progress, **options)
+        data.known, told["selection"] = selection.outputs, selection.provenance
+        callback = ThoughtCallback(**selection.settings)
+    if patch is None:
+        patch = fit(module, data, callback, progress=progress)
+    patch.provenance |= told
     return patch
 
 

@@ -114,6 +114,11 @@ class ThoughtCallback(Callback):
             raise ThoughtError(
                 "ThoughtCallback works with a PairDataModule; call trainer.fit(module, datamodule=PairDataModule(…))."
             )
+        if data.to_write and data.settings.inputs == "auto":
+            raise ThoughtError(
+                'inputs="auto" is chosen before the fit: call transmute, or give a number, or leave it out for the '
+                "usual one."
+            )
         blocks, settings = find_blocks(pl_module.model), self.settings
         check_blocks(settings.blocks, len(blocks))
         _, stages = chosen_stages(blocks, settings)

@@ -63,9 +63,13 @@ def prepare_pairs(
 
 
 def write_inputs(
-    data: PairDataModule, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool = False
+    data: PairDataModule,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool = False,
+    times: float = 1.0,
 ) -> None:
-    """Let the model write the inputs that ``data`` lacks, and add them.
+    """Let the model write the inputs that ``data`` lacks, and add them; ``times`` the usual number, where none is said.
 
     Raises:
         ThoughtError: when none can be written.
@@ -87,6 +91,7 @@ def write_inputs(
             instruction,
             data.given_template,
             total=wanted,
+            times=times,
             kind=settings.kind,
             given=data.given,
             seed=settings.seed,

@@ -50,7 +50,18 @@ from lit_thought.settings import FitSettings
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_several
 
-__all__ = ["AUTO", "MAX_DRIFT", "Selection", "check_auto", "choose", "format_selection", "select_settings", "split"]
+__all__ = [
+    "AUTO",
+    "MAX_DRIFT",
+    "OF_THE_LAST_FIT",
+    "Selection",
+    "check_auto",
+    "choose",
+    "format_selection",
+    "mean_and_error",
+    "select_settings",
+    "split",
+]
 
 AUTO = FitSettings.names(auto=True)
 """The settings that can be ``"auto"``."""
@@ -60,7 +71,8 @@ MAX_DRIFT = 0.04
 
 _SOLVED = ("ridge", "preserve_weight", "rank")
 _MIN_PAIRS = 8
-_OF_THE_LAST_FIT = ("statistics_dir", "resume_dir", "output_dir", "overwrite")
+OF_THE_LAST_FIT = ("statistics_dir", "resume_dir", "output_dir", "overwrite")
+"""What fits on the way to the last one do without."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +143,12 @@ def choose(scores: Sequence[Tensor], drift: Callable[[int], float], limit: float
 
 def _better(score: Tensor, default: Tensor) -> bool:
     """Whether it is smaller by more than a standard error; a single pair has none to compare with."""
-    gain, error = _mean_and_error(default - score)
+    gain, error = mean_and_error(default - score)
     return error is not None and gain > error
 
 
-def _mean_and_error(values: Tensor) -> tuple[float, float | None]:
+def mean_and_error(values: Tensor) -> tuple[float, float | None]:
+    """The mean of (n,) and its standard error, None for a single value."""
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
     return float(values.mean()), error
 
@@ -178,7 +191,7 @@ def select_settings(
     outputs = write_outputs(data, model, tokenizer, progress)
     with tempfile.TemporaryDirectory(prefix="lit-thought-") as root:
         folder = Path(root) / "statistics" if set(names) & set(_SOLVED) else None
-        ours = {name: value for name, value in given.items() if name not in _OF_THE_LAST_FIT}
+        ours = {name: value for name, value in given.items() if name not in OF_THE_LAST_FIT}
         callback = ThoughtCallback(**ours, statistics_dir=folder)
         patch = fit(module, _part(data, rest, outputs), callback, progress)
         texts = callback.preserved.texts or load_texts("default", "preserve", "preserve")
@@ -251,7 +264,7 @@ class _Candidate:
     def to_json(self, default: _Candidate) -> dict[str, Any]:
         """``kl`` with its standard error; ``gain``, how much better than the default it is, with that of the pairs'
         differences; ``drift``, None where the choice did not depend on it."""
-        figures = {"kl": _mean_and_error(self.scores), "gain": _mean_and_error(default.scores - self.scores)}
+        figures = {"kl": mean_and_error(self.scores), "gain": mean_and_error(default.scores - self.scores)}
         flat = {name: value for name, (value, _) in figures.items()}
         flat |= {f"{name}_error": error for name, (_, error) in figures.items()}  # type: ignore[misc]
         return {"settings": self.settings, **flat, "drift": self.drift, "chosen": self.chosen}

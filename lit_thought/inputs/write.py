@@ -47,6 +47,7 @@ def write_pairs(
     template: PromptTemplate | None = None,
     *,
     total: int | None = None,
+    times: float = 1.0,
     kind: Kind | None = None,
     given: Sequence[Mapping[str, str]] = (),
     seed: int = 0,
@@ -60,8 +61,9 @@ def write_pairs(
         tokenizer: its tokenizer.
         instruction: the chunk.
         template: how instruction and input make a prompt; found by the form of the instruction when left out.
-        total: how many pairs there are to be, the given ones among them; left out, as many as help
-            (:data:`ENOUGH`, :data:`PER_SENTENCE`).
+        total: how many pairs there are to be, the given ones among them; left out, the usual number
+            (:data:`ENOUGH`, :data:`PER_SENTENCE`), ...
+        times: ... as often as this.
         kind: what the instruction is; found by its form when left out.
         given: pairs that are there already, which are not written again.
         seed: seed of all that is sampled.
@@ -92,9 +94,9 @@ def write_pairs(
     pairs: list[dict[str, str]] = []
     with evaluating(model):
         if kind == "document":
-            pairs = _study(pen, chosen, instruction, total, len(given), taken)
+            pairs = _study(pen, chosen, instruction, total, times, len(given), taken)
         else:
-            count = (ENOUGH[kind] if total is None else total) - len(given)
+            count = (round(times * ENOUGH[kind]) if total is None else total) - len(given)
             if kind == "demonstrations":
                 texts = continue_list(pen, chosen, instruction, shown, count, taken)
             else:
@@ -112,14 +114,14 @@ def write_pairs(
 
 
 def _study(
-    pen: Pen, template: PromptTemplate, document: str, total: int | None, given: int, taken: Distinct
+    pen: Pen, template: PromptTemplate, document: str, total: int | None, times: float, given: int, taken: Distinct
 ) -> list[dict[str, str]]:
     """Questions, requests and the text itself: of a number that is asked for, half are questions at least."""
     subject = find_subject(pen, document)
     text = [*recited(document, subject), *repeated(document, subject)]
     others = [{"input": one.format(subject=subject)} for one in REQUESTS] + text
     if total is None:
-        count = min(MOST, PER_SENTENCE * len(sentences(document)))
+        count = round(times * min(MOST, PER_SENTENCE * len(sentences(document))))
     else:
         others = others[: (total - given) // 2]
         count = total - given - len(others)

@@ -17,9 +17,14 @@ from transformers import PreTrainedModel
 
 from lit_thought import ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
+from lit_thought.fit import growing
+from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.fitting import fit
+from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.inputs import pen as pens
+from lit_thought.inputs import write
 from lit_thought.inputs.kinds import demonstrations, find_kind, find_template
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen, normalised
@@ -356,3 +361,71 @@ def test_settings_chosen_on_written_inputs() -> None:
     patch = transmute(tiny(), TOKENIZER, LIST, template=LINES, **options)
     assert patch.provenance["selection"]["held_back"] == [4, 12]
     assert math.isfinite(patch.provenance["settings"]["ridge"])
+
+
+# --- how many -------------------------------------------------------------------------------------------------
+
+
+def grown(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float], **settings: Any) -> ThoughtPatch:
+    """A fit with ``inputs="auto"`` whose fits score so on three pairs."""
+    every = iter(scores)
+    spread = torch.tensor([-0.01, 0.0, 0.01], dtype=torch.float64)
+    monkeypatch.setattr(growing.HeldBack, "divergences", lambda self, patch: next(every) + spread)
+    monkeypatch.setitem(write.ENOUGH, "demonstrations", 24)
+    options: dict[str, Any] = {"max_new_tokens": 3, "preserve": None, "progress": False, "inputs": "auto"}
+    return transmute(tiny(), TOKENIZER, LIST, template=LINES, **options, **settings)
+
+
+@pytest.mark.parametrize(
+    ("scores", "pairs", "chosen"),
+    [
+        ([0.9, 0.5, 0.4], [9, 18, 36], 2),
+        ([0.5, 0.6], [9, 18], 0),
+        ([0.5, 0.5], [9, 18], 0),
+        ([0.9, 0.5, 0.7], [9, 18, 36], 1),
+    ],
+)
+def test_inputs_are_doubled_as_long_as_that_helps(
+    scores: Sequence[float], pairs: list[int], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch = grown(monkeypatch, scores)
+    told = patch.provenance["growth"]
+    assert told["held_back"] == 12
+    assert [one["pairs"] for one in told["fits"]] == pairs
+    assert [one["kl"] for one in told["fits"]] == pytest.approx(scores)
+    assert told["chosen"] == chosen
+    lines = growing.format_growth(told).splitlines()
+    assert [line.endswith("<- chosen") for line in lines[1:]] == [i == chosen for i in range(len(pairs))]
+    assert patch.provenance["settings"]["pairs"] == pairs[chosen] == patch.provenance["inputs"]["count"]
+    monkeypatch.undo()
+    written = patch.provenance["inputs"]["pairs"]
+    again = transmute(tiny(), TOKENIZER, LIST, written, LINES, max_new_tokens=3, preserve=None, progress=False)
+    assert distance(patch, again) < 1e-5
+
+
+def test_growth_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "MAX_SECONDS", 0.0)
+    assert len(grown(monkeypatch, [0.9, 0.5]).provenance["growth"]["fits"]) == 1
+
+
+def test_growth_with_given_pairs_and_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = [{"input": "hot", "output": "cold"}, {"input": "big"}]
+    patch = grown(monkeypatch, [0.5, 0.6], pairs=given, statistics_dir=tmp_path / "sums")
+    assert patch.provenance["settings"]["pairs"] == patch.provenance["inputs"]["count"] + 2
+    assert (tmp_path / "sums" / "manifest.json").is_file()
+
+
+def test_growth_on_the_embedded_form_measures_what_is_held_back() -> None:
+    """Nothing of it scripted."""
+    options: dict[str, Any] = {"max_new_tokens": 3, "preserve": None, "progress": False}
+    patch = transmute(tiny(), TOKENIZER, LIST, template=LINES, inputs="auto", **options)
+    told = patch.provenance["growth"]
+    best = min(told["fits"], key=lambda one: one["kl"])
+    assert told["fits"][told["chosen"]] == best
+    assert patch.provenance["settings"]["pairs"] == best["pairs"]
+
+
+def test_auto_is_refused_where_the_callback_alone_fits() -> None:
+    data = PairDataModule(None, LIST, LINES, inputs="auto")
+    with pytest.raises(ThoughtError, match='inputs="auto" is chosen before the fit'):
+        fit(ThoughtModule(tiny(), TOKENIZER), data, ThoughtCallback(preserve=None), progress=False)

@@ -1,0 +1,142 @@
+"""How many inputs to write, chosen on inputs that are held back: ``inputs="auto"``.
+
+1. Twice the usual number is written, and a share of it, :data:`HELD_BACK` at most, is held back. The instructed model
+   writes the outputs.
+2. A quarter of the others is fitted; the score is, on those held back, KL(instructed ‖ patched) over the tokens that
+   predict the output or its end (:mod:`lit_thought.evaluation.held_back`).
+3. The inputs are doubled and fitted anew, as long as that has lowered the score by more than a standard error of the
+   pairs' mean difference, and the next fit would end within :data:`MAX_SECONDS`.
+
+The fit that scores best is the result. Pairs that were given, and a document's own words, are in every fit.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.held_back import HeldBack
+from lit_thought.fit.callback import ThoughtCallback
+from lit_thought.fit.data import PairDataModule, Written
+from lit_thought.fit.fitting import fit
+from lit_thought.fit.module import ThoughtModule
+from lit_thought.fit.preparing import write_inputs, write_outputs
+from lit_thought.fit.selection import mean_and_error
+from lit_thought.model.loading import context_window
+from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.prompts.unrelated import load_texts
+
+__all__ = ["HELD_BACK", "MAX_SECONDS", "Grown", "format_growth", "grow"]
+
+HELD_BACK = 24
+"""Most inputs that are held back; a quarter of them where they are few."""
+MAX_SECONDS = 600.0
+"""From the first input to the last fit; one of twice the inputs is taken to last twice as long as the one before."""
+
+
+class Grown(NamedTuple):
+    """What :func:`grow` found.
+
+    Attributes:
+        patch: the best fit's.
+        data: its pairs.
+        provenance: of each fit the number of pairs, the held-back KL with its standard error and the seconds, and
+            which was chosen, as JSON values.
+    """
+
+    patch: ThoughtPatch
+    data: PairDataModule
+    provenance: dict[str, Any]
+
+
+def grow(
+    module: ThoughtModule, data: PairDataModule, callback: Callable[[], ThoughtCallback], progress: bool = True
+) -> Grown:
+    """Fit more and more of the inputs that the model writes, until that no longer helps.
+
+    Args:
+        module: the model; left bit for bit as it was.
+        data: pairs with ``inputs="auto"``.
+        callback: makes the callback of a fit.
+        progress: show progress bars.
+
+    Raises:
+        ThoughtError: when the model writes fewer than 8 inputs, and for what a fit refuses.
+    """
+    started = time.perf_counter()
+    model, tokenizer = module.model, module.tokenizer
+    write_inputs(data, model, tokenizer, progress, times=2)
+    first = len(data.given)
+    asked = [i for i in range(first, len(data.pairs)) if "output" not in data.pairs[i]]
+    if len(asked) < 8:
+        raise ThoughtError(
+            f'inputs="auto" holds some of the inputs back, and the model wrote {len(asked)}; expected 8 or more. Give '
+            "pairs, or a number of inputs."
+        )
+    random.Random(data.settings.seed).shuffle(asked)
+    count = min(HELD_BACK, len(asked) // 4)
+    held, rest = asked[:count], asked[count:]
+    always = [i for i in range(len(data.pairs)) if i not in asked]
+    outputs: dict[int, Written] = {}
+
+    def part(indices: Sequence[int], more: bool = True) -> PairDataModule:
+        """Some of the pairs with their outputs; what is given is in it unless there is no ``more``."""
+        given = data.given if more and data.given else None
+        own = PairDataModule(given, data.instruction, data.template, **settings)
+        own.add([data.pairs[i] for i in indices if i >= first], data.template, data.kind or "")
+        every = [*range(first), *(i for i in indices if i >= first)] if more else list(indices)
+        own.tokenise(tokenizer, limit)
+        new = [row for row in own.missing if every[row] not in outputs]
+        if new:
+            texts = PairDataModule([own.pairs[row] for row in new], data.instruction, data.template, **plain)
+            texts.tokenise(tokenizer, limit)
+            for place, text, finished in write_outputs(texts, model, tokenizer, progress):
+                outputs[every[new[place]]] = (place, text, finished)
+        own.known = [(row, *outputs[every[row]][1:]) for row in own.missing]
+        return own
+
+    settings, limit = data.settings.options(data=True), context_window(model)
+    plain = {**settings, "inputs": None, "kind": None}
+    test = part(held, more=False)
+    test.complete(tokenizer, test.known or [], limit)
+    measure: HeldBack | None = None
+    tried: list[dict[str, Any]] = []
+    best: tuple[ThoughtPatch, PairDataModule] | None = None
+    scores = None
+    size = -(-len(rest) // 4)
+    while True:
+        now = time.perf_counter()
+        own = part(sorted([*always, *rest[:size]]))
+        how = callback()
+        patch = fit(module, own, how, progress)
+        if measure is None:
+            texts = how.preserved.texts or load_texts("default", "preserve", "preserve")
+            measure = HeldBack(model, tokenizer, test.tokenised, test.instructions, texts, settings["batch_size"])
+        found = measure.divergences(patch)
+        kl, error = mean_and_error(found)
+        seconds = time.perf_counter() - now
+        tried.append({"pairs": len(own.pairs), "kl": kl, "kl_error": error, "seconds": round(seconds, 2)})
+        if scores is None or float(found.mean()) < float(scores.mean()):
+            best, chosen = (patch, own), len(tried) - 1
+        gain, noise = (1.0, 0.0) if scores is None else mean_and_error(scores - found)
+        scores = found
+        late = time.perf_counter() - started + 2 * seconds > MAX_SECONDS
+        if gain <= (noise or 0.0) or size >= len(rest) or late:
+            break
+        size = min(2 * size, len(rest))
+    assert best is not None
+    told = {"held_back": len(held), "fits": tried, "chosen": chosen}
+    return Grown(*best, {**told, "seconds": round(time.perf_counter() - started, 2)})
+
+
+def format_growth(growth: Mapping[str, Any]) -> str:
+    """The fits of :attr:`Grown.provenance`, a line each, the chosen one marked."""
+    lines = [f"Chosen on {growth['held_back']} inputs held back, in {growth['seconds']:.1f} s (KL, nats a token):"]
+    for number, one in enumerate(growth["fits"]):
+        mark = "  <- chosen" if number == growth["chosen"] else ""
+        error = "" if one["kl_error"] is None else f" ± {one['kl_error']:.4f}"
+        lines.append(f"  {one['pairs']} pairs: {one['kl']:.4f}{error}{mark}")
+    return "\n".join(lines)
