@@ -41,7 +41,8 @@ def fit(
         instruction: the removable chunk of the prompt.
         instruction_file: a UTF-8 text file to read it from instead.
         template: text with {input} and {output} (and {instruction} where the chunk is not at the start), "chat"
-            (instruction as system message) or "chat-user" (inside the user message); when left out,
+            (instruction as system message), "chat-empty" (the same, for users who send an empty one in its place) or
+            "chat-user" (inside the user message); when left out,
             "Q: {input}\\nA: {output}\\n", or, where no pairs are given either, "chat" if the model has a chat template
             and the instruction is no list of that form.
         val_pairs: file of pairs to follow the fit with, step by step.

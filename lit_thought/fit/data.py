@@ -46,9 +46,9 @@ class PairDataModule(LightningDataModule):
             and ``instruction`` (optional, overrides the argument); None to have all of them written.
         instruction: the removable chunk of the prompt.
         template: a text with ``{input}`` and ``{output}`` (and ``{instruction}`` where the chunk is not at the
-            start), ``"chat"``, ``"chat-user"`` or a :class:`~lit_thought.prompts.template.PromptTemplate`; left out,
-            :data:`~lit_thought.prompts.template.DEFAULT_TEMPLATE`, and where no pairs are given
-            ``"chat"`` if the model has a chat template and the instruction is no list in the default template's form.
+            start), ``"chat"``, ``"chat-empty"``, ``"chat-user"`` or a
+            :class:`~lit_thought.prompts.template.PromptTemplate`; left out,
+            :data:`~lit_thought.prompts.template.DEFAULT_TEMPLATE`, and where no pairs are given ``"chat"`` if the model has a chat template and the instruction is no list in the default template's form.
         val_pairs: pairs to follow the fit with, step by step; nothing is fitted on them.
         settings: answer_weight, batch_size, generate, inputs, kind, max_new_tokens and seed of
             :class:`~lit_thought.settings.FitSettings`.
@@ -194,6 +194,22 @@ class PairDataModule(LightningDataModule):
         with _about_val_pairs():
             for index, (pair, instruction) in enumerate(zip(self.val_pairs, self.val_instructions, strict=True)):
                 check_context(self.template.tokenise(tokenizer, instruction, pair["input"]), limit, index, longest)
+
+    def saves_nothing(self) -> str:
+        """A sentence where the prompts, tokenised, are no shorter without the chunk; else empty."""
+        plain, instructed = (
+            sum(map(len, ids)) / len(self.tokenised)
+            for ids in zip(*((pair.plain_ids, pair.instructed_ids) for pair in self.tokenised), strict=True)
+        )
+        if instructed > plain:
+            return ""
+        text = f"The chunk's tokens are not saved: prompts have {plain:.1f} without it and {instructed:.1f} with it"
+        if not self.template.is_chat:
+            return f"{text}."
+        return (
+            f"{text}, since the chat template writes a system message of its own where there is none. Where you can "
+            'send an empty one, fit for that: template="chat-empty".'
+        )
 
     def complete(self, tokenizer: PreTrainedTokenizerBase, written: Sequence[Written], limit: int) -> None:
         """Take the missing outputs, and tokenise the pairs that they belong to.

@@ -262,6 +262,8 @@ class Preparation:
             write_inputs(data, model, tokenizer, show and first)
         with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
+            if first and (told := data.saves_nothing()):
+                _log.warning(told)
             self._plan(len(data.missing) * data.settings.max_new_tokens)
             if data.missing and data.settings.generate and data.known is None:
                 try_options(data, model, tokenizer)

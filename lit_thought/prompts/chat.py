@@ -61,6 +61,7 @@ def render_chat(
     user: str,
     system: str | None,
     options: Mapping[str, Any],
+    default_system: bool,
     instruction: str,
     input: str,
     output: str | None,
@@ -73,6 +74,7 @@ def render_chat(
         user: The user's message, with fields.
         system: The system message, with fields, or ``None``.
         options: Further arguments of the chat template.
+        default_system: Whether a system message left empty is dropped.
         instruction: The chunk.
         input: The query.
         output: The assistant's message; ``None`` for a prompt to generate from.
@@ -88,18 +90,24 @@ def render_chat(
             "has none; set tokenizer.chat_template, or use a text template such as "
             "'Q: {input}\\nA: {output}\\n'"
         )
-    return _Chat(tokenizer, user, system, options).texts(instruction, input, output, finished)
+    return _Chat(tokenizer, user, system, options, default_system).texts(instruction, input, output, finished)
 
 
 class _Chat:
     """The messages of one prompt template, and what one tokenizer's chat template makes of them."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, options: Mapping[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        user: str,
+        system: str | None,
+        options: Mapping[str, Any],
+        default_system: bool,
     ) -> None:
         self.tokenizer, self.user, self.system = tokenizer, user, system
         self.options = {**_DEFAULTS, **options}
         self.folds = system is not None and not self._takes_system()
+        self.keeps_system = not default_system and not self.folds
 
     def _takes_system(self) -> bool:
         """Whether the chat template writes a system message, rather than refuse it or leave it out."""
@@ -172,7 +180,7 @@ class _Chat:
                 head, rest = (head if right else head.rstrip()), (rest if left else rest.lstrip())
             head, rest = head.replace("{input}", input), rest.replace("{input}", input)
             content = head + (instruction or "" if chunk else "") + rest
-            if content.strip():
+            if content.strip() or (role == "system" and self.keeps_system):
                 messages.append(_message(role, content))
         if self.folds:
             messages = [_message("user", "\n\n".join(message["content"] for message in messages))]

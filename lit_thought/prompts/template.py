@@ -55,6 +55,7 @@ class PromptTemplate:
         user: Chat only; see :meth:`chat`.
         system: Chat only; see :meth:`chat`.
         options: Chat only; see :meth:`chat`.
+        default_system: Chat only; see :meth:`chat`.
 
     Raises:
         ThoughtError: A field is missing, repeated or out of order, or an option is not a JSON value.
@@ -65,6 +66,7 @@ class PromptTemplate:
     user: str | None = field(default=None, kw_only=True)
     system: str | None = field(default=None, kw_only=True)
     options: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
+    default_system: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("text", "separator", "user", "system"):
@@ -72,7 +74,9 @@ class PromptTemplate:
             if value is not None or name in ("text", "separator"):
                 _require_str(f"template {name}", value)
         object.__setattr__(self, "options", check_options(self.options))
-        if self.user is None and self.system is None and not self.options:
+        if not isinstance(self.default_system, bool):
+            raise ThoughtError(f"template default_system: expected true or false, got {self.default_system!r}")
+        if self.user is None and self.system is None and not self.options and self.default_system:
             self._check_text()
         else:
             self._check_chat()
@@ -122,13 +126,14 @@ class PromptTemplate:
         user: str = "{input}",
         system: str | None = "{instruction}",
         options: Mapping[str, Any] | None = None,
+        default_system: bool = True,
     ) -> PromptTemplate:
         """A template that goes through the tokenizer's chat template.
 
         In the plain run the chunk is empty: whitespace of the template left over at an end of its message
         goes with it, and a system message left empty is dropped, so that the family's default system text stands
-        there, if it has one. Where a chat template refuses or leaves out system messages (Gemma 2), the system
-        message goes to the start of the user's, followed by a blank line.
+        there, if it has one, or written empty (``default_system``). Where a chat template refuses or leaves out system
+        messages (Gemma 2), the system message goes to the start of the user's, followed by a blank line.
 
         An output stands where the model writes its answer: what the family puts between generation prompt and answer
         (a space, an empty thought, the name of a channel) comes first, unless the output brings it along.
@@ -139,18 +144,22 @@ class PromptTemplate:
             options: Further arguments of the chat template, as JSON values, such as ``{"date_string": "1 May 2025"}``
                 or ``{"reasoning_effort": "low"}``. ``enable_thinking`` is false unless given here: an output is then
                 the answer alone; when it is true, the model's thoughts are part of the output.
+            default_system: Whether a system message left empty is dropped in the plain run. If not, it is written
+                empty, as for users who send one that is: no tokens go to the family's default text then.
 
         Raises:
             ThoughtError: A field is missing, repeated or in the wrong message, or an option cannot be used.
         """
-        return cls("", "", user=user, system=system, options={} if options is None else options)
+        options = {} if options is None else options
+        return cls("", "", user=user, system=system, options=options, default_system=default_system)
 
     @classmethod
     def parse(cls, value: str | PromptTemplate) -> PromptTemplate:
         """A template from a name, a text with fields, or a template, which is returned as it is.
 
-        The names are ``"chat"`` (chunk = system message; where the chat template takes none, as ``"chat-user"``)
-        and ``"chat-user"`` (chunk before the input in the user's message).
+        The names are ``"chat"`` (chunk = system message; where the chat template takes none, as ``"chat-user"``),
+        ``"chat-empty"`` (the same, with an empty system message in the plain run: ``default_system=False``) and
+        ``"chat-user"`` (chunk before the input in the user's message).
 
         Raises:
             ThoughtError: Anything else.
@@ -159,12 +168,14 @@ class PromptTemplate:
             return value
         if value == "chat":
             return cls.chat()
+        if value == "chat-empty":
+            return cls.chat(default_system=False)
         if value == "chat-user":
             return cls.chat(user="{instruction}\n\n{input}", system=None)
         if isinstance(value, str) and _FIELD.search(value):
             return cls(value)
         raise ThoughtError(
-            "template: expected 'chat', 'chat-user', a text with the fields {input} and {output}, or a "
+            "template: expected 'chat', 'chat-empty', 'chat-user', a text with the fields {input} and {output}, or a "
             f"PromptTemplate; got {value!r}"
         )
 
@@ -181,7 +192,8 @@ class PromptTemplate:
     def to_dict(self) -> dict[str, Any]:
         """What :meth:`from_dict` needs to build this template again; fit for JSON."""
         if self.is_chat:
-            return {"user": self.user, "system": self.system, "options": check_options(self.options)}
+            kept = {} if self.default_system else {"default_system": False}
+            return {"user": self.user, "system": self.system, "options": check_options(self.options), **kept}
         return {"text": self.text, "separator": self.separator}
 
     @classmethod
@@ -192,7 +204,7 @@ class PromptTemplate:
             ThoughtError: The keys are not those of a text template or of a chat template.
         """
         keys = set(values) if isinstance(values, Mapping) else set()
-        if keys | {"options"} == {"user", "system", "options"}:
+        if keys - {"options", "default_system"} == {"user", "system"}:
             return cls.chat(**values)
         if keys == {"text", "separator"}:
             return cls(**values)
@@ -264,7 +276,8 @@ class PromptTemplate:
         if not self.is_chat:
             return self._render_text(instruction, input, output, finished)
         assert self.user is not None
-        return render_chat(tokenizer, self.user, self.system, self.options, instruction, input, output, finished)
+        messages = (self.user, self.system, self.options, self.default_system)
+        return render_chat(tokenizer, *messages, instruction, input, output, finished)
 
     def _render_text(self, instruction: str, input: str, output: str | None, finished: bool) -> PromptTexts:
         body, _, tail = self.text.partition("{output}")

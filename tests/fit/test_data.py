@@ -160,3 +160,19 @@ def test_a_bad_value_of_an_option_is_refused_before_any_long_work(monkeypatch: p
     monkeypatch.setattr(preparing.PreservationSource, "load", lambda *_: pytest.fail("preserves already"))
     with pytest.raises(ThoughtError, match=r"generate: model.generate refused .*'top_p': 7"):
         transmute(make_model(), TOKENIZER, INSTRUCTION, [{"input": "hot"}], generate={"do_sample": True, "top_p": 7})
+
+
+def test_a_chunk_whose_tokens_are_not_saved_is_said() -> None:
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<|s|>You are a fox, quick and brown.<|e|>{% endif %}"
+        "{% for message in messages %}<|s|>{{ message.content }}<|e|>{% endfor %}<|s|>"
+    )
+    data = PairDataModule([{"input": "hot"}], "Jump.", "chat")
+    data.tokenise(tokenizer, 256)
+    assert "prompts have" in data.saves_nothing()
+    assert 'template="chat-empty"' in data.saves_nothing()
+    for template in ("chat-empty", "Q: {input}\nA: {output}\n"):
+        data = PairDataModule([{"input": "hot"}], "Jump.", template)
+        data.tokenise(tokenizer, 256)
+        assert data.saves_nothing() == ""

@@ -305,6 +305,21 @@ def test_mistral_with_a_tokenizer_that_keeps_spaces_in_front_of_words() -> None:
 # --- thoughts ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "start"), [("smollm2", "<|im_start|>system\n<|im_end|>\n"), ("gemma2", "<bos><start_of_turn>user\n")]
+)
+def test_an_empty_system_message_in_the_place_of_the_familys_own(name: str, start: str) -> None:
+    tokenizer, template = family_tokenizer(name), PromptTemplate.parse("chat-empty")
+    pair = template.tokenise(tokenizer, TALK, "hot", "cold")
+    assert tokenizer.decode(pair.plain_ids).startswith(start)
+    assert pair.exact
+    assert TALK in tokenizer.decode(pair.instructed_ids)
+    assert pair.instructed_ids == CHAT.tokenise(tokenizer, TALK, "hot", "cold").instructed_ids
+    assert PromptTemplate.from_dict(json.loads(json.dumps(template.to_dict()))) == template != CHAT
+    with pytest.raises(ThoughtError, match="default_system: expected true or false"):
+        PromptTemplate.chat(default_system="no")  # type: ignore[arg-type]
+
+
 @THINKERS
 def test_thinking_is_off_unless_asked_for(name: str) -> None:
     tokenizer = family_tokenizer(name)

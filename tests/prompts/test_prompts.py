@@ -387,7 +387,7 @@ def test_parse() -> None:
     assert PromptTemplate.parse("Q: {input}\nA: {output}\n") == QA != PromptTemplate.chat()
     assert PromptTemplate.parse(QA) is QA
     for value in ("chatt", "", None, 3):
-        with pytest.raises(ThoughtError, match=r"template: expected 'chat', 'chat-user'.*got"):
+        with pytest.raises(ThoughtError, match=r"template: expected 'chat', 'chat-empty', 'chat-user'.*got"):
             PromptTemplate.parse(value)  # type: ignore[arg-type]
 
 
