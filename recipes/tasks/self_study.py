@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
+from lit_thought.inputs.pen import normalised
+from lit_thought.inputs.study import FORMS, sentences
 from lit_thought.runs.generate import generate
 from recipes.harness import DATA
 
@@ -24,61 +26,6 @@ DRAWN = 48
 """How many questions are drawn in a round, at least."""
 ROUNDS = 8
 """Most rounds of a document."""
-
-FORMS = (
-    """Write a question that the text answers. The question says what it is about.
-
-About: Mars
-Text: It has two moons, which are called Phobos and Deimos.
-Question: How many moons does Mars have?
-
-About: the violin
-Text: The four strings are played with a bow of horsehair.
-Question: What is the bow of a violin made of?
-
-About: Marie Curie
-Text: In 1903 she received the Nobel Prize together with her husband Pierre.
-Question: Who shared the Nobel Prize with Marie Curie?
-
-About: {about}
-Text: {sentence}
-Question:""",
-    """Read the text. Then ask for one word or number in it.
-
-About: Marie Curie
-Text: She was born in Warsaw, the capital of Poland, in 1867.
-Question: In which year was Marie Curie born?
-
-About: the camel
-Text: A thirsty camel can drink a hundred litres of water in ten minutes.
-Question: How much water can a camel drink at once?
-
-About: Mars
-Text: Its red colour comes from rust, which covers the ground everywhere.
-Question: What gives Mars its red colour?
-
-About: {about}
-Text: {sentence}
-Question:""",
-    """A visitor asks a guide about something, and the text has the answer.
-
-About: the Eiffel Tower
-Text: It was built by Gustave Eiffel for the world fair of 1889 and weighs 10,100 tonnes.
-Question: Can you tell me who built the Eiffel Tower?
-
-About: the violin
-Text: The most famous maker of violins was Antonio Stradivari, who worked in Cremona.
-Question: I heard about a famous maker of violins. What was his name?
-
-About: the camel
-Text: Camels store fat in their humps, which they live on when there is no food.
-Question: What does a camel keep in its hump?
-
-About: {about}
-Text: {sentence}
-Question:""",
-)
-"""Prompts for a question; the examples show how to name the subject where the text has only a pronoun."""
 
 REQUESTS = (
     "Tell me about {title}.",
@@ -128,16 +75,6 @@ def load_document(name: str) -> Document:
         ) from error
 
 
-def sentences(passage: str) -> list[str]:
-    """A passage's sentences: cut after a full stop, a question mark or an exclamation mark before white space."""
-    return [part for part in re.split(r"(?<=[.!?])\s+", passage.strip()) if part]
-
-
-def normalised(text: str) -> str:
-    """Words and numbers in lower case, one space between them; no comma in 1,000."""
-    return " ".join(re.findall(r"\w+", re.sub(r"(?<=\d),(?=\d)", "", text.lower())))
-
-
 def contains(text: str, accepted: Iterable[str]) -> bool:
     """Whether one of the accepted forms stands in the text, as whole words."""
     return any(f" {normalised(form)} " in f" {normalised(text)} " for form in accepted)
@@ -174,7 +111,7 @@ def write_questions(
     """Questions that the model writes about the passage, of each sentence as many, shuffled.
 
     Each round draws questions about the sentences that have fewer than their share of ``count``, with the next of
-    :data:`FORMS`; after :data:`ROUNDS` of them what is there must do.
+    :data:`~lit_thought.inputs.study.FORMS`; after :data:`ROUNDS` of them what is there must do.
 
     Returns:
         At most ``count`` questions: fewer where a sentence did not get its share.
