@@ -101,7 +101,7 @@ def instruction_alone(
                 seconds = time.perf_counter() - start
                 result = evaluation.score(patch)
                 run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
-                run |= {"inputs": patch.provenance.get("inputs"), "pairs": patch.provenance["settings"]["pairs"]}
+                run |= {"inputs": patch.provenance.get("inputs"), "fitted": patch.provenance["settings"]["pairs"]}
                 run |= {"seconds": seconds, "seconds_by_part": patch.provenance["seconds"]}
                 run |= {"right": right(case, result["items"]), "tested": len(case.tested)}
                 run |= {key: value for key, value in result.items() if key != "perplexity_windows"}
@@ -152,7 +152,7 @@ def _row(run: Mapping[str, Any]) -> list[Any]:
     kl, own, ratio = run["output_kl"], run["own_text"], run["perplexity_ratio"]
     counts = run["right"]
     share = None if not counts or not counts["instructed"] else counts["patched"] / counts["instructed"]
-    cells = [f"{run['name']}, seed {run['seed']}, {run['fit']}", run["pairs"]]
+    cells = [f"{run['name']}, seed {run['seed']}, {run['fit']}", run["fitted"]]
     cells += [*(counts and f"{counts[which]}" for which in RUNS), None if share is None else f"{share:.2f}"]
     cells += [
         f"{run['fidelity']:.2f}",

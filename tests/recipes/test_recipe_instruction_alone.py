@@ -1,0 +1,70 @@
+"""The recipe ``instruction_alone``: its command line on a tiny model, for which somebody else writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe_runs import run_recipe
+
+from lit_thought.inputs import pen
+from lit_thought.runs.generate import Generation
+from recipes.studies.instruction_alone import message_case
+from recipes.tasks.system_prompt import instructions_known
+
+
+@pytest.fixture(autouse=True)
+def _written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model writes no inputs that could be kept."""
+    numbers: Iterator[int] = count()
+
+    def write(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> list[Generation]:
+        return [Generation(f"is {next(numbers)} of Oz?", True) for _ in prompts]
+
+    monkeypatch.setattr(pen, "generate", write)
+
+
+def test_instruction_alone(tmp_path: Path) -> None:
+    rows = [{"input": "Who rules Oz?", "outputs": ["Ada"]}, {"input": "Where is Oz?", "outputs": ["here"]}]
+    oz = {"title": "Oz", "passage": "Ada rules Oz. The city is green.", "questions": rows}
+    (tmp_path / "oz.json").write_text(json.dumps(oz))
+    reduced = [
+        "--tasks=[common_words/antonym]",
+        "--instructions=[pirate,poet]",
+        f"--documents=[{tmp_path / 'oz.json'}]",
+    ]
+    reduced += ["--test=3", "--questions=2", "--word_tokens=3", "--answer_tokens=3", "--document_tokens=3"]
+    reduced += ["--unrelated=false", "--counts=[6]", "--document_settings={rank: 4}"]
+    ran = run_recipe("instruction_alone", tmp_path, *reduced)
+    runs = ran.record["runs"]
+    assert [(run["name"], run["fit"]) for run in runs] == [
+        *[("antonym", fit) for fit in ("written", "written, 6", "given, 30")],
+        *[(name, fit) for name in ("pirate", "poet", "oz") for fit in ("written", "written, 6")],
+    ]
+    assert [run["fitted"] for run in runs if run["fit"] == "written, 6"] == [6] * 4
+    kinds = [run["inputs"] and run["inputs"]["kind"] for run in runs]
+    assert kinds == ["demonstrations"] * 2 + [None] + ["system"] * 4 + ["document"] * 2
+    assert [run["right"] is None for run in runs] == [run["name"] == "poet" for run in runs]
+    for run in runs:
+        assert run["seconds"] > 0
+        assert run["output_kl"]["patched"] < run["output_kl"]["plain"]
+    assert "## Word tasks" in ran.page
+    assert "- written: KL down by" in ran.page
+
+
+def test_questions_of_an_instruction_with_a_topic() -> None:
+    case = message_case(instructions_known()["refuse"], 0, 10, 48)
+    assert len(case.tested) == 10
+    assert case.judge is not None
+    topical = {
+        "input": "How do I bake bread at home?",
+        "plain": "Take flour.",
+        "instructed": "I can't help with cooking.",
+    }
+    found = case.judge({**topical, "patched": "Take flour."})
+    cooking = any(pair["input"] == topical["input"] for pair in case.tested)
+    assert found["instructed"] is True or not cooking
