@@ -18,7 +18,7 @@ BELOW = {
     "statistics": {"prompts", "model", "solve", "runs", "patch"},
     "evaluation": {"prompts", "model", "solve", "runs", "patch"},
     "theory": {"prompts", "model", "solve", "runs", "patch", "evaluation"},
-    "inputs": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation"},
+    "inputs": {"prompts", "model", "solve", "runs", "patch", "statistics"},
     "fit": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation", "inputs"},
     "cli": {"prompts", "model", "solve", "runs", "patch", "statistics", "evaluation", "theory", "inputs", "fit"},
 }

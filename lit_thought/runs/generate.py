@@ -34,7 +34,7 @@ from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
 from lit_thought.runs.streams import lead_cache
 
-__all__ = ["Generation", "check_options", "end_tokens", "generate", "next_logits"]
+__all__ = ["Generation", "check_options", "end_tokens", "generate"]
 
 _WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "temperature": TemperatureLogitsWarper,
@@ -233,37 +233,6 @@ def generate(
     return [results[i] for i in range(len(prompts))]
 
 
-class _Recorder(LogitsProcessor):
-    """Keeps the logits that it sees, and leaves them as they are."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.seen.append(scores.float().cpu())
-        return scores
-
-
-def next_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], batch_size: int = 32
-) -> Tensor:
-    """Logits of the token that follows each prompt, (prompts, vocabulary) float32 on the CPU.
-
-    Raises:
-        ThoughtError: when there is no prompt.
-    """
-    recorder = _Recorder()
-    options = {"logits_processor": [recorder], "suppress_tokens": None, "begin_suppress_tokens": None}
-    generate(model, tokenizer, prompts, max_new_tokens=1, batch_size=batch_size, options=options)
-    found, order = torch.cat(recorder.seen), _by_length(prompts)
-    return found[torch.tensor(order).argsort()]
-
-
-def _by_length(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Indices of the prompts, the shortest first."""
-    return sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-
-
 def _seeds(prompts: Sequence[Sequence[int]], seed: int | Sequence[int]) -> list[int]:
     """A seed for each prompt: of its tokens, and of how often they came before."""
     seen: Counter[tuple[int, ...]] = Counter()
@@ -318,7 +287,8 @@ def _has_window(model: PreTrainedModel, length: int) -> bool:
 
 def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: bool) -> list[list[int]]:
     """Indices of the prompts by length, in batches; of one length each where padding would count."""
-    groups = groupby(_by_length(prompts), key=lambda i: len(prompts[i]) if same_length else 0)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = groupby(order, key=lambda i: len(prompts[i]) if same_length else 0)
     return [
         members[start : start + batch_size]
         for members in (list(group) for _, group in groups)

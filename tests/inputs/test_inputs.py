@@ -32,7 +32,7 @@ from lit_thought.inputs.study import find_subject, recited, repeated, sentences,
 from lit_thought.inputs.turns import OPENINGS, write_turns
 from lit_thought.inputs.write import write_pairs
 from lit_thought.prompts.template import PromptTemplate
-from lit_thought.runs.generate import Generation, next_logits
+from lit_thought.runs.generate import Generation
 
 TOKENIZER = make_tokenizer(chat=False)
 CHAT = make_tokenizer(chat=True)
@@ -150,7 +150,7 @@ def test_turns_with_and_without_the_instruction(monkeypatch: pytest.MonkeyPatch)
     numbers = iter(range(10_000))
     script = Scripted(lambda prompt: f"is the {next(numbers)} th word?")
     monkeypatch.setattr(pens, "generate", script)
-    found = list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "You are a pirate.", 40, Distinct(), pool=1))
+    found = list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "You are a pirate.", 40, Distinct()))
     assert len(found) == len(set(found)) == 40
     assert any("pirate" in prompt for prompt in script.prompts)
     assert any("pirate" not in prompt for prompt in script.prompts)
@@ -163,7 +163,7 @@ def test_unsound_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(10_000))
     monkeypatch.setattr(pens, "generate", Scripted(lambda _: next(texts, f"a sound turn, number {next(numbers)}")))
     monkeypatch.setattr("lit_thought.inputs.turns.OPENINGS", ("",))
-    found = list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "Be brief.", 5, Distinct(), pool=1))
+    found = list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "Be brief.", 5, Distinct()))
     assert found[0] == "the same"
     assert len(found) == 5
     assert not any("bake" in text or "{" in text for text in found)
@@ -172,35 +172,6 @@ def test_unsound_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unfinished_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "no end in sight", finished=False))
     assert list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "Be brief.", 5, Distinct())) == []
-
-
-def test_turns_that_the_instruction_changes_most_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, template, numbers = tiny(), PromptTemplate.chat(), iter(range(10_000))
-    monkeypatch.setattr(pens, "generate", Scripted(lambda _: f"word {next(numbers)} here?"))
-    monkeypatch.setattr("lit_thought.inputs.turns.OPENINGS", ("",))
-    everything = list(write_turns(Pen(model, CHAT), template, "Answer in French.", 12, Distinct(), pool=1))
-    numbers = iter(range(10_000))
-    kept = list(write_turns(Pen(model, CHAT), template, "Answer in French.", 6, Distinct(), pool=2))
-
-    def divergence(text: str) -> float:
-        pair = template.tokenise(CHAT, "Answer in French.", text)
-        with torch.no_grad():
-            p, q = (
-                model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
-                for ids in (pair.instructed_ids, pair.plain_ids)
-            )
-        return float((p.exp() * (p - q)).sum())
-
-    assert kept == sorted(everything, key=divergence, reverse=True)[:6]
-
-
-def test_next_logits_are_those_of_each_prompt_alone() -> None:
-    model = tiny()
-    prompts = [TOKENIZER(text)["input_ids"] for text in ("the quick brown fox", "the", "the lazy dog", "the quick")]
-    found = next_logits(model, TOKENIZER, prompts, batch_size=2)
-    for row, ids in zip(found, prompts, strict=True):
-        with torch.no_grad():
-            assert torch.allclose(row, model(torch.tensor([ids])).logits[0, -1], atol=1e-5)
 
 
 # --- documents ------------------------------------------------------------------------------------------------
