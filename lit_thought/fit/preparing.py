@@ -260,6 +260,8 @@ class Preparation:
                 data.restore(self.unfinished.inputs)
         with self.stopwatch("write"):
             write_inputs(data, model, tokenizer, show and first)
+            if show and first and data.kind == "document" and settings.rank == FitSettings.rank:
+                tqdm.write("A document takes a higher rank than the default: rank=64.", file=sys.stderr)
         with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
             if first and (told := data.saves_nothing()):
