@@ -248,9 +248,9 @@ class FitSettings:
 
         Both are relative to a mean of the pairs' tokens, so that at fixed values more pairs would not be believed more
         than few. A prior of n₀ tokens against T of the answers is λ = λ₀ n₀ / T; ρ, which also says how far unrelated
-        text may move, falls with the square root: with t = max(1, T / :data:`FEW_ANSWERS`),
+        text may move, falls more slowly: with t = max(1, T / :data:`FEW_ANSWERS`),
 
-            λ = max(λ₀ / t, 0.001),   ρ = ρ₀ / √t,   λ₀ = 0.03, ρ₀ = 3.
+            λ = max(λ₀ / t, 0.001),   ρ = ρ₀ / t^¼,   λ₀ = 0.03, ρ₀ = 3.
 
         Args:
             answers: T, tokens that a pair's output has, and one more for its end, over all pairs of a step.
@@ -259,7 +259,7 @@ class FitSettings:
         return replace(
             self,
             ridge=max(RIDGE / times, LEAST_RIDGE) if self.ridge is None else self.ridge,
-            preserve_weight=PRESERVE_WEIGHT / times**0.5 if self.preserve_weight is None else self.preserve_weight,
+            preserve_weight=PRESERVE_WEIGHT / times**0.25 if self.preserve_weight is None else self.preserve_weight,
         )
 
 

@@ -45,7 +45,7 @@ def test_one_home() -> None:
 
 @pytest.mark.parametrize(
     ("answers", "ridge", "weight"),
-    [(0, 0.03, 3.0), (120, 0.03, 3.0), (480, 0.0075, 1.5), (1200, 0.003, 3.0 / 10**0.5), (120_000, 0.001, 0.09486833)],
+    [(0, 0.03, 3.0), (120, 0.03, 3.0), (1920, 0.001875, 1.5), (1200, 0.003, 3.0 / 10**0.25), (1_200_000, 0.001, 0.3)],
 )
 def test_prior_against_answers(answers: int, ridge: float, weight: float) -> None:
     found = FitSettings().settled().weighed(answers)

@@ -19,7 +19,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.inputs.pen import Distinct, Pen, normalised
 from lit_thought.prompts.template import PromptTemplate
 
-__all__ = ["FORMS", "REQUESTS", "find_subject", "recited", "sentences", "write_questions"]
+__all__ = ["FORMS", "REQUESTS", "About", "find_subject", "recited", "repeated", "sentences", "write_questions"]
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9}
 LONGEST = 24
@@ -122,9 +122,10 @@ The text is about:"""
 
 def sentences(text: str) -> list[str]:
     """A text's sentences: cut after a full stop, a question mark or an exclamation mark before white space, and at
-    line breaks; no headings, which end in none of these."""
-    parts = [part.strip() for line in text.splitlines() for part in re.split(r"(?<=[.!?])\s+", line.strip())]
-    return [part for part in parts if re.search(r"\w", part)]
+    line breaks; no headings (``# …``), and nothing that leads to what comes next (``…:``)."""
+    lines = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    parts = [part.strip() for line in lines for part in re.split(r"(?<=[.!?])\s+", line)]
+    return [part for part in parts if re.search(r"\w", part) and not part.endswith(":")]
 
 
 def find_subject(pen: Pen, document: str) -> str:
@@ -151,7 +152,7 @@ def write_questions(
     Raises:
         ThoughtError: when the model writes none that can be kept.
     """
-    about = _About(document, subject)
+    about = About(document, subject)
     kept: list[str] = []
     if template.is_chat:
         kept += _from_lists(pen, template, document, subject, count // 2, about, taken)
@@ -165,7 +166,7 @@ def write_questions(
 
 
 def _from_lists(
-    pen: Pen, template: PromptTemplate, document: str, subject: str, count: int, about: _About, taken: Distinct
+    pen: Pen, template: PromptTemplate, document: str, subject: str, count: int, about: About, taken: Distinct
 ) -> list[str]:
     asked = [wording.format(subject=subject) for wording in ASKING for _ in range(LISTS)]
     asked = asked[: max(len(ASKING), -(-2 * count // LISTED))] if count else []
@@ -177,7 +178,7 @@ def _from_lists(
     return kept[:count]
 
 
-def _by_sentence(pen: Pen, document: str, subject: str, count: int, about: _About, taken: Distinct) -> list[str]:
+def _by_sentence(pen: Pen, document: str, subject: str, count: int, about: About, taken: Distinct) -> list[str]:
     parts = sentences(document)
     share = -(-count // len(parts))
     kept: list[list[str]] = [[] for _ in parts]
@@ -200,7 +201,7 @@ def _rows(columns: Sequence[Sequence[str]]) -> Iterable[list[str]]:
         yield [own[number] for own in columns if number < len(own)]
 
 
-class _About:
+class About:
     """Whether a question is about a document: it names the subject, or something of the document, and no other name.
 
     Names are words with a capital that do not stand first; a word of the subject may have an ending.
@@ -226,7 +227,7 @@ class _About:
 
 
 def recited(document: str, subject: str) -> list[dict[str, str]]:
-    """The document's own words as outputs: each sentence told, and the whole repeated after its first words."""
+    """Each sentence of a document as an answer to the first of :data:`REQUESTS`."""
     asked = REQUESTS[0].format(subject=subject)
     return [{"input": asked, "output": part} for part in sentences(document)]
 
@@ -239,8 +240,7 @@ def repeated(document: str, subject: str, words: int = 60) -> list[dict[str, str
         while stop < len(parts) and len(" ".join(parts[at : stop + 1]).split()) <= words:
             stop += 1
         start = " ".join(parts[at].split()[:5])
-        pairs.append(
-            {"input": f'Repeat the text about {subject} from "{start}" on.', "output": " ".join(parts[at:stop])}
-        )
+        asked = f'Repeat the text about {subject} from "{start}" on.'
+        pairs.append({"input": asked, "output": " ".join(parts[at:stop])})
         at = stop
     return pairs

@@ -20,7 +20,7 @@ from lit_thought import PromptTemplate, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
 from recipes.harness import SIX_TASKS, TEMPLATE, check_names, command_line, load_split, shown, table, write_results
-from recipes.tasks.self_study import contains, load_document
+from recipes.tasks.document_data import contains, load_document
 from recipes.tasks.system_prompt import FOLDER, RULES, instructions_known, load_pairs, split
 
 Judge = Callable[[Mapping[str, str]], Mapping[str, bool]]

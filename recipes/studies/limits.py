@@ -36,7 +36,7 @@ from recipes.harness import (
     write_results,
 )
 from recipes.tasks.chats import Chat
-from recipes.tasks.self_study import Document, contains, load_document
+from recipes.tasks.document_data import Document, contains, load_document
 
 FORMS = {
     "Q: hot / A: …": TEMPLATE,

@@ -3,11 +3,11 @@
     python -m recipes.tasks.document --config recipes/tasks/document.yaml
 
 The chunk is a passage, most of them about things that do not exist, so that no model knows the answers. The model
-itself writes questions about it, sentence by sentence, and answers them with the passage in front of it (self-study,
-in self_study.py); the patch is fitted to these. It is tested on other questions, worded by hand: how many answers
-contain an accepted form, token F1 against it, and the divergence from the instructed model along its own answers. The
-measure is patched ÷ instructed right answers, over the rank, the number of questions and the length of the passage.
-The analysis says which questions go wrong: whether self-study covered the fact, where in the answer the distributions
+itself writes questions about it and answers them with the passage in front of it (self-study, as
+``lit_thought.inputs.study`` has it); the patch is fitted to these. It is tested on other questions, worded by hand: how
+many answers contain an accepted form, token F1 against it, and the divergence from the instructed model along its own
+answers. The measure is patched ÷ instructed right answers, over the rank, the number of questions and the length of the
+passage. The analysis says which questions go wrong: whether self-study covered the fact, where in the answer the distributions
 differ, and what other settings do. Writes a Markdown and a JSON table and an SVG.
 """
 
@@ -24,12 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.errors import ThoughtError
+from lit_thought.inputs.pen import Distinct, Pen
+from lit_thought.inputs.study import REQUESTS, recited, write_questions
 from lit_thought.patch.results import RUNS
 from lit_thought.solve.intervals import perplexity_ratio
 from recipes.harness import Unrelated, check_names, command_line, shown, write_results
 from recipes.tasks import document_tables as tables
-from recipes.tasks.chats import Chat
-from recipes.tasks.self_study import Document, contains, coverage, load_document, recite, requests, write_questions
+from recipes.tasks.chats import TEMPLATE, Chat
+from recipes.tasks.document_data import Document, contains, coverage, load_document
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "given questions": {"source": "given"},
@@ -161,7 +163,8 @@ def prepare(
     request_tokens: int,
 ) -> Task:
     """Let the model study a document, and answer the questions to test with as the plain and the instructed run."""
-    asked = write_questions(model, tokenizer, own, questions, seed) if questions else []
+    pen, taken = Pen(model, tokenizer, seed), Distinct(row["input"] for row in own.questions)
+    asked = write_questions(pen, TEMPLATE, own.chunk, own.title, questions, taken) if questions else []
     chat = Chat(model, tokenizer, own.chunk, [row["input"] for row in own.questions], max_new_tokens)
     answers = (chat.answer(asked), chat.answer(own.given), chat.answer(requests(own), request_tokens))
     return Task(own, len(tokenizer(own.passage)["input_ids"]), chat, *answers)
@@ -172,13 +175,18 @@ def study(task: Task, settings: Mapping[str, Any]) -> tuple[list[dict[str, str]]
     arguments = dict(settings)
     source, count = arguments.pop("source"), arguments.pop("questions")
     sampled, requested = arguments.pop("sampled", 0), arguments.pop("requests", True)
-    recited = recite(task.document) if arguments.pop("recited", True) else []
+    told = recited(task.document.passage, task.document.title) if arguments.pop("recited", True) else []
     pairs = task.studied[:count] if source != "given" else []
     if source != "self-study":
         pairs = pairs + task.given
     if sampled:
         pairs = task.chat.answer([pair["input"] for pair in pairs], sampled=sampled)
-    return pairs + recited + (task.requests if requested else []), arguments
+    return pairs + told + (task.requests if requested else []), arguments
+
+
+def requests(own: Document) -> list[str]:
+    """Inputs about the whole of a document."""
+    return [form.format(subject=own.title) for form in REQUESTS]
 
 
 def score(task: Task, patch: ThoughtPatch, unrelated: Unrelated) -> dict[str, Any]:

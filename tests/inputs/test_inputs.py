@@ -28,7 +28,7 @@ from lit_thought.inputs import write
 from lit_thought.inputs.kinds import demonstrations, find_kind, find_template
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen, normalised
-from lit_thought.inputs.study import find_subject, recited, repeated, sentences, write_questions
+from lit_thought.inputs.study import About, find_subject, recited, repeated, sentences, write_questions
 from lit_thought.inputs.turns import OPENINGS, write_turns
 from lit_thought.inputs.write import write_pairs
 from lit_thought.prompts.template import PromptTemplate
@@ -180,11 +180,17 @@ def test_unfinished_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sentences_subject_and_what_is_recited() -> None:
     pen = Pen(tiny(), TOKENIZER)
     parts = sentences(DOCUMENT)
-    assert parts[1:] == [
+    assert parts == [
         "The Harl bridge was built by Ada Venn in 1871.",
         "It has nine arches of grey stone!",
         "Who crosses it pays a toll of two pence?",
         "- The keeper lives in the northern tower.",
+    ]
+    assert sentences(" Oz has 1.5 queens.  Who? Ada!\n\nSo:\n# Oz\nGood") == [
+        "Oz has 1.5 queens.",
+        "Who?",
+        "Ada!",
+        "Good",
     ]
     assert find_subject(pen, DOCUMENT) == "The Harl bridge"
     told = recited(DOCUMENT, "the bridge")
@@ -218,6 +224,28 @@ def test_questions_about_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum("number" in text for text in found) == 10
     for sentence in sentences(DOCUMENT):  # none goes without
         assert any(f"Text: {sentence}\n" in prompt for prompt in script.prompts)
+
+
+@pytest.mark.parametrize(
+    ("question", "wanted"),
+    [
+        ("How old are the lands of the queen?", True),
+        ("Is it true that Ada is old?", True),
+        ("Where can I find this?", False),
+        ("Where did I see Ada before?", True),
+        ("Is the queen very old?", False),
+        ("Is the land of Narnia old?", False),
+        ("The land of Oz?", True),
+        ("Why the land?", False),
+        ("The land is Oz.", False),
+        ("What land is " + "so " * 21 + "?", True),
+        ("What land is " + "so " * 22 + "?", False),
+        ("Which mountains border rivers there?", True),  # two words of the text
+    ],
+)
+def test_questions_name_the_subject_and_nothing_foreign(question: str, wanted: bool) -> None:
+    text = "The land is old. Its queen is Ada. It borders mountains and rivers."
+    assert About(text, "the land of Oz").asks(question) == wanted
 
 
 def test_a_document_without_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

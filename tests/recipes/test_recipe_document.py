@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from models import make_model, make_tokenizer
 from recipe_runs import CONFIGS, run_recipe
 
 from lit_thought.errors import ThoughtError
-from lit_thought.runs.generate import Generation, generate
+from lit_thought.runs.generate import generate
+from recipes.tasks import document_data
 from recipes.tasks import document_tables as tables
-from recipes.tasks import self_study
 from recipes.tasks.chats import TEMPLATE
 from recipes.tasks.document import VARIANTS, check, document, mean_interval, token_f1
-from recipes.tasks.self_study import Document, contains, coverage, keep_questions, load_document, sentences
+from recipes.tasks.document_data import contains, coverage, load_document
 
 PASSAGE = "Oz is a land. Its queen is Ada."
 QUESTIONS = ["Who rules Oz?", "What is Oz?", "Who is Ada?", "Is Oz a land?", "Is Ada a queen?", "Where is Ada?"]
@@ -30,11 +29,11 @@ def oz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A document whose accepted answers are those of the instructed model."""
     model, tokenizer = make_model("llama").float(), make_tokenizer()
     prompts = [
-        TEMPLATE.tokenise(tokenizer, self_study.LEAD + PASSAGE, question).instructed_ids for question in QUESTIONS
+        TEMPLATE.tokenise(tokenizer, document_data.LEAD + PASSAGE, question).instructed_ids for question in QUESTIONS
     ]
     written = generate(model, tokenizer, prompts, max_new_tokens=3, keep_special=True)
     rows = [{"input": question, "outputs": [own.text]} for question, own in zip(QUESTIONS, written, strict=True)]
-    rows = [row for row in rows if self_study.normalised(row["outputs"][0])]
+    rows = [row for row in rows if document_data.normalised(row["outputs"][0])]
     assert len(rows) >= 3
     data = {"title": "Oz", "passage": PASSAGE, "questions": rows, "fit": ["Is Oz old?", "Is Ada old?"]}
     file = tmp_path_factory.mktemp("documents") / "oz.json"
@@ -62,8 +61,8 @@ def test_document(config: str, oz: Path, tmp_path: Path) -> None:
     assert main["output_kl"]["patched"] < runs["rank 1"]["output_kl"]["patched"] < main["output_kl"]["plain"]
     low, high = main["output_kl_interval"]["patched"]
     assert low < main["output_kl"]["patched"] < high
-    assert [main["pairs"], runs["no requests besides questions"]["pairs"]] == [8, 4]
-    assert runs["two sampled answers to each question"]["pairs"] == 10
+    assert [main["pairs"], runs["no requests besides questions"]["pairs"]] == [11, 4]
+    assert runs["two sampled answers to each question"]["pairs"] == 13
     assert len({run["output_kl"]["patched"] for run in runs.values()}) == len(runs), "the changes must reach the fit"
     assert ran.page.startswith("`python -m recipes.tasks.document` on llama; settings: ")
     assert "| oz, answer weight 1 |" in ran.page
@@ -99,64 +98,6 @@ def test_what_stands_for_nothing_is_refused_before_the_model_is_loaded(tmp_path:
     ]:
         with pytest.raises(ThoughtError, match=message):
             document(model="there/is none", **arguments)
-
-
-LAND = Document("oz", "the land of Oz", PASSAGE, (), ({"input": "Who rules the land", "outputs": ["Ada"]},))
-
-
-def test_questions_are_written_about_the_sentences_that_want_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds: list[list[str]] = []
-
-    def fake(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
-        rounds.append([tokenizer.decode(prompt) for prompt in prompts])
-        number = options["seed"] - 7
-        of_first = [f"What is land number {number}?", f"Where is land number {number}?", "Who rules the land?"]
-        texts = [of_first[row // 2 % 3] if row % 2 == 0 else "Where is it now?" for row in range(len(prompts))]
-        return [
-            Generation(text, True) for text in (texts if number < 2 else ["Who is the land's queen?"] * len(prompts))
-        ]
-
-    monkeypatch.setattr(self_study, "generate", fake)
-    asked = self_study.write_questions(None, make_tokenizer(), LAND, 5, 7)
-    first = [f"{word} is land number {number}?" for number in (0, 1) for word in ("What", "Where")]
-    assert sorted(asked) == sorted([*first[:3], "Who is the land's queen?"])
-    shares = [sum("Text: Its queen is Ada.\nQuestion:" in own[-60:] for own in prompts) for prompts in rounds]
-    assert shares == [24, 24] + [48] * 6, "the first sentence has its share of three after two rounds"
-    assert all(len(prompts) == 48 for prompts in rounds)
-    assert len({prompts[-1] for prompts in rounds}) == len(self_study.FORMS)
-    assert all("About: the land of Oz\n" in prompts[-1] for prompts in rounds)
-    assert self_study.write_questions(None, make_tokenizer(), LAND, 1, 7) != []
-
-    monkeypatch.setattr(self_study, "generate", lambda *own, **_: [Generation("What?", True)] * len(own[2]))
-    with pytest.raises(ThoughtError, match="expected the model to write some about oz, got none to keep in 8 rounds"):
-        self_study.write_questions(None, make_tokenizer(), LAND, 90, 7)
-
-
-def test_sentences_and_questions() -> None:
-    assert sentences(" Oz has 1.5 queens.  Who? Ada!\n\nGood") == ["Oz has 1.5 queens.", "Who?", "Ada!", "Good"]
-    written = ["Who is the land's queen?", "who is  the Land’s queen?", "What is land?", "The land is Oz."]
-    assert keep_questions([*written, "Who rules the land?", "Is it the land?"], LAND) == [
-        "Who is the land's queen?",
-        "Is it the land?",
-    ]
-    longest = "What land is " + "so " * 21 + "?"
-    assert keep_questions([longest, longest.replace("so ?", "so so ?")], LAND) == [longest]
-
-
-@pytest.mark.parametrize(
-    ("question", "wanted"),
-    [
-        ("How old are the lands of the queen?", True),
-        ("Is it true that Ada is old?", True),
-        ("Where can I find this?", False),
-        ("Where did I see Ada before?", True),
-        ("Is the queen very old?", False),
-        ("Is the land of Narnia old?", False),
-        ("Narnia is an old land?", True),
-    ],
-)
-def test_questions_name_the_subject_and_nothing_foreign(question: str, wanted: bool) -> None:
-    assert self_study.about(question, LAND) == wanted
 
 
 def test_answers_contain_whole_words() -> None:
@@ -230,13 +171,13 @@ def test_verdict_names_what_falls_short() -> None:
 
 
 def test_the_documents_answer_their_questions() -> None:
-    names = sorted(path.stem for path in self_study.FOLDER.glob("*.json"))
+    names = sorted(path.stem for path in document_data.FOLDER.glob("*.json"))
     assert len(names) >= 5
     for name in names:
         own = load_document(name)
-        asked = [self_study.normalised(row["input"]) for row in own.questions]
+        asked = [document_data.normalised(row["input"]) for row in own.questions]
         assert len(set(asked)) == len(asked) >= 12
-        assert not {self_study.normalised(text) for text in own.given} & set(asked)
+        assert not {document_data.normalised(text) for text in own.given} & set(asked)
         for row in own.questions:
             assert contains(own.passage, row["outputs"]), row
     assert {name: bool(load_document(name).given) for name in names}["velmora"]
