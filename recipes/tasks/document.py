@@ -7,8 +7,8 @@ itself writes questions about it and answers them with the passage in front of i
 ``lit_thought.inputs.study`` has it); the patch is fitted to these. It is tested on other questions, worded by hand: how
 many answers contain an accepted form, token F1 against it, and the divergence from the instructed model along its own
 answers. The measure is patched ÷ instructed right answers, over the rank, the number of questions and the length of the
-passage. The analysis says which questions go wrong: whether self-study covered the fact, where in the answer the distributions
-differ, and what other settings do. Writes a Markdown and a JSON table and an SVG.
+passage. The analysis says which questions go wrong: whether self-study covered the fact, where in the answer the
+distributions differ, and what other settings do. Writes a Markdown and a JSON table and an SVG.
 """
 
 from __future__ import annotations
