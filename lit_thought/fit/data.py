@@ -113,7 +113,11 @@ class PairDataModule(LightningDataModule):
                 "inputs out to fit all of them."
             )
         if self.to_write:
-            pair_instructions([{}], instruction)
+            if not isinstance(instruction, str) or not instruction.strip():
+                raise ThoughtError(
+                    f"instruction must be a text that is not empty, for which the model writes inputs; got "
+                    f"{instruction!r}. Give it, or pairs that have their own."
+                )
         elif self.settings.kind is not None:
             raise ThoughtError(
                 f"kind={self.settings.kind!r} says how inputs are written, but none are: {len(self.given)} pairs are "

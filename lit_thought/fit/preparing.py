@@ -106,7 +106,7 @@ def write_inputs(
         )
     if progress:
         names = {"demonstrations": "a list of demonstrations", "system": "a system prompt", "document": "a document"}
-        taken = f"the instruction was taken for {names[written.kind]} (kind= changes that)"
+        taken = f"the instruction was taken for {names[written.kind]} (set kind to change that)"
         tqdm.write(f"Wrote {len(written.pairs)} inputs; {taken}.", file=sys.stderr)
 
 

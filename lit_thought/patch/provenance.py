@@ -100,7 +100,8 @@ def _truncation(value: Any) -> bool:
 _TEXT, _OBJECT = _is(str), _is(Mapping)
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("model", "base_model", "revision", "fingerprint", "model_type", "date"), _TEXT),
-    **dict.fromkeys(("versions", "selection", "instruction_hash", "inputs", "growth"), _OBJECT),
+    **dict.fromkeys(("versions", "selection", "instruction_hash", "growth"), _OBJECT),
+    "inputs": lambda value: _OBJECT(value) and is_number(value.get("count")),
     "settings": _settings,
     "fan_in_fan_out": _is(bool),
     "instruction": _texts,

@@ -148,6 +148,11 @@ def test_fit_figures(written: Path) -> None:
     assert found["adapter"]["bytes"] == (written / "adapter_model.safetensors").stat().st_size
 
 
+def test_inputs_that_the_model_wrote_are_told(written: Path) -> None:
+    for page in ("report.html", "report.md"):
+        assert "Fitted to 30 inputs, 28 of which the model wrote" in (written / page).read_text(encoding="utf-8")
+
+
 def test_summands_are_told_apart(tmp_path: Path) -> None:
     total = make_patch(2, instruction="One.") + 0.5 * make_patch(2, instruction="Two.", diagnostics={})
     total.save_adapter(tmp_path / "sum")

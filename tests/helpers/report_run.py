@@ -88,6 +88,7 @@ def make_patch(blocks: int = 12, **provenance: Any) -> ThoughtPatch:
         "fingerprint": "f00d",
         "instruction": INSTRUCTION,
         "template": {"text": "Q: {input}\nA: {output}\n", "separator": "\n"},
+        "inputs": {"kind": "demonstrations", "count": 28, "pairs": []},
         "settings": {"rank": 3, "pairs": 30, "generated_outputs": 30, "preserve_weight": 3.0, "preserve_tokens": 12000},
         "versions": {"lit_thought": "0.1.0", "torch": "2.13.0"},
         "diagnostics": {

@@ -107,6 +107,7 @@ def _fit(known: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": {phase: seconds[phase] for phase in sorted(seconds, key=_phase_order)},
         "memory": {name: memory.get(name) for name in ("peak", "raised", "estimated")} if memory else None,
         "settings": dict(known.get("settings") or {}),
+        "written_inputs": (known.get("inputs") or {}).get("count"),
         "versions": dict(known.get("versions") or {}),
         "date": known.get("date"),
     }
