@@ -38,6 +38,7 @@ MODELS = ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m
 SMALL = {
     "fit": ["--model=base", "--preserve_tokens=300", "--max_new_tokens=3", "--progress=false"],
     "evaluate": ["--model=base", "--max_new_tokens=3", "--progress=false"],
+    "inputs": ["--model=base", "--progress=false"],
     "preserve": ["--preserve_tokens=300", "--progress=false"],
     "verify": ["--model=base", "--tokens=20"],
 }
