@@ -204,7 +204,7 @@ def test_a_fit_that_hides_its_outputs_is_resumed_with_the_same_ones(
     assert json.loads(Path("unfinished/fit.json").read_text())["outputs"] is None
     with monkeypatch.context() as patching:
         patching.setattr(preparing, "generate", lambda m, t, prompts, **_: [Generation("x", True)] * len(prompts))
-        with pytest.raises(ThoughtError, match="writes other outputs than before it was interrupted"):
+        with pytest.raises(ThoughtError, match="writes other inputs or outputs than before it was interrupted"):
             small_fit(tmp_path, resume_dir="unfinished", store_instruction=False)
     resumed = small_fit(tmp_path, resume_dir="unfinished", store_instruction=False)
     assert len(solved) == 3 + len(whole.factors) - 2
