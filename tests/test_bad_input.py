@@ -71,7 +71,6 @@ FIT = [
     ({"template": "Q: {input}\n"}, r"template: expected the field \{output\}"),
     ({"template": "chatter"}, "template: expected"),
     ({"inputs": 0}, "inputs must be"),
-    ({"inputs": 1}, "is fewer than the"),
     ({"kind": "poem"}, "kind must be one of"),
     ({"instruction": None}, "instruction must be a text that is not empty"),
     ({"instruction": ""}, "instruction must be a text that is not empty"),
