@@ -21,7 +21,7 @@ from lit_thought.prompts.template import PromptTemplate
 
 __all__ = ["FORMS", "REQUESTS", "About", "find_subject", "recited", "repeated", "sentences", "write_questions"]
 
-SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+SAMPLING = {"temperature": 0.6, "top_k": 50}
 LONGEST = 24
 """Words of a question, and tokens of one about a sentence; longer ones are dropped."""
 LISTED = 20
@@ -172,7 +172,7 @@ def _from_lists(
     asked = asked[: max(len(ASKING), -(-2 * count // LISTED))] if count else []
     prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in asked]
     kept: list[str] = []
-    for one in pen.write(prompts, LISTED * 16, sampling={"temperature": 0.9, "top_p": 0.95}) if prompts else []:
+    for one in pen.write(prompts, LISTED * 16, sampling={"temperature": 0.9, "top_k": 50}) if prompts else []:
         lines = [re.sub(r"^\W*(\d+[.):]\s*)?\W*", "", line.strip()).rstrip("*_ ") for line in one.text.splitlines()]
         kept += [line for line in lines if about.asks(line) and taken.new(line)]
     return kept[:count]

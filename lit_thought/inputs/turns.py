@@ -23,9 +23,10 @@ OPENINGS = (
     *("Please", "When", "Where", "Which", "List", "Describe", "How", "Should I", "What is", "Do you", "How many"),
 )
 """First words of a turn; the empty one leaves them to the model."""
-LONGEST = 40
+LONGEST = 32
 """Tokens of a turn; longer ones are dropped."""
-SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+SAMPLING = {"temperature": 0.8, "top_k": 50}
+"""``top_p`` sorts the vocabulary at each token, which takes as long as the model itself does."""
 ROUNDS = 6
 """Most draws, each of a third more turns than are missing."""
 
