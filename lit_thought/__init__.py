@@ -4,8 +4,9 @@ The names below are the public API; they are imported when first used, so that `
 
 The packages come in the order of the data: :mod:`~lit_thought.prompts` and :mod:`~lit_thought.model` meet in
 :mod:`~lit_thought.runs`, whose readings :mod:`~lit_thought.statistics` sums and :mod:`~lit_thought.solve` makes a
-:mod:`~lit_thought.patch` of; :mod:`~lit_thought.evaluation` compares, :mod:`~lit_thought.fit` drives all of it with
-Lightning, :mod:`~lit_thought.cli` is the command; :mod:`~lit_thought.theory` is the paper, executable.
+:mod:`~lit_thought.patch` of; :mod:`~lit_thought.evaluation` compares, :mod:`~lit_thought.inputs` writes what to fit to,
+:mod:`~lit_thought.fit` drives all of it with Lightning, :mod:`~lit_thought.cli` is the command;
+:mod:`~lit_thought.theory` is the paper, executable.
 
 Six words that the code uses in one meaning each:
 
