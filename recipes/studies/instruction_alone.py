@@ -153,7 +153,8 @@ def _row(run: Mapping[str, Any]) -> list[Any]:
     counts = run["right"]
     share = None if not counts or not counts["instructed"] else counts["patched"] / counts["instructed"]
     cells = [f"{run['name']}, seed {run['seed']}, {run['fit']}", run["fitted"]]
-    cells += [*(counts and f"{counts[which]}" for which in RUNS), None if share is None else f"{share:.2f}"]
+    cells += [None if counts is None else counts[which] for which in RUNS]
+    cells.append(None if share is None else f"{share:.2f}")
     cells += [
         f"{run['fidelity']:.2f}",
         f"{kl['plain']:.3f}",
@@ -175,11 +176,7 @@ HEAD += ["tokens, instructed", "patched", "unrelated perplexity ×", "seconds: w
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for run in runs:
-        row = _row({**run, "right": run["right"] or {}})
-        rows.append(row if run["right"] else [*row[:2], None, None, None, *row[2:]])
-    return table(HEAD, rows)
+    return table(HEAD, [_row(run) for run in runs])
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> str:

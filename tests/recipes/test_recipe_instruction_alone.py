@@ -53,6 +53,11 @@ def test_instruction_alone(tmp_path: Path) -> None:
         assert run["seconds"] > 0
         assert run["output_kl"]["patched"] < run["output_kl"]["plain"]
     assert "## Word tasks" in ran.page
+    head, *rows = [line for line in ran.page.splitlines() if line.startswith("| ")]
+    assert {row.count("|") for row in rows} == {head.count("|")}
+    assert not any("{" in row for row in rows)
+    (poet,) = [row.split(" | ") for row in rows if "poet, seed 0, written |" in row]
+    assert poet[2:6] == ["–"] * 4
     assert "- written: KL down by" in ran.page
 
 
