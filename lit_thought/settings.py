@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from lit_thought.errors import ThoughtError, check_counts, did_you_mean, is_finite
 
@@ -25,6 +25,7 @@ __all__ = [
     "PARTS",
     "SITES",
     "FitSettings",
+    "Kind",
     "TextSource",
     "check_blocks",
     "check_parts",
@@ -43,7 +44,8 @@ DEFAULT_SITES = ("attn_out", "mlp_out")
 DIRECTIONS = 120
 """k, how many directions of each site's inputs the preservation statistics keep one by one."""
 
-KINDS = ("demonstrations", "system", "document")
+Kind = Literal["demonstrations", "system", "document"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 RIDGE, PRESERVE_WEIGHT = 0.03, 3.0
 """λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out."""
 
@@ -125,7 +127,7 @@ class FitSettings:
 
     # what to fit to
     inputs: int | Literal["auto"] | None = field(default=None, metadata=_DATA)
-    kind: Literal["demonstrations", "system", "document"] | None = field(default=None, metadata=_DATA)
+    kind: Kind | None = field(default=None, metadata=_DATA)
     # what to patch
     sites: Sequence[str] | None = None
     parts: Sequence[str] | None = None

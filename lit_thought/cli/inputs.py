@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
+from lit_thought.settings import Kind
 
 __all__ = ["inputs"]
 
@@ -18,7 +19,7 @@ def inputs(
     template: str | None = None,
     pairs: str | None = None,
     inputs: int | Literal["auto"] = "auto",
-    kind: Literal["demonstrations", "system", "document"] | None = None,
+    kind: Kind | None = None,
     seed: int = 0,
     batch_size: int = 32,
     overwrite: bool = False,

@@ -51,8 +51,8 @@ class ThoughtCallback(Callback):
         patch: the :class:`~lit_thought.patch.patch.ThoughtPatch`, once the fit has ended.
         history: how the data module's ``val_pairs`` do before the first step and after each one: step, accuracy,
             fidelity and KL to the instructed model; also sent to the trainer's loggers as ``val/…``, by step.
-        stopwatch: seconds by phase: preserve (load or compute), prepare (write missing outputs, tokenise, batch),
-            forward, statistics, solve, validate (score ``val_pairs``), patch.
+        stopwatch: seconds by phase: write (inputs), preserve (load or compute), prepare (write missing outputs,
+            tokenise, batch), forward, statistics, solve, validate (score ``val_pairs``), patch.
         preserved: what was given as ``preserve``: texts, or a file of statistics.
 
     Raises:

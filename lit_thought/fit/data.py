@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
+from lit_thought.inputs.write import ENOUGH
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
@@ -23,9 +24,6 @@ from lit_thought.settings import FitSettings, takes_settings
 from lit_thought.statistics.distributed import gather_json, share
 
 __all__ = ["PairDataModule", "Written"]
-
-MANY = 100
-"""Inputs that are written about where nobody says how many."""
 
 Written = tuple[int, str, bool]
 """An output that the instructed model wrote: index of the pair, text, and whether it came to an end by itself."""
@@ -83,6 +81,7 @@ class PairDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.settings = FitSettings(**settings)
+        self.kind: str | None = None
         self.given = [] if pairs is None else load_pairs(pairs)
         self.pairs = list(self.given)
         self.instructions = pair_instructions(self.pairs, instruction)
@@ -96,7 +95,6 @@ class PairDataModule(LightningDataModule):
         self._template = self.given_template
         check_options(self.settings.generate)
         self.instruction = instruction
-        self.kind: str | None = None
         self.known: list[Written] | None = None
         self.written: list[Written] = []
         self.outputs: list[str] = []
@@ -128,7 +126,7 @@ class PairDataModule(LightningDataModule):
     def to_write(self) -> bool:
         """Whether inputs are to be written, and have not been."""
         wanted = self.settings.inputs
-        return len(self.pairs) == len(self.given) and (
+        return self.kind is None and (
             not self.given or wanted == "auto" or (isinstance(wanted, int) and wanted > len(self.given))
         )
 
@@ -136,7 +134,8 @@ class PairDataModule(LightningDataModule):
     def expected(self) -> int:
         """How many pairs there will be, about, with those that are still to be written."""
         wanted = self.settings.inputs
-        return len(self.pairs) if not self.to_write else wanted if isinstance(wanted, int) else MANY
+        usual = min(ENOUGH.values())
+        return len(self.pairs) if not self.to_write else wanted if isinstance(wanted, int) else usual
 
     @property
     def template(self) -> PromptTemplate:
@@ -149,10 +148,6 @@ class PairDataModule(LightningDataModule):
             raise ThoughtError("PairDataModule has no template yet: it comes with the inputs that the model writes.")
         return self._template
 
-    @template.setter
-    def template(self, value: PromptTemplate) -> None:
-        self._template = value
-
     def add(self, written: Sequence[Mapping[str, str]], template: PromptTemplate, kind: str) -> None:
         """Take inputs that were written for :attr:`instruction`.
 
@@ -163,7 +158,7 @@ class PairDataModule(LightningDataModule):
         """
         self.pairs = [*self.given, *map(dict, written)]
         self.instructions = pair_instructions(self.pairs, self.instruction)
-        self.template, self.kind = template, kind
+        self._template, self.kind = template, kind
 
     def inputs(self) -> dict[str, Any] | None:
         """What :meth:`add` took, as JSON values for :meth:`restore`; None where nothing was written."""

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.held_back import HeldBack
 from lit_thought.fit.callback import ThoughtCallback
-from lit_thought.fit.data import PairDataModule, Written
+from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preparing import write_inputs, write_outputs
-from lit_thought.fit.selection import mean_and_error
+from lit_thought.fit.selection import completed, mean_and_error, part_of
 from lit_thought.model.loading import context_window
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.unrelated import load_texts
@@ -69,39 +69,19 @@ def grow(
     started = time.perf_counter()
     model, tokenizer = module.model, module.tokenizer
     write_inputs(data, model, tokenizer, progress, times=2)
-    first = len(data.given)
-    asked = [i for i in range(first, len(data.pairs)) if "output" not in data.pairs[i]]
+    asked = [i for i in range(len(data.given), len(data.pairs)) if "output" not in data.pairs[i]]
     if len(asked) < 8:
         raise ThoughtError(
             f'inputs="auto" holds some of the inputs back, and the model wrote {len(asked)}; expected 8 or more. Give '
             "pairs, or a number of inputs."
         )
+    always = [i for i in range(len(data.pairs)) if i not in asked]
     random.Random(data.settings.seed).shuffle(asked)
     count = min(HELD_BACK, len(asked) // 4)
     held, rest = asked[:count], asked[count:]
-    always = [i for i in range(len(data.pairs)) if i not in asked]
-    outputs: dict[int, Written] = {}
-
-    def part(indices: Sequence[int], more: bool = True) -> PairDataModule:
-        """Some of the pairs with their outputs; what is given is in it unless there is no ``more``."""
-        given = data.given if more and data.given else None
-        own = PairDataModule(given, data.instruction, data.template, **settings)
-        own.add([data.pairs[i] for i in indices if i >= first], data.template, data.kind or "")
-        every = [*range(first), *(i for i in indices if i >= first)] if more else list(indices)
-        own.tokenise(tokenizer, limit)
-        new = [row for row in own.missing if every[row] not in outputs]
-        if new:
-            texts = PairDataModule([own.pairs[row] for row in new], data.instruction, data.template, **plain)
-            texts.tokenise(tokenizer, limit)
-            for place, text, finished in write_outputs(texts, model, tokenizer, progress):
-                outputs[every[new[place]]] = (place, text, finished)
-        own.known = [(row, *outputs[every[row]][1:]) for row in own.missing]
-        return own
-
-    settings, limit = data.settings.options(data=True), context_window(model)
-    plain = {**settings, "inputs": None, "kind": None}
-    test = part(held, more=False)
-    test.complete(tokenizer, test.known or [], limit)
+    data.tokenise(tokenizer, context_window(model))
+    outputs = write_outputs(data, model, tokenizer, progress, held)
+    pairs, instructions = completed(module, data, held, outputs), [data.instructions[i] for i in held]
     measure: HeldBack | None = None
     tried: list[dict[str, Any]] = []
     best: tuple[ThoughtPatch, PairDataModule] | None = None
@@ -109,12 +89,14 @@ def grow(
     size = -(-len(rest) // 4)
     while True:
         now = time.perf_counter()
-        own = part(sorted([*always, *rest[:size]]))
-        how = callback()
+        indices = sorted([*always, *rest[:size]])
+        new = set(indices) & set(data.missing) - {i for i, _, _ in outputs}
+        outputs += write_outputs(data, model, tokenizer, progress, sorted(new))
+        own, how = part_of(data, indices, outputs), callback()
         patch = fit(module, own, how, progress)
         if measure is None:
             texts = how.preserved.texts or load_texts("default", "preserve", "preserve")
-            measure = HeldBack(model, tokenizer, test.tokenised, test.instructions, texts, settings["batch_size"])
+            measure = HeldBack(model, tokenizer, pairs, instructions, texts, data.settings.batch_size)
         found = measure.divergences(patch)
         kl, error = mean_and_error(found)
         seconds = time.perf_counter() - now

@@ -111,7 +111,11 @@ def write_inputs(
 
 
 def write_outputs(
-    data: PairDataModule, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool = False
+    data: PairDataModule,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool = False,
+    indices: Sequence[int] | None = None,
 ) -> list[Written]:
     """What the instructed model writes where an output is missing; pairs with one instruction share its run.
 
@@ -122,11 +126,13 @@ def write_outputs(
         model: the instructed model.
         tokenizer: its tokenizer.
         progress: show a progress bar.
+        indices: of the pairs without an output those to write; all of them when left out.
     """
     if data.known is not None:
         return data.known
+    wanted = data.missing if indices is None else list(indices)
     missing: dict[str, list[int]] = {}
-    for i in data.missing if is_sharded(model) else share(data.missing):
+    for i in wanted if is_sharded(model) else share(wanted):
         missing.setdefault(data.instructions[i], []).append(i)
     total = sum(map(len, missing.values()))
     own: list[Written] = []

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.held_back import HeldBack
 from lit_thought.fit.callback import ThoughtCallback
-from lit_thought.fit.data import PairDataModule
+from lit_thought.fit.data import PairDataModule, Written
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preparing import write_inputs, write_outputs
@@ -57,8 +57,10 @@ __all__ = [
     "Selection",
     "check_auto",
     "choose",
+    "completed",
     "format_selection",
     "mean_and_error",
+    "part_of",
     "select_settings",
     "split",
 ]
@@ -87,7 +89,7 @@ class Selection:
     """
 
     settings: dict[str, Any]
-    outputs: list[tuple[int, str, bool]]
+    outputs: list[Written]
     provenance: dict[str, Any]
 
 
@@ -193,9 +195,9 @@ def select_settings(
         folder = Path(root) / "statistics" if set(names) & set(_SOLVED) else None
         ours = {name: value for name, value in given.items() if name not in OF_THE_LAST_FIT}
         callback = ThoughtCallback(**ours, statistics_dir=folder)
-        patch = fit(module, _part(data, rest, outputs), callback, progress)
+        patch = fit(module, part_of(data, rest, outputs), callback, progress)
         texts = callback.preserved.texts or load_texts("default", "preserve", "preserve")
-        pairs = _completed(module, data, held, outputs)
+        pairs = completed(module, data, held, outputs)
         measure = HeldBack(
             model, tokenizer, pairs, [data.instructions[i] for i in held], texts, data.settings.batch_size
         )
@@ -355,17 +357,21 @@ def _owners(module: ThoughtModule) -> dict[str, int]:
     return {path: index for index, site in sites for path in site.targets} | written
 
 
-def _part(data: PairDataModule, indices: Sequence[int], outputs: Sequence[tuple[int, str, bool]]) -> PairDataModule:
-    """Some of the pairs, with the outputs that were written for them."""
-    settings = {**data.settings.options(data=True), "inputs": None, "kind": None}
-    part = PairDataModule([data.pairs[i] for i in indices], data.instruction, data.template, **settings)
+def part_of(data: PairDataModule, indices: Sequence[int], outputs: Sequence[Written]) -> PairDataModule:
+    """Some of the pairs, by ascending indices, with the outputs that were written for them."""
+    first = len(data.given)
+    given = [data.pairs[i] for i in indices if i < first]
+    settings = data.settings.options(data=True) | ({} if data.kind is not None else {"inputs": None})
+    part = PairDataModule(given or None, data.instruction, data.template, **settings)
+    if data.kind is not None:
+        part.add([data.pairs[i] for i in indices if i >= first], data.template, data.kind)
     place = {index: row for row, index in enumerate(indices)}
     part.known = [(place[i], text, finished) for i, text, finished in outputs if i in place]
     return part
 
 
-def _completed(
-    module: ThoughtModule, data: PairDataModule, indices: Sequence[int], outputs: Sequence[tuple[int, str, bool]]
+def completed(
+    module: ThoughtModule, data: PairDataModule, indices: Sequence[int], outputs: Sequence[Written]
 ) -> list[TokenisedPair]:
     """Some of the pairs as tokens, with their outputs or those that were written for them."""
     written = {i: (text, finished) for i, text, finished in outputs}

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.settings import Kind
 
-__all__ = ["Demonstration", "Kind", "demonstrations", "find_kind", "find_template"]
-
-Kind = Literal["demonstrations", "system", "document"]
+__all__ = ["Demonstration", "demonstrations", "find_kind", "find_template"]
 
 LONG = 200
 """Tokens from which on a text that addresses nobody is a document."""

@@ -8,13 +8,14 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.kinds import Kind, demonstrations, find_kind, find_template
+from lit_thought.inputs.kinds import demonstrations, find_kind, find_template
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
 from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, sentences, write_questions
 from lit_thought.inputs.turns import write_turns
 from lit_thought.model.loading import evaluating
 from lit_thought.prompts.template import PromptTemplate
+from lit_thought.settings import Kind
 
 __all__ = ["Written", "write_pairs"]
 

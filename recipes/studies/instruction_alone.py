@@ -20,7 +20,7 @@ from lit_thought import PromptTemplate, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
 from recipes.harness import SIX_TASKS, TEMPLATE, check_names, command_line, load_split, shown, table, write_results
-from recipes.tasks.document_data import contains, load_document
+from recipes.tasks.document_data import Document, contains, load_document
 from recipes.tasks.system_prompt import FOLDER, RULES, instructions_known, load_pairs, split
 
 Judge = Callable[[Mapping[str, str]], Mapping[str, bool]]
@@ -68,18 +68,7 @@ def instruction_alone(
     for seed in seeds:
         cases = [word_case(task, seed, test, word_tokens) for task in tasks]
         cases += [message_case(known[name], seed, questions, answer_tokens) for name in instructions]
-        for own in chosen:
-            tested = [{"input": row["input"]} for row in own.questions]
-            accepted = {row["input"]: row["outputs"] for row in own.questions}
-
-            def judge(item: Mapping[str, str], accepted: Mapping[str, list[str]] = accepted) -> dict[str, bool]:
-                return {run: contains(item[run], accepted[item["input"]]) for run in RUNS}
-
-            settings = {"kind": "document", "rank": 64, **(document_settings or {})}
-            case = Case(
-                "document", own.name, own.chunk, PromptTemplate.chat(), tested, document_tokens, judge, [], settings
-            )
-            cases.append(case)
+        cases += [document_case(own, document_tokens, document_settings or {}) for own in chosen]
         for case in cases:
             evaluation = Evaluation(
                 *(lm, tokenizer),
@@ -138,6 +127,17 @@ def message_case(entry: Mapping[str, str], seed: int, test: int, max_new_tokens:
     template = PromptTemplate.chat()
     name, chunk = entry["name"], entry["instruction"]
     return Case("system prompt", name, chunk, template, pairs, max_new_tokens, judge if rule else None, [], {})
+
+
+def document_case(own: Document, max_new_tokens: int, settings: Mapping[str, Any]) -> Case:
+    """A document, and the questions about it that were worded by hand."""
+    accepted = {row["input"]: row["outputs"] for row in own.questions}
+
+    def judge(item: Mapping[str, str]) -> dict[str, bool]:
+        return {run: contains(item[run], accepted[item["input"]]) for run in RUNS}
+
+    tested, how = [{"input": text} for text in accepted], {"kind": "document", "rank": 64, **settings}
+    return Case("document", own.name, own.chunk, PromptTemplate.chat(), tested, max_new_tokens, judge, [], how)
 
 
 def right(case: Case, items: Sequence[Mapping[str, str]]) -> dict[str, int] | None:

@@ -333,3 +333,11 @@ def test_command_line_prints_the_candidates(tmp_path: Path, capsys: pytest.Captu
     assert "scale 1.2" in printed
     record = ThoughtPatch.load("adapter").provenance["selection"]
     assert record["names"] == ["blocks", "scale", "ridge"]
+
+
+def test_a_part_of_given_pairs_asks_for_no_more() -> None:
+    """Though ``inputs`` says how many there are in all."""
+    data = PairDataModule(PAIRS, INSTRUCTION, inputs=len(PAIRS))
+    part = selection.part_of(data, range(3), [])
+    assert part.pairs == PAIRS[:3]
+    assert not part.to_write
