@@ -80,16 +80,16 @@ def names_tool(text: str, name: str) -> bool:
 
 
 def has_arguments(text: str, wanted: Mapping[str, Sequence[Any]]) -> bool:
-    """Each of these arguments of a tool call has one of its accepted values, of the same type; case does not count."""
+    """Each of these arguments of a tool call has one of its accepted values; case does not count, "10" is not 10."""
     arguments = first_object(text).get("arguments")
     if not isinstance(arguments, dict):
         return False
     return all(_plain(arguments.get(name)) in map(_plain, values) for name, values in wanted.items())
 
 
-def _plain(value: Any) -> tuple[bool, Any]:
-    """A value to compare with: no string is a number."""
-    return isinstance(value, str), value.strip().casefold() if isinstance(value, str) else value
+def _plain(value: Any) -> Any:
+    """A value to compare with."""
+    return value.strip().casefold() if isinstance(value, str) else value
 
 
 def first_object(text: str) -> dict[str, Any]:

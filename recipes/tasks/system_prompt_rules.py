@@ -24,7 +24,7 @@ _FRENCH_WORDS = (
 )
 _ENGLISH_WORDS = (
     "the a an of and is are in for that who it he she they we you i not more by on with this these to as was were "
-    "have has but or be been can your from at which their its"
+    "have has but or be been can your from at which their its there here no off get gets take takes cost costs"
 )
 _FRENCH, _ENGLISH = frozenset(_FRENCH_WORDS.split()), frozenset(_ENGLISH_WORDS.split())
 _REFUSAL = re.compile(
