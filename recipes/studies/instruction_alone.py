@@ -181,8 +181,8 @@ def own_text_cells(run: Mapping[str, Any]) -> list[str | None]:
     """What a run's record says of the patched model's own text, and of unrelated text, under :data:`OWN_TEXT_HEAD`."""
     own, ratio = run["own_text"], run["perplexity_ratio"]
     pairs = [own[name][which] for name in ("repetition", "length") for which in ("instructed", "patched")]
-    cells = [f"{own['kl']:.3f}", *(None if value is None else f"{value:.2f}" for value in pairs)]
-    return [*cells, None if ratio is None else f"{ratio:.4f}"]
+    known = [(own["kl"], 3), *((value, 2) for value in pairs), (ratio, 4)]
+    return [None if value is None else f"{value:.{digits}f}" for value, digits in known]
 
 
 OWN_TEXT_HEAD = ["KL along its own text", "repetition, instructed", "patched", "tokens, instructed", "patched"]
