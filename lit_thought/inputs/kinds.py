@@ -24,6 +24,12 @@ __all__ = ["Demonstration", "demonstrations", "find_kind", "find_template"]
 LONG = 200
 """Tokens from which on a text that addresses nobody is a document."""
 _ADDRESS = re.compile(r"\b(you|your|yours|yourself|user|users|assistant)\b", re.IGNORECASE)
+_OPENING = re.compile(
+    r"\W*(you|your (task|job|role|goal)|act as|imagine|pretend|answer|always|never|respond|reply"
+    r"|system( prompt)?:|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś)\b",
+    re.IGNORECASE,
+)
+"""How a text begins that tells a model who it is or how to answer."""
 _FIELDS = re.compile(r"\{(input|output)\}")
 
 
@@ -69,10 +75,12 @@ def find_template(
 
 
 def find_kind(tokenizer: PreTrainedTokenizerBase, instruction: str, template: PromptTemplate) -> Kind:
-    """Demonstrations where :func:`demonstrations` finds some; a document where the instruction is :data:`LONG` and
-    fewer than one word in a hundred addresses somebody (you, your, the user, the assistant); else a system prompt."""
+    """Demonstrations where :func:`demonstrations` finds some; a document where the instruction is :data:`LONG`, does not
+    begin by telling the model who it is or what to do ("You are …", "Your task …", "Answer …"), and fewer than one word
+    in a hundred addresses somebody (you, your, the user, the assistant); else a system prompt."""
     if demonstrations(template, instruction):
         return "demonstrations"
     words, addressed = len(instruction.split()), len(_ADDRESS.findall(instruction))
     long = len(tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]) >= LONG
-    return "document" if long and addressed * 100 < words else "system"
+    told = _OPENING.match(instruction) is not None
+    return "document" if long and not told and addressed * 100 < words else "system"

@@ -116,7 +116,6 @@ def long_prompts(
         for seed in waiting:
             assert evaluation is not None
             how = {
-                "kind": "system",
                 "max_new_tokens": answer_tokens,
                 "progress": False,
                 **settings["fit"],
