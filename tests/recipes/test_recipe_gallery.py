@@ -1,76 +1,82 @@
-"""The recipe ``gallery``: its command line on a tiny model, for which somebody else writes; what it says of a case."""
+"""The recipe ``gallery``: its command line on records of studies, and what it says of a case."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from recipe_runs import run_recipe
 
-from lit_thought.inputs import pen
-from lit_thought.runs.generate import Generation
-from recipes.site.gallery import failures
+from lit_thought.errors import ThoughtError
+from recipes.harness import ROOT
+from recipes.site.gallery import against
 
-
-@pytest.fixture(autouse=True)
-def _written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model writes no inputs that could be kept."""
-    numbers: Iterator[int] = count()
-
-    def write(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> list[Generation]:
-        return [Generation(f"is {next(numbers)} of Oz?", True) for _ in prompts]
-
-    monkeypatch.setattr(pen, "generate", write)
+RESULTS = ROOT / "recipes" / "results"
 
 
 def test_gallery(tmp_path: Path) -> None:
-    rows = [{"input": text, "outputs": ["Ada"]} for text in ("Who rules Oz?", "Where is Oz?", "What is Oz?")]
-    oz = {"title": "Oz", "passage": "Ada rules Oz. The city is green.", "questions": rows}
-    (tmp_path / "oz.json").write_text(json.dumps(oz))
-    reduced = ["--tasks=[common_words/antonym]", "--instructions=[pirate,wizard]"]
-    reduced += [f"--documents=[{tmp_path / 'oz.json'}]", '--asked=["Who are you?", "Is it 0 of Oz?"]', "--test=3"]
-    ran = run_recipe(
-        "gallery",
-        tmp_path,
-        *reduced,
-        "--answer_tokens=3",
-        "--word_tokens=3",
-        "--document_tokens=3",
-        "--document_rank=4",
-    )
+    ran = run_recipe("gallery", tmp_path, model=None)
     runs = ran.record["runs"]
-    assert [(run["kind"], run["name"]) for run in runs] == [
-        *[("system prompt", name) for name in ("pirate", "wizard")],
-        *[("word task", "antonym"), ("document", "oz")],
-    ]
-    for run in runs[:2]:
-        assert [item["input"] for item in run["items"]][:2] == ["Who are you?", "Is it 0 of Oz?"]
-        assert len(run["items"]) == run["tested"] == 3
-        assert run["output_kl"]["patched"] < run["output_kl"]["plain"]
+    assert {run["kind"] for run in runs} == {"system prompt", "word task", "document"}
     summary, *cases = ran.page.split("\n## ")
     assert [case.splitlines()[0] for case in cases] == [run["name"] for run in runs]
     for run, case in zip(runs, cases, strict=True):
         assert f"[{run['name']}](#{run['name']})" in summary
-        assert f"> {run['chunk'].split()[0]}" in case
         lines = [line for line in case.splitlines() if line.startswith("| ")]
-        assert [line.split(" | ")[0] for line in lines[1:]] == [f"| {item['input']}" for item in run["items"][:2]]
-        assert all(sentence in case for sentence in failures(run))
+        assert len(lines) == 1 + len(ran.record["settings"]["asked"]) == 1 + len(run["items"])
+        assert all(sentence in case for sentence in against(run))
+    assert any(against(run) for run in runs), "failures belong in it"
+    assert "> You are a pirate. Talk like a pirate." in cases[0]
+    assert "> Q: love A: hate" in ran.page
+
+
+def test_every_answer_is_one_that_a_study_has_recorded(tmp_path: Path) -> None:
+    recorded = "".join((RESULTS / f"{name}.json").read_text("utf-8") for name in _config_records())
+    for run in run_recipe("gallery", tmp_path, model=None).record["runs"]:
+        asked = run["items"][0]["input"] == "What can I do on a rainy Sunday?"
+        assert asked == (run["kind"] == "system prompt")
+        for item in run["items"]:
+            assert all(json.dumps(item[which]) in recorded for which in ("plain", "instructed", "patched"))
+
+
+def test_the_gallery_kept_is_the_records(tmp_path: Path) -> None:
+    drawn = run_recipe("gallery", tmp_path, model=None).record
+    kept = json.loads((RESULTS / "gallery.json").read_text("utf-8"))
+    assert kept["runs"] == drawn["runs"], "run the recipe again"
+
+
+def _config_records() -> list[str]:
+    return list(yaml.safe_load((ROOT / "recipes/site/gallery.yaml").read_text("utf-8"))["records"])
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    other = json.loads((RESULTS / "instruction_alone_words.json").read_text("utf-8")) | {"model": "another"}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    for arguments, said in (
+        (["--records=[nothing]"], "records: expected names below recipes/results"),
+        ([f"--records=[instruction_alone_system, {tmp_path / 'other.json'}]"], "records: expected those of one model"),
+        (["--cases=[corsair]"], "cases: expected some of pirate"),
+        (["--asked=[Why?]"], "asked: expected some of"),
+    ):
+        with pytest.raises(ThoughtError, match=said):
+            run_recipe("gallery", tmp_path, *arguments, model=None)
 
 
 @pytest.mark.parametrize(
     ("counts", "said"),
     [
-        (None, ""),
-        ({"plain": 0, "instructed": 0, "patched": 0}, "nothing to copy"),
-        ({"plain": 0, "instructed": 10, "patched": 4}, "Of 10 answers that the instructed model has right"),
-        ({"plain": 0, "instructed": 10, "patched": 5}, ""),
+        (None, []),
+        ({"plain": 0, "instructed": 0, "patched": 0}, ["there is nothing to copy"]),
+        ({"plain": 0, "instructed": 10, "patched": 5}, ["Of 10 answers that the instructed model has right, 5 are"]),
+        ({"plain": 0, "instructed": 10, "patched": 6}, []),
     ],
 )
-def test_a_failure_is_called_one(counts: dict[str, int] | None, said: str) -> None:
-    (*found,) = failures({"right": counts, "warnings": []})
-    assert [said in sentence for sentence in found] == ([True] if said else [])
-    assert failures({"right": None, "warnings": ["It saves nothing."]}) == ["It saves nothing."]
+def test_a_failure_is_called_one(counts: dict[str, int] | None, said: list[str]) -> None:
+    run: dict[str, Any] = {"right": counts, "warnings": ["It saves nothing."]}
+    *found, last = against(run)
+    assert last == "It saves nothing."
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
