@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from lit_thought.cli.chat import chat
 from lit_thought.cli.errors import exit_code, tell
 from lit_thought.cli.evaluate import evaluate_adapter as evaluate
 from lit_thought.cli.evaluate import report
@@ -27,6 +28,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, Command] = {
     "fit": fit,
+    "chat": chat,
     "evaluate": evaluate,
     "export": export,
     "inputs": inputs,
@@ -38,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "verify": verify,
 }
 _POSITIONAL = {
+    "chat": ("adapter",),
     "export": ("adapter",),
     "inspect": ("model",),
     "preserve": ("model",),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.patch import adapter, control_vector, hub, weights
 from lit_thought.patch.change import Change
+
+if TYPE_CHECKING:
+    from lit_thought.patch.chat import Chat, ChatOptions
 
 __all__ = ["ThoughtPatch"]
 
@@ -82,6 +85,19 @@ class ThoughtPatch(Change):
     def applied(self, model: nn.Module, check: bool = True) -> AbstractContextManager[nn.Module]:
         """Apply for the length of a ``with`` block; leaving it, by an exception too, removes the patch."""
         return weights.applied(self, model, check)
+
+    def chat(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Unpack[ChatOptions]) -> Chat:
+        """Talk to the model: :meth:`~lit_thought.patch.chat.Chat.ask` answers plain, instructed and patched.
+
+        Args:
+            model: the model that the patch was made for, without it.
+            tokenizer: its tokenizer.
+            options: ``instruction``, ``template`` and ``max_new_tokens``: see :class:`~lit_thought.patch.chat.Chat`,
+                also for what is raised.
+        """
+        from lit_thought.patch.chat import Chat
+
+        return Chat(self, model, tokenizer, **options)
 
     # On disk and on the hub
 

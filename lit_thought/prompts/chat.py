@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lit_thought.errors import ThoughtError
@@ -17,7 +17,7 @@ from lit_thought.prompts.alignment import PromptTexts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_options", "render_chat"]
+__all__ = ["check_options", "render_chat", "render_conversation"]
 
 _MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it
 _DEFAULTS = {"enable_thinking": False}
@@ -91,6 +91,30 @@ def render_chat(
             "'Q: {input}\\nA: {output}\\n'"
         )
     return _Chat(tokenizer, user, system, options, default_system).texts(instruction, input, output, finished)
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    user: str,
+    system: str | None,
+    options: Mapping[str, Any],
+    default_system: bool,
+    instruction: str | None,
+    turns: Sequence[tuple[str, str]],
+    input: str,
+) -> str:
+    """The prompt that goes on after ``turns`` of inputs and answers: the first one's messages are those of
+    :func:`render_chat`, with the chunk or without it, and the later users' messages are without.
+
+    Raises:
+        ThoughtError: As :func:`render_chat`, for a tokenizer or chat template that cannot be used.
+    """
+    chat = _Chat(tokenizer, user, system, options, default_system)
+    inputs = [*(asked for asked, _ in turns), input]
+    messages = chat._messages(instruction, inputs[0])
+    for (_, answer), asked in zip(turns, inputs[1:], strict=True):
+        messages += [_message("assistant", answer), chat._messages(None, asked)[-1]]
+    return chat._apply(messages)
 
 
 class _Chat:

@@ -8,13 +8,13 @@ weights", arXiv 2510.08734). :mod:`lit_thought.prompts.chat` writes the two with
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.alignment import PromptTexts, TokenisedPair, align
-from lit_thought.prompts.chat import check_options, render_chat
+from lit_thought.prompts.chat import check_options, render_chat, render_conversation
 from lit_thought.prompts.pairs import check_unicode
 
 if TYPE_CHECKING:
@@ -252,6 +252,33 @@ class PromptTemplate:
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         return align(tokenizer, self._render(tokenizer, instruction, input, output, finished), self.is_chat)
+
+    def conversation(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: str | None,
+        turns: Sequence[tuple[str, str]],
+        input: str,
+    ) -> tuple[int, ...]:
+        """The tokens of a prompt to generate from, after ``turns`` of inputs and answers, oldest first.
+
+        A text template has no turns: each input there is a prompt of its own, and ``turns`` are left out.
+
+        Args:
+            tokenizer: A fast tokenizer; for chat, one with a chat template.
+            instruction: The chunk I; ``None`` for the prompt without it.
+            turns: What was asked and answered before.
+            input: The query.
+
+        Raises:
+            ThoughtError: As :meth:`tokenise`.
+        """
+        if self.user is not None and turns:
+            messages = (self.user, self.system, self.options, self.default_system)
+            text = render_conversation(tokenizer, *messages, instruction, turns, input)
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        pair = self.tokenise(tokenizer, instruction or _MARK, input)
+        return tuple(pair.plain_ids if instruction is None else pair.instructed_ids)
 
     def frame(self, tokenizer: PreTrainedTokenizerBase, instruction: str) -> Frame:
         """What stands around an input, for a model to write one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import html
 import json
 import re
@@ -15,10 +14,11 @@ from markupsafe import Markup
 from lit_thought.evaluation.report.figures import draw_figures
 from lit_thought.patch.card import fenced, flat, interval, number
 from lit_thought.patch.results import RUNS
+from lit_thought.patch.texts import differences
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.timing import format_bytes, format_duration
 
-__all__ = ["differences", "render_html", "render_markdown"]
+__all__ = ["render_html", "render_markdown"]
 
 _NONE = "–"
 _SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
@@ -41,28 +41,6 @@ def render_html(content: Mapping[str, Any]) -> str:
 def render_markdown(content: Mapping[str, Any]) -> str:
     """The same as Markdown, with tables in place of the figures."""
     return _render("report.md.j2", content)
-
-
-def differences(text: str, reference: str) -> list[tuple[str, str]]:
-    """What turns ``reference`` into ``text``, by words: (equal, insert or delete, words) in order.
-
-    White space is part of the word before it. The equal and inserted words make up ``text``, up to the white space at
-    its ends. Where the two have no word in common, nothing is said to be deleted: ``text`` is another one altogether.
-    """
-    words, known = (re.findall(r"\S+\s*|^\s+", side.strip()) for side in (text, reference))
-    pieces: list[tuple[str, str]] = []
-    # compared without their white space, so that a word at the end is the same word
-    matcher = difflib.SequenceMatcher(None, [w.strip() for w in known], [w.strip() for w in words], autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind in ("delete", "replace"):
-            pieces.append(("delete", "".join(known[a:b])))
-        if kind in ("insert", "replace"):
-            pieces.append(("insert", "".join(words[c:d])))
-        if kind == "equal":
-            pieces.append(("equal", "".join(words[c:d])))
-    if not words or any(kind == "equal" for kind, _ in pieces):
-        return pieces
-    return [piece for piece in pieces if piece[0] == "insert"]
 
 
 def _render(template: str, content: Mapping[str, Any], **more: Any) -> str:

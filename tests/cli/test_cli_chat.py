@@ -1,0 +1,89 @@
+"""``lit-thought chat``, from a pipe and in a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import DEMONSTRATIONS, fit_arguments
+
+from lit_thought import ThoughtPatch, load_model
+from lit_thought.cli import main
+
+
+@pytest.fixture
+def adapter(files: Path) -> Path:
+    main([*fit_arguments(files), "--quiet"])
+    return files / "adapter"
+
+
+def test_a_pipe_gets_plain_text(
+    adapter: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fox\n\n/scale 0\nup\n/sclae 2\n/instruction\n/quit\nnever\n"))
+    main(["chat", str(adapter), "--model", str(files / "model"), "--max_new_tokens", "4"])
+    out, err = capsys.readouterr()
+    assert re.findall(r"^> (.*)$", out, re.M) == ["fox", "up"]
+    patch, (model, tokenizer) = ThoughtPatch.load(adapter), load_model(files / "model")
+    chat = patch.chat(model, tokenizer, max_new_tokens=4)
+    assert str(chat.ask("fox")) in out
+    chat.scale = 0
+    assert str(chat.ask("up")) in out
+    assert "\x1b" not in out
+    assert "The patch is off." in err
+    assert "/sclae is no command. Did you mean 'scale'?" in err
+    assert DEMONSTRATIONS in err
+
+
+def test_json(adapter: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fox\n"))
+    main(["chat", f"--adapter={adapter}", f"--model={files / 'model'}", "--max_new_tokens=4", "--json"])
+    (answers,) = json.loads(capsys.readouterr().out)["answers"]
+    assert answers["message"] == "fox"
+    assert (
+        answers["instructed"]["prompt_tokens"]
+        > answers["patched"]["prompt_tokens"]
+        == answers["plain"]["prompt_tokens"]
+    )
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_three_columns(adapter: Path, files: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lit_thought", "chat", str(adapter), "--model", str(files / "model")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"}
+    process = subprocess.Popen(
+        [*command, "--max_new_tokens=4"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    seen = ""
+
+    def until(text: str) -> None:
+        nonlocal seen
+        end = time.monotonic() + 300
+        while text not in seen:
+            assert time.monotonic() < end, seen
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 65536).decode(errors="replace")
+
+    until("> ")
+    seen = ""
+    os.write(ours, b"fox\n")
+    until("> ")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    assert re.search(r"plain · \d+ tokens .* instructed · \d+ tokens .* patched · \d+ tokens", shown)
+    seen = ""
+    os.write(ours, b"/off\n")
+    until("The patch is off.")
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=300) == 0
+    os.close(ours)
