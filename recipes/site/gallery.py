@@ -16,6 +16,7 @@ there is against a case. Another model has a gallery of its own, once the studie
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,22 +60,22 @@ def picked(run: Mapping[str, Any], asked: Sequence[str]) -> list[dict[str, str]]
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """All cases in one table, then each with its answers."""
-    head = ["chunk", "kind", "right: plain", "instructed", "patched", "of", "nearer to the instructed model by"]
-    head += ["unrelated perplexity ×", "prompt tokens, instructed", "patched"]
-    lines = [[f"[{run['name']}](#{run['name']})", run["kind"], *_figures(run)] for run in runs]
+    head = ["chunk", "right: plain", "instructed", "patched", "of", "nearer by", "unrelated ×", "tokens: instructed"]
+    lines = [[f"[{run['name']}](#{run['name']}), {run['kind']}", *_figures(run)] for run in runs]
     text = (
         "*Right*: the answer follows the system prompt's rule, is the list's word, has an accepted answer about the "
         "document. *Nearer*: how much of KL(instructed ‖ plain), along the instructed answers, is gone with the patch. "
+        "*Unrelated*: perplexity of unrelated text. *Tokens*: of a prompt, on average. Answers stop where the study "
+        "stopped them. "
         "The questions below are the same for every system prompt, and the first that were tested of the others.\n"
     )
-    return "\n".join([text, table(head, lines, left=2), *map(section, runs)])
+    return "\n".join([text, table([*head, "patched"], lines), *map(section, runs)])
 
 
 def section(run: Mapping[str, Any]) -> str:
     """One case: the chunk, what there is against it, the three answers."""
-    rows = [[one_line(item["input"], 80), *(one_line(item[which], 220) for which in RUNS)] for item in run["items"]]
-    chunk = one_line(chunk_of(run), 300)
-    parts = [f"## {run['name']}\n", f"> {chunk}{' …' * (len(chunk) == 300)}\n"]
+    rows = [[_cut(item["input"], 80), *(_cut(item[which], 220) for which in RUNS)] for item in run["items"]]
+    parts = [f"## {run['name']}\n", f"> {_cut(chunk_of(run), 300)}\n"]
     parts += [f"**{sentence}**\n" for sentence in against(run)]
     return "\n".join([*parts, table(["question", *RUNS], rows, left=4)])
 
@@ -98,6 +99,14 @@ def against(run: Mapping[str, Any]) -> list[str]:
         had, kept = counts["instructed"], counts["patched"]
         said.append(f"Of {had} answers that the instructed model has right, {kept} are left.")
     return [*said, *run["warnings"]]
+
+
+def _cut(text: str, longest: int) -> str:
+    """A text on one line, to the letter, cut at a word."""
+    line = one_line(text, len(text) + text.count("|"))
+    if len(line) > longest:
+        line = line[:longest].rpartition(" ")[0] + " …"
+    return re.sub(r"([*_<`])", r"\\\1", line)
 
 
 def _record(name: str) -> dict[str, Any]:

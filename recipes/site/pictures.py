@@ -230,34 +230,31 @@ def idea() -> str:
     first = load_split("common_words/antonym", run["seed"]).shown
     query = f"Q: {item['input']}"
     parts = [
-        _text(30, 44, "The prompt", "title"),
-        _box(30, 60, 290, 112, "chunk"),
-        *(
-            _text(46, 86 + 24 * row, f"Q: {own['input']}   A: {own['output']}", "code")
-            for row, own in enumerate(first[:3])
-        ),
-        _text(46, 86 + 24 * 3, f"… {len(first) - 3} more", "code soft"),
-        _box(30, 180, 290, 36, "plain"),
-        _text(46, 203, f"{query}   A: {item['instructed']}", "code"),
-        *_tokens(30, 232, before, before - after),
-        _text(30, 300, f"{before} tokens a query", "count"),
-        '<path class="line" d="M346 138 H524"/><path class="head" d="M522 131 L536 138 L522 145 Z"/>',
-        _text(440, 108, "transmute", "title middle"),
-        _text(440, 166, "the frozen model, run twice;", "soft middle"),
-        _text(440, 185, "least squares in each layer;", "soft middle"),
-        _text(440, 204, "no gradient, no training", "soft middle"),
-        _text(560, 44, "The adapter, and what is left", "title"),
-        _box(560, 60, 290, 112, "adapter"),
-        _text(705, 112, "adapter_model.safetensors", "code middle"),
-        _text(705, 138, "a LoRA for the same model", "soft middle"),
-        _box(560, 180, 290, 36, "plain"),
-        _text(576, 203, f"{query}   A: {item['patched']}", "code"),
-        *_tokens(560, 232, after, 0),
-        _text(560, 300, f"{after} tokens a query", "count"),
+        _text(20, 38, "The prompt", "title"),
+        _box(20, 54, 230, 112, "chunk"),
+        *(_text(34, 80 + 24 * n, f"Q: {own['input']} A: {own['output']}", "code") for n, own in enumerate(first[:3])),
+        _text(34, 80 + 24 * 3, f"… {len(first) - 3} more", "code soft"),
+        _box(20, 174, 230, 36, "plain"),
+        _text(34, 197, f"{query} A: {item['instructed']}", "code"),
+        *_tokens(20, 224, before, before - after),
+        _text(20, 302, f"{before} tokens a query", "count"),
+        '<path class="line" d="M268 132 H360"/><path class="head" d="M358 125 L372 132 L358 139 Z"/>',
+        _text(320, 112, "transmute", "title middle"),
+        _text(320, 160, "two runs,", "soft middle"),
+        _text(320, 178, "least squares,", "soft middle"),
+        _text(320, 196, "no training", "soft middle"),
+        _text(390, 38, "With an adapter", "title"),
+        _box(390, 54, 230, 112, "adapter"),
+        _text(505, 104, "adapter/", "code middle"),
+        _text(505, 130, "a LoRA for the same model", "soft middle"),
+        _box(390, 174, 230, 36, "plain"),
+        _text(404, 197, f"{query} A: {item['patched']}", "code"),
+        *_tokens(390, 224, after, 0),
+        _text(390, 302, f"{after} tokens a query", "count"),
     ]
     named = f"{before} tokens of prompt become {after} and an adapter; the answer is the same"
-    opened = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 324" role="img" aria-label="{named}">'
-    card = '<rect class="card" x="1" y="1" width="878" height="322" rx="14"/>'
+    opened = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 322" role="img" aria-label="{named}">'
+    card = '<rect class="card" x="1" y="1" width="638" height="320" rx="14"/>'
     return "\n".join([opened, f"<style>{STYLE}</style>", card, *parts, "</svg>"]) + "\n"
 
 
@@ -286,9 +283,9 @@ def _box(x: float, y: float, width: float, height: float, kind: str, corner: flo
 
 
 def _tokens(x: float, y: float, count: int, chunk: int) -> list[str]:
-    """A small square for each token, 29 in a row, the chunk's first."""
+    """A small square for each token, 23 in a row, the chunk's first."""
     kinds = ["chunk"] * chunk + ["query"] * (count - chunk)
-    return [_box(x + 10 * (n % 29), y + 13 * (n // 29), 8, 10, kind, 2) for n, kind in enumerate(kinds)]
+    return [_box(x + 10 * (n % 23), y + 13 * (n // 23), 8, 10, kind, 2) for n, kind in enumerate(kinds)]
 
 
 def _read(name: str) -> Any:
