@@ -60,16 +60,16 @@ def picked(run: Mapping[str, Any], asked: Sequence[str]) -> list[dict[str, str]]
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """All cases in one table, then each with its answers."""
-    head = ["chunk", "right: plain", "instructed", "patched", "of", "nearer by", "unrelated ×", "tokens: instructed"]
+    head = ["chunk", "right: plain", "instructed", "patched", "of", "nearer by", "unrelated ×", "tokens"]
     lines = [[f"[{run['name']}](#{run['name']}), {run['kind']}", *_figures(run)] for run in runs]
     text = (
         "*Right*: the answer follows the system prompt's rule, is the list's word, has an accepted answer about the "
-        "document. *Nearer*: how much of KL(instructed ‖ plain), along the instructed answers, is gone with the patch. "
-        "*Unrelated*: perplexity of unrelated text. *Tokens*: of a prompt, on average. Answers stop where the study "
+        "document; a dash is where no rule can tell. *Nearer*: how much of KL(instructed ‖ plain), along the instructed answers, is gone with the patch. "
+        "*Unrelated*: perplexity of unrelated text. *Tokens*: of a prompt, instructed → patched. Answers stop where the study "
         "stopped them. "
         "The questions below are the same for every system prompt, and the first that were tested of the others.\n"
     )
-    return "\n".join([text, table([*head, "patched"], lines), *map(section, runs)])
+    return "\n".join([text, table(head, lines), *map(section, runs)])
 
 
 def section(run: Mapping[str, Any]) -> str:
@@ -143,7 +143,7 @@ def _figures(run: Mapping[str, Any]) -> list[Any]:
     counts, kl, ratio, tokens = run["right"], run["output_kl"], run["perplexity_ratio"], run["prompt_tokens"]
     cells: list[Any] = [None if counts is None else counts[which] for which in RUNS]
     cells += [run["tested"], f"{1 - kl['patched'] / kl['plain']:.0%}", None if ratio is None else f"{ratio:.3f}"]
-    return [*cells, *(None if tokens is None else f"{tokens[which]:.0f}" for which in ("instructed", "plain"))]
+    return [*cells, None if tokens is None else f"{tokens['instructed']:.0f} → {tokens['plain']:.0f}"]
 
 
 if __name__ == "__main__":
