@@ -66,8 +66,8 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
         "*Right*: the answer follows the system prompt's rule, is the list's word, has an accepted answer about the "
         "document; a dash is where no rule can tell. *Nearer*: how much of KL(instructed ‖ plain), along the "
         "instructed answers, is gone with the patch. *Unrelated*: perplexity of unrelated text. *Tokens*: of a prompt, "
-        "instructed → patched. Answers stop where the study stopped them. The questions below are the same for every system prompt, "
-        "and the first that were tested of the others.\n"
+        "instructed → patched. Answers stop where the study stopped them. The questions below are the same for every "
+        "system prompt, and the first that were tested of the others.\n"
     )
     return "\n".join([text, table(head, lines), *map(section, runs)])
 
