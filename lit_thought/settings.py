@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from lit_thought.errors import ThoughtError, check_counts, did_you_mean, is_finite
 
@@ -32,6 +32,7 @@ __all__ = [
     "check_rank",
     "check_sites",
     "check_solve_settings",
+    "register_paths",
     "takes_settings",
 ]
 
@@ -285,8 +286,9 @@ def takes_settings(**where: bool) -> Callable[[_Function], _Function]:
             return function(*args, **given)
 
         parameters = [one for one in own.parameters.values() if one.name != options]
+        types = get_type_hints(FitSettings)  # LightningCLI takes them from the signature
         more = [
-            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name])
             for one in fields(FitSettings)
             if one.name in known
         ]
@@ -294,6 +296,19 @@ def takes_settings(**where: bool) -> Callable[[_Function], _Function]:
         return called  # type: ignore[return-value]
 
     return decorate
+
+
+def register_paths() -> None:
+    """Let jsonargparse, and so LightningCLI, take a text alone for a path: its own way makes one of anything, of a list
+    of pairs or of null too."""
+    from jsonargparse.typing import register_type
+
+    def read(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"expected a string, got {value!r}")
+        return value
+
+    register_type(os.PathLike, deserializer=read, fail_already_registered=False)
 
 
 def check_sites(sites: Sequence[str]) -> tuple[str, ...]:

@@ -53,8 +53,8 @@ SMALL = {
 INLINE = re.compile(r"`(lit-thought\s[a-z]+\s[^`]*)`")
 """A command between words: run where it is whole, that is names what it works on, in the pages' names of files."""
 
-NEEDS_A_HUB = {"push"}
-"""Commands whose lines are only checked against the options that there are."""
+NOT_RUN = {"demo", "push"}
+"""Commands whose lines are only checked against the options that there are: they need a hub, or serve until Ctrl-C."""
 
 READ = {"curl", "llama-server", "mkdocs", "mypy", "pip", "python", "ruff", "vllm"}
 """Programs whose lines are only read: they need a server, or .ci/run or another test has them run. ``python`` runs
@@ -229,7 +229,7 @@ def test_a_control_vector_needs_a_fit_of_vectors(
 def run_ours(words: list[str]) -> None:
     """A line of ours, in this process; it must do what it says, and write what it names."""
     words = ["base" if word in MODELS else word for word in words]
-    if words[0] in NEEDS_A_HUB:
+    if words[0] in NOT_RUN:
         with pytest.raises(SystemExit) as stop:
             main([*words, "--print_config"])
         assert stop.value.code in (0, None)

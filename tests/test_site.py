@@ -133,6 +133,9 @@ def test_a_recipe_is_shown_with_its_config(pages: dict[str, Html]) -> None:
     for name in ("quickstart.py", "quickstart.yaml"):
         assert (ROOT / "recipes" / name).read_text("utf-8").strip() in text
     assert "source/recipes/quickstart.py.html" in pages["guide.html"].links
+    notebook = pages["source/recipes/tutorial.ipynb.html"].text
+    assert "From a system prompt to an adapter" in notebook
+    assert "patch.save_adapter(folder)" in notebook
     links = pages["results/index.html"].links
     assert {
         "../source/recipes/studies/sweep.py.html",

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from lit_thought.cli.chat import chat
+from lit_thought.cli.demo import demo
 from lit_thought.cli.errors import exit_code, tell
 from lit_thought.cli.evaluate import evaluate_adapter as evaluate
 from lit_thought.cli.evaluate import report
@@ -29,6 +30,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, Command] = {
     "fit": fit,
     "chat": chat,
+    "demo": demo,
     "evaluate": evaluate,
     "export": export,
     "inputs": inputs,
@@ -41,6 +43,7 @@ COMMANDS: dict[str, Command] = {
 }
 _POSITIONAL = {
     "chat": ("adapter",),
+    "demo": ("adapter",),
     "export": ("adapter",),
     "inspect": ("model",),
     "preserve": ("model",),

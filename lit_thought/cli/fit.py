@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +24,14 @@ def fit(
     instruction_file: str | None = None,
     template: str | None = None,
     val_pairs: str | None = None,
+    verdict: int = 8,
     overwrite: bool = False,
     progress: bool = True,
     *,
     loading: Loading,
     settings: Mapping[str, Any],
 ) -> Result:
-    """Turn an instruction into a PEFT LoRA adapter.
+    """Turn an instruction into a PEFT LoRA adapter, and say how near it comes.
 
     Example: lit-thought fit --instruction "You are a pirate." --out pirate/
     Example: lit-thought fit --pairs pairs.jsonl --instruction "Answer with the opposite." --out antonym/
@@ -46,20 +48,39 @@ def fit(
             "Q: {input}\\nA: {output}\\n", or, where no pairs are given either, "chat" if the model has a chat template
             and the instruction is no list of that form.
         val_pairs: file of pairs to follow the fit with, step by step.
+        verdict: on how many inputs the patched model is compared with the plain and the instructed one at the end: of
+            val_pairs, else new ones that the model writes where it wrote those of the fit, else the last ones of the
+            fit; 0 for no comparison.
         overwrite: replace the folder if it exists.
         progress: show progress bars.
         loading: the model.
         settings: of the fit.
     """
+    from lit_thought.errors import ThoughtError
     from lit_thought.files import check_output_folder
 
     check_output_folder(out, overwrite)
+    if isinstance(verdict, bool) or verdict < 0:
+        raise ThoughtError(f"verdict must be a whole number of 0 or more; got {verdict!r}.")
     text = read_instruction(instruction, instruction_file)
+    from lit_thought.cli.verdict import compared, format_verdict
     from lit_thought.fit.api import transmute
     from lit_thought.fit.growing import format_growth
     from lit_thought.fit.selection import format_selection
 
-    patch = transmute(loading.load, None, text, pairs, template, val_pairs=val_pairs, progress=progress, **settings)
+    model: Any = None
+    tokenizer: Any = None
+
+    def load() -> Any:
+        nonlocal model, tokenizer
+        model, tokenizer = loading.load()
+        return model, tokenizer
+
+    try:
+        patch = transmute(load, None, text, pairs, template, val_pairs=val_pairs, progress=progress, **settings)
+    except KeyboardInterrupt:
+        say(_how_to_go_on(settings.get("resume_dir")))
+        raise
     seconds, selection = patch.provenance["seconds"], patch.provenance.get("selection")
     growth = patch.provenance.get("growth")
     for phase, value in seconds.items():
@@ -67,12 +88,25 @@ def fit(
     patch.save_adapter(out, overwrite=overwrite)
     size = _size(out)
     say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
+    result = None
+    if verdict:
+        with timed("the verdict"):
+            result = compared(model, tokenizer, patch, text, pairs, val_pairs, verdict, settings, progress)
     values = {"adapter": out, "rank": patch.rank, "bytes": size, "parameters": patch.num_parameters}
-    values |= {"pairs": patch.provenance["settings"]["pairs"], "seconds": seconds}
+    values |= {"pairs": patch.provenance["settings"]["pairs"], "seconds": seconds, "verdict": result}
     values |= {"memory": patch.provenance["memory"], "selection": selection, "growth": growth}
     told = [format_growth(growth)] if growth is not None else []
     told += [format_selection(selection)] if selection is not None else []
-    return Result(values, "\n".join(told))
+    told += [format_verdict(result)] if result is not None else []
+    say(f"Talk to it: lit-thought chat {shlex.quote(out)}{loading.flags()}")
+    return Result(values, "\n\n".join(told))
+
+
+def _how_to_go_on(folder: str | None) -> str:
+    """What an interrupted fit leaves."""
+    if folder is None:
+        return "Nothing was kept. With --resume_dir FOLDER, the same command goes on where it was interrupted."
+    return f"The finished layers are in {folder}: the same command, --resume_dir included, goes on from there."
 
 
 def solve(

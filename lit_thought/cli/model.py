@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from lit_thought.cli.output import say, timed
@@ -32,6 +33,17 @@ class Loading:
     gguf_file: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+
+    def flags(self) -> str:
+        """What of this is not as it is when left out, as one types it, for a command that is to load the same model."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        usual = {field.name: field.default for field in fields(self)}
+        words = [
+            f" --{name}" if value is True else f" --{name} {shlex.quote(str(value))}"
+            for name, value in given.items()
+            if value != usual[name]
+        ]
+        return "".join(words)
 
     def load(self) -> Any:
         """The model and its tokenizer; not annotated so, since jsonargparse would import transformers for it.

@@ -17,14 +17,13 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import jsonargparse
-from jsonargparse.typing import register_type
 
 import lit_thought
 from lit_thought.cli.config import MODE
 from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.model import Loading
 from lit_thought.cli.output import Output, Result
-from lit_thought.settings import FitSettings
+from lit_thought.settings import FitSettings, register_paths
 
 __all__ = ["PROSE", "Command", "build_parser", "call", "command_parser", "complete", "lists"]
 
@@ -53,7 +52,7 @@ def build_parser(
         wanted: the first word of the command line.
         show_versions: whether it asks for ``--version``.
     """
-    register_type(os.PathLike, deserializer=_no_path, fail_already_registered=False)
+    register_paths()
     parser = _new(
         prog="lit-thought",
         description="Turn a prompt into weights, with no training.",
@@ -211,8 +210,3 @@ def _epilog(commands: Mapping[str, Command]) -> str:
 def _versions() -> str:
     packages = ("torch", "transformers", "peft", "lightning")
     return "\n".join([lit_thought.__version__, *(f"{name} {version(name)}" for name in packages)])
-
-
-def _no_path(value: Any) -> Any:
-    """Leave it to the other types of an argument: jsonargparse would make the path "None" of null."""
-    raise ValueError(f"expected a string, got {value!r}")

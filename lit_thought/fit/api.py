@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.errors import ThoughtError
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
 from lit_thought.fit.growing import grow
-from lit_thought.fit.module import ThoughtModule
+from lit_thought.fit.module import ModelLoader, ThoughtModule
 from lit_thought.fit.selection import OF_THE_LAST_FIT, check_auto, select_settings
-from lit_thought.model.bare import unwrap
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.settings import FitSettings, takes_settings
 
 __all__ = ["transmute"]
 
-ModelLoader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
-
 
 @takes_settings()
 def transmute(
-    model: PreTrainedModel | ModelLoader,
+    model: str | os.PathLike[str] | ModelLoader | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     instruction: str | None = None,
     pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
@@ -47,10 +41,11 @@ def transmute(
 
     Args:
         model: a frozen causal LM of transformers (``lit-thought inspect`` says what it finds in one), in any floating
-            dtype or quantised, compiled or not (it runs uncompiled here, and is compiled again after); or a function
-            without arguments that loads and returns (model, tokenizer), called once all other arguments have been
-            checked. What else is refused: :func:`~lit_thought.model.bare.bare_model`.
-        tokenizer: its tokenizer; left out when ``model`` is such a function.
+            dtype or quantised, compiled or not (it runs uncompiled here, and is compiled again after); or a name that
+            :func:`~lit_thought.model.loading.load_model` takes, or a function without arguments that returns (model,
+            tokenizer): these load it once all other arguments have been checked. What else is refused:
+            :func:`~lit_thought.model.bare.bare_model`.
+        tokenizer: its tokenizer; left out where the model is loaded.
         instruction: the removable chunk of the prompt.
         pairs: inputs, with outputs where you have them; left out, the model writes them itself, and beside given ones
             as many as ``inputs`` says; see :class:`~lit_thought.fit.data.PairDataModule`.
@@ -78,8 +73,7 @@ def transmute(
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
         check_auto(auto, data.expected, options)
-    model = unwrap(model)
-    module = ThoughtModule(*(_loaded(model) if _is_loader(model) else (cast(PreTrainedModel, model), tokenizer)))
+    module = ThoughtModule(model, tokenizer)
     told: dict[str, Any] = {}
     patch: ThoughtPatch | None = None
     if data.to_write and chosen.inputs == "auto":
@@ -96,24 +90,3 @@ def transmute(
         patch = fit(module, data, callback, progress=progress)
     patch.provenance |= told
     return patch
-
-
-def _is_loader(model: Any) -> TypeGuard[ModelLoader]:
-    """Whether it is a function without arguments; models, tokenizers, pipelines and classes can be called, too."""
-    if not callable(model) or isinstance(model, (nn.Module, PreTrainedTokenizerBase, type)):
-        return False
-    try:
-        inspect.signature(model).bind()
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature
-        pass
-    return True
-
-
-def _loaded(loader: ModelLoader) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    loaded: Any = loader()
-    if not isinstance(loaded, (tuple, list)) or len(loaded) != 2:
-        got = f"{len(loaded)} things" if isinstance(loaded, (tuple, list)) else type(loaded).__name__
-        raise ThoughtError(f"model: the function that loads must return (model, tokenizer); got {got}.")
-    return loaded[0], loaded[1]

@@ -18,13 +18,14 @@ from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preparing import Preparation, chosen_stages
 from lit_thought.fit.preserving import PreservationSource
 from lit_thought.fit.provenance import costs
-from lit_thought.fit.strategy import check_trainer
+from lit_thought.fit.strategy import check_epochs, check_trainer
+from lit_thought.fit.validation import log_figures
 from lit_thought.model.blocks import JOINT, find_blocks
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Observation, StreamRunner
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import FitSettings, check_blocks, check_parts, check_rank, takes_settings
+from lit_thought.settings import SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings
 from lit_thought.statistics.distributed import rank_and_size
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import check_statistics_folder
@@ -41,6 +42,10 @@ class ThoughtCallback(Callback):
     An epoch is one stage, so a fit takes steps × blocks × sites epochs: use ``Trainer(max_epochs=-1)``; the callback
     stops the run after the last one. The patch is then in :attr:`patch`.
 
+    As each stage is solved, the trainer's loggers get ``fit/error_left``, the share of the error that its patch leaves,
+    with the index of the block, ``fit/block``, and that of the site among attn_out, mlp_in, mlp_out and both output
+    projections together, ``fit/site``; the step is the number of stages solved.
+
     Args:
         output_dir: folder to write the adapter to at the end; not written when left out.
         overwrite: replace ``output_dir``, and ``statistics_dir``, if they exist.
@@ -50,7 +55,7 @@ class ThoughtCallback(Callback):
         settings: these, as a :class:`~lit_thought.settings.FitSettings`, what depends on the sites filled in.
         patch: the :class:`~lit_thought.patch.patch.ThoughtPatch`, once the fit has ended.
         history: how the data module's ``val_pairs`` do before the first step and after each one: step, accuracy,
-            fidelity and KL to the instructed model; also sent to the trainer's loggers as ``val/…``, by step.
+            fidelity and KL to the instructed model; the loggers get it, too, as ``val/…``, by step.
         stopwatch: seconds by phase: write (inputs), preserve (load or compute), prepare (write missing outputs,
             tokenise, batch), forward, statistics, solve, validate (score ``val_pairs``), patch.
         preserved: what was given as ``preserve``: texts, or a file of statistics.
@@ -119,10 +124,11 @@ class ThoughtCallback(Callback):
                 'inputs="auto" is chosen before the fit: call transmute, or give a number, or leave it out for the '
                 "usual one."
             )
+        check_trainer(trainer)
         blocks, settings = find_blocks(pl_module.model), self.settings
         check_blocks(settings.blocks, len(blocks))
         _, stages = chosen_stages(blocks, settings)
-        check_trainer(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
+        check_epochs(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
         if settings.pairs_per_step is not None and settings.pairs_per_step > data.expected:
             raise ThoughtError(
                 f"pairs_per_step={settings.pairs_per_step} is more than the {data.expected} pairs there are. "
@@ -215,7 +221,12 @@ class ThoughtCallback(Callback):
             prior = known.prior(runner.block.index, runner.site) if known is not None else None
             patch, figures = sums.solve_at(owner, device, runner.start, prior, trainer.num_devices)
         left = figures["error_after"] / figures["error_before"] if figures["error_before"] > 0 else 0.0
-        pl_module.log(f"{runner.site}/error_left", left, prog_bar=True, on_epoch=True, rank_zero_only=True)
+        pl_module.log(
+            f"{runner.site}/error_left", left, prog_bar=True, logger=False, on_epoch=True, rank_zero_only=True
+        )
+        done = self.step * runner.num_stages + runner.stage + 1
+        place = {"block": runner.block.index, "site": (*SITES, JOINT).index(runner.site)}
+        log_figures(trainer, "fit", {"error_left": left, **place}, done)
         self._install(trainer, pl_module, patch, figures)
         if ready.unfinished is not None and self.patch is None:
             ready.unfinished.save(stage.solved(patch, figures, self.history))
@@ -274,6 +285,17 @@ class ThoughtCallback(Callback):
         raise ThoughtError(
             f"the fit was stopped after {done} of {every} stages (by max_time, a Timer or another callback), so there "
             f"is no patch. {goes_on}; or take out what stops it."
+        )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint, which has nothing of a fit.
+
+        Raises:
+            ThoughtError: with what does it instead.
+        """
+        raise ThoughtError(
+            "ckpt_path must be left out: a checkpoint has nothing of a fit. resume_dir keeps the finished stages, from "
+            "which the same call goes on."
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -20,13 +20,15 @@ from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.runs.generate import check_options
-from lit_thought.settings import FitSettings, takes_settings
+from lit_thought.settings import FitSettings, register_paths, takes_settings
 from lit_thought.statistics.distributed import gather_json, share
 
 __all__ = ["PairDataModule", "Written"]
 
 Written = tuple[int, str, bool]
 """An output that the instructed model wrote: index of the pair, text, and whether it came to an end by itself."""
+
+register_paths()
 
 
 class PairDataModule(LightningDataModule):

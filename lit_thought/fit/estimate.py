@@ -176,9 +176,7 @@ class Estimate:
             after = f"about {format_duration(sum(self.seconds.values()))}{longest} and "
         if self.most_seconds:
             after, least = f"after the outputs are written {after}", "at least "
-        return (
-            f"This fit takes {after}{least}{format_bytes(self.total_bytes)} besides the model: {self.parts()}{place}."
-        )
+        return f"This fit takes {after}{least}{format_bytes(self.total_bytes)} besides the model{place}."
 
     @property
     def held_bytes(self) -> int:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, TypeGuard
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.fit.strategy import shard_model
-from lit_thought.model.bare import bare_model, check_tokenizer
-from lit_thought.model.loading import evaluating
+from lit_thought.model.bare import bare_model, check_tokenizer, unwrap
+from lit_thought.model.loading import evaluating, load_model
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Observation, StreamRunner
 
-__all__ = ["ThoughtModule"]
+__all__ = ["ModelLoader", "ThoughtModule"]
+
+ModelLoader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+"""A function that loads the model and its tokenizer."""
 
 
 class ThoughtModule(LightningModule):
@@ -28,23 +36,58 @@ class ThoughtModule(LightningModule):
 
     Args:
         model: a causal LM that :func:`~lit_thought.model.blocks.find_blocks` knows; wrappers that change nothing come
-            off (:func:`~lit_thought.model.bare.unwrap`).
-        tokenizer: its tokenizer.
+            off (:func:`~lit_thought.model.bare.unwrap`). Or a name that
+            :func:`~lit_thought.model.loading.load_model` takes, or a function without arguments that returns (model,
+            tokenizer): then the model is loaded when it is first asked for, which a fit does as it is set up.
+        tokenizer: its tokenizer; left out where the model is loaded.
+        load: keywords of :func:`~lit_thought.model.loading.load_model`, such as dtype and revision, beside a name.
 
     Raises:
         ThoughtError: when there is no tokenizer, or ``model`` is no causal LM of transformers in one place: see
-            :func:`~lit_thought.model.bare.bare_model`.
+            :func:`~lit_thought.model.bare.bare_model`; for arguments that do not belong together.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | ModelLoader | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        load: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        self.model = bare_model(model)
-        self.tokenizer = check_tokenizer(tokenizer)
+        model = unwrap(model)
+        self._loader: ModelLoader | None = None
+        if isinstance(model, (str, os.PathLike)):
+            _check_load(load, tokenizer)
+            self._loader = partial(load_model, model, **(load or {}))
+        elif load is not None:
+            raise ThoughtError(
+                f"load={load!r:.60} says how load_model loads a model that is given by name; this one is not. Leave it "
+                "out."
+            )
+        elif _is_loader(model):
+            self._loader = model
+        else:
+            self._take(model, tokenizer)
         self.runner: StreamRunner | None = None
         self._mode = ExitStack()
         self._home: torch.device | None = None
+
+    def _take(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = bare_model(model), check_tokenizer(tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Model and tokenizer, loaded when one of them is first asked for."""
+        if name in ("model", "tokenizer") and (loader := vars(self).get("_loader")) is not None:
+            self._take(*_loaded(loader))
+            self._loader = None
+            return getattr(self, name)
+        return super().__getattr__(name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Leave gradients alone, which Lightning clears before it trains: those of a frozen model are its owner's."""
@@ -85,3 +128,41 @@ class ThoughtModule(LightningModule):
             self.runner.close()
         self.runner = None
         self._mode.close()
+
+
+def _check_load(load: Any, tokenizer: Any) -> None:
+    """Refuse keywords that load_model does not take, and a tokenizer beside the one that it brings.
+
+    Raises:
+        ThoughtError: naming the argument.
+    """
+    if tokenizer is not None:
+        raise ThoughtError(
+            "tokenizer comes with a model that is given by name; leave it out, or give load={'tokenizer': …}."
+        )
+    if not isinstance(load, (Mapping, type(None))):
+        raise ThoughtError(f"load must be keywords of load_model by name, such as dtype; got {load!r:.60}.")
+    known = [name for name in inspect.signature(load_model).parameters if name != "name"]
+    for name in (load or {}).keys() - set(known):
+        raise ThoughtError(f"load: load_model takes {', '.join(known)}; got {name!r}.{did_you_mean(str(name), known)}")
+
+
+def _is_loader(model: Any) -> TypeGuard[ModelLoader]:
+    """Whether it is a function without arguments; models, tokenizers, pipelines and classes can be called, too."""
+    if not callable(model) or isinstance(model, (nn.Module, PreTrainedTokenizerBase, type)):
+        return False
+    try:
+        inspect.signature(model).bind()
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        pass
+    return True
+
+
+def _loaded(loader: ModelLoader) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    loaded: Any = loader()
+    if not isinstance(loaded, (tuple, list)) or len(loaded) != 2:
+        got = f"{len(loaded)} things" if isinstance(loaded, (tuple, list)) else type(loaded).__name__
+        raise ThoughtError(f"model: the function that loads must return (model, tokenizer); got {got}.")
+    return loaded[0], loaded[1]

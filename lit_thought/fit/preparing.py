@@ -277,6 +277,8 @@ class Preparation:
                 try_options(data, model, tokenizer)
         if show and first:
             tqdm.write(str(self.estimate), file=sys.stderr)
+        assert self.estimate is not None
+        _log.debug("memory: %s", self.estimate.parts())
         with self.stopwatch("preserve"):
             self.preservation, self.preserve_cached = self.preserved.load(
                 trainer, model, tokenizer, self.blocks, self.sites, settings, identity, show

@@ -14,6 +14,9 @@ from lit_thought.runs.runner import StreamRunner
 
 __all__ = ["StageProgressBar"]
 
+_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""One line of 80 columns, with one figure."""
+
 
 class StageProgressBar(ProgressBar):
     """One bar for the whole fit, instead of one for each epoch; shows what the latest solve left of the error."""
@@ -21,6 +24,7 @@ class StageProgressBar(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar: Any = None
+        self._site = ""
 
     def disable(self) -> None:
         """Lightning calls this on all ranks but the first."""
@@ -38,18 +42,19 @@ class StageProgressBar(ProgressBar):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         steps = sum(callback.steps for callback in callbacks if isinstance(callback, ThoughtCallback))
         total = steps * runner.num_stages if runner is not None else None
-        self._bar = tqdm(total=total, desc="Solving", unit="site", disable=not self._enabled)
+        self._bar = tqdm(total=total, desc="Fitting", disable=not self._enabled, bar_format=_FORMAT)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Name the block and the site at work."""
+        """Remember the site at work, whose error is told once it is solved."""
         runner = _runner(pl_module)
-        if runner is not None and self._bar is not None:
-            self._bar.set_description(f"Block {runner.block.index + 1} of {len(runner.blocks)}, {runner.site:8s}")
+        self._site = runner.site if runner is not None else ""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the stage."""
+        """Count the stage, and tell what its solve left of the error."""
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{float(v):.2f}" for name, v in trainer.callback_metrics.items()})
+            left = trainer.callback_metrics.get(f"{self._site}/error_left")
+            if left is not None:
+                self._bar.set_postfix_str(f"error left {float(left):.2f}", refresh=False)
             self._bar.update(1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -11,8 +11,17 @@ import signal
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Checkpoint,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,7 +35,7 @@ from lit_thought.model.layers import is_linear, sits_beside
 from lit_thought.model.loading import evaluating
 from lit_thought.model.tracing import trace_model
 
-__all__ = ["ThoughtDDPStrategy", "ThoughtFSDPStrategy", "check_trainer", "shard_model"]
+__all__ = ["ThoughtDDPStrategy", "ThoughtFSDPStrategy", "check_epochs", "check_trainer", "shard_model"]
 
 _launchers: list[Any] = []  # the first one's processes serve all fits of a script
 
@@ -137,34 +146,22 @@ def _check_plain(model: PreTrainedModel) -> None:
         )
 
 
-def check_trainer(trainer: Trainer, stages: int, reason: str) -> None:
-    """Refuse a trainer that a fit cannot work with.
-
-    Args:
-        trainer: Lightning's.
-        stages: epochs that the fit takes, one a stage.
-        reason: what makes them so many, for the message.
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a trainer that no fit can work with.
 
     Raises:
-        ThoughtError: for too few or too many epochs or steps, a callback that stops a fit before its last stage, a
-            strategy that looks for parameters to train, limited batches or a precision other than the model's own.
+        ThoughtError: for limits of steps or batches, a callback that stops a fit before its last stage or works on what
+            is trained, checkpoints, a strategy that looks for parameters to train or a precision other than the
+            model's own.
     """
-    allowed = trainer.max_epochs
-    if allowed is not None and allowed != -1 and allowed < stages:
-        raise ThoughtError(
-            f"max_epochs={allowed} is too few: {reason} need {stages}. "
-            "Use Trainer(max_epochs=-1); the callback stops the run after the last one."
-        )
-    if (trainer.min_epochs or 0) > stages:
-        raise ThoughtError(f"min_epochs={trainer.min_epochs} is too many: the fit ends after {stages} epochs.")
     if trainer.min_steps:
         raise ThoughtError(f"min_steps={trainer.min_steps} must be left out: the fit ends after its last stage.")
     if trainer.max_steps != -1:
         raise ThoughtError(f"max_steps={trainer.max_steps} must be left out: without all its stages there is no patch.")
-    if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ThoughtError(
-            "callbacks: EarlyStopping would end the fit before its last stage, and then there is no patch. Take it out."
-        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        reason = next((why for kinds, why in _REFUSED.items() if isinstance(callback, kinds)), None)
+        if reason is not None and not _is_lightnings_own(callback, trainer):
+            raise ThoughtError(f"callbacks: {type(callback).__name__} {reason}")
     known = (ThoughtDDPStrategy, ModelParallelStrategy)
     if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, known):
         raise ThoughtError(
@@ -180,6 +177,50 @@ def check_trainer(trainer: Trainer, stages: int, reason: str) -> None:
             f"precision={trainer.precision!r} must be left out; load the model in the dtype you want instead "
             '(load_model(name, dtype="bfloat16")).'
         )
+
+
+_REFUSED: dict[type[Callback], str] = {
+    EarlyStopping: "would end the fit before its last stage, and then there is no patch. Take it out.",
+    Checkpoint: "would save nothing, since no weight of the model changes. Take it out: output_dir writes the adapter, "
+    "and resume_dir keeps the finished stages, from which the same call goes on.",
+    **dict.fromkeys(
+        (BaseFinetuning, ModelPruning, SpikeDetection, StochasticWeightAveraging, WeightAveraging),
+        "works on weights that are trained, and a fit trains none. Take it out.",
+    ),
+}
+"""Callbacks that a fit cannot have, and why."""
+
+
+def _is_lightnings_own(callback: Callback, trainer: Trainer) -> bool:
+    """Whether it is the checkpoint callback that a Trainer adds where there is none; it never saves in a fit."""
+    own = ModelCheckpoint()
+    return (
+        type(callback) is ModelCheckpoint
+        and callback.state_key == own.state_key
+        and (callback.filename, callback.save_last) == (own.filename, own.save_last)
+        and (callback.dirpath is None or trainer.current_epoch > 0)  # a fit before this one has filled it in
+    )
+
+
+def check_epochs(trainer: Trainer, stages: int, reason: str) -> None:
+    """Refuse a trainer of too few or too many epochs.
+
+    Args:
+        trainer: Lightning's.
+        stages: epochs that the fit takes, one a stage.
+        reason: what makes them so many, for the message.
+
+    Raises:
+        ThoughtError: naming the argument.
+    """
+    allowed = trainer.max_epochs
+    if allowed is not None and allowed != -1 and allowed < stages:
+        raise ThoughtError(
+            f"max_epochs={allowed} is too few: {reason} need {stages}. "
+            "Use Trainer(max_epochs=-1); the callback stops the run after the last one."
+        )
+    if (trainer.min_epochs or 0) > stages:
+        raise ThoughtError(f"min_epochs={trainer.min_epochs} is too many: the fit ends after {stages} epochs.")
 
 
 ThoughtDDPStrategy.register_strategies(StrategyRegistry)

@@ -1,6 +1,8 @@
-"""A fit followed, step by step, on pairs that it does not see."""
+"""A fit followed: figures for the trainer's loggers, and, step by step, pairs that it does not see."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,7 +11,14 @@ from lit_thought.evaluation.compare import Evaluation
 from lit_thought.fit.data import PairDataModule
 from lit_thought.patch.patch import ThoughtPatch
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "log_figures"]
+
+
+def log_figures(trainer: Trainer, of: str, figures: Mapping[str, float], step: int) -> None:
+    """Send ``of/…`` to all loggers of the first process, to be seen at once."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        logger.log_metrics({f"{of}/{name}": value for name, value in figures.items()}, step)
+        logger.save()
 
 
 class Validation:
@@ -48,6 +57,5 @@ class Validation:
                 figures["accuracy"] = result["accuracy"][run]
                 figures["instructed_accuracy"] = result["accuracy"]["instructed"]
             rows.append({"step": number, **figures})
-            for logger in trainer.loggers if trainer.is_global_zero else ():
-                logger.log_metrics({f"val/{name}": value for name, value in figures.items()}, number)
+            log_figures(trainer, "val", figures, number)
         return rows

@@ -49,13 +49,13 @@ class Answer:
 
     Attributes:
         text: the answer.
-        tokens: tokens of the prompt that it read.
+        tokens: tokens of the prompt that it read, where that is known.
         finished: whether it came to an end before ``max_new_tokens``.
     """
 
     text: str
-    tokens: int
-    finished: bool
+    tokens: int | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class _Watched(LogitsProcessor):
 
 
 def _title(name: str, answer: Answer) -> str:
-    return f"{name} · {answer.tokens} tokens"
+    return name if answer.tokens is None else f"{name} · {answer.tokens} tokens"
 
 
 def _template_of(provenance: Mapping[str, Any]) -> PromptTemplate:

@@ -191,7 +191,7 @@ def _report_inexact(kind: str) -> None:
         return
     _warned.add(kind)
     if kind == "chat":
-        _log.warning(
+        _log.info(
             "The chat template writes other text where the chunk is missing; the runs are aligned on their "
             "common prefix and suffix."
         )

@@ -38,7 +38,7 @@ def main(
     minutes: float = 30,
     out: str = "recipes/results/versions",
 ) -> None:
-    """Install and test every combination, and write the table."""
+    """Install and test every combination, and write the table; exit code 1 where one does not pass."""
     minima = stated_minima((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     unknown = [name for name in packages if name not in minima]
     if unknown:
@@ -56,6 +56,14 @@ def main(
         "combinations": lines,
     }
     write_results(__file__, out, page(record), record)
+    failed = [line["name"] for line in lines if not is_fine(line)]
+    if failed:
+        sys.exit(f"{' and '.join(failed)} did not pass.")
+
+
+def is_fine(line: Mapping[str, Any]) -> bool:
+    """Whether the tests of a combination came to their end, and none failed."""
+    return line["failed"] == 0 and bool(line["passed"])
 
 
 def stated_minima(pyproject: str) -> dict[str, str]:
@@ -118,7 +126,7 @@ def page(record: Mapping[str, Any]) -> str:
     packages, lines = record["settings"]["packages"], record["combinations"]
     torch = next((line["installed"][SHARED] for line in lines if line["installed"]), None)
     stated = record["minima"][SHARED]
-    fine = sum(line["failed"] == 0 and bool(line["passed"]) for line in lines)
+    fine = sum(map(is_fine, lines))
     head = ["combination", *packages, "passed", "failed", "skipped", "seconds"]
     parts = [
         f"{fine} of {len(lines)} combinations pass {len(record['settings']['tests'])} files or single tests, on Python "

@@ -11,6 +11,7 @@ own page stops the build.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -185,6 +186,8 @@ def linked_sources(home: Path) -> set[str]:
 
 def source_page(path: str) -> str:
     """A page that shows a file, and below a recipe its config."""
+    if path.endswith(".ipynb"):
+        return notebook_page(path)
     shown = [path]
     config = Path(path).with_suffix(".yaml").as_posix()
     if path.endswith(".py") and (ROOT / config).is_file():
@@ -193,6 +196,18 @@ def source_page(path: str) -> str:
     for name in shown:
         language = {".py": "python", ".yaml": "yaml"}.get(Path(name).suffix, "text")
         parts.append(f"````{language}\n{(ROOT / name).read_text(encoding='utf-8')}````")
+    return "\n\n".join(parts) + "\n"
+
+
+def notebook_page(path: str) -> str:
+    """A notebook's texts, its code and what that printed."""
+    parts = []
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"````python\n{source}\n````")
+        for output in cell.get("outputs", ()):
+            printed = "".join(output.get("text") or output["data"]["text/plain"])
+            parts.append(f"````text\n{printed.rstrip()}\n````")
     return "\n\n".join(parts) + "\n"
 
 

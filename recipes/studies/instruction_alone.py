@@ -11,14 +11,14 @@ instruction to the patch, by part. Writes a Markdown and a JSON table.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from lit_thought import PromptTemplate, load_model, transmute
+from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
+from lit_thought.timing import Stopwatch
 from recipes.harness import SIX_TASKS, TEMPLATE, check_names, command_line, load_split, shown, table, write_results
 from recipes.tasks.document_data import Document, contains, load_document
 from recipes.tasks.system_prompt import FOLDER, RULES, instructions_known, load_pairs, split
@@ -84,20 +84,32 @@ def instruction_alone(
             fits += [(f"given, {len(case.given)}", case.given, {})] if case.given else []
             for name, pairs, changes in fits:
                 settings = {"seed": seed, "max_new_tokens": min(64, 2 * case.max_new_tokens), "progress": False}
-                start = time.perf_counter()
                 template = case.template if case.given or case.door == "document" else None
-                patch = transmute(lm, tokenizer, case.chunk, pairs, template, **settings, **case.settings, **changes)
-                seconds = time.perf_counter() - start
-                result = evaluation.score(patch)
+                how = {**settings, **case.settings, **changes}
+                _, measured = fit_and_score(evaluation, case.chunk, pairs, template, how)
                 run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
-                run |= {"inputs": patch.provenance.get("inputs"), "fitted": patch.provenance["settings"]["pairs"]}
-                run |= {"seconds": seconds, "seconds_by_part": patch.provenance["seconds"]}
-                run |= {"right": right(case, result["items"]), "tested": len(case.tested)}
-                run |= {key: value for key, value in result.items() if key != "perplexity_windows"}
-                runs.append(run)
+                run |= {"right": right(case, measured["items"]), "tested": len(case.tested)}
+                runs.append({**run, **measured})
                 print(_table(runs[-1:]), flush=True)
     settings = {"seeds": list(seeds), "counts": list(counts), "document_settings": document_settings}
     write_results(__file__, out, _page(runs), {"model": shown(model), "settings": settings, "runs": runs})
+
+
+def fit_and_score(
+    evaluation: Evaluation,
+    chunk: str,
+    pairs: Sequence[Mapping[str, str]] | None,
+    template: PromptTemplate | None,
+    settings: Mapping[str, Any],
+) -> tuple[ThoughtPatch, dict[str, Any]]:
+    """A patch with what it was fitted to, its seconds and its evaluation, as a record keeps them."""
+    start = Stopwatch.now()
+    patch = transmute(evaluation.model, evaluation.tokenizer, chunk, pairs, template, **settings)
+    seconds = Stopwatch.now() - start
+    run = {"inputs": patch.provenance.get("inputs"), "fitted": patch.provenance["settings"]["pairs"]}
+    run |= {"seconds": seconds, "seconds_by_part": patch.provenance["seconds"]}
+    scored = evaluation.score(patch)
+    return patch, run | {key: value for key, value in scored.items() if key != "perplexity_windows"}
 
 
 def word_case(task: str, seed: int, test: int, max_new_tokens: int) -> Case:
@@ -149,7 +161,7 @@ def right(case: Case, items: Sequence[Mapping[str, str]]) -> dict[str, int] | No
 
 
 def _row(run: Mapping[str, Any]) -> list[Any]:
-    kl, own, ratio = run["output_kl"], run["own_text"], run["perplexity_ratio"]
+    kl = run["output_kl"]
     counts = run["right"]
     share = None if not counts or not counts["instructed"] else counts["patched"] / counts["instructed"]
     cells = [f"{run['name']}, seed {run['seed']}, {run['fit']}", run["fitted"]]
@@ -161,18 +173,22 @@ def _row(run: Mapping[str, Any]) -> list[Any]:
         f"{kl['patched']:.3f}",
         f"{1 - kl['patched'] / kl['plain']:.1%}",
     ]
-    cells += [f"{own['kl']:.3f}"]
-    for name in ("repetition", "length"):
-        values = own[name]
-        shown_values = (values["instructed"], values["patched"])
-        cells += [None if value is None else f"{value:.2f}" for value in shown_values]
-    cells += [None if ratio is None else f"{ratio:.4f}", f"{run['seconds_by_part'].get('write', 0):.0f}"]
+    cells += [*own_text_cells(run), f"{run['seconds_by_part'].get('write', 0):.0f}"]
     return [*cells, f"{run['seconds']:.0f}"]
 
 
+def own_text_cells(run: Mapping[str, Any]) -> list[str | None]:
+    """What a run's record says of the patched model's own text, and of unrelated text, under :data:`OWN_TEXT_HEAD`."""
+    own, ratio = run["own_text"], run["perplexity_ratio"]
+    pairs = [own[name][which] for name in ("repetition", "length") for which in ("instructed", "patched")]
+    known = [(own["kl"], 3), *((value, 2) for value in pairs), (ratio, 4)]
+    return [None if value is None else f"{value:.{digits}f}" for value, digits in known]
+
+
+OWN_TEXT_HEAD = ["KL along its own text", "repetition, instructed", "patched", "tokens, instructed", "patched"]
+OWN_TEXT_HEAD += ["unrelated perplexity ×"]
 HEAD = ["chunk", "pairs", "right: plain", "instructed", "patched", "patched ÷ instructed", "same output"]
-HEAD += ["KL, plain", "patched", "down by", "KL along its own text", "repetition, instructed", "patched"]
-HEAD += ["tokens, instructed", "patched", "unrelated perplexity ×", "seconds: writing", "all"]
+HEAD += ["KL, plain", "patched", "down by", *OWN_TEXT_HEAD, "seconds: writing", "all"]
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -24,7 +24,7 @@ _FRENCH_WORDS = (
 )
 _ENGLISH_WORDS = (
     "the a an of and is are in for that who it he she they we you i not more by on with this these to as was were "
-    "have has but or be been can your from at which their its"
+    "have has but or be been can your from at which their its there here no off get gets take takes cost costs"
 )
 _FRENCH, _ENGLISH = frozenset(_FRENCH_WORDS.split()), frozenset(_ENGLISH_WORDS.split())
 _REFUSAL = re.compile(
@@ -46,9 +46,23 @@ def is_archaic(text: str) -> bool:
 
 def is_french(text: str) -> bool:
     """French function words make up a tenth of the words or more, and are more than the English ones."""
+    french, english, words = _function_words(text)
+    return french > english and french >= words / 10
+
+
+def is_english(text: str) -> bool:
+    """English function words make up a tenth of the words or more, and are no fewer than the French ones; a text of
+    three words or fewer without any of either language is English, too."""
+    french, english, words = _function_words(text)
+    if french == english == 0:
+        return words <= 3
+    return english >= french and english >= words / 10
+
+
+def _function_words(text: str) -> tuple[int, int, int]:
+    """How many of a text's words are French and English function words, and how many words it has."""
     words = [word.lower() for word in _WORD.findall(text)]
-    french, english = (sum(word in known for word in words) for known in (_FRENCH, _ENGLISH))
-    return french > english and french >= len(words) / 10
+    return sum(word in _FRENCH for word in words), sum(word in _ENGLISH for word in words), len(words)
 
 
 def is_one_sentence(text: str) -> bool:

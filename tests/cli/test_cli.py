@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from command_line import DEMONSTRATIONS, INPUTS, fit_arguments
+from fits import readable
+from models import make_model
 
 from lit_thought import ThoughtPatch
 from lit_thought.cli import main
@@ -109,3 +112,50 @@ def test_null_is_nothing_and_no_path_of_that_name(
     with pytest.raises(SystemExit):
         main(["fit", f"--pairs={tmp_path / 'pairs.jsonl'}", f"--out={tmp_path / 'out'}", *arguments])
     assert "all settings were read" in capsys.readouterr().err
+
+
+def test_a_fit_ends_with_its_verdict(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*fit_arguments(files, "two words"), "--verdict=2"])
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == (
+        f"Talk to it: lit-thought chat '{files / 'two words'}' --model {files / 'model'}"
+    )
+    assert said.out.startswith("On 2 inputs of the fit itself: accuracy, patched ")
+    assert "Unrelated text: perplexity × " in said.out
+    assert re.search(r"^Each query saves \d+ of \d+ prompt tokens\.$", said.out, re.M)
+    assert re.findall(r"^> (.*)$", said.out, re.M) == INPUTS[-2:]
+    main([*fit_arguments(files, "validated"), f"--val_pairs={files / 'test.json'}", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["verdict"]["inputs"] == "validation inputs"
+    command = ["evaluate", f"--model={files / 'model'}", f"--adapter={files / 'validated'}", "--json"]
+    main([*command, f"--pairs={files / 'test.json'}", "--perplexity_interval=0.02"])
+    other = json.loads(capsys.readouterr().out)
+    assert {**record["verdict"], **other} == {**record["verdict"], "format": 1, "adapter": other["adapter"]}
+
+
+def test_a_verdict_on_inputs_that_are_written_anew(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readable(make_model("llama").float()).save_pretrained(files / "model")
+    arguments = [one for one in fit_arguments(files) if not one.startswith("--pairs")]
+    main([*arguments, "--inputs=3", "--verdict=2", "--max_new_tokens=4", "--json"])
+    found = json.loads(capsys.readouterr().out)["verdict"]
+    fitted = ThoughtPatch.load(files / "adapter").provenance["inputs"]["pairs"]
+    assert found["inputs"] == "other inputs, written anew"
+    assert found["pairs"] == 2
+    assert not {item["input"] for item in found["items"]} & {pair["input"] for pair in fitted}
+    main([*arguments, "--inputs=3", "--verdict=0", "--max_new_tokens=4", "--json", "--overwrite"])
+    assert json.loads(capsys.readouterr().out)["verdict"] is None
+
+
+@pytest.mark.parametrize("folder", [None, "half done"])
+def test_an_interrupted_fit_says_how_to_go_on(
+    folder: str | None, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_thought.fit.api.fit", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main([*fit_arguments(files), *([] if folder is None else [f"--resume_dir={files / folder}"])])
+    err = capsys.readouterr().err
+    assert ("With --resume_dir FOLDER, the same command goes on" in err) == (folder is None)
+    assert (f"The finished layers are in {files / 'half done'}" in err) == (folder is not None)

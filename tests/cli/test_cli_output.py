@@ -117,10 +117,15 @@ def check_inputs(record: dict[str, Any], folder: Path) -> None:
     assert record["kind"] == "demonstrations"
 
 
+def check_chat(record: dict[str, Any], folder: Path) -> None:
+    assert [answers["message"] for answers in record["answers"]] == ["fox", "dog"]
+
+
 LINES, FORM = "--instruction=hot\ncold\nbig\nsmall\n", "--template={input}\n{output}\n"
 CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
     "fit": ([*FIT, "--out=new"], check_fit),
     "evaluate": ([*EVALUATE, "--out=new"], check_evaluate),
+    "chat": (["chat", "adapter", "--model=model", "--max_new_tokens=2"], check_chat),
     "report": (["report", "adapter", "--out=new"], check_report),
     "export": (["export", "adapter", "--out=new"], check_export),
     "solve": (["solve", "--statistics=sums", "--out=new"], check_solve),
@@ -147,9 +152,12 @@ def clean(fitted: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_json_is_all_there_is_and_quiet_is_quiet(name: str, clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_all_there_is_and_quiet_is_quiet(
+    name: str, clean: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if name == "report":
         pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fox\ndog\n"))
     words, check = CASES[name]
     main([*words, "--json", "--quiet"])
     said = capsys.readouterr()
@@ -159,14 +167,14 @@ def test_json_is_all_there_is_and_quiet_is_quiet(name: str, clean: Path, capsys:
 
 
 def test_every_command_that_needs_no_network_is_tried() -> None:
-    assert CASES.keys() == COMMANDS.keys() - {"push"}
+    assert CASES.keys() == COMMANDS.keys() - {"push", "demo"}  # which ends with Ctrl-C
 
 
 def test_messages_and_bars_go_to_standard_error(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*FIT, "--out=new", "--json"])
     said = capsys.readouterr()
     json.loads(said.out)
-    for text in ("Loading model", "Block 1 of 3", "Wrote a rank-4 adapter"):
+    for text in ("Loading model", "Fitting", "error left ", "Wrote a rank-4 adapter"):
         assert text in said.err
 
 

@@ -23,7 +23,7 @@ from models import make_model, make_tokenizer
 from recipes.harness import ROOT
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "recipes").rglob("*.yaml"))}
-COMMAND = re.compile(r"^# +python (?:-m )?(recipes\S+) --config (\S+)", re.MULTILINE)
+COMMAND = re.compile(r"^# +python (?:-m )?(recipes\S+)(?: fit)? --config (\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def test_chat_with_a_default_system_message(caplog: pytest.LogCaptureFixture, mo
     start, stop = pair.output_span
     assert text(WITHOUT_BOS, pair.plain_ids[start:stop]) == "down"
     check_invariants(pair)
-    assert [record.levelno for record in caplog.records if record.name == "lit_thought"] == [logging.WARNING]
+    assert [record.levelno for record in caplog.records if record.name == "lit_thought"] == [logging.INFO]
 
 
 def test_chat_whose_system_message_goes_away_whole() -> None:

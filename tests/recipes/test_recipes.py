@@ -17,6 +17,7 @@ import yaml
 from models import make_model, make_tokenizer
 from recipe_runs import CONFIGS, models, run_recipe, script_of
 
+from lit_thought import load_model, transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.streams import lead_cache
@@ -45,7 +46,12 @@ ANTONYMS = "--tasks=[common_words/antonym]"
 
 def test_every_recipe_has_a_test() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py")))
-    named = set(re.findall(r'run_recipe\(\s*"(\w+)"', tests)) | {"quickstart", "document", "document_variants"}
+    named = set(re.findall(r'run_recipe\(\s*"(\w+)"', tests)) | {
+        "quickstart",
+        "lightning_cli",
+        "document",
+        "document_variants",
+    }
     assert named == CONFIGS.keys() - {"versions"}, "versions makes environments; its parts are tested"
 
 
@@ -87,6 +93,28 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "| accuracy (exact match) |" in done.stdout
     assert float(done.stdout.split("patched model: ")[1].split()[0]) < 1e-4
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_lightning_cli(tmp_path: Path) -> None:
+    """By the command that its config begins with, but for the model: the patch of transmute with the same arguments."""
+    config = CONFIGS["lightning_cli"]
+    command = [sys.executable, str(script_of("lightning_cli")), "fit", f"--config={config}"]
+    command += [f"--model.model={models() / 'llama'}", "--data.max_new_tokens=3"]
+    environment = {**os.environ, "LIT_THOUGHT_CACHE": str(models() / "cache"), "PYTHONPATH": str(ROOT)}
+    for _ in range(2):  # the second one overwrites
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "| 6/6 [" in done.stderr
+    out = tmp_path / "out" / "lightning_cli"
+    assert len((out / "version_1" / "metrics.csv").read_text(encoding="utf-8").splitlines()) == 1 + 6
+    assert (out / "version_1" / "config.yaml").is_file()
+    given = yaml.safe_load(config.read_text(encoding="utf-8"))
+    data = {**given["data"], "max_new_tokens": 3}
+    model, tokenizer = load_model(models() / "llama", **given["model"]["load"])
+    wanted = transmute(model, tokenizer, **data, rank=16, cache_dir=models() / "cache", progress=False)
+    found = ThoughtPatch.load(out / "adapter")
+    assert patch_difference(found, wanted) < 1e-6
+    assert found.provenance["settings"] == wanted.provenance["settings"]
 
 
 def test_word_tasks(tmp_path: Path) -> None:

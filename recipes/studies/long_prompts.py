@@ -1,0 +1,319 @@
+"""What people really pay for: long system prompts, made into weights from nothing but their text.
+
+    python -m recipes.studies.long_prompts --config recipes/studies/long_prompts.yaml
+
+Eight prompts of 500 to 3,200 tokens, as products have them, each with thirty messages that say what their answers are
+to be checked for (recipes/data/long_prompts, long_prompt_rules.py). A patch is fitted on the prompt alone, and plain,
+instructed and patched answers are checked by the same rules. Beside them stand the figures of ``evaluate``, what a
+query costs, measured side by side on the same messages (with the prompt read for each query, with the prompt's keys and
+values kept, and with the patch), and what making the patch costs against one pass over what it was fitted to: the
+prompt once, and all inputs after it. Writes a Markdown and a JSON table after every fit; ``--done`` takes these over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought import PromptTemplate, ThoughtPatch, load_model
+from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.patch.results import RUNS
+from lit_thought.prompts.batches import common_prefix
+from lit_thought.runs.generate import generate
+from lit_thought.runs.streams import lead_cache
+from lit_thought.timing import Stopwatch
+from recipes.harness import DATA, command_line, machine, provenance, shown, table, write_results
+from recipes.studies.instruction_alone import OWN_TEXT_HEAD, fit_and_score, own_text_cells
+from recipes.studies.long_prompt_rules import RULES, kept
+
+FOLDER = DATA / "long_prompts"
+TEMPLATE = PromptTemplate.chat()
+WAYS = ("instructed", "prompt kept", "patched")
+"""How a query is answered: with the prompt read anew, after the prompt's keys and values, without the prompt."""
+
+
+class LongPrompt(NamedTuple):
+    """A system prompt, the rules for all of its answers, and messages, each with those for its own."""
+
+    name: str
+    title: str
+    chunk: str
+    rules: dict[str, Any]
+    messages: tuple[dict[str, Any], ...]
+
+    def rules_of(self, message: str) -> dict[str, Any]:
+        """All rules that the answer to a message is checked for."""
+        own = next(row["rules"] for row in self.messages if row["input"] == message)
+        return {**self.rules, **own}
+
+
+def load_prompt(name: str) -> LongPrompt:
+    """Read recipes/data/long_prompts/<name>.txt and .json, or files of that form.
+
+    Raises:
+        ThoughtError: There are no such files, they lack something, or they state a rule that there is not.
+    """
+    path = FOLDER / f"{name}.json"
+    path = path if path.is_file() else Path(name).with_suffix(".json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        chunk = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        messages = tuple({"input": row["input"], "rules": dict(row["rules"])} for row in data["messages"])
+        own = LongPrompt(path.stem, data["title"], chunk, dict(data.get("rules", {})), messages)
+        for rules in (own.rules, *(row["rules"] for row in messages)):
+            for rule, wanted in rules.items():
+                if not isinstance(wanted, RULES[rule].wants):
+                    raise TypeError(f"the rule {rule} wants a {RULES[rule].wants.__name__}, not {wanted!r}")
+            kept("", rules)
+        return own
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = ", ".join(sorted(own.stem for own in FOLDER.glob("*.json")))
+        raise ThoughtError(
+            f"prompts: expected some of {known}, or JSON files with title and messages (input, rules), each beside "
+            f"its prompt as .txt, with rules of {', '.join(RULES)}; got {name!r} ({type(error).__name__}: {error}); "
+            "correct the name or the files."
+        ) from error
+
+
+def long_prompts(
+    model: str = "smollm2",
+    prompts: Sequence[str] = (
+        "shop_support",
+        "ticket_labels",
+        "code_helper",
+        "clinic_desk",
+        "museum_guide",
+        "tool_assistant",
+        "product_persona",
+        "style_editor",
+    ),
+    seeds: Sequence[int] = (0,),
+    test: int = 30,
+    answer_tokens: int = 64,
+    timed: int = 8,
+    fit: Mapping[str, Any] | None = None,
+    unrelated: bool = True,
+    out: str = "recipes/results/long_prompts",
+    done: Sequence[str] = (),
+) -> None:
+    """Fit and test every prompt and seed."""
+    check_counts(test=test, answer_tokens=answer_tokens, timed=timed)
+    chosen = [load_prompt(name) for name in prompts]
+    settings = {"test": test, "answer_tokens": answer_tokens, "timed": timed, "fit": dict(fit or {})}
+    runs = earlier(done, shown(model), settings)
+    finished = {(run["name"], run["seed"]) for run in runs}
+    lm, tokenizer = load_model(model)
+    for own in chosen:
+        waiting = [seed for seed in seeds if (own.name, seed) not in finished]
+        evaluation = evaluation_of(lm, tokenizer, own, test, answer_tokens, unrelated) if waiting else None
+        for seed in waiting:
+            assert evaluation is not None
+            how = {
+                "kind": "system",
+                "max_new_tokens": answer_tokens,
+                "progress": False,
+                **settings["fit"],
+                "seed": seed,
+            }
+            patch, measured = fit_and_score(evaluation, own.chunk, None, None, how)
+            run = {"name": own.name, "title": own.title, "seed": seed, **checked(own, measured["items"]), **measured}
+            run["query"] = query_seconds(evaluation, patch, timed)
+            run["pass_seconds"] = pass_seconds(evaluation, own.chunk, patch)
+            runs.append({**run, "machine": machine(lm.device), "commit": provenance()["commit"]})
+            record = {"model": shown(model), "settings": settings, "runs": runs}
+            record["commit"] = ", ".join(dict.fromkeys(str(run["commit"]) for run in runs))
+            write_results(__file__, out, _page(runs), record)
+
+
+def earlier(files: Iterable[str], model: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of earlier results.
+
+    Raises:
+        ThoughtError: They are of another model or other settings.
+    """
+    runs = []
+    for file in files:
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        if (record["model"], record["settings"]) != (model, settings):
+            raise ThoughtError(
+                f"done: expected results of {model} with {dict(settings)}; {file} is of {record['model']} with "
+                f"{record['settings']}; leave it out, or set the same."
+            )
+        runs += record["runs"]
+    return runs
+
+
+def evaluation_of(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    own: LongPrompt,
+    test: int,
+    answer_tokens: int,
+    unrelated: bool,
+) -> Evaluation:
+    """The plain and the instructed answers to a prompt's messages; its check is of the rules for all of them."""
+    return Evaluation(
+        *(lm, tokenizer),
+        instruction=own.chunk,
+        pairs=[{"input": row["input"]} for row in own.messages[:test]],
+        template=TEMPLATE,
+        check=(lambda text: all(kept(text, own.rules).values())) if own.rules else None,
+        max_new_tokens=answer_tokens,
+        unrelated="default" if unrelated else None,
+        progress=False,
+    )
+
+
+def checked(own: LongPrompt, items: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """How many rules there are, and how many each run follows, by kind; items get the kinds that they ``missed``."""
+    stated: Counter[str] = Counter()
+    followed: dict[str, Counter[str]] = {run: Counter() for run in RUNS}
+    for item in items:
+        rules = own.rules_of(item["input"])
+        stated.update(rules.keys())
+        item["missed"] = {}
+        for run in RUNS:
+            found = kept(item[run], rules)
+            followed[run].update(kind for kind, holds in found.items() if holds)
+            item["missed"][run] = [kind for kind, holds in found.items() if not holds]
+    return {"rules": {kind: {"stated": n, **{run: followed[run][kind] for run in RUNS}} for kind, n in stated.items()}}
+
+
+def query_seconds(evaluation: Evaluation, patch: ThoughtPatch, timed: int) -> dict[str, float]:
+    """Mean seconds of a query, answered alone, in each of the :data:`WAYS`, and seconds to read the prompt once."""
+    prompts = evaluation.prompts[:timed]
+    model, tokenizer = evaluation.model, evaluation.tokenizer
+    instructed = [prompt.instructed_ids for prompt in prompts]
+    shared = instructed[0][: common_prefix(instructed)]
+
+    def answer(ids: Sequence[Sequence[int]]) -> float:
+        start = Stopwatch.now()
+        generate(model, tokenizer, ids, max_new_tokens=evaluation.max_new_tokens, batch_size=1)
+        return Stopwatch.now() - start
+
+    spent: dict[str, list[float]] = {"instructed": [], "patched": []}
+    for prompt in prompts:
+        spent["instructed"].append(answer([prompt.instructed_ids]))
+        with patch.applied(model):
+            spent["patched"].append(answer([prompt.plain_ids]))
+    start = Stopwatch.now()
+    lead_cache(model, shared)
+    reading = Stopwatch.now() - start
+    return {
+        "instructed": mean(spent["instructed"]),
+        "prompt kept": (answer(instructed) - reading) / len(prompts),
+        "patched": mean(spent["patched"]),
+        "reading": reading,
+    }
+
+
+def pass_seconds(evaluation: Evaluation, chunk: str, patch: ThoughtPatch) -> float:
+    """Seconds in which the model reads the prompt once and every input that the patch was fitted to after it."""
+    inputs = [pair["input"] for pair in patch.provenance["inputs"]["pairs"]]
+    template = PromptTemplate.from_dict(patch.provenance["template"])
+    prompts = [template.tokenise(evaluation.tokenizer, chunk, text).instructed_ids for text in inputs]
+    start = Stopwatch.now()
+    generate(evaluation.model, evaluation.tokenizer, prompts, max_new_tokens=1)
+    return Stopwatch.now() - start
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def total(run: Mapping[str, Any], which: str) -> int:
+    """Rules of all kinds that a run follows, or that are ``stated``."""
+    return sum(counts[which] for counts in run["rules"].values())
+
+
+def ratio(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Rules followed by the patched model against those followed by the instructed one; None where that has none."""
+    instructed = sum(total(run, "instructed") for run in runs)
+    return sum(total(run, "patched") for run in runs) / instructed if instructed else None
+
+
+def answer_line(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The study's answer in one sentence."""
+    sizes = [round(run["prompt_tokens"]["saved"]) for run in runs]
+    counts = {which: sum(total(run, which) for run in runs) for which in ("stated", *RUNS)}
+    each = {f"{run['name']}, seed {run['seed']}": ratio([run]) for run in runs}
+    known = {name: value for name, value in each.items() if value is not None}
+    line = f"A patch made of nothing but a prompt (patches: {len(runs)}; tokens saved a query: {min(sizes):,} to "
+    line += f"{max(sizes):,}) follows {counts['patched']} of {counts['stated']} rules, where the instructed model "
+    line += f"follows {counts['instructed']} and the plain one {counts['plain']}"
+    if known:
+        worst = min(known, key=lambda name: known[name])
+        line += f": {ratio(runs):.2f} times as many as instructed, {known[worst]:.2f} at least ({worst})"
+    query = {way: mean(run["query"][way] for run in runs) for way in WAYS}
+    line += f"; a query takes {query['patched']:.2f} s in the place of {query['instructed']:.2f} s"
+    line += f" ({query['prompt kept']:.2f} s where the prompt's keys and values are kept)"
+    making = mean(run["seconds"] for run in runs), mean(run["seconds"] / run["pass_seconds"] for run in runs)
+    line += f", making the patch {making[0]:.0f} s, {making[1]:.1f} times one pass over its inputs with the prompt"
+    worse = [run["perplexity_ratio"] for run in runs if run["perplexity_ratio"] is not None]
+    return line + (f", and unrelated perplexity is × {max(worse):.4f} at most." if worse else ".")
+
+
+def _two(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
+
+
+def _rules_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each run: rules followed, and the figures of its answers."""
+    head = ["prompt", "rules", *(f"followed: {which}" if which == RUNS[0] else which for which in RUNS)]
+    head += ["patched ÷ instructed", "same output", "KL, plain", "patched", *OWN_TEXT_HEAD]
+    rows = []
+    for run in runs:
+        cells = [f"{run['name']}, seed {run['seed']}", *(total(run, which) for which in ("stated", *RUNS))]
+        cells += [_two(ratio([run])), _two(run["fidelity"])]
+        cells += [f"{run['output_kl'][which]:.3f}" for which in ("plain", "patched")]
+        rows.append([*cells, *own_text_cells(run)])
+    return table(head, rows)
+
+
+def _kinds_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each kind of rule, over all runs."""
+    rows = []
+    for kind in (kind for kind in RULES if any(kind in run["rules"] for run in runs)):
+        own = [{"rules": {kind: run["rules"][kind]}} for run in runs if kind in run["rules"]]
+        counts = {which: sum(total(run, which) for run in own) for which in ("stated", *RUNS)}
+        shares = (f"{counts[which] / counts['stated']:.2f}" for which in RUNS)
+        rows.append([kind, len(own), counts["stated"], *shares, _two(ratio(own))])
+    head = ["rule", "patches", "answers", *(f"share: {which}" if which == RUNS[0] else which for which in RUNS)]
+    return table([*head, "patched ÷ instructed"], rows)
+
+
+def _costs_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each run: what a query and what the patch costs."""
+    head = ["prompt", "tokens saved a query", *(f"seconds a query: {way}" if way == WAYS[0] else way for way in WAYS)]
+    head += ["saved", "seconds to read the prompt", "inputs written", "taken for", "seconds to make the patch"]
+    head += ["of these writing", "one pass over its inputs, s", "making ÷ pass", "queries until it pays"]
+    rows = []
+    for run in runs:
+        query, inputs = run["query"], run["inputs"]
+        saved = query["instructed"] - query["patched"]
+        cells = [f"{run['name']}, seed {run['seed']}", f"{run['prompt_tokens']['saved']:,.0f}"]
+        cells += [*(_two(query[way]) for way in WAYS), _two(saved), _two(query["reading"])]
+        cells += [inputs["count"], inputs["kind"], f"{run['seconds']:.0f}"]
+        cells += [f"{run['seconds_by_part'].get('write', 0):.0f}", f"{run['pass_seconds']:.1f}"]
+        cells.append(f"{run['seconds'] / run['pass_seconds']:.1f}")
+        cells.append(f"{run['seconds'] / saved:,.0f}" if saved > 0 else None)
+        rows.append(cells)
+    return table(head, rows)
+
+
+def _page(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The answer, and what it rests on."""
+    parts = [f"**{answer_line(runs)}**\n", f"## Rules\n\n{_rules_table(runs)}"]
+    parts += [f"## Rules by kind\n\n{_kinds_table(runs)}", f"## Costs\n\n{_costs_table(runs)}"]
+    parts.append("\n".join(f"Measured on {name}." for name in dict.fromkeys(run["machine"] for run in runs)))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    command_line(long_prompts)
