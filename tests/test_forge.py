@@ -149,8 +149,9 @@ def test_issue_forms(name: str) -> None:
 
 def test_what_the_policy_names_is_there() -> None:
     policy = " ".join((ROOT / ".github/SECURITY.md").read_text(encoding="utf-8").split())
-    assert 'README\'s section "Safety"' in policy
-    assert "\n## Safety\n" in README
+    linked = re.findall(r"\]\(([^)]+)\)", policy)
+    assert "../recipes/site/pages/safety.md" in linked
+    assert all((ROOT / ".github" / path).exists() for path in linked)
     assert all((ROOT / path).exists() for path in re.findall(r"`(tests/\S+)`", policy))
 
 

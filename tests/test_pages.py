@@ -13,7 +13,10 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ import torch
 from models import make_model, make_tokenizer
 from patches import make_vectors, uneven
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import lit_thought
 from lit_thought import ThoughtPatch
 from lit_thought.cli import COMMANDS, main
 from lit_thought.inputs import pen
+from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.runs.generate import Generation
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +42,7 @@ PAGES = {
 MODELS = ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m")
 SMALL = {
     "fit": ["--model=base", "--preserve_tokens=300", "--max_new_tokens=3", "--progress=false"],
+    "chat": ["--model=base", "--max_new_tokens=3"],
     "evaluate": ["--model=base", "--max_new_tokens=3", "--progress=false"],
     "inputs": ["--model=base", "--progress=false"],
     "preserve": ["--preserve_tokens=300", "--progress=false"],
@@ -47,8 +53,8 @@ SMALL = {
 INLINE = re.compile(r"`(lit-thought\s[a-z]+\s[^`]*)`")
 """A command between words: run where it is whole, that is names what it works on, in the pages' names of files."""
 
-NEEDS_A_HUB = {"push"}
-"""Commands whose lines are only checked against the options that there are."""
+NOT_RUN = {"demo", "push"}
+"""Commands whose lines are only checked against the options that there are: they need a hub, or serve until Ctrl-C."""
 
 READ = {"curl", "llama-server", "mkdocs", "mypy", "pip", "python", "ruff", "vllm"}
 """Programs whose lines are only read: they need a server, or .ci/run or another test has them run. ``python`` runs
@@ -83,8 +89,10 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model("llama", torch.bfloat16).float()
     model.save_pretrained(folder / "base")
     make_tokenizer(chat=True).save_pretrained(folder / "base")
-    uneven(model).save_adapter(folder / "antonym")
-    uneven(model, 5).save_adapter(folder / "pirate")
+    for seed, name in ((1, "antonym"), (5, "pirate")):
+        patch = uneven(model, seed)
+        known = {**patch.provenance, "template": PromptTemplate(DEFAULT_TEMPLATE).to_dict()}
+        ThoughtPatch(patch.factors, known).save_adapter(folder / name)
     vectors = {path: value for path, value in make_vectors(model).items() if re.search(r"[12]\.mlp", path)}
     known = {**uneven(model).provenance, "d_in": dict.fromkeys(vectors, 48)}
     ThoughtPatch({}, known, vectors).save_adapter(folder / "cats")
@@ -105,7 +113,8 @@ def _words_for_tiny_models(request: pytest.FixtureRequest, monkeypatch: pytest.M
 
 
 def written(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> list[Generation]:
-    return [Generation(f"number {i} of the words?", True) for i in range(len(prompts))]
+    """Short enough for a list of words, and about the document of the tutorial."""
+    return [Generation(f"is {i} of Orrin?", True) for i in range(len(prompts))]
 
 
 @pytest.fixture
@@ -134,6 +143,8 @@ def test_python(page: str, place: Path) -> None:
         assert {"antonym", "pirate"} == set(names["model"].peft_config)
     elif page.endswith("resume.md"):
         assert ThoughtPatch.load("both").rank == 8
+    elif page.endswith("theory.md"):
+        assert Path("steering.gguf").is_file()
     elif page.endswith("secret_instruction.md"):
         written = "".join(path.read_text("utf-8") for path in Path("secret").iterdir() if path.suffix != ".safetensors")
         assert "Heron" not in written
@@ -155,7 +166,8 @@ def lines_in_text() -> dict[str, list[str]]:
     found = {}
     for name, command in COMMANDS.items():
         for line in re.findall(r"^ *Example: (.*)$", command.__doc__ or "", re.MULTILINE):
-            found[f"{name} --help"] = shlex.split(line)
+            words = shlex.split(line)
+            found[f"{name} --help"] = words[words.index("lit-thought") :]
     for page, text in PAGES.items():
         for line in INLINE.findall(text):
             words = shlex.split(line)
@@ -191,7 +203,8 @@ def test_lines_between_words(name: str, fitted: Path, tmp_path: Path, monkeypatc
 
 
 def test_the_lines_between_words_are_those() -> None:
-    assert {f"{name} --help" for name in COMMANDS} | {"README.md: lit-thought solve"} <= lines_in_text().keys()
+    page = "recipes/site/pages/command_line/index.md"
+    assert {f"{name} --help" for name in COMMANDS} | {f"{page}: lit-thought solve"} <= lines_in_text().keys()
 
 
 def test_a_control_vector_needs_a_fit_of_vectors(
@@ -216,12 +229,14 @@ def test_a_control_vector_needs_a_fit_of_vectors(
 def run_ours(words: list[str]) -> None:
     """A line of ours, in this process; it must do what it says, and write what it names."""
     words = ["base" if word in MODELS else word for word in words]
-    if words[0] in NEEDS_A_HUB:
+    if words[0] in NOT_RUN:
         with pytest.raises(SystemExit) as stop:
             main([*words, "--print_config"])
         assert stop.value.code in (0, None)
         return
-    main([*words, *SMALL.get(words[0], [])])
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(sys, "stdin", StringIO("How do I bake bread?\n"))  # what chat is asked
+        main([*words, *SMALL.get(words[0], [])])
     for option in ("--out", "--output"):
         if option in words:
             assert Path(words[words.index(option) + 1]).exists()
@@ -261,28 +276,39 @@ def test_the_lines_that_are_only_read_are_those() -> None:
 
 @pytest.mark.real_model
 def test_the_python_of_the_readme(smollm2: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the model of all tests in the place of one loaded anew."""
+    """With the model of all tests in the place of one loaded anew, and fitted to fewer and shorter inputs."""
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr(lit_thought, "load_model", lambda name: (asked.append(name), smollm2)[1])
+    monkeypatch.setattr(lit_thought, "transmute", partial(lit_thought.transmute, inputs=16, max_new_tokens=12))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: (asked.append(name), smollm2[0])[1])
     before = {name: value.clone() for name, value in smollm2[0].state_dict().items()}
-    job, own, peft, lightning, steering = blocks("README.md", "python")
+    job, chat, peft = blocks("README.md", "python")
     names: dict[str, Any] = {}
     exec(job, names)
-    assert names["patch"].provenance["inputs"]["kind"] == "demonstrations"
-    exec(own, names)
-    assert names["patch"].provenance["inputs"]["count"] == 16
-    assert asked == ["smollm2"]
-    assert (tmp_path / "antonym" / "adapter_config.json").is_file()
-    assert 0 <= names["result"]["fidelity"] <= 1
-    exec(lightning, names)
-    assert names["callback"].patch.rank == 16
-    assert (tmp_path / "antonym_too" / "adapter_config.json").is_file()
-    exec(steering, names)
-    assert names["steering"].targets == ("model.layers.10.mlp.down_proj",)
-    assert (tmp_path / "cats" / "adapter_config.json").is_file()
-    assert (tmp_path / "cats.gguf").is_file()
+    assert names["patch"].provenance["inputs"]["kind"] == "system"
+    assert (tmp_path / "pirate" / "adapter_config.json").is_file()
+    exec(chat, names)
+    assert names["answers"].patched.text != names["answers"].plain.text
     exec(peft, names)  # last, since PEFT changes the model in place
-    assert isinstance(names["model"], PeftModel)
-    names["model"].unload()
+    assert isinstance(names["served"], PeftModel)
+    names["served"].unload()
+    assert asked == ["smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"]
     assert all(before[name].equal(value) for name, value in smollm2[0].state_dict().items())
+
+
+def test_the_readme_quotes_what_was_written() -> None:
+    """In its table of three answers; an answer that goes on is cut at an ellipsis."""
+    (quoted,) = re.findall(r"^\| chunk, question .*\n\|[-|]+\n((?:\|.*\n)+)", PAGES["README.md"], re.MULTILINE)
+    items = {}
+    for study, name in (("words", "antonym"), ("system", "pirate")):
+        record = json.loads((ROOT / f"recipes/results/instruction_alone_{study}.json").read_text("utf-8"))
+        (run,) = (run for run in record["runs"] if (run["name"], run["fit"]) == (name, "written"))
+        items |= {item["input"]: item for item in run["items"]}
+    for row in quoted.splitlines():
+        question, *answers = (cell.strip() for cell in row.strip("|").split(" | "))
+        (item,) = (item for asked, item in items.items() if question.replace("*", "").endswith(f" {asked}"))
+        for run, answer in zip(("plain", "instructed", "patched"), answers, strict=True):
+            assert item[run].startswith(answer.removesuffix(" …"))
+            assert answer.endswith(" …") or item[run] == answer
+    assert len(quoted.splitlines()) >= 2

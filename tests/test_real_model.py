@@ -1,4 +1,4 @@
-"""The main job on the embedded SmolLM2: the figures that the README promises, with room for other machines."""
+"""The main job on the embedded SmolLM2: the figures that the tutorial of demonstrations promises, within some room."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 import lit_thought
+from lit_thought.cli import COMMANDS, main
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +100,7 @@ def test_all_pages_are_there(pages: dict[str, Html]) -> None:
 
     config = yaml.safe_load((SITE / "mkdocs.yml").read_text("utf-8"))
     wanted = {*named(config["nav"]), "results/index.md", *(f"results/{path.name}" for path in RESULTS.glob("*.md"))}
+    wanted |= {f"command_line/{command}.md" for command in COMMANDS}
     wanted |= {path.relative_to(SITE / "pages").as_posix() for path in (SITE / "pages").rglob("*.md")}
     assert len(wanted) > 35
     assert {re.sub(r"\.md$", ".html", name) for name in wanted} <= pages.keys()
@@ -107,7 +109,7 @@ def test_all_pages_are_there(pages: dict[str, Html]) -> None:
 
 
 def test_what_has_its_home_elsewhere_is_the_same(site: Path, pages: dict[str, Html]) -> None:
-    homes = {"README.md": "index", "recipes/README.md": "guide", "recipes/serving.md": "how_to/serving"}
+    homes = {"recipes/README.md": "guide", "recipes/serving.md": "how_to/serving"}
     homes |= {f"recipes/results/{path.name}": f"results/{path.stem}" for path in RESULTS.glob("*.md")}
     for home, page in homes.items():
         words = re.findall(
@@ -116,6 +118,11 @@ def test_what_has_its_home_elsewhere_is_the_same(site: Path, pages: dict[str, Ht
         assert set(words) <= set(re.findall(r"[^\W_]{4,}", pages[f"{page}.html"].text)), home
     for figure in RESULTS.glob("*.svg"):
         assert (site / "results" / figure.name).read_bytes() == figure.read_bytes()
+    home, readme = pages["index.html"].text, (ROOT / "README.md").read_text("utf-8")
+    for heading in ("The same question, three times", "Try it", "Beside other ways"):
+        assert heading in home
+        part = re.sub(r"\]\(.*?\)", "", readme.partition(f"## {heading}\n")[2].partition("\n## ")[0])
+        assert set(re.findall(r"[^\W_]{4,}", part)) <= set(re.findall(r"[^\W_]{4,}", home)), heading
     limits = pages["limits.html"].text
     assert "Gemma 3n" in limits
     assert "Look things up" in limits
@@ -160,23 +167,59 @@ def test_docstrings_become_links_examples_and_formulas(site: Path, pages: dict[s
     assert "Δ(I) = argmin_M Σ wᵢ ‖M aᵢ − δᵢ‖²" in pages["api/theory.html"].text
 
 
-def test_the_command_line_is_its_help(pages: dict[str, Html], capsys: pytest.CaptureFixture[str]) -> None:
-    page = pages["command_line.html"]
-    with pytest.raises(SystemExit):
-        lit_thought_main("--help")
-    commands = re.findall(r"^    ([a-z][\w-]+)  ", capsys.readouterr().out, re.MULTILINE)
-    assert {"fit", "evaluate", "export", "solve"} <= set(commands)
-    assert {f"lit-thought-{command}" for command in commands} <= page.ids
+def test_each_command_has_a_page_with_its_help(
+    pages: dict[str, Html], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert {"fit", "chat", "evaluate", "export", "solve"} <= COMMANDS.keys()
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        page = pages[f"command_line/{command}.html"]
+        assert f"lit-thought {command}" in page.text
+        assert capsys.readouterr().out.replace(" \b", "").strip() in page.text
+        assert f"{command}.html" in pages["command_line/index.html"].links
     settings = [*inspect.signature(lit_thought.transmute).parameters][2:]
-    assert "\b" not in page.text
-    fit = page.text.partition("usage: lit-thought [options] fit")[2].partition("usage:")[0]
-    assert {name for name in settings if f"--{name}" not in fit} == set()
+    assert {name for name in settings if f"--{name}" not in pages["command_line/fit.html"].text} == set()
 
 
-def lit_thought_main(*words: str) -> None:
-    from lit_thought.cli import main
+def test_results_say_what_was_found(pages: dict[str, Html], hooks: Any) -> None:
+    page = pages["results/index.html"]
+    groups = yaml.safe_load((SITE / "headlines.yml").read_text("utf-8"))
+    said = {name: sentence for group in groups.values() for name, sentence in group.items()}
+    assert said.keys() == {path.stem for path in RESULTS.glob("*.md")}
+    for name, sentence in said.items():
+        assert sentence in page.text
+        assert f"{name}.html" in page.links
+    assert {"compose.svg", "document.svg", "theory_kept.svg"} <= set(page.loaded)
 
-    main(list(words))
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"word_tasks": "It is 0.787."}, r"headlines\.yml: word_tasks: 0\.787 not in recipes/results/word_tasks\.md"),
+        ({"word_tasks": "It is 0.78."}, r"word_tasks: 0\.78 not in"),
+        ({"nothing": "It is 0.786."}, r"headlines\.yml and recipes/results differ: .*'nothing'"),
+    ],
+)
+def test_a_headline_that_its_study_does_not_bear_stops_the_build(
+    changed: dict[str, str], said: str, hooks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = yaml.safe_load(hooks.HEADLINES.read_text("utf-8"))
+    next(iter(groups.values())).update(changed)
+    (tmp_path / "headlines.yml").write_text(yaml.safe_dump(groups), "utf-8")
+    monkeypatch.setattr(hooks, "HEADLINES", tmp_path / "headlines.yml")
+    with pytest.raises(ValueError, match=said):
+        hooks.results_page()
+
+
+def test_the_readme_compares_with_figures_of_its_studies(hooks: Any) -> None:
+    section = (ROOT / "README.md").read_text("utf-8").partition("## Beside other ways\n")[2].partition("\n## ")[0]
+    studies = re.findall(r"\]\((recipes/results/\w+\.md)\)", section)
+    assert len(studies) == 3
+    known = {number for study in studies for number in hooks.figures((ROOT / study).read_text("utf-8"))}
+    known |= {f"{float(number):.0f}" for number in known if "." in number} | {"0", "1", "1.0", "30", "300"}
+    assert hooks.figures(re.sub(r"\(recipes.*?\)", "", section)) <= known
 
 
 # Without network
@@ -215,7 +258,16 @@ def test_in_a_browser_from_a_folder(
     width: int,
     scheme: str,
 ) -> None:
-    for name in ("index", "concepts", "api/index", "results/families"):
+    names = (
+        "index",
+        "tutorials/document",
+        "concepts",
+        "api/index",
+        "results/index",
+        "results/gallery",
+        "results/families",
+    )
+    for name in names:
         console, asked = visit(browser, site / f"{name}.html", width, scheme)
         assert console == []
         assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
@@ -252,26 +304,28 @@ def test_pictures_are_what_their_script_draws(tmp_path: Path, monkeypatch: pytes
     texts = {name: re.findall(r"<text[^>]*>([^<]*)<", text) for name, text in drawn.items()}
     assert {name: re.findall(r"<text[^>]*>([^<]*)<", text) for name, text in kept.items()} == texts
     assert all(len(words) > 5 for words in texts.values())
-    if all(f"Matplotlib v{matplotlib.__version__}," in text for text in kept.values()):  # others may round otherwise
-        assert kept == drawn
-    concepts = (SITE / "pages" / "concepts.md").read_text("utf-8")
-    assert {f"pictures/{name}" for name in kept} <= set(re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", concepts))
+    for name, text in kept.items():
+        if "Matplotlib v" not in text or f"Matplotlib v{matplotlib.__version__}," in text:  # others may round otherwise
+            assert text == drawn[name]
+    shown = "".join((SITE / "pages" / page).read_text("utf-8") for page in ("index.md", "concepts.md"))
+    assert {f"pictures/{name}" for name in kept} <= set(re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", shown))
+    assert "](recipes/site/pages/pictures/idea.svg)" in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
     ("home", "uri", "link", "wanted"),
     [
-        ("README.md", "index.md", "recipes/serving.md", "how_to/serving.md"),
-        ("README.md", "index.md", "recipes/README.md#troubleshooting", "guide.md#troubleshooting"),
-        ("README.md", "index.md", "lit_thought/model/discovery.py", "source/lit_thought/model/discovery.py.md"),
+        ("recipes/README.md", "guide.md", "serving.md", "how_to/serving.md"),
+        ("recipes/site/pages/index.md", "index.md", "../../README.md#troubleshooting", "guide.md#troubleshooting"),
+        ("recipes/README.md", "guide.md", "speed/gpu.py", "source/recipes/speed/gpu.py.md"),
         ("recipes/README.md", "guide.md", "results", "results/index.md"),
         ("recipes/README.md", "guide.md", "results/limits.md", "results/limits.md"),
         ("recipes/serving.md", "how_to/serving.md", "../README.md", "../index.md"),
         ("recipes/results/theory.md", "results/theory.md", "theory_kept.svg", "theory_kept.svg"),
         ("recipes/site/pages/how_to/resume.md", "how_to/resume.md", "../../../results/sweep.md", "../results/sweep.md"),
         ("recipes/site/pages/how_to/resume.md", "how_to/resume.md", "preservation.md", "preservation.md"),
-        ("README.md", "index.md", "nowhere.md", "nowhere.md"),
-        ("README.md", "index.md", "https://example.org/README.md", "https://example.org/README.md"),
+        ("recipes/README.md", "guide.md", "nowhere.md", "nowhere.md"),
+        ("recipes/README.md", "guide.md", "https://example.org/README.md", "https://example.org/README.md"),
     ],
 )
 def test_links_are_those_of_the_site(hooks: Any, home: str, uri: str, link: str, wanted: str) -> None:

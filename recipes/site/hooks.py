@@ -1,9 +1,12 @@
 """Puts into the site what has its home elsewhere in the repository, so that no text is there twice.
 
-README.md is the first page, recipes/README.md and recipes/serving.md are pages, and so is each of recipes/results with
-its figures. A script or module that a page links to becomes a page with its text, a recipe's with its config. Links
-stay as they work in the repository; here they are rewritten to where their targets are in the site. The page on the
-command line is what ``--help`` prints. A line ``<!-- section: FILE "Heading" -->`` stands for that section of a file.
+recipes/README.md and recipes/serving.md are pages, and so is each of recipes/results with its figures. A script or
+module that a page links to becomes a page with its text, a recipe's with its config. Links stay as they work in the
+repository; here they are rewritten to where their targets are in the site. The pages on the command line are what
+``--help`` prints. A line ``<!-- section: FILE "Heading" -->`` stands for that section of a file.
+
+The page of results has a sentence for each study, from headlines.yml; a figure in it that does not stand on the study's
+own page stops the build.
 """
 
 from __future__ import annotations
@@ -17,24 +20,33 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = "recipes/site/pages"
-MOVED = {"README.md": "index.md", "recipes/README.md": "guide.md", "recipes/serving.md": "how_to/serving.md"}
+MOVED = {"recipes/README.md": "guide.md", "recipes/serving.md": "how_to/serving.md"}
 """Where pages of the repository are in the site."""
+INSTEAD = {"README.md": "index.md", "recipes/results": "results/index.md"}
+"""What is linked to in the repository, and the page that the site has for it."""
+HEADLINES = ROOT / "recipes/site/headlines.yml"
+NOTHING_TO_SEE = {"document_variants"}
+"""Studies whose picture has a single point."""
 
 _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=(?:#[^)\s]*)?\))")
 _SECTION = re.compile(r'^<!-- section: (\S+) "(.+)" -->$', re.MULTILINE)
+_FIGURE = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?![\w])")
 _HIDDEN = "---\nsearch:\n  exclude: true\n---\n"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the results to the navigation."""
+    """Add the commands and the results to the navigation."""
     assert config.nav is not None
-    config.nav.append({"Results": ["results/index.md", *(f"results/{path.name}" for path in results())]})
+    lines = ["command_line/index.md", *(f"command_line/{command}.md" for command in commands())]
+    studies = [f"results/{path.name}" for path in results() if path.name != "gallery.md"]
+    config.nav += [{"Command line": lines}, {"Results": ["results/index.md", "figures.md", *studies]}]
     return config
 
 
@@ -49,7 +61,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for path in sorted((ROOT / "recipes/results").glob("*.svg")):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     files.append(File.generated(config, "results/index.md", content=results_page()))
-    files.append(File.generated(config, "command_line.md", content=command_line_page()))
+    for command in commands():
+        files.append(File.generated(config, f"command_line/{command}.md", content=command_page(command)))
     recipes = {recipe for path in results() if (recipe := recipe_of(path)) is not None}
     for source in sorted(recipes.union(*map(linked_sources, homes))):
         page = File.generated(
@@ -65,7 +78,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     if uri.startswith("source/"):
         return markdown
     home = repository_path(uri)
-    return _SECTION.sub(lambda match: section(match[1], match[2], uri), relinked(markdown, home, uri))
+    markdown = relinked(markdown, home, uri).replace("<!-- commands -->", command_list())
+    return _SECTION.sub(lambda match: section(match[1], match[2], uri), markdown)
 
 
 def repository_path(uri: str) -> str:
@@ -78,10 +92,8 @@ def repository_path(uri: str) -> str:
 
 def site_uri(path: str) -> str:
     """Where a file of the repository is in the site."""
-    if path in MOVED:
-        return MOVED[path]
-    if path == "recipes/results":
-        return "results/index.md"
+    if path in {**MOVED, **INSTEAD}:
+        return {**MOVED, **INSTEAD}[path]
     if path.startswith("recipes/results/"):
         return path.removeprefix("recipes/")
     if path.startswith(f"{PAGES}/"):
@@ -122,13 +134,39 @@ def titled(path: Path) -> str:
 
 
 def results_page() -> str:
-    """A list of the pages of figures, with the recipe that makes each."""
-    rows = ["# Results", "", "Figures as the recipes wrote them.", "", "| figures | recipe |", "|---|---|"]
-    for path in results():
-        recipe = recipe_of(path)
-        link = "the tests" if recipe is None else f"[{Path(recipe).stem}](../{site_uri(recipe)})"
-        rows.append(f"| [{path.stem}]({path.name}) | {link} |")
-    return "\n".join(rows) + "\n"
+    """What each study found, in a sentence, with its first picture; and the recipe that makes it.
+
+    Raises:
+        ValueError: A study has no headline, or one with a figure that its page does not have.
+    """
+    groups = yaml.safe_load(HEADLINES.read_text(encoding="utf-8"))
+    said = {name: sentence for group in groups.values() for name, sentence in group.items()}
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in results()}
+    if said.keys() != pages.keys():
+        raise ValueError(f"{HEADLINES.name} and recipes/results differ: {sorted(said.keys() ^ pages.keys())}.")
+    parts = [
+        "# Results",
+        "",
+        "What each study found, in a sentence; its page has all that was measured, and the command.",
+    ]
+    for group, headlines in groups.items():
+        parts += ["", f"## {group}"]
+        for name, sentence in headlines.items():
+            missing = sorted(figures(sentence) - figures(pages[name]))
+            if missing:
+                raise ValueError(f"{HEADLINES.name}: {name}: {', '.join(missing)} not in recipes/results/{name}.md.")
+            recipe = recipe_of(ROOT / f"recipes/results/{name}.md")
+            made = "the tests" if recipe is None else f"[{Path(recipe).stem}](../{site_uri(recipe)})"
+            title = titled(ROOT / f"recipes/results/{name}.md").partition("\n")[0].removeprefix("# ")
+            parts += ["", f"**[{title}]({name}.md).** {sentence} *By {made}.*"]
+            picture = re.search(r"^!\[.*\]\(.*\.svg\)$", pages[name], re.MULTILINE)
+            parts += ["", picture[0]] if picture and name not in NOTHING_TO_SEE else []
+    return "\n".join(parts) + "\n"
+
+
+def figures(text: str) -> set[str]:
+    """The numbers in a text, as they are written."""
+    return set(_FIGURE.findall(text))
 
 
 def recipe_of(path: Path) -> str | None:
@@ -173,15 +211,25 @@ def notebook_page(path: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def command_line_page() -> str:
-    """What ``lit-thought --help`` prints, and each command's help."""
-    top = help_of()
-    commands = re.search(r"\{([\w,-]+)\}", top)
-    assert commands is not None
-    parts = ["# Command line", "", "```text", top, "```"]
-    for command in commands[1].split(","):
-        parts += ["", f"## lit-thought {command}", "", "```text", help_of(command), "```"]
-    return "\n".join(parts) + "\n"
+def commands() -> list[str]:
+    """The commands, in the order of the help."""
+    found = re.search(r"\{([\w,-]+)\}", help_of())
+    assert found is not None
+    return found[1].split(",")
+
+
+def command_list() -> str:
+    """A line for each command, with what its help begins with."""
+    lines = ["| command | what it does |", "|---|---|"]
+    for command in commands():
+        about = help_of(command).split("\n\n")[1]
+        lines.append(f"| [lit-thought {command}]({command}.md) | {' '.join(about.split())} |")
+    return "\n".join(lines)
+
+
+def command_page(command: str) -> str:
+    """What ``lit-thought COMMAND --help`` prints."""
+    return f"# lit-thought {command}\n\n```text\n{help_of(command)}\n```\n"
 
 
 def help_of(*command: str) -> str:

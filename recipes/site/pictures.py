@@ -1,10 +1,11 @@
-"""Draws the pictures of the page on concepts, into recipes/site/pages/pictures.
+"""Draws the pictures of the documentation, into recipes/site/pages/pictures.
 
     python -m recipes.site.pictures
 
-Three are schematic: the two runs and their shared tokens, what a block adds to the residual stream, the order of a
-fit. Two show figures of recipes/results: which one change does how much, and what preservation and ridge trade. The
-same command writes the same bytes.
+The first says it all at once, light or dark as the reader's system is: a prompt with its chunk, and an adapter in the
+chunk's place. Three are schematic: the two runs and their shared tokens, what a block adds to the residual stream, the
+order of a fit. Two show figures of recipes/results: which one change does how much, and what preservation and ridge
+trade. The same command writes the same bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lit_thought.files import atomic_file
+from recipes.harness import load_split
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
@@ -220,6 +222,72 @@ def trade(figure: Figure) -> None:
     axes.legend(frameon=False)
 
 
+def idea() -> str:
+    """A prompt of demonstrations and a query, token by token, and the same query with an adapter."""
+    (run,) = (run for run in _read("instruction_alone_words")["runs"] if (run["name"], run["fit"]) == ("antonym", FIT))
+    before, after = (round(run["prompt_tokens"][which]) for which in ("instructed", "plain"))
+    (item,) = (item for item in run["items"] if item["input"] == "happy")
+    first = load_split("common_words/antonym", run["seed"]).shown
+    query = f"Q: {item['input']}"
+    parts = [
+        _text(20, 38, "The prompt", "title"),
+        _box(20, 54, 230, 112, "chunk"),
+        *(_text(34, 80 + 24 * n, f"Q: {own['input']} A: {own['output']}", "code") for n, own in enumerate(first[:3])),
+        _text(34, 80 + 24 * 3, f"… {len(first) - 3} more", "code soft"),
+        _box(20, 174, 230, 36, "plain"),
+        _text(34, 197, f"{query} A: {item['instructed']}", "code"),
+        *_tokens(20, 224, before, before - after),
+        _text(20, 302, f"{before} tokens a query", "count"),
+        '<path class="line" d="M268 132 H360"/><path class="head" d="M358 125 L372 132 L358 139 Z"/>',
+        _text(320, 112, "transmute", "title middle"),
+        _text(320, 160, "two runs,", "soft middle"),
+        _text(320, 178, "least squares,", "soft middle"),
+        _text(320, 196, "no training", "soft middle"),
+        _text(390, 38, "With an adapter", "title"),
+        _box(390, 54, 230, 112, "adapter"),
+        _text(505, 104, "adapter/", "code middle"),
+        _text(505, 130, "a LoRA for the same model", "soft middle"),
+        _box(390, 174, 230, 36, "plain"),
+        _text(404, 197, f"{query} A: {item['patched']}", "code"),
+        *_tokens(390, 224, after, 0),
+        _text(390, 302, f"{after} tokens a query", "count"),
+    ]
+    named = f"{before} tokens of prompt become {after} and an adapter; the answer is the same"
+    opened = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 322" role="img" aria-label="{named}">'
+    card = '<rect class="card" x="1" y="1" width="638" height="320" rx="14"/>'
+    return "\n".join([opened, f"<style>{STYLE}</style>", card, *parts, "</svg>"]) + "\n"
+
+
+FIT = "written"
+"""Of the study of instructions alone, the fits on nothing but what the model wrote."""
+STYLE = """
+.card { fill: #ffffff; stroke: #d5d9e2 } .plain { fill: #e6e9f0 } .query { fill: #8b93a3 }
+.chunk { fill: #f6d595 } .adapter { fill: #b5d0ee }
+text { font: 15px system-ui, sans-serif; fill: #222222 } .title { font-weight: 600; font-size: 17px }
+.code { font: 14px ui-monospace, monospace } .soft { fill: #5a5f6a } .count { font-weight: 600; font-size: 19px }
+.middle { text-anchor: middle } .line { stroke: #5a5f6a; stroke-width: 2 } .head { fill: #5a5f6a }
+@media (prefers-color-scheme: dark) {
+.card { fill: #1c2029; stroke: #3a404d } .plain { fill: #3a404d } .query { fill: #9aa2b1 }
+.chunk { fill: #86631c } .adapter { fill: #2c5580 }
+text { fill: #eceef2 } .soft { fill: #b3b9c5 } .line { stroke: #b3b9c5 } .head { fill: #b3b9c5 }
+}
+"""
+
+
+def _text(x: float, y: float, text: str, kind: str) -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{text}</text>'
+
+
+def _box(x: float, y: float, width: float, height: float, kind: str, corner: float = 6) -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{corner:g}" class="{kind}"/>'
+
+
+def _tokens(x: float, y: float, count: int, chunk: int) -> list[str]:
+    """A small square for each token, 23 in a row, the chunk's first."""
+    kinds = ["chunk"] * chunk + ["query"] * (count - chunk)
+    return [_box(x + 10 * (n % 23), y + 13 * (n // 23), 8, 10, kind, 2) for n, kind in enumerate(kinds)]
+
+
 def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -228,7 +296,7 @@ def _mean(tasks: Mapping[str, Mapping[str, float]], key: str) -> float:
     return sum(task[key] for task in tasks.values()) / len(tasks)
 
 
-PICTURES = {"two_runs": two_runs, "block": block, "order": order, "methods": methods, "trade": trade}
+PICTURES = {"idea": idea, "two_runs": two_runs, "block": block, "order": order, "methods": methods, "trade": trade}
 
 if __name__ == "__main__":
     jsonargparse.auto_cli(pictures, as_positional=False)
