@@ -75,9 +75,9 @@ def find_template(
 
 
 def find_kind(tokenizer: PreTrainedTokenizerBase, instruction: str, template: PromptTemplate) -> Kind:
-    """Demonstrations where :func:`demonstrations` finds some; a document where the instruction is :data:`LONG`, does not
-    begin by telling the model who it is or what to do ("You are …", "Your task …", "Answer …"), and fewer than one word
-    in a hundred addresses somebody (you, your, the user, the assistant); else a system prompt."""
+    """Demonstrations where :func:`demonstrations` finds some; a document where the instruction is :data:`LONG`, begins
+    otherwise than by telling the model who it is or what to do ("You are …", "Your task …", "Answer …"), and addresses
+    somebody (you, your, the user, the assistant) in fewer than one word of a hundred; else a system prompt."""
     if demonstrations(template, instruction):
         return "demonstrations"
     words, addressed = len(instruction.split()), len(_ADDRESS.findall(instruction))
