@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.prompts.alignment import PromptTexts, TokenisedPair, align
 from lit_thought.prompts.chat import check_options, render_chat
 from lit_thought.prompts.pairs import check_unicode
+from lit_thought.settings import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,10 +175,11 @@ class PromptTemplate:
             return cls.chat(user="{instruction}\n\n{input}", system=None)
         if isinstance(value, str) and _FIELD.search(value):
             return cls(value)
-        raise ThoughtError(
-            "template: expected 'chat', 'chat-empty', 'chat-user', a text with the fields {input} and {output}, or a "
-            f"PromptTemplate; got {value!r}"
-        )
+        form = "a text with the fields {input} and {output}"
+        if isinstance(value, str):
+            near = did_you_mean(value, TEMPLATES)
+            raise ThoughtError(f"template: expected {', '.join(map(repr, TEMPLATES))} or {form}; got {value!r}.{near}")
+        raise ThoughtError(f"template: expected a PromptTemplate, or {form}; got {value!r}")
 
     @property
     def is_chat(self) -> bool:

@@ -117,15 +117,16 @@ def check_inputs(record: dict[str, Any], folder: Path) -> None:
     assert record["kind"] == "demonstrations"
 
 
+SMALL = ["--text_file=text.txt", "--directions=8", "--preserve_tokens=50"]
 LINES, FORM = "--instruction=hot\ncold\nbig\nsmall\n", "--template={input}\n{output}\n"
 CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
     "fit": ([*FIT, "--out=new"], check_fit),
     "evaluate": ([*EVALUATE, "--out=new"], check_evaluate),
     "report": (["report", "adapter", "--out=new"], check_report),
     "export": (["export", "adapter", "--out=new"], check_export),
-    "solve": (["solve", "--statistics=sums", "--out=new"], check_solve),
+    "solve": (["solve", "sums", "--out=new"], check_solve),
     "preserve": (
-        ["preserve", "model", "--texts=text.txt", "--output=new.safetensors", "--directions=8", "--preserve_tokens=50"],
+        ["preserve", "model", "--out=new.safetensors", *SMALL],
         check_preserve,
     ),
     "verify": (["verify", "--model=model", "--tokens=20", "--text_file=text.txt", "--out=new"], check_verify),
@@ -335,7 +336,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_a_coupled_solve_advises_can_be_typed(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["solve", "--statistics=sums", "--rank=2", "--out=new"]
+    words = ["solve", "sums", "--rank=2", "--out=new"]
     with pytest.raises(SystemExit):
         main(words)
     advice = re.search(r"Fit anew, or pass (--\w+) to", capsys.readouterr().err)
@@ -413,7 +414,7 @@ def test_a_bad_check_is_refused_before_the_model_loads(
 ) -> None:
     pytest.importorskip("jsonschema")
     with pytest.raises(SystemExit) as stop:
-        main([*EVALUATE, "--model=nowhere", *flags])
+        main([*EVALUATE, *flags])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"lit-thought: error: {message}")
 

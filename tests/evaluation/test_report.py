@@ -330,7 +330,7 @@ def test_without_an_evaluation_it_says_how_to_get_one(tmp_path: Path, capsys: py
     main(["report", str(tmp_path / "adapter")])
     assert "no evaluation yet" in capsys.readouterr().err
     for name in OUTPUTS[:2]:
-        assert "lit-thought evaluate --adapter" in (tmp_path / "adapter" / name).read_text(encoding="utf-8")
+        assert "lit-thought evaluate ADAPTER" in (tmp_path / "adapter" / name).read_text(encoding="utf-8")
     assert json.loads((tmp_path / "adapter" / "report.json").read_text())["evaluation"] is None
     assert "## Results" not in re.sub(r"`{4}.*?`{4}", "", (tmp_path / "adapter" / "README.md").read_text(), flags=re.S)
 

@@ -36,13 +36,13 @@ _LAYER_FIGURES = (
 
 
 def gather(
-    run_dir: str | os.PathLike[str], evaluation: str | os.PathLike[str] | None = None, samples: int = 20
+    adapter: str | os.PathLike[str], evaluation: str | os.PathLike[str] | None = None, samples: int = 20
 ) -> dict[str, Any]:
     """Read a run and work out every figure of its report.
 
     Args:
-        run_dir: adapter folder of a fit.
-        evaluation: folder that ``lit-thought evaluate --out`` wrote; ``run_dir``/evaluation, if it is there, when left
+        adapter: adapter folder of a fit.
+        evaluation: folder that ``lit-thought evaluate --out`` wrote; ``adapter``/evaluation, if it is there, when left
             out. Without one, ``evaluation`` of the result is None.
         samples: how many of the evaluation's pairs to show, the first ones.
 
@@ -54,12 +54,12 @@ def gather(
 
     Raises:
         ThoughtError: when the evaluation is damaged, incomplete or of another adapter.
-        PatchError: when ``run_dir`` is not an adapter folder.
+        PatchError: when ``adapter`` is not an adapter folder.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples!r}.")
-    folder = expanded(run_dir, "run_dir")
-    patch = read_adapter(folder)
+    folder = expanded(adapter, "adapter")
+    patch = read_adapter(folder, "adapter")
     found = read_evaluation(folder, evaluation)
     known = patch.provenance
     return {

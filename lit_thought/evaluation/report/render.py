@@ -30,7 +30,7 @@ _LAYER_COLUMNS = (
     ("condition", "condition"),
     ("truncation_loss", "lost to the rank"),
 )
-_ADVICE = "lit-thought evaluate --adapter RUN_DIR --pairs test.jsonl --out RUN_DIR/evaluation"
+_ADVICE = "lit-thought evaluate ADAPTER --pairs test.jsonl --out ADAPTER/evaluation"
 
 
 def render_html(content: Mapping[str, Any]) -> str:
