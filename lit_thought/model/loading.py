@@ -41,6 +41,7 @@ __all__ = [
     "load_model",
     "model_name",
     "no_bars",
+    "unpacked_from",
 ]
 
 _DTYPES = {
@@ -50,6 +51,7 @@ _DTYPES = {
     "float16": torch.float16,
 }
 _SAMPLE = 1024
+_UNPACKED = "_lit_thought_gguf_file"
 
 
 def load_model(
@@ -134,6 +136,11 @@ def model_name(model: nn.Module) -> str:
         if isinstance(name, str) and name:
             return name
     return ""
+
+
+def unpacked_from(model: nn.Module) -> str | None:
+    """The name of the GGUF file that :func:`load_model` unpacked the weights from; None where they were not."""
+    return getattr(model, _UNPACKED, None)
 
 
 @contextmanager
@@ -246,6 +253,7 @@ def _load_gguf(
         )
     _forget_quantization(model)
     _rename(model, source.recorded)
+    setattr(model, _UNPACKED, Path(gguf_file).name)
     return model
 
 

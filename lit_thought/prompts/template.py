@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.prompts.alignment import PromptTexts, TokenisedPair, align
-from lit_thought.prompts.chat import check_options, render_chat
+from lit_thought.prompts.chat import chat_messages, check_options, render_chat
 from lit_thought.prompts.pairs import check_unicode
 from lit_thought.settings import TEMPLATES
 
@@ -214,6 +214,12 @@ class PromptTemplate:
             f"template: expected the keys text and separator, or user, system and options; got {values!r}; "
             "pass what PromptTemplate.to_dict() returned"
         )
+
+    def plain(self, input: str) -> str | list[dict[str, str]]:
+        """What a user sends in the plain run: a text to go on from, or for chat the messages."""
+        if self.user is not None:
+            return chat_messages(self.user, self.system, None, input, not self.default_system)
+        return self._render_text("\n", input, None, True).plain
 
     def tokenise(
         self,

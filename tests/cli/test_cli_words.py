@@ -430,7 +430,7 @@ def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) 
             hint = getattr(action, "_typehint", str)
             if str not in getattr(hint, "__args__", (hint,)) and "list[str]" not in str(hint):
                 line = fails([name, f"--{action.dest}=%"], capsys)
-                assert re.search(rf"error: --{action.dest}: expected [^<]+; got \?\. See", line), line
+                assert re.search(rf"error: --{action.dest}: expected [^<]+; got %\. See", line), line
 
 
 @pytest.mark.parametrize(

@@ -431,7 +431,7 @@ def test_a_failure_on_the_way_leaves_the_last_report(tmp_path: Path, monkeypatch
 def test_the_card_gets_the_figures_once_and_keeps_its_reader_s_edits(tmp_path: Path) -> None:
     run = make_run(tmp_path / "adapter", blocks=2)
     card = run / "README.md"
-    plain = card.read_text(encoding="utf-8").replace("# Instruction as weights", "# My adapter")
+    plain = card.read_text(encoding="utf-8").replace("\n# ", "\n# My adapter: ", 1)
     card.write_text(plain, encoding="utf-8")
     write_report(run)
     first = card.read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_thought.evaluation.report.figures import draw_figures
-from lit_thought.patch.card import fenced, flat, interval, number
+from lit_thought.patch.card import escaped, fenced, flat, interval, number
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.timing import format_bytes, format_duration
@@ -21,7 +20,6 @@ from lit_thought.timing import format_bytes, format_duration
 __all__ = ["differences", "render_html", "render_markdown"]
 
 _NONE = "–"
-_SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
 _LAYER_COLUMNS = (
     ("error_before", "error before"),
     ("error_after", "error after"),
@@ -159,5 +157,4 @@ def _template_text(template: Any) -> str:
 
 def _markdown_cell(value: Any) -> str:
     """A text as one cell of a table that shows it as it is."""
-    text = html.escape(" ".join(str(_NONE if value is None else value).split()), quote=False)
-    return _SPECIAL.sub(r"\\\1", text)
+    return escaped(str(_NONE if value is None else value))
