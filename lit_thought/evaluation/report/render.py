@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_thought.evaluation.report.figures import draw_figures
-from lit_thought.patch.card import escaped, fenced, flat, interval, number
+from lit_thought.patch.card import fenced, flat, interval, number
+from lit_thought.patch.display import error_bars, escaped
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.timing import format_bytes, format_duration
@@ -33,7 +34,9 @@ _ADVICE = "lit-thought evaluate ADAPTER --pairs test.jsonl --out ADAPTER/evaluat
 
 def render_html(content: Mapping[str, Any]) -> str:
     """One page, whole in itself: no scripts, no requests; all text from prompts and models is escaped."""
-    return _render("report.html.j2", content, figures=draw_figures(content))
+    figures = draw_figures(content)
+    errors = [figure for name, figure in figures.items() if name.startswith("error_")]
+    return _render("report.html.j2", content, figures=figures, errors=errors)
 
 
 def render_markdown(content: Mapping[str, Any]) -> str:
@@ -76,6 +79,7 @@ def _render(template: str, content: Mapping[str, Any], **more: Any) -> str:
         "bytes": format_bytes,
         "cell": _markdown_cell,
         "duration": format_duration,
+        "error_bars": error_bars,
         "fenced": lambda text: Markup("\n".join(fenced(text))),
         "figure": _figure,
         "interval": interval,
