@@ -166,7 +166,8 @@ def test_every_command_that_needs_no_network_is_tried() -> None:
 
 
 STRAY = re.compile(
-    r"warn(ing)?\b|deprecat|site-packages|Lightning|GPU available|\bTPU\b|`Trainer|Loading weights|Writing model|💡", re.I
+    r"warn(ing)?\b|deprecat|site-packages|Lightning|GPU available|\bTPU\b|`Trainer|Loading weights|Writing model|💡",
+    re.I,
 )
 """What other libraries say on standard error that is not about the user's own run."""
 RUN_ALL = """
