@@ -14,7 +14,7 @@ BELOW = {
     "model": set(),
     "solve": set(),
     "runs": {"prompts", "model", "solve"},
-    "patch": {"model", "solve"},
+    "patch": {"prompts", "model", "solve"},
     "statistics": {"prompts", "model", "solve", "runs", "patch"},
     "evaluation": {"prompts", "model", "solve", "runs", "patch"},
     "theory": {"prompts", "model", "solve", "runs", "patch", "evaluation"},

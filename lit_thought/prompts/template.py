@@ -175,11 +175,10 @@ class PromptTemplate:
             return cls.chat(user="{instruction}\n\n{input}", system=None)
         if isinstance(value, str) and _FIELD.search(value):
             return cls(value)
-        form = "a text with the fields {input} and {output}"
-        if isinstance(value, str):
-            near = did_you_mean(value, TEMPLATES)
-            raise ThoughtError(f"template: expected {', '.join(map(repr, TEMPLATES))} or {form}; got {value!r}.{near}")
-        raise ThoughtError(f"template: expected a PromptTemplate, or {form}; got {value!r}")
+        known = f"{', '.join(map(repr, TEMPLATES))} or a text with the fields {{input}} and {{output}}"
+        if not isinstance(value, str):
+            raise ThoughtError(f"template: expected {known}, or a PromptTemplate; got {value!r}")
+        raise ThoughtError(f"template: expected {known}; got {value!r}.{did_you_mean(value, TEMPLATES)}")
 
     @property
     def is_chat(self) -> bool:

@@ -427,8 +427,7 @@ def test_a_value_of_another_kind_is_told_in_one_line(
 def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in COMMANDS.items():
         for action in command_parser(command)._actions:
-            hint = getattr(action, "_typehint", str)
-            if str not in getattr(hint, "__args__", (hint,)) and "list[str]" not in str(hint):
+            if "str" not in str(getattr(action, "_typehint", str)):  # a text can be anything
                 line = fails([name, f"--{action.dest}=%"], capsys)
                 assert re.search(rf"error: --{action.dest}: expected [^<]+; got %\. See", line), line
 

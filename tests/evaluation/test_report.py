@@ -207,6 +207,9 @@ def test_what_a_reader_asks_first_comes_first(written: Path) -> None:
     text = (written / "report.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)$", re.sub(r"`{4}.*?`{4}", "", text, flags=re.S), re.M) == [*order[:-1], "Spectrum"]
     assert text.index("**Accuracy, patched: 0.75**") < text.index("## Before and after")
+    table = text.split("|---|---|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) == 5  # a row each, nothing between
+    assert all(line.startswith("| ") and line.endswith(" |") for line in table)
     content = json.loads((written / "report.json").read_text(encoding="utf-8"))
     assert f"<h1>{escape(content['title'])}</h1>" in page
     layers = [

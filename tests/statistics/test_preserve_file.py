@@ -392,7 +392,7 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
     with atomic_file("there.safetensors") as there:
         there.touch()
     with pytest.raises(SystemExit):
-        main(["preserve", "no/such/model", *arguments])
+        main(["preserve", "smollm2", *arguments])
     error = capsys.readouterr().err
     assert message in error
     assert "Loading" not in error
