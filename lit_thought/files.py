@@ -285,17 +285,8 @@ def expanded(path: Any, argument: str) -> Path:
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The folder that an argument ``cache_dir`` stands for: :func:`default_cache_dir` when left out.
-
-    Raises:
-        ThoughtError: when it is a file.
-    """
-    if cache_dir is None:
-        return default_cache_dir()
-    folder = expanded(cache_dir, "cache_dir")
-    if folder.is_file():
-        raise ThoughtError(f"cache_dir={str(cache_dir)!r} is a file; expected a folder. Choose another path.")
-    return folder
+    """The folder that an argument ``cache_dir`` stands for: :func:`default_cache_dir` when left out."""
+    return default_cache_dir() if cache_dir is None else expanded(cache_dir, "cache_dir")
 
 
 def default_cache_dir() -> Path:
