@@ -59,8 +59,8 @@ _REMEDIES = {
 """What to do where the system cannot write."""
 
 
-def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Check, before any long work, that an output folder can be written at ``path``.
+def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path") -> Path:
+    """Check, before any long work, that an output folder can be written at ``path``, which messages call ``argument``.
 
     Returns:
         The folder with ``~`` and links resolved.
@@ -72,20 +72,20 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -
     """
     folder = _resolve(path)
     if folder.exists() and not folder.is_dir():
-        raise ThoughtError(f"path={str(path)!r} is a file; expected a folder. Choose another path.")
+        raise ThoughtError(f"{argument}={str(path)!r} is a file; expected a folder. Choose another path.")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise ThoughtError(
-                f"path={str(path)!r} is a folder that is not empty. Choose another path, or pass "
+                f"{argument}={str(path)!r} is a folder that is not empty. Choose another path, or pass "
                 "overwrite=True to replace the whole folder."
             )
         for precious in (Path.cwd(), Path.home()):
             if folder == precious or folder in precious.parents:
                 raise ThoughtError(
-                    f"path={str(path)!r} with overwrite=True would delete the working or home folder. "
+                    f"{argument}={str(path)!r} with overwrite=True would delete the working or home folder. "
                     "Choose a folder of its own for the output."
                 )
-    _check_parent(path, folder)
+    _check_parent(path, folder, argument)
     return folder
 
 
@@ -256,7 +256,7 @@ def _sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}")
 
 
-def _check_parent(path: str | os.PathLike[str], resolved: Path) -> None:
+def _check_parent(path: str | os.PathLike[str], resolved: Path, argument: str = "path") -> None:
     """Refuse a place whose nearest existing folder is a file or cannot be written."""
     nearest = next(parent for parent in resolved.parents if parent.exists())
     if not nearest.is_dir():
@@ -265,7 +265,7 @@ def _check_parent(path: str | os.PathLike[str], resolved: Path) -> None:
         problem = f"no permission to write in {str(nearest)!r}"
     else:
         return
-    raise ThoughtError(f"path={str(path)!r}: {problem}. Choose another path.")
+    raise ThoughtError(f"{argument}={str(path)!r}: {problem}. Choose another path.")
 
 
 def expanded(path: Any, argument: str) -> Path:

@@ -24,6 +24,7 @@ __all__ = [
     "ORDERS",
     "PARTS",
     "SITES",
+    "TEMPLATES",
     "FitSettings",
     "Kind",
     "TextSource",
@@ -59,6 +60,9 @@ LEAST_RIDGE = 0.001
 PARTS = ("matrix", "vector")
 ORDERS = ("sequential", "teacher-forced")
 OFFLOAD = ("auto", "device", "cpu", "disk")
+
+TEMPLATES = ("chat", "chat-empty", "chat-user")
+"""The names that stand for prompt templates."""
 
 TextSource = str | os.PathLike[str] | Sequence[str]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -320,10 +324,15 @@ def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
     names = _listed(sites)
     if not names or any(name not in SITES for name in names) or len(set(names)) != len(names):
         raise ThoughtError(
-            f"sites must name one or more of {list(SITES)}, each once; got {list(names)!r}. "
+            f"sites must name one or more of {list(SITES)}, each once; got {list(names)!r}.{_nearest(names, SITES)} "
             "Leave it out for the default, attn_out and mlp_out wherever a block has them."
         )
     return tuple(name for name in SITES if name in names)
+
+
+def _nearest(names: Iterable[str], known: Sequence[str]) -> str:
+    """What the first name that is not known may have meant."""
+    return next((did_you_mean(str(name), known) for name in names if name not in known), "")
 
 
 def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -342,7 +351,7 @@ def check_parts(parts: Sequence[str] | None, sites: Sequence[str]) -> dict[str, 
     names = _listed(parts)
     if not names or any(name not in PARTS for name in names) or len(set(names)) != len(names):
         raise ThoughtError(
-            f"parts must name one or both of {list(PARTS)}, each once; got {list(names)!r}. "
+            f"parts must name one or both of {list(PARTS)}, each once; got {list(names)!r}.{_nearest(names, PARTS)} "
             "Leave it out for each site's own form."
         )
     outputs = [site for site in sites if site != "mlp_in"]

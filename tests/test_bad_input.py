@@ -172,7 +172,7 @@ def test_the_largest_rank_is_that_of_the_chosen_sites_and_blocks() -> None:
 
 @pytest.mark.usefixtures("_no_forward")
 def test_output_folder_is_checked_first() -> None:
-    with pytest.raises(ThoughtError, match=r"path='taken' is a folder that is not empty.*overwrite=True"):
+    with pytest.raises(ThoughtError, match=r"output_dir='taken' is a folder that is not empty.*overwrite=True"):
         ThoughtCallback(output_dir="taken")
     with pytest.raises(ThoughtError, match="is a file; expected a folder"):
         ThoughtCallback(output_dir="taken/precious.txt", overwrite=True)

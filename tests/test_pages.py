@@ -237,9 +237,8 @@ def run_ours(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr(sys, "stdin", StringIO("How do I bake bread?\n"))  # what chat is asked
         main([*words, *SMALL.get(words[0], [])])
-    for option in ("--out", "--output"):
-        if option in words:
-            assert Path(words[words.index(option) + 1]).exists()
+    if "--out" in words:
+        assert Path(words[words.index("--out") + 1]).exists()
 
 
 def run_script(page: str, words: list[str]) -> None:

@@ -161,7 +161,7 @@ def test_an_evaluation_wants_the_very_instruction(tmp_path: Path, capsys: pytest
     patch.save_adapter("adapter")
     Path("pairs.json").write_text(json.dumps(PAIRS))
     with pytest.raises(SystemExit):
-        cli.main(["evaluate", "--adapter=adapter", "--pairs=pairs.json", "--model=/nowhere"])
+        cli.main(["evaluate", "--adapter=adapter", "--pairs=pairs.json"])
     assert "instruction is missing" in capsys.readouterr().err
     assert "keeps no more than a hash of the instruction" in Path("adapter/README.md").read_text()
 

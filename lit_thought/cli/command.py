@@ -44,11 +44,13 @@ COMMANDS: dict[str, Command] = {
 _POSITIONAL = {
     "chat": ("adapter",),
     "demo": ("adapter",),
+    "evaluate": ("adapter",),
     "export": ("adapter",),
     "inspect": ("model",),
     "preserve": ("model",),
     "push": ("adapter", "repo_id"),
-    "report": ("run_dir",),
+    "report": ("adapter",),
+    "solve": ("statistics",),
 }
 """The arguments of a command that may stand right after it, without their names."""
 
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(given: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command that the words ask for, and the values of its flags."""
     if "_ARGCOMPLETE" in os.environ:
-        complete(COMMANDS)
+        complete(COMMANDS, _POSITIONAL)
     parser, parsers = build_parser(COMMANDS, given[0] if given else None, "--version" in given)
     place = next((place for place, word in enumerate(given) if word in COMMANDS), len(given))
     command = "".join(given[place : place + 1])
@@ -115,6 +117,7 @@ def _explained(text: str, command: str, known: Iterable[str]) -> str:
     if "arguments are required" in text:
         return text.replace(f" {command}.", " --")
     text = re.sub(r'Parser key "(\w+)"', r"--\1", text)
+    text = re.sub(r"^argument (--\w+)(/--\w+\+)?", r"\1", text)
     unknown = re.search(r"ption '(\w+)'", text)
     return text if unknown is None else text + nearest(unknown[1], (name.lstrip("-") for name in known))
 

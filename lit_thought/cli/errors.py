@@ -32,9 +32,9 @@ _MEMORY_NAMES = {"MemoryError", "OutOfMemoryError"}  # the latter of torch, whic
 _NETWORK_NAMES = {"TransportError", "OfflineModeIsEnabled"}  # of httpx and huggingface_hub
 _ALIASES = {
     "commit_message": ("message",),
-    "folder": ("adapter",),
+    "folder": ("adapter", "statistics"),
     "name": ("model",),
-    "path": ("output", "out"),
+    "path": ("out",),
 }
 """What the library calls arguments of its own, and the flags that stand for them: the last one that there is."""
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\.\.\.|[-+.\w]*\w"""
@@ -60,7 +60,8 @@ def tell(error: BaseException, trace: bool = False, flags: Collection[str] = ())
 
 def as_typed(message: str, flags: Collection[str]) -> str:
     """A message that the library has for Python, with what it says of arguments as one types it: ``rank=8`` is
-    ``--rank 8``, ``overwrite=True`` is ``--overwrite``. Only of these flags, and of what they are called there."""
+    ``--rank 8``, ``overwrite=True`` is ``--overwrite``, ``None`` is null. Only of these flags, and of what they are
+    called there."""
     names = {other: flag for other, candidates in _ALIASES.items() for flag in candidates if flag in flags}
     names |= {flag: flag for flag in flags}
     if not names:
@@ -75,7 +76,11 @@ def as_typed(message: str, flags: Collection[str]) -> str:
 
     message = re.sub(rf"^({name})(?=: | must | is | and \w+ exclude )", alone, message)
     message = re.sub(rf"(?<=\band )({name})(?= exclude )|(?<=[Ll]eave )({name})(?= out\b)", alone, message)
-    return re.sub(rf"(?P<before>^|[\s;:,])(?P<name>{name})=(?P<value>{_VALUE})", flag_of, message)
+    message = re.sub(rf"(?P<before>^|[\s;:,])(?P<name>{name})=(?P<value>{_VALUE})", flag_of, message)
+    words = "|".join(flag for flag in flags if "_" in flag) or "$^"  # no other word looks like these
+    message = re.sub(rf"(?<![\w./'\"=-])({words})(?!\.?\w|['\"=(/])", r"--\1", message)
+    message = re.sub(r"\[('[^'\]]*'(?:, '[^'\]]*')*)\]", lambda match: match[1].replace("'", ""), message)
+    return re.sub(r"\b(Use|Pass|or) None\b", r"\1 null", re.sub(r"\b(got|has) None\b", r"\1 none", message))
 
 
 def _typed(value: str) -> str:

@@ -24,13 +24,14 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     batch_size: int = 32,
     samples: int = 5,
     cache_dir: str | None = None,
+    overwrite: bool = False,
     progress: bool = True,
     *,
     loading: Loading,
 ) -> Result:
     """Compare the plain, the instructed and the patched model on held-out pairs.
 
-    Example: lit-thought evaluate --adapter antonym/ --pairs test.jsonl --out result/
+    Example: lit-thought evaluate antonym/ --pairs test.jsonl --out result/
 
     Args:
         adapter: adapter folder that fit wrote, or one on the hub, as OWNER/NAME.
@@ -48,6 +49,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         batch_size: pairs a batch.
         samples: how many pairs to print with their three outputs.
         cache_dir: where the original model's losses on that text are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
+        overwrite: replace the folder OUT if it exists.
         progress: show progress bars.
         loading: the model.
     """
@@ -65,8 +67,10 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     if check is not None and check_schema is not None:
         raise ThoughtError("check and check_schema exclude each other; give one of them.")
     wanted = matches(check) if check is not None else follows(check_schema) if check_schema is not None else None
+    if samples < 0:
+        raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples}.")
     if out is not None:
-        check_output_folder(out)
+        check_output_folder(out, overwrite)
     place = adapter_folder(adapter, argument="adapter")
     patch = ThoughtPatch.load(place)
     text = None
@@ -107,7 +111,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     table = format_result(result, samples)
     if out is not None:
         try:
-            write_result(signed, out)
+            write_result(signed, out, overwrite)
         except OSError:
             print(table)  # what took long is not lost with the disk
             raise
@@ -115,24 +119,24 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     return Result(signed, table)
 
 
-def report(run_dir: str, evaluation: str | None = None, out: str | None = None, samples: int = 20) -> Result:
+def report(adapter: str, evaluation: str | None = None, out: str | None = None, samples: int = 20) -> Result:
     """Write report.html, report.md and report.json of a fit, and its results into the adapter's README.md.
 
     Example: lit-thought report antonym/
 
     Args:
-        run_dir: adapter folder that fit wrote.
-        evaluation: folder that evaluate --out wrote; RUN_DIR/evaluation, if it is there, when left out.
-        out: folder for the report; RUN_DIR when left out.
+        adapter: adapter folder that fit wrote.
+        evaluation: folder that evaluate --out wrote; ADAPTER/evaluation, if it is there, when left out.
+        out: folder for the report; ADAPTER when left out.
         samples: how many of the evaluation's pairs to show with their three outputs.
     """
     from lit_thought.evaluation.report import write_report
 
     with timed("the report"):
-        written = write_report(run_dir, evaluation, out, samples)
-    place = run_dir if out is None else out
+        written = write_report(adapter, evaluation, out, samples)
+    place = adapter if out is None else out
     say(f"Wrote report.html, report.md and report.json to {place}")
     if written["evaluation"] is None:
-        say(f"There is no evaluation yet; lit-thought evaluate --out {run_dir}/evaluation makes one.")
+        say(f"There is no evaluation yet; lit-thought evaluate --out {adapter}/evaluation makes one.")
     files = [f"{place.rstrip('/')}/report.{suffix}" for suffix in ("html", "md", "json")]
     return Result({"files": files, "report": written})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_thought.cli.model import Loading
+from lit_thought.cli.model import Dtype, Loading
 from lit_thought.cli.output import Result, say
 from lit_thought.errors import ThoughtError
 
@@ -48,6 +47,19 @@ def export(
         model_type: the base's architecture, such as llama, for gguf; what the adapter says when left out.
         overwrite: replace what is at OUT.
     """
+    source = {"model": model, "revision": revision, "gguf_file": gguf_file}
+    with_base = format in ("merged", "control-vector")
+    unused: dict[str, Any] = {} if with_base else dict(source)
+    unused |= {} if format == "peft" else {"rank": rank}
+    unused |= {} if format == "gguf" else {"model_type": model_type}
+    for name, value in unused.items():
+        if value is not None:
+            raise ThoughtError(f"{name}={value!r} has no use for the format {format}. Leave it out.")
+    as_stored: Dtype | None = "auto" if format == "merged" else None
+    loading = None
+    if with_base:
+        options = (revision, gguf_file, None, trust_remote_code)
+        loading = Loading(model or "smollm2", dtype or as_stored, None, *options)
     import torch
 
     from lit_thought.files import atomic_file, check_output_folder
@@ -57,31 +69,21 @@ def export(
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
 
-    source = {"model": model, "revision": revision, "gguf_file": gguf_file}
-    unused: dict[str, Any] = {} if format in ("merged", "control-vector") else dict(source)
-    unused |= {} if format == "peft" else {"rank": rank}
-    unused |= {} if format == "gguf" else {"model_type": model_type}
-    for name, value in unused.items():
-        if value is not None:
-            raise ThoughtError(f"{name}={value!r} has no use for the format {format}. Leave it out.")
     patch = ThoughtPatch.load(adapter_folder(adapter, argument="adapter"))
     if format == "control-vector":
         check_vectors(patch)
-    loading = partial(
-        Loading, model or "smollm2", revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code
-    )
     stored = torch.float32 if dtype is None else getattr(torch, dtype)
     if format == "peft":
         export_adapter(patch, out, rank, overwrite, stored)
     elif format == "gguf":
         export_gguf(patch, out, model_type, stored, overwrite)
-    elif format == "merged":
+    elif loading is not None and format == "merged":
         check_output_folder(out, overwrite)
-        base, tokenizer = loading(dtype=dtype or "auto").load()
+        base, tokenizer = loading.load()
         export_merged(patch, base, out, tokenizer, overwrite=overwrite)
-    else:
+    elif loading is not None:
         with atomic_file(out, overwrite) as file:  # checks its path first
-            base, _ = loading(dtype=dtype).load()
+            base, _ = loading.load()
             patch.save_control_vector(file, base)
     size = _size(Path(out).expanduser())
     say(f"Wrote {size / 1e6:.1f} MB to {out}")

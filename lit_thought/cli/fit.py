@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_thought.cli.model import Loading, read_instruction
+from lit_thought.cli.model import Dtype, Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
 from lit_thought.settings import DIRECTIONS, FitSettings
 
@@ -120,7 +120,7 @@ def solve(
     approximate: bool = False,
     cache_dir: str | None = None,
     model: str | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     device: str | None = None,
     revision: str | None = None,
     gguf_file: str | None = None,
@@ -129,7 +129,7 @@ def solve(
 ) -> Result:
     """Make an adapter of a fit's saved statistics, at its settings or at others, without running the model.
 
-    Example: lit-thought solve --statistics sums/ --rank 8 --approximate --out antonym-8/
+    Example: lit-thought solve sums/ --rank 8 --approximate --out antonym-8/
 
     Args:
         statistics: folder that fit wrote with --statistics_dir.
@@ -153,13 +153,13 @@ def solve(
     from lit_thought.files import check_output_folder
 
     check_output_folder(out, overwrite)
+    options = (dtype, device, revision, gguf_file, None, trust_remote_code)
+    loading = None if model is None else Loading(model, *options)
     from lit_thought.statistics.saved import SavedStatistics
     from lit_thought.statistics.solve import solve_saved
 
     saved = SavedStatistics.load(statistics, device or "cpu")
-    lm = None
-    if model is not None:
-        lm, _ = Loading(model, dtype, device, revision, gguf_file, None, trust_remote_code).load()
+    lm = None if loading is None else loading.load()[0]
     chosen: Any = {} if rank is None else {"rank": None if rank == "full" else rank}
     with timed("solving"):
         patch = solve_saved(
@@ -180,8 +180,8 @@ def solve(
 
 
 def preserve(
-    output: str,
-    texts: str = "default",
+    out: str,
+    text_file: str = "default",
     preserve_tokens: int = FitSettings.preserve_tokens,
     sites: list[str] | None = None,
     directions: int = DIRECTIONS,
@@ -193,11 +193,11 @@ def preserve(
 ) -> Result:
     """Write a model's preservation statistics to one small file, for fit --preserve on any machine.
 
-    Example: lit-thought preserve smollm2 --output smollm2-preserve.safetensors
+    Example: lit-thought preserve smollm2 --out smollm2-preserve.safetensors
 
     Args:
-        output: the file, ending in .safetensors.
-        texts: a UTF-8 text file of what patches should leave alone; "default" for text that the package ships.
+        out: the file, ending in .safetensors.
+        text_file: a UTF-8 text file of what patches should leave alone; "default" for text that the package ships.
         preserve_tokens: most tokens of it to use.
         sites: attn_out, mlp_in, mlp_out or several, where fits can use it; when left out, attn_out and mlp_out
             wherever a block has them.
@@ -215,11 +215,11 @@ def preserve(
     from lit_thought.statistics.preserve import WINDOW, preservation, preservation_bar
     from lit_thought.statistics.preserve_file import check_suffix
 
-    check_suffix(output, "output")
+    check_suffix(out, "out")
     check_counts(preserve_tokens=preserve_tokens, directions=directions)
     chosen = DEFAULT_SITES if sites is None else check_sites(sites)
-    read = load_texts(texts, "preserve", "texts")
-    with atomic_file(output, overwrite) as file:  # checks its path first
+    read = load_texts(text_file, "preserve", "text_file")
+    with atomic_file(out, overwrite) as file:  # checks its path first
         lm, tokenizer = loading.load()
         blocks = find_blocks(lm)
         for name in sites or ():
@@ -230,10 +230,10 @@ def preserve(
                 *(lm, blocks, windows, cache_dir), progress=advance, sites=chosen, directions=directions
             )
         kept.save(file)
-    size = Path(output).expanduser().stat().st_size
-    say(f"Wrote {size / 1e6:.1f} MB of preservation statistics to {output}")
+    size = Path(out).expanduser().stat().st_size
+    say(f"Wrote {size / 1e6:.1f} MB of preservation statistics to {out}")
     tokens = sum(len(window) for window in windows)
-    return Result({"file": output, "bytes": size, "tokens": tokens, "directions": directions})
+    return Result({"file": out, "bytes": size, "tokens": tokens, "directions": directions})
 
 
 def _size(adapter: str) -> int:

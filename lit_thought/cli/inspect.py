@@ -51,7 +51,7 @@ def verify(
     instruction: str | None = None,
     instruction_file: str | None = None,
     text_file: str = "default",
-    tokens: int = 256,
+    tokens: int | None = 256,
     output: Literal["vector", "norm_scale"] | None = None,
     out: str | None = None,
     *,
@@ -65,7 +65,7 @@ def verify(
         instruction: the removable chunk, put before the text as it is; a line on talking like a pirate when left out.
         instruction_file: a UTF-8 text file to read it from instead.
         text_file: a UTF-8 text file to compare the two runs on; "default" for text that the package ships.
-        tokens: how many tokens of it to use, at most.
+        tokens: how many tokens of it to use, at most; null for all of it.
         output: where the residual error goes: vector (the MLP's output bias, or after its norm) or norm_scale (the
             scale of the norm after the MLP, where there is one); what suits the model when left out.
         out: JSON file for the report; not written when left out.

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from lit_thought.cli.output import say, timed
 from lit_thought.errors import ThoughtError
 
-__all__ = ["Loading", "read_instruction"]
+__all__ = ["Dtype", "Loading", "read_instruction"]
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,22 @@ class Loading:
     """
 
     model: str = "smollm2"
-    dtype: str | None = None
+    dtype: Dtype | None = None
     device: str | None = None
     revision: str | None = None
     gguf_file: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Before torch is imported, which takes seconds, look whether there is such a model.
+
+        Raises:
+            ThoughtError: if there is none.
+        """
+        from lit_thought.model.source import find_source
+
+        find_source(self.model, self.gguf_file, self.revision)
 
     def flags(self) -> str:
         """What of this is not as it is when left out, as one types it, for a command that is to load the same model."""

@@ -23,7 +23,8 @@ from lit_thought.cli.config import MODE
 from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.model import Loading
 from lit_thought.cli.output import Output, Result
-from lit_thought.settings import FitSettings, register_paths
+from lit_thought.cli.words import nearest
+from lit_thought.settings import PARTS, SITES, TEMPLATES, FitSettings, register_paths
 
 __all__ = ["PROSE", "Command", "build_parser", "call", "command_parser", "complete", "lists"]
 
@@ -33,6 +34,15 @@ _GROUPS: dict[str, type] = {"loading": Loading}
 """Arguments of a command that stand for a group of flags."""
 _SETTINGS = "settings"
 """The argument of a command that takes those of :class:`FitSettings`."""
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    os.PathLike: "a path",
+    Mapping: "options and their values, as in --generate.top_k 3",
+}
+_LISTS = {(int,): "whole numbers", (str,): "names"}
+"""What values of these types are called, and lists of them."""
 PROSE = {"instruction", "message", "template"}
 """Flags whose value may be any text, also null."""
 
@@ -91,29 +101,49 @@ def lists(parser: Any) -> set[str]:
     return {f"--{action.dest}" for action in parser._actions if _is_list(_parts(getattr(action, "_typehint", None)))}
 
 
-def complete(commands: Mapping[str, Command]) -> None:
+def complete(commands: Mapping[str, Command], places: Mapping[str, Sequence[str]]) -> None:
     """Answer a shell that asks, in the variables of argcomplete, how the word at the cursor may go on; then end.
 
     argcomplete is told to begin at the command, whose parser it gets: it knows nothing of jsonargparse's subcommands.
     """
     start, line = int(os.environ["_ARGCOMPLETE"]), os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
-    *whole, _ = f"{line}|".split()  # the last one is being typed
+    *whole, typed = f"{line}|".split()  # the last one is being typed
     if len(whole) > start and whole[start] in commands:
         os.environ["_ARGCOMPLETE"] = str(start + 1)
+        before = whole[start + 1 :]
+        if len(before) < len(names := places.get(whole[start], ())) and not any(w[:1] == "-" for w in (*before, typed)):
+            line = f"{' '.join(whole)} --{names[len(before)]} {typed[:-1]}"  # as the flag that the word stands for
+            os.environ |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
         parser = command_parser(commands[whole[start]])
         for action in parser._actions:
             if hasattr(action, "_typehint"):
-                action.completer = _completer(action._typehint)
+                action.completer = _completer(action)
         parser.parse_args([])
     build_parser(commands, None, False)[0].parse_args([])
 
 
-def _completer(hint: Any) -> Callable[..., list[str]]:
-    """What a flag's value may be: one of the words that its type names, else a file, if it may be text at all."""
+def _completer(action: Any) -> Callable[..., list[str]]:
+    """What a flag's value may be: a word that its type names or that is known for it, and a file, if it may be any text
+    but that of a template."""
     from argcomplete.completers import FilesCompleter
 
-    words = list(_words(hint))
-    return FilesCompleter() if "" in words and len(words) == 1 else lambda **_: [word for word in words if word]
+    words = [*_words(action._typehint), *_known(action.dest)]
+    any_file = "" in words and action.dest != "template"
+
+    def complete(prefix: str, **_: Any) -> list[str]:
+        known = [word for word in words if word and word.startswith(prefix)]
+        return known + (list(FilesCompleter()(prefix)) if any_file else [])
+
+    return complete
+
+
+def _known(flag: str) -> Sequence[str]:
+    """What a flag may be besides any text: of a model the names of those that are here."""
+    if flag == "model":
+        from lit_thought.model.source import cached_models
+
+        return ["smollm2", *cached_models()]
+    return {"template": TEMPLATES, "sites": SITES, "parts": PARTS}.get(flag, ())
 
 
 def _words(hint: Any) -> Iterator[str]:
@@ -156,9 +186,34 @@ def _read_as_typed(action: Any) -> None:
                 return value
             if _is_list(parts):
                 value = several
-        return check(value, *args, **options)
+        try:
+            return check(value, *args, **options)
+        except TypeError as error:
+            near = nearest(str(value), words - {"null", "true", "false"})
+            wanted = _expected(parts, action.default)
+            raise TypeError(f'Parser key "{action.dest}": expected {wanted}; got {_shown(value)}.{near}') from error
 
     action._check_type = checked
+
+
+def _expected(parts: Sequence[Any], default: Any) -> str:
+    """The values of a flag in words. That it can be null is said where it is something else by default: elsewhere null
+    is to leave it out."""
+    names = []
+    for part in parts:
+        if part is not type(None) and (part is not int or float not in parts):
+            names += list(_words(part)) if get_origin(part) is Literal or part is bool else [_named(part)]
+    names += ["null"] if type(None) in parts and default is not None else []
+    *first, last = dict.fromkeys(names)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _named(part: Any) -> str:
+    return _KINDS[part] if part in _KINDS else _KINDS.get(get_origin(part)) or _LISTS[get_args(part)]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def call(command: Command, values: Mapping[str, Any]) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from lit_thought.model.bare import bare_model, check_tokenizer
 from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.card import number
+from lit_thought.patch.display import html_table
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS, figures, items_text
 from lit_thought.patch.verdict import headline, warnings
@@ -38,6 +40,7 @@ from lit_thought.settings import TextSource
 
 __all__ = [
     "Evaluation",
+    "EvaluationResult",
     "batch_logits",
     "evaluate",
     "format_result",
@@ -64,7 +67,7 @@ def evaluate(
     items_file: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Compare the plain, the instructed and the patched model on pairs that the patch has not seen.
 
     Outputs are greedy. Divergences are measured on the instructed model's own outputs, fed to all three, and on the
@@ -90,7 +93,7 @@ def evaluate(
         progress: show progress bars.
 
     Returns:
-        A JSON-able dict:
+        A JSON-able dict, which a notebook shows as a table:
         ``accuracy``, ``first_token_accuracy``: by run, share of exact matches with the reference output and of
         outputs that begin with its first token; only over pairs that have one, None without any.
         ``recovery``: (patched − plain) ÷ (instructed − plain) accuracy; None where the latter two are equal.
@@ -147,6 +150,28 @@ def evaluate(
     return result
 
 
+class EvaluationResult(dict[str, Any]):
+    """What :func:`evaluate` returns: a dict, told in a line, and as a table in notebooks."""
+
+    def __repr__(self) -> str:
+        top, ratio = headline(self), self["perplexity_ratio"]
+        note = f" ({top['note']})" if top["note"] else ""
+        told = [f"{top['label']} {top['value']}{note}", f"{self['pairs']} pairs"]
+        told += [] if ratio is None else [f"unrelated perplexity × {number(ratio, 3)}"]
+        told += [f"{len(self['warnings'])} warnings"] if self["warnings"] else []
+        return f"{type(self).__name__}({'; '.join(told)})"
+
+    def _repr_markdown_(self) -> str:
+        return format_result(self)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (label, *(number(values.get(run), digits) for run in RUNS)) for _, label, values, digits in figures(self)
+        ]
+        table = html_table(repr(self)[len(type(self).__name__) + 1 : -1], rows, ("", *RUNS))
+        return table + "".join(f"<p>Warning: {html.escape(sentence)}</p>" for sentence in self["warnings"])
+
+
 class Evaluation:
     """What does not depend on the patch, done once for several patches; the arguments are :func:`evaluate`'s.
 
@@ -201,7 +226,7 @@ class Evaluation:
         ]
 
     @torch.no_grad()
-    def score(self, patch: ThoughtPatch) -> dict[str, Any]:
+    def score(self, patch: ThoughtPatch) -> EvaluationResult:
         """The comparison that :func:`evaluate` returns, for one patch."""
         with evaluating(self.model):
             with patch.applied(self.model):
@@ -240,7 +265,7 @@ class Evaluation:
                 for i, row in enumerate(self.rows)
             ],
         }
-        return {**result, "warnings": warnings(result)}
+        return EvaluationResult({**result, "warnings": warnings(result)})
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""

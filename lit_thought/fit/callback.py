@@ -79,7 +79,7 @@ class ThoughtCallback(Callback):
         self.settings: Any = chosen.settled()  # FitSettings; Any, since its types allow for "auto" and for None
         self.preserved = PreservationSource(chosen.preserve)
         if output_dir is not None:
-            check_output_folder(output_dir, overwrite)
+            check_output_folder(output_dir, overwrite, "output_dir")
         if chosen.statistics_dir is not None:
             check_statistics_folder(chosen.statistics_dir, output_dir, chosen.resume_dir, overwrite)
         self.output_dir, self.overwrite = output_dir, overwrite

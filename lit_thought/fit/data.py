@@ -121,7 +121,7 @@ class PairDataModule(LightningDataModule):
         elif self.settings.kind is not None:
             raise ThoughtError(
                 f"kind={self.settings.kind!r} says how inputs are written, but none are: {len(self.given)} pairs are "
-                "given. Leave it out, or say in inputs how many there are to be."
+                "given. Leave it out, or pass inputs=..., how many there are to be."
             )
 
     @property
@@ -298,4 +298,4 @@ def _about_val_pairs() -> Iterator[None]:
     try:
         yield
     except ThoughtError as error:
-        raise ThoughtError(f"val_pairs: {error}") from error
+        raise ThoughtError(f"val_pairs: {str(error).removeprefix('pairs: ')}") from error

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, did_you_mean
@@ -92,8 +93,9 @@ class ThoughtModule(LightningModule):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Leave gradients alone, which Lightning clears before it trains: those of a frozen model are its owner's."""
 
-    def configure_optimizers(self) -> None:
-        """No optimizer: the patch is solved, not trained."""
+    def configure_optimizers(self) -> list[Optimizer]:
+        """No optimizer: the patch is solved, not trained. (Of None, Lightning warns.)"""
+        return []
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Empty: the frozen model is not worth a checkpoint."""

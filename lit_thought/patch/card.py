@@ -14,7 +14,10 @@ from huggingface_hub import CardData, ModelCardData, RepoCard
 from lit_thought.errors import ThoughtError
 from lit_thought.files import is_own_file
 from lit_thought.patch.change import Change
+from lit_thought.patch.display import escaped, title
 from lit_thought.patch.provenance import beneath, is_hub_id, public_name, summands
+from lit_thought.prompts.chat import DEFAULT_OPTIONS
+from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 
 __all__ = [
     "CARD",
@@ -36,7 +39,11 @@ _FENCE = re.compile(r"`{3,}")
 _INDEX = "lit_thought adapter"
 """The name of our entry of a card's model index, until the adapter's repository has one."""
 _NO_BASE, _FOLDER = "the base model", "this folder"
-_BASE_LINE = "model = AutoModelForCausalLM.from_pretrained({!r})"
+_USE = "## Use"
+_BASE_LINE = "base = {!r}"
+_BASE_TAG = "base_model:adapter:"
+_SHORT, _QUESTION = 600, 200
+"""Characters of an instruction that is not folded away, and of the question that is asked."""
 _PEFT_LINE = 'model = PeftModel.from_pretrained(model, "{}")'
 _LOAD_LINE = 'With lit_thought, removable without a trace: `with ThoughtPatch.{}("{}").applied(model): ...`'
 
@@ -55,32 +62,40 @@ def read_card(folder: Path) -> str | None:
 
 
 def model_card(patch: Change) -> str:
-    """Markdown with the hub's YAML header. No licence is claimed: it depends on the base model's.
+    """Markdown with the hub's YAML header: what the adapter does, how to use it, and, folded away, how it was made. No
+    licence is claimed: it depends on the base model's.
 
     Source:
         https://huggingface.co/docs/hub/model-cards for the keys of the header.
     """
     known = patch.provenance
-    base = public_name(str(known.get("base_model") or known.get("model") or ""))
-    on_hub = is_hub_id(base)
+    every = summands(known)
+    name, file = _base(known)
+    on_hub = is_hub_id(name)
     header = ModelCardData(
-        base_model=base if on_hub else None,
+        base_model=name if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", "lit_thought", "thought-patch", "transformers"],
+        tags=_tags(name if on_hub else None),
     )
-    lines = ["---", header.to_yaml(), "---", ""]
+    base = f"`{name}`" if name else _NO_BASE
+    stands_in = "an instruction" if len(every) == 1 else f"{len(every)} instructions"
+    lines = ["---", header.to_yaml(), "---", "", f"# {escaped(title(known))}", ""]
     lines += [
-        "# Instruction as weights",
-        "",
-        f"A LoRA adapter for {f'`{base}`' if base else 'a causal language model'} that stands in for an "
-        "instruction in the prompt: give the model with the adapter the prompt *without* the instruction. "
-        "It was solved for in closed form by lit_thought, with no gradient training.",
-        "",
-        f"Rank {patch.rank}, {len(patch.factors)} weights changed, {patch.num_parameters:,} parameters.",
+        f"A LoRA adapter with which {base} answers as if {stands_in} stood in the prompt, and does not need "
+        f"{'it' if len(every) == 1 else 'them'} there: prompt it as below, without. Solved for in closed form by "
+        "lit_thought, with no gradient training.",
         "",
     ]
+    for summand in every:
+        lines += _instruction(summand)
+    if file is not None:
+        lines += [
+            f"The base that it was fitted on is what the GGUF file `{file}` holds: quantised weights, unpacked. With "
+            f"other weights of {base}, such as those before quantisation, figures differ.",
+            "",
+        ]
     if patch.vectors:
         lines += [
             f"It also adds {len(patch.vectors)} thought vectors to the outputs of layers, as PEFT's `lora_bias`. PEFT "
@@ -95,33 +110,74 @@ def model_card(patch: Change) -> str:
             "their sum.",
             "",
         ]
-    every = summands(known)
-    if len(every) > 1:
-        lines += [f"It is the sum of {len(every)} patches.", ""]
+    lines += [_USE, "", "```python", *_example(known, name if on_hub else _NO_BASE, file), "```", ""]
+    lines += [_LOAD_LINE.format("load", _FOLDER), ""]
+    lines += ["<details>", "<summary>How it was made</summary>", ""]
+    lines += [f"Rank {patch.rank}, {len(patch.factors)} weights changed, {patch.num_parameters:,} parameters.", ""]
     for number, summand in enumerate(every, start=1):
         if len(every) > 1:
-            lines += [f"## Part {number}, times {summand.get('scale', 1.0):g}", ""]
-        lines += _summand(summand)
+            lines += [f"### Part {number}, times {summand.get('scale', 1.0):g}", ""]
+        lines += _record(summand)
     if "truncated" in known:
         cut = known["truncated"]
         lines += [f"Truncated to rank {cut['rank']}; relative error {cut['relative_error']:.2e}.", ""]
-    lines += [
-        "## Use",
-        "",
-        "```python",
+    lines += ["`thought.json` holds the whole record.", "", "</details>", ""]
+    return "\n".join(lines)
+
+
+def _base(known: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The base model's public name, and the GGUF file that its weights were unpacked from."""
+    name = public_name(str(known.get("base_model") or known.get("model") or ""))
+    place, _, file = name.partition(" (")
+    return place, file.rstrip(")") or known.get("gguf_file") or (name if name.endswith(".gguf") else None)
+
+
+def _tags(base: str | None) -> list[str]:
+    """As PEFT writes them, and our own."""
+    return [*([] if base is None else [_BASE_TAG + base]), "lora", "transformers", "lit_thought", "thought-patch"]
+
+
+def _example(known: Mapping[str, Any], base: str, file: str | None) -> list[str]:
+    """Python from loading to the answer of one question, which stands in the prompt as in the fit."""
+    summand = summands(known)[0]
+    written = (summand.get("inputs") or {}).get("pairs")
+    first = written[0] if isinstance(written, list) and written else {}
+    question = first.get("input") if isinstance(first, Mapping) else None
+    question = question if isinstance(question, str) and 0 < len(question.strip()) <= _QUESTION else "Hello"
+    kept = summand.get("template") or DEFAULT_TEMPLATE
+    try:
+        template = PromptTemplate(kept) if isinstance(kept, str) else PromptTemplate.from_dict(kept)
+    except ThoughtError:  # of whoever wrote the record
+        template = PromptTemplate()
+    prompt, options = template.plain(question), ""
+    recorded = str(known.get("base_model") or known.get("model"))  # the embedded model's file is not where it leads
+    of_file = f", gguf_file={file!r}" if file is not None and file in recorded else ""
+    lines = [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        _BASE_LINE.format(base if on_hub else _NO_BASE),
+        _BASE_LINE.format(base),
+        f"tokenizer = AutoTokenizer.from_pretrained(base{of_file})",
+        f"model = AutoModelForCausalLM.from_pretrained(base{of_file})",
         _PEFT_LINE.format(_FOLDER),
-        "```",
-        "",
-        _LOAD_LINE.format("load", _FOLDER),
-        "",
-        "`thought.json` holds the whole record of how the adapter was made.",
         "",
     ]
-    return "\n".join(lines)
+    if isinstance(prompt, str):
+        lines += [f"prompt = {prompt!r}", 'inputs = tokenizer(prompt, return_tensors="pt")']
+        options = "" if template.stop is None else f", stop_strings={template.stop!r}, tokenizer=tokenizer"
+    else:
+        asked = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        asked |= {**DEFAULT_OPTIONS, **template.options}
+        lines += [
+            f"messages = {prompt!r}",
+            f"options = {asked!r}",
+            "inputs = tokenizer.apply_chat_template(messages, **options)",
+        ]
+    return [
+        *lines,
+        f"output = model.generate(**inputs, max_new_tokens=64, do_sample=False{options})",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
 
 
 def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
@@ -145,7 +201,7 @@ def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
         place = marks[0]
         del lines[place : marks[1] + 2]  # and the blank line after it
     else:
-        place = next((i for i in _outside_fences(lines) if lines[i] == "## Use"), len(lines))
+        place = next((i for i in _outside_fences(lines) if lines[i] == _USE), len(lines))
     section = [] if evaluation is None else [_BEGIN, *_results(evaluation), _END, ""]
     return "\n".join(lines[:place] + section + lines[place:])
 
@@ -184,7 +240,9 @@ def for_hub(card: str, repo_id: str, base_model: str | None = None, entries: Map
     given = {key: value for key, value in (entries or {}).items() if value is not None}
     if base_model is not None:
         place[_BASE_LINE.format(_NO_BASE)] = _BASE_LINE.format(base_model)
-        given |= {"base_model": base_model, "base_model_relation": "adapter"}
+        tags = [tag for tag in _parsed(card).data.to_dict().get("tags") or [] if not str(tag).startswith(_BASE_TAG)]
+        tags = [_BASE_TAG + base_model, *tags]
+        given |= {"base_model": base_model, "base_model_relation": "adapter", "tags": tags}
     if index := _model_index(card):
         name = repo_id.partition("/")[2]
         given["model-index"] = [{**own, "name": name} if own.get("name") == _INDEX else own for own in index]
@@ -273,12 +331,30 @@ def _outside_fences(lines: Sequence[str]) -> Iterator[int]:
             yield index
 
 
-def _summand(known: Mapping[str, Any]) -> list[str]:
+def _instruction(known: Mapping[str, Any]) -> list[str]:
+    """What the adapter stands in for, folded away where it is long."""
+    instruction = known.get("instruction")
+    if instruction:
+        text = str(instruction)
+        shown = [*fenced(text), ""]
+        if len(text) <= _SHORT:
+            return shown
+        return [
+            "<details>",
+            f"<summary>The instruction, {len(text):,} characters</summary>",
+            "",
+            *shown,
+            "</details>",
+            "",
+        ]
+    if known.get("instruction_hash"):
+        return ["The adapter keeps no more than a hash of the instruction.", ""]
+    return []
+
+
+def _record(known: Mapping[str, Any]) -> list[str]:
+    """Template, figures, settings and versions of one fit."""
     lines: list[str] = []
-    if known.get("instruction"):
-        lines += ["The instruction that the adapter replaces:", "", *fenced(str(known["instruction"])), ""]
-    elif known.get("instruction_hash"):
-        lines += ["The adapter keeps no more than a hash of the instruction that it replaces.", ""]
     if known.get("template"):
         template = known["template"]
         text = template if isinstance(template, str) else json.dumps(template, indent=2, ensure_ascii=False)
@@ -287,10 +363,10 @@ def _summand(known: Mapping[str, Any]) -> list[str]:
     if isinstance(diagnostics, Mapping) and diagnostics and all(isinstance(v, Mapping) for v in diagnostics.values()):
         lines += ["Figures of the fit, by layer:", "", *_by_layer(diagnostics), ""]
         diagnostics = None
-    for title, table in (("Settings", settings), ("Figures of the fit", diagnostics)):
+    for heading, table in (("Settings", settings), ("Figures of the fit", diagnostics)):
         rows = list(_rows(table)) if isinstance(table, Mapping) else []
         if rows:
-            lines += [f"{title}:", "", "| | |", "|---|---|", *rows, ""]
+            lines += [f"{heading}:", "", "| | |", "|---|---|", *rows, ""]
     origin = {key: known[key] for key in ("date", "versions", "fingerprint") if known.get(key)}
     if origin:
         lines += ["| | |", "|---|---|", *_rows(origin), ""]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lit_thought.errors import PatchError
-from lit_thought.patch.provenance import added, plain_json, scaled
+from lit_thought.patch.display import error_bars, html_table, kind_of, layer_figures, markdown_table, title
+from lit_thought.patch.provenance import added, plain_json, public_name, scaled, summands
 from lit_thought.solve.factors import Factors
 from lit_thought.tensor_files import tensors_hash
 
@@ -96,12 +97,35 @@ class Change:
         return sum(value.nbytes for value in self._tensors())
 
     def __repr__(self) -> str:
-        made_for = self.provenance.get("model") or self.provenance.get("base_model")
-        return (
-            f"{type(self).__name__}({f'model={made_for!r}, ' if made_for else ''}targets={len(self.targets)}, "
-            f"rank={self.rank}, {f'vectors={len(self.vectors)}, ' if self.vectors else ''}"
-            f"parameters={self.num_parameters:,}, {self.nbytes / 2**20:.2f} MiB)"
-        )
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self._figures().items())})"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return markdown_table(title(self.provenance), self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(title(self.provenance), self._rows())
+
+    def _figures(self) -> dict[str, str]:
+        """What its one line says: size, model and kind."""
+        sizes = {"rank": self.rank, "weights": len(self.factors), "vectors": len(self.vectors)}
+        figures = {name: str(size) for name, size in sizes.items() if size or name != "vectors"}
+        figures["parameters"] = f"{self.num_parameters:,}"
+        kinds = set(map(kind_of, summands(self.provenance)))
+        named = {"model": self.provenance.get("model") or self.provenance.get("base_model"), "kind": None}
+        if len(kinds) == 1:
+            (named["kind"],) = kinds
+        return figures | {name: repr(public_name(str(value))) for name, value in named.items() if value}
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """The same for a table, with what was fitted to, and the errors by block, of each summand."""
+        rows = [(name, value.strip("'")) for name, value in self._figures().items()]
+        for known in summands(self.provenance):
+            if (pairs := (known.get("settings") or {}).get("pairs")) is not None:
+                rows.append(("inputs", f"{pairs}"))
+            for kind, bars, mean in error_bars(layer_figures(known)):
+                rows.append((f"error left by block, {kind}", f"{bars} mean {mean:.2f}"))
+        return rows
 
     def without_vectors(self) -> Self:
         """The weights' changes alone, with the same provenance: what vLLM and llama.cpp read as an adapter.

@@ -14,7 +14,7 @@ from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder
 from lit_thought.model.bare import bare_model, uncompiled
 from lit_thought.model.layers import sits_beside
-from lit_thought.model.loading import fingerprint_with
+from lit_thought.model.loading import fingerprint_with, no_bars
 from lit_thought.patch.adapter import write_adapter
 from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import THOUGHT, thought_text
@@ -88,7 +88,7 @@ def export_merged(
             f"dtype={dtype}; expected a floating-point dtype of 16 bits or more, or None for the model's own."
         )
     model = bare_model(model)
-    with atomic_folder(folder, overwrite) as out, uncompiled(model):
+    with atomic_folder(folder, overwrite) as out, uncompiled(model), no_bars():
         validate(patch, model, check and not _made_for_float32(patch, model))
         _check_mergeable(patch, model)
         if dtype is None or dtype == model.dtype:

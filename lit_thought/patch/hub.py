@@ -144,7 +144,7 @@ def push_adapter(
     if create_pr and revision is not None:
         raise ThoughtError(f"revision={revision!r} and create_pr exclude each other: leave one of them out.")
     path = expanded(folder, "folder")
-    patch = read_adapter(path)
+    patch = read_adapter(path, "folder")
     patch.provenance = public(patch.provenance, base_model)
     card, found = read_card(path), read_evaluation(path, evaluation)
     if card is None:

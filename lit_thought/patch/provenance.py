@@ -99,7 +99,7 @@ def _truncation(value: Any) -> bool:
 
 _TEXT, _OBJECT = _is(str), _is(Mapping)
 _CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("model", "base_model", "revision", "fingerprint", "model_type", "date"), _TEXT),
+    **dict.fromkeys(("model", "base_model", "revision", "fingerprint", "model_type", "gguf_file", "date"), _TEXT),
     **dict.fromkeys(("versions", "selection", "instruction_hash", "growth"), _OBJECT),
     "inputs": lambda value: _OBJECT(value) and is_number(value.get("count")),
     "settings": _settings,
@@ -226,7 +226,7 @@ def scaled(provenance: dict[str, Any], factor: float) -> dict[str, Any]:
 def added(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Provenance of a sum: what identifies the model, which must agree, and its summands, as ``parts``."""
     together: dict[str, Any] = {}
-    for key in ("model", "model_type", "base_model", "fingerprint", "fan_in_fan_out"):
+    for key in ("model", "model_type", "base_model", "gguf_file", "fingerprint", "fan_in_fan_out"):
         found = [entry[key] for entry in (mine, theirs) if entry.get(key) is not None]
         if key in ("fingerprint", "fan_in_fan_out") and len(found) == 2 and found[0] != found[1]:
             names = [entry.get("model") or "an unnamed model" for entry in (mine, theirs)]

@@ -63,14 +63,15 @@ def of_adapter(result: Mapping[str, Any], folder: str | os.PathLike[str]) -> dic
     return {"format": RESULT_VERSION, **result, "adapter": adapter_digest(folder)}
 
 
-def write_result(result: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Write ``result.json`` and ``items.jsonl`` of :func:`of_adapter`'s result, complete or not at all.
+def write_result(result: Mapping[str, Any], folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write ``result.json`` and ``items.jsonl`` of :func:`of_adapter`'s result, complete or not at all, in the place of
+    a folder that is there with ``overwrite``.
 
     Raises:
         ThoughtError: if ``folder`` cannot be written.
     """
     figures = {name: value for name, value in result.items() if name != "items"}
-    with atomic_folder(folder) as out:
+    with atomic_folder(folder, overwrite) as out:
         (out / _ITEMS).write_text(items_text(result["items"]), encoding="utf-8")
         (out / _RESULT).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
@@ -81,21 +82,21 @@ def items_text(items: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_evaluation(
-    run_dir: Path, evaluation: str | os.PathLike[str] | None = None
+    adapter: Path, evaluation: str | os.PathLike[str] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Result and items of an evaluation of the adapter in ``run_dir``, checked.
+    """Result and items of an evaluation of the adapter in ``adapter``, checked.
 
     Args:
-        run_dir: adapter folder.
-        evaluation: folder of the evaluation. If None, ``run_dir``/evaluation, and None is returned where there is none.
+        adapter: adapter folder.
+        evaluation: folder of the evaluation. If None, ``adapter``/evaluation, and None is returned where there is none.
 
     Raises:
         ThoughtError: when it is damaged, incomplete or of another adapter.
     """
-    folder = _evaluation_folder(run_dir, evaluation)
+    folder = _evaluation_folder(adapter, evaluation)
     if folder is None:
         return None
-    digest = adapter_digest(run_dir)
+    digest = adapter_digest(adapter)
     try:
         for name in (_RESULT, _ITEMS):
             if not is_own_file(folder / name):
@@ -130,15 +131,15 @@ def read_evaluation(
     if result.get("adapter", digest) != digest:
         raise ThoughtError(
             f"evaluation: {folder.name!r} is of another adapter than the one in this run. Evaluate this one: "
-            "lit-thought evaluate --adapter RUN_DIR --pairs test.jsonl --out RUN_DIR/evaluation"
+            "lit-thought evaluate ADAPTER --pairs test.jsonl --out ADAPTER/evaluation"
         )
     return result, items
 
 
-def _evaluation_folder(run_dir: Path, evaluation: str | os.PathLike[str] | None) -> Path | None:
+def _evaluation_folder(adapter: Path, evaluation: str | os.PathLike[str] | None) -> Path | None:
     if evaluation is None:
-        default = run_dir / _EVALUATION
-        return default if default.is_dir() and default.resolve().parent == run_dir.resolve() else None
+        default = adapter / _EVALUATION
+        return default if default.is_dir() and default.resolve().parent == adapter.resolve() else None
     folder = expanded(evaluation, "evaluation")
     if not folder.is_dir():
         raise ThoughtError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["check_options", "render_chat", "render_conversation"]
 
 _MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it
-_DEFAULTS = {"enable_thinking": False}
+DEFAULT_OPTIONS = {"enable_thinking": False}
 _RENDERINGS = 5  # tries to see the same twice; a date may change in between
 _OURS = {
     *("conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
@@ -129,7 +129,7 @@ class _Chat:
         default_system: bool,
     ) -> None:
         self.tokenizer, self.user, self.system = tokenizer, user, system
-        self.options = {**_DEFAULTS, **options}
+        self.options = {**DEFAULT_OPTIONS, **options}
         self.folds = system is not None and not self._takes_system()
         self.keeps_system = not default_system and not self.folds
 
@@ -194,18 +194,7 @@ class _Chat:
 
     def _messages(self, instruction: str | None, input: str) -> _Messages:
         """The messages with the chunk, or, with ``instruction=None``, those of the plain run."""
-        messages = []
-        for role, content in (("system", self.system), ("user", self.user)):
-            if content is None:
-                continue
-            head, chunk, rest = content.partition("{instruction}")
-            if chunk and instruction is None:  # whitespace left over at an end goes with the chunk
-                left, right = head.strip(), rest.strip()
-                head, rest = (head if right else head.rstrip()), (rest if left else rest.lstrip())
-            head, rest = head.replace("{input}", input), rest.replace("{input}", input)
-            content = head + (instruction or "" if chunk else "") + rest
-            if content.strip() or (role == "system" and self.keeps_system):
-                messages.append(_message(role, content))
+        messages = chat_messages(self.user, self.system, instruction, input, self.keeps_system)
         if self.folds:
             messages = [_message("user", "\n\n".join(message["content"] for message in messages))]
         return messages
@@ -248,6 +237,26 @@ class _Chat:
             return ""
         start, negative_length = min(ends)
         return text[: start - negative_length]
+
+
+def chat_messages(
+    user: str, system: str | None, instruction: str | None, input: str, keeps_system: bool = False
+) -> _Messages:
+    """The messages with the chunk, or, with ``instruction=None``, those without; of these a system message left empty
+    is dropped, unless ``keeps_system``."""
+    messages = []
+    for role, content in (("system", system), ("user", user)):
+        if content is None:
+            continue
+        head, chunk, rest = content.partition("{instruction}")
+        if chunk and instruction is None:  # whitespace left over at an end goes with the chunk
+            left, right = head.strip(), rest.strip()
+            head, rest = (head if right else head.rstrip()), (rest if left else rest.lstrip())
+        head, rest = head.replace("{input}", input), rest.replace("{input}", input)
+        content = head + (instruction or "" if chunk else "") + rest
+        if content.strip() or (role == "system" and keeps_system):
+            messages.append(_message(role, content))
+    return messages
 
 
 def _message(role: str, content: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.files import expanded, parse_json
 
 __all__ = ["check_unicode", "load_pairs", "pair_instructions"]
@@ -154,8 +154,10 @@ def _check(where: str, row: object) -> dict[str, str]:
         )
     unknown = [key for key in row if key not in _KEYS]
     if unknown:
+        near = did_you_mean(str(unknown[0]), _KEYS)
         raise ThoughtError(
-            f"{where}: unknown key {unknown[0]!r}; allowed are 'input', 'output' and 'instruction'; rename or remove it"
+            f"{where}: unknown key {unknown[0]!r}; allowed are 'input', 'output' and 'instruction'; rename or remove "
+            f"it.{near}"
         )
     pair = {key: row[key] for key in _KEYS if row.get(key) is not None}
     for key, value in pair.items():

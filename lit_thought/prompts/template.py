@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.prompts.alignment import PromptTexts, TokenisedPair, align
-from lit_thought.prompts.chat import check_options, render_chat, render_conversation
+from lit_thought.prompts.chat import chat_messages, check_options, render_chat, render_conversation
 from lit_thought.prompts.pairs import check_unicode
+from lit_thought.settings import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,10 +175,10 @@ class PromptTemplate:
             return cls.chat(user="{instruction}\n\n{input}", system=None)
         if isinstance(value, str) and _FIELD.search(value):
             return cls(value)
-        raise ThoughtError(
-            "template: expected 'chat', 'chat-empty', 'chat-user', a text with the fields {input} and {output}, or a "
-            f"PromptTemplate; got {value!r}"
-        )
+        known = f"{', '.join(map(repr, TEMPLATES))} or a text with the fields {{input}} and {{output}}"
+        if not isinstance(value, str):
+            raise ThoughtError(f"template: expected {known}, or a PromptTemplate; got {value!r}")
+        raise ThoughtError(f"template: expected {known}; got {value!r}.{did_you_mean(value, TEMPLATES)}")
 
     @property
     def is_chat(self) -> bool:
@@ -212,6 +213,12 @@ class PromptTemplate:
             f"template: expected the keys text and separator, or user, system and options; got {values!r}; "
             "pass what PromptTemplate.to_dict() returned"
         )
+
+    def plain(self, input: str) -> str | list[dict[str, str]]:
+        """What a user sends in the plain run: a text to go on from, or for chat the messages."""
+        if self.user is not None:
+            return chat_messages(self.user, self.system, None, input, not self.default_system)
+        return self._render_text("\n", input, None, True).plain
 
     def tokenise(
         self,

@@ -126,7 +126,7 @@ def check_options(options: Mapping[str, Any] | None) -> None:
     shaping = [name for name in given if name in _WARPERS]
     if shaping and not given.get("do_sample"):
         raise ThoughtError(
-            f"generate: {shaping[0]!r} has no effect on greedy outputs. Add do_sample=True, or leave it out."
+            f"generate: {shaping[0]!r} has no effect on greedy outputs. Add do_sample, which samples, or leave it out."
         )
 
 

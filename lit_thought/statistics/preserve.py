@@ -109,7 +109,10 @@ def preservation(
 
 def entry_of(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
     """The file of the cache for what ``key`` says."""
-    return cache_folder(cache_dir) / f"preserve-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    folder = cache_folder(cache_dir)
+    if folder.is_file():
+        raise ThoughtError(f"cache_dir={str(folder)!r} is a file; expected a folder. Choose another path.")
+    return folder / f"preserve-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
 
 def site_sizes(blocks: Sequence[Block], sites: Sequence[str]) -> list[dict[str, int]]:

@@ -56,7 +56,7 @@ def check_suffix(path: str | os.PathLike[str], argument: str) -> None:
         ThoughtError: when it has another suffix.
     """
     if not is_preservation_file(path):
-        raise ThoughtError(f"{argument}={str(path)!r} must end in .safetensors: preserve= tells files from text by it.")
+        raise ThoughtError(f"{argument}={str(path)!r} must end in .safetensors: a fit tells it from a text by that.")
 
 
 def rounded(prior: Prior) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ class Preservation:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ThoughtError(
                 f"{self._name} is damaged or of another version: {error}. Write it anew: lit-thought preserve MODEL "
-                f"--output {self.path.name} --overwrite."
+                f"--out {self.path.name} --overwrite."
             ) from error
         self._parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         self.sites: list[list[str]] = self.manifest["sites"]

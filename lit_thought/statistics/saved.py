@@ -33,6 +33,7 @@ from lit_thought.files import (
     read_json,
     writing,
 )
+from lit_thought.model.loading import as_device
 from lit_thought.runs.streams import SitePatch
 from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.stage_file import KeptStage, StageHead, label
@@ -61,7 +62,7 @@ def check_statistics_folder(folder: Any, output_dir: Any, resume_dir: Any, overw
     Raises:
         ThoughtError: when it cannot be written, or holds or lies in one of the others.
     """
-    place = check_output_folder(folder, overwrite)
+    place = check_output_folder(folder, overwrite, "statistics_dir")
     for name, given in (("output_dir", output_dir), ("resume_dir", resume_dir)):
         other = None if given is None else expanded(given, name).resolve()
         if other is not None and (place == other or place in other.parents or other in place.parents):
@@ -162,7 +163,9 @@ class SavedStatistics:
         Raises:
             PatchError: when a file is missing, damaged, outside the folder, of another save or of another version.
         """
-        root, device = expanded(folder, "folder").absolute(), torch.device(device)
+        root, device = expanded(folder, "folder").absolute(), as_device(device) or torch.device("cpu")
+        if not root.is_dir():
+            raise PatchError(f"folder={str(folder)!r} is not a folder; expected the statistics_dir of a fit.")
         value = _read_manifest(root)
         try:
             manifest = Manifest.from_json(value)

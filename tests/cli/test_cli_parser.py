@@ -15,6 +15,7 @@ import pytest
 
 import lit_thought
 from lit_thought.cli import COMMANDS, main
+from lit_thought.cli.command import _POSITIONAL
 from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.parser import call, command_parser
 from lit_thought.cli.words import positional
@@ -44,12 +45,11 @@ def test_help_explains_every_flag_and_gives_an_example(name: str) -> None:
 
 
 def test_examples_can_be_parsed() -> None:
-    for name, command in COMMANDS.items():
+    for command in COMMANDS.values():
         line = re.search(r"Example: lit-thought (.*)", inspect.getdoc(command) or "")
         assert line is not None
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line[1])]
-        places = {name: ["adapter", "repo_id"], "inspect": ["model"], "preserve": ["model"], "report": ["run_dir"]}
-        command_parser(command).parse_args(positional(words, places)[1:])
+        command_parser(command).parse_args(positional(words, _POSITIONAL)[1:])
 
 
 def test_the_top_says_examples_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +98,7 @@ def test_switches_of_a_command_need_none_either() -> None:
 
 
 def test_words_after_the_command_have_a_place() -> None:
-    places = {"push": ("adapter", "repo_id"), "report": ("run_dir",)}
+    places = {"push": ("adapter", "repo_id"), "report": ("adapter",)}
     assert positional(["push", "a", "me/a", "--private"], places) == [
         "push",
         "--adapter=a",
@@ -106,7 +106,7 @@ def test_words_after_the_command_have_a_place() -> None:
         "--private",
     ]
     assert positional(["push", "a", "--repo_id=b"], places) == ["push", "--adapter=a", "--repo_id=b"]
-    assert positional(["report", "--run_dir=a", "b"], places) == ["report", "--run_dir=a", "b"]
+    assert positional(["report", "--adapter=a", "b"], places) == ["report", "--adapter=a", "b"]
     assert positional(["fit", "a"], places) == ["fit", "a"]
     assert positional([], places) == []
 
@@ -117,12 +117,12 @@ def test_values_go_where_they_belong() -> None:
     def command(pairs: str, *, loading: Any, settings: Any) -> Any:
         seen.update(pairs=pairs, loading=loading, settings=settings)
 
-    flags = parsed("inspect", "--model=m", "--trust_remote_code")
+    flags = parsed("inspect", "--model=smollm2", "--trust_remote_code")
     kept = ("model", "dtype", "device", "revision", "gguf_file", "quantization", "trust_remote_code")
     settings = FitSettings(rank=3).options()
     call(command, {"config": None, "pairs": "p", **settings, **{name: flags[name] for name in kept}})
     assert (seen["pairs"], seen["settings"]) == ("p", settings)
-    assert (seen["loading"].model, seen["loading"].trust_remote_code, seen["loading"].dtype) == ("m", True, None)
+    assert (seen["loading"].model, seen["loading"].trust_remote_code, seen["loading"].dtype) == ("smollm2", True, None)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,19 @@ def test_the_shell_completes(tmp_path: Path) -> None:
     }
     assert completions("lit-thought fit --pairs ", tmp_path) == {"pairs.jsonl"}
     assert completions("python -m lit_thought solve --over", tmp_path, start=3) == {"--overwrite"}
+    assert completions("lit-thought fit --template chat", tmp_path) == {"chat", "chat-empty", "chat-user"}
+    assert completions("lit-thought fit --sites ", tmp_path) == {"attn_out", "mlp_in", "mlp_out"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of its own")
+def test_the_shell_knows_models_and_words_with_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models--owner--small-model").mkdir(parents=True)
+    (tmp_path / "hub" / "datasets--owner--rows").mkdir()
+    assert completions("lit-thought inspect ", tmp_path) == {"smollm2", "owner/small-model", "hub/"}
+    assert completions("lit-thought fit --model ow", tmp_path) == {"owner/small-model"}
+    assert completions("lit-thought report h", tmp_path) == {"hub/"}
+    assert completions("lit-thought inspect smollm2 --dtype b", tmp_path) == {"bfloat16"}
 
 
 def test_the_script_is_marked_for_argcomplete() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from lit_thought.cli.model import read_instruction
 from lit_thought.cli.parser import command_parser
 from lit_thought.errors import ThoughtError
 from lit_thought.model import loading
+from lit_thought.model.source import SMOLLM2_NAME
 
 FIT = ["fit", "--pairs=pairs.jsonl", "--out=new"]
 TEXTS = [
@@ -256,7 +260,7 @@ def test_a_list_in_a_config(tmp_path: Path) -> None:
 
 
 def test_an_empty_list_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--sites+: expected one argument" in fails([*FIT, "--sites", "--rank=3"], capsys)
+    assert "--sites: expected one argument" in fails([*FIT, "--sites", "--rank=3"], capsys)
     assert "--sites must name one or more" in fails([*FIT, "--sites="], capsys)
     assert "--blocks must be indices" in fails([*FIT, "--blocks", "-1"], capsys)
 
@@ -300,6 +304,33 @@ def test_what_is_near_nothing_suggests_nothing(capsys: pytest.CaptureFixture[str
     assert "there is no flag --bogus. See" in fails([*FIT, "--bogus=1"], capsys)
     assert "'xyzzy' is no command (choose from fit, " in fails(["xyzzy"], capsys)
     assert "required: --out. See" in fails(["fit"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        (SMOLLM2_NAME, "'smollm2' is HuggingFaceTB/SmolLM2-135M-Instruct, without a download."),
+        (
+            "HuggingFaceTB/SmolLM2-135M-Instrcut",
+            "'smollm2' is HuggingFaceTB/SmolLM2-135M-Instruct, without a download.",
+        ),
+        ("owner/smal-model", "Did you mean 'owner/small-model'?"),
+        ("nobody/nothing", "so the hub is not asked. Check the spelling"),
+    ],
+)
+def test_offline_a_name_is_looked_up_in_the_cache_before_torch_is_there(name: str, near: str, tmp_path: Path) -> None:
+    (tmp_path / "models--owner--small-model").mkdir()
+    code = (
+        "import sys, lit_thought.cli as c\n"
+        f"try: c.main(['inspect', {name!r}])\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "2 False False\n"
+    assert f"--model {name} is no directory here, and is not in the cache" in done.stderr
+    assert near in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["smolm2", "SmolLM2", "smollm", "smollm-2", "smol-lm2"])
@@ -351,11 +382,54 @@ def test_without_a_network_it_is_told_at_once(
         ("pairs: the file has rank_one=True", "--pairs: the file has rank_one=True"),
         ("rank is what rank does; x.rank=3, f(rank=3)", "--rank is what rank does; x.rank=3, f(rank=3)"),
         ("patch has vectors; model types", "patch has vectors; model types"),
+        ("state a larger memory_budget, or cache_dir.", "state a larger --memory_budget, or --cache_dir."),
+        ("in 'batch_size' of x.batch_size, batch_size(", "in 'batch_size' of x.batch_size, batch_size("),
+        ("expected one of ['a', 'b']; got None. Use None", "expected one of a, b; got none. Use null"),
     ],
 )  # fmt: skip
 def test_errors_speak_of_flags(message: str, typed: str) -> None:
     assert as_typed(message, values(*FIT)) == typed
     assert as_typed(message, ()) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*FIT, "--kind=poem"], "--kind: expected demonstrations, system or document; got poem. See"),
+        ([*FIT, "--kind=documnt"], "--kind: expected demonstrations, system or document; got documnt. Did you"),
+        ([*FIT, "--inputs=many"], "--inputs: expected a whole number or auto; got many. See"),
+        ([*FIT, "--rank=x"], "--rank: expected a number, auto or null; got x. See"),
+        ([*FIT, "--steps=1.5"], "--steps: expected a whole number; got 1.5. See"),
+        ([*FIT, "--blocks", "1", "two"], "--blocks: expected auto or whole numbers; got 1 two. See"),
+        ([*FIT, "--offload=dsk"], "--offload: expected auto, device, cpu, disk, true or false; got dsk. Did you"),
+        ([*FIT, "--overwrite=perhaps"], "--overwrite: expected true or false; got perhaps. See"),
+        ([*FIT, "--generate=3"], "--generate: expected options and their values, as in --generate.top_k 3; got 3. See"),
+        (["export", "a", "--out=b", "--format=ggf"], "or control-vector; got ggf. Did you mean gguf? See"),
+        (["inspect", "--dtype=float"], "--dtype: expected float32, bfloat16, float16, float64 or auto; got float."),
+        (["inspect", "--config=types.yaml"], "--tokens: expected a whole number; got many. See"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_told_in_one_line(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("types.yaml").write_text("tokens: many\n", encoding="utf-8")
+    line = fails(words, capsys)
+    assert said in line
+    assert "Union" not in line
+    assert "<class" not in line
+
+
+def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in COMMANDS.items():
+        for action in command_parser(command)._actions:
+            if "str" not in str(getattr(action, "_typehint", str)):  # a text can be anything
+                line = fails([name, f"--{action.dest}=%"], capsys)
+                assert re.search(rf"error: --{action.dest}: expected [^<]+; got %\. See", line), line
 
 
 @pytest.mark.parametrize(
@@ -370,16 +444,29 @@ def test_errors_speak_of_flags(message: str, typed: str) -> None:
         ([*FIT, "--instruction=x", "--sites=mlp_out", "--parts", "matrix", "vector"],
          "error: --parts matrix vector with --sites mlp_out: at mlp_out"),
         (["verify", "--out=full"], "error: --out full is a folder; expected a file"),
-        (["preserve", "full/nothing/model", "--output=taken.safetensors"],
-         "--output taken.safetensors exists. Choose another path, or pass --overwrite."),
+        (["preserve", "smollm2", "--out=taken.safetensors"],
+         "--out taken.safetensors exists. Choose another path, or pass --overwrite."),
         (["inspect", "full/nothing/model"], "error: --model full/nothing/model looks like a directory"),
         (["inspect", "full"], "error: --model full is a directory without a config.json"),
         (["inspect", "smollm2", "--revision=main"], "error: --revision main applies to hub models"),
-        (["inspect", "full", "--dtype=int8"], "error: --dtype int8; expected one of"),
-        (["inspect", "full", "--rank=0"], "error: --rank must be a whole number of 1 or more"),
+        (["inspect", "smollm2", "--rank=0"], "error: --rank must be a whole number of 1 or more"),
         (["inspect", "--quiet", "--verbose"], "error: --quiet and --verbose exclude each other"),
-        (["inspect", "full", "--tokens=many"], "error: --tokens: Expected a <class 'int'>"),
-        ([*FIT, "--blocks=first"], "error: --blocks: Does not validate"),
+        ([*FIT, "--instruction=x", "--sites=attn_ou"], "--sites must name one or more of attn_out, mlp_in, mlp_out, "
+         "each once; got attn_ou. Did you mean 'attn_out'?"),
+        ([*FIT, "--instruction=x", "--template=chatt"], "'chat-user' or a text with the fields {input} and {output}; "
+         "got 'chatt'. Did you mean 'chat'?"),
+        ([*FIT, "--instruction=x", "--rank=0"], "got 0. Use null for full rank."),
+        ([*FIT, "--instruction=x", "--val_pairs=no.json"], "error: --val_pairs: expected a file, but there is none"),
+        ([*FIT, "--instruction=x", "--statistics_dir=full"], "error: --statistics_dir full is a folder"),
+        (["fit", "--out=new"], "error: --instruction must be a text that is not empty, for which the model writes "
+         "inputs; got none."),
+        (["evaluate", "nothing", "--pairs=pairs.jsonl"], "error: --adapter nothing is not a folder; expected"),
+        (["evaluate", "full", "--pairs=pairs.jsonl", "--out=full"], "or pass --overwrite to"),
+        (["evaluate", "full", "--pairs=pairs.jsonl", "--samples=-1"], "error: --samples must be a whole number of 0"),
+        (["report", "nothing"], "error: --adapter nothing is not a folder; expected"),
+        (["solve", "nothing", "--out=new"], "error: --statistics nothing is not a folder; expected"),
+        (["solve", "full", "--out=new", "--device=foo"], "error: --device foo is no device; expected"),
+        (["push", "nothing", "me/x"], "error: --adapter nothing is not a folder; expected"),
     ],
 )  # fmt: skip
 def test_failing_commands_speak_of_flags(

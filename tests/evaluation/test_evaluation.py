@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +32,27 @@ from lit_thought.solve.factors import Factors
 
 LIMIT = 6
 INPUTS = ["good", "the lazy dog", "Antonyms", "up", "capital of France"]
+
+
+def test_a_result_is_a_dict_that_is_told_in_a_line(tmp_path: Path) -> None:
+    model = make_model("llama")
+    result = compare(model, make_tokenizer(), make_patch(model), unrelated=TEXTS, perplexity_interval=None)
+    plain = dict(result)
+    assert result == plain
+    assert json.loads(json.dumps(result)) == plain
+    assert {**result} == copy.deepcopy(result) == pickle.loads(pickle.dumps(result))
+    fidelity = f"same output as instructed {result['fidelity']:.2f} (plain {result['fidelity_plain']:.2f})"
+    ratio = f"unrelated perplexity × {result['perplexity_ratio']:.3f}"
+    assert repr(result).startswith(f"EvaluationResult({fidelity}; 5 pairs; {ratio}")
+    assert "\n" not in repr(result)
+    assert result._repr_markdown_() == format_result(plain)
+    page = result._repr_html_()
+    assert "<th></th><th>plain</th><th>instructed</th><th>patched</th>" in page
+    row = re.search(r"output equal to the instructed one</th>(.*?)</tr>", page)
+    assert row is not None
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", row[1])
+    assert cells == [f"{result['fidelity_plain']:.2f}", "–", f"{result['fidelity']:.2f}"]
+    assert page.count("Warning: ") == len(result["warnings"])
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -198,19 +199,40 @@ def test_the_three_forms_have_the_same_figures(written: Path) -> None:
     assert page.tables["Figures by step"][2][:2] == ["1", "0.65"]
 
 
+def test_what_a_reader_asks_first_comes_first(written: Path) -> None:
+    order = ["Before and after", "By block", "Side effects", "Results", "What was asked", "The fit", "Time and memory"]
+    page = (written / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == [*order, "Settings and versions"]
+    assert page.index('<dl class="summary">') < page.index("<h2")
+    text = (written / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", re.sub(r"`{4}.*?`{4}", "", text, flags=re.S), re.M) == [*order[:-1], "Spectrum"]
+    assert text.index("**Accuracy, patched: 0.75**") < text.index("## Before and after")
+    table = text.split("|---|---|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) == 5  # a row each, nothing between
+    assert all(line.startswith("| ") and line.endswith(" |") for line in table)
+    content = json.loads((written / "report.json").read_text(encoding="utf-8"))
+    assert f"<h1>{escape(content['title'])}</h1>" in page
+    layers = [
+        layer for layer in content["fits"][0]["layers"] if layer["kind"] == content["fits"][0]["layers"][0]["kind"]
+    ]
+    left = [layer["error_after"] / layer["error_before"] for layer in layers]
+    assert f"| {'▁▂▃▄▅▆▇█'[int(left[0] * 7.99)]}" in text.split("## By block")[1]
+
+
 def test_text_of_others_is_escaped(written: Path) -> None:
     page = Page((written / "report.html").read_text(encoding="utf-8"))
     assert page.tags["script"] == page.tags["img"] == 0
     assert not page.handlers
     assert page.literal[0] == "\n" + INSTRUCTION  # browsers leave a first line break out
     sample = page.tables["Samples, side by side"][5]
-    assert sample[:4] == [ATTACK, "–", "one two three", SCRIPT]
-    assert sample[4] == f"one two three {ATTACK}"  # two is struck through
+    assert sample[:3] == [ATTACK, "–", SCRIPT]
+    assert sample[3] == f"one two three {ATTACK}"  # two is struck through
+    assert sample[4] == "one two three"
     text = (written / "report.md").read_text(encoding="utf-8")
     quoted = text.split("````")
     assert INSTRUCTION in quoted[1]
     assert "<" not in quoted[2]
-    assert "49" not in re.sub(r"\d+\.\d+|[0-9a-f]{64}", "", text.split("## Preservation")[0])  # 7 * 7 was not computed
+    assert "49" not in re.sub(r"\d+\.\d+|[0-9a-f]{64}", "", text.split("## The fit")[0])  # 7 * 7 was not computed
 
 
 def test_the_page_needs_nothing_else(written: Path) -> None:
@@ -272,18 +294,13 @@ def test_long_outputs_have_a_headline_of_their_own(long: Path) -> None:
     text = (long / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.tags["del"] == 0 == page.tags["ins"]
-    assert page.tables["Samples, side by side"][0] == ["input", "instructed", "plain", "patched"]
-    assert page.tables["Samples, side by side"][1] == [
-        LONG_ITEMS[0][0],
-        LONG_ITEMS[0][3],
-        LONG_ITEMS[0][2],
-        LONG_ITEMS[0][4],
-    ]
+    assert page.tables["Samples, side by side"][0] == ["input", "plain", "patched", "instructed"]
+    assert page.tables["Samples, side by side"][1] == [LONG_ITEMS[0][place] for place in (0, 2, 4, 3)]
     assert "same output as instructed" not in text
     layers = next(rows for caption, rows in page.tables.items() if caption.startswith("Figures by layer"))
     assert layers[0] == ["layer", "error before", "error after", "error left"]
     markdown = (long / "report.md").read_text(encoding="utf-8")
-    assert "| input | instructed | plain | patched |\n|---|---|---|---|\n| How do" in markdown
+    assert "| input | plain | patched | instructed |\n|---|---|---|---|\n| How do" in markdown
     assert "| layer | error before | error after | error left |\n|---|---:|---:|---:|\n" in markdown
     assert "**Bake" not in markdown
     card = (long / "README.md").read_text(encoding="utf-8")
@@ -330,7 +347,7 @@ def test_without_an_evaluation_it_says_how_to_get_one(tmp_path: Path, capsys: py
     main(["report", str(tmp_path / "adapter")])
     assert "no evaluation yet" in capsys.readouterr().err
     for name in OUTPUTS[:2]:
-        assert "lit-thought evaluate --adapter" in (tmp_path / "adapter" / name).read_text(encoding="utf-8")
+        assert "lit-thought evaluate ADAPTER" in (tmp_path / "adapter" / name).read_text(encoding="utf-8")
     assert json.loads((tmp_path / "adapter" / "report.json").read_text())["evaluation"] is None
     assert "## Results" not in re.sub(r"`{4}.*?`{4}", "", (tmp_path / "adapter" / "README.md").read_text(), flags=re.S)
 
@@ -431,7 +448,7 @@ def test_a_failure_on_the_way_leaves_the_last_report(tmp_path: Path, monkeypatch
 def test_the_card_gets_the_figures_once_and_keeps_its_reader_s_edits(tmp_path: Path) -> None:
     run = make_run(tmp_path / "adapter", blocks=2)
     card = run / "README.md"
-    plain = card.read_text(encoding="utf-8").replace("# Instruction as weights", "# My adapter")
+    plain = card.read_text(encoding="utf-8").replace("\n# ", "\n# My adapter: ", 1)
     card.write_text(plain, encoding="utf-8")
     write_report(run)
     first = card.read_text(encoding="utf-8")

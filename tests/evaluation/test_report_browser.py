@@ -16,7 +16,7 @@ webdriver = pytest.importorskip("selenium.webdriver")
 
 _VIEWS = [(width, scheme) for width in (375, 1280) for scheme in ("light", "dark")]
 _HEADINGS = {
-    *("Instruction as weights", "What was asked", "Results", "Samples", "Preservation", "The fit"),
+    *("What was asked", "Results", "Before and after", "By block", "Side effects", "The fit"),
     *("Time and memory", "Settings and versions", "Plain, instructed and patched", "Accuracy by step"),
     *("Error left by block", "Effective rank by block", "Spectrum of the patch", "Time by phase"),
 }

@@ -85,9 +85,8 @@ def test_pad_token_is_filled_in_memory(saved: Path) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(ThoughtError, match=r"name='nobody/nothing-at-all'.*spelling") as caught:
+    with pytest.raises(ThoughtError, match=r"name='nobody/nothing-at-all'.*HF_HUB_OFFLINE is set.*spelling"):
         load_model("nobody/nothing-at-all")
-    assert caught.value.__cause__ is not None
     for name, message in [
         ("", "is empty"),
         (str(tmp_path / "nowhere"), "looks like a directory, and there is none"),

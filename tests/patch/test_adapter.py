@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import FAMILIES, make_model
+from models import FAMILIES, make_model, make_tokenizer
 from patches import logits_of, make_patch, make_vectors, output_projections
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,10 @@ from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import check_output_folder
 from lit_thought.patch import adapter
 from lit_thought.patch.adapter import read_adapter, to_peft
+from lit_thought.patch.card import model_card
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.prompts.template import PromptTemplate
+from lit_thought.runs.generate import generate
 from lit_thought.solve.factors import Factors
 
 
@@ -86,14 +90,16 @@ def test_card(tmp_path: Path) -> None:
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "lit_thought", "thought-patch", "transformers"],
+        "tags": ["base_model:adapter:someone/base", "lora", "transformers", "lit_thought", "thought-patch"],
     }
+    assert "# “Use \\`\\`\\` and \\~\\~\\~ freely.” as weights\n" in card
+    assert card.index("## Use") < card.index("<details>") < card.index("| ridge |") < card.index("</details>")
     assert "````text\nUse ``` and\n~~~ freely.\n````" in card
     for row in (
         "| ridge | 0.01 |",
         "| residual | 0.1235 |",
         "| note | a\\|b |",
-        "from_pretrained('someone/base')",
+        "base = 'someone/base'",
     ):
         assert row in card
     assert "blocks" not in card
@@ -105,8 +111,82 @@ def test_card(tmp_path: Path) -> None:
         assert place not in card
     (local + ThoughtPatch(factors) * 0.5).truncate(1).save_adapter(tmp_path / "sum")
     card = (tmp_path / "sum" / "README.md").read_text()
-    assert "## Part 2, times 0.5" in card
+    assert "### Part 2, times 0.5" in card
     assert "Truncated to rank 1" in card
+
+
+def test_the_card_keeps_a_secret_and_folds_what_is_long(tmp_path: Path) -> None:
+    factors = {"x": Factors(torch.ones(1, 2), torch.ones(3, 1))}
+    inputs = {"kind": "system", "count": 2, "hash": {}}
+    hidden = ThoughtPatch(factors, {"instruction_hash": {"sha256": "0", "salt": "1"}, "inputs": inputs})
+    assert "# A system prompt as weights\n" in (card := model_card(hidden))
+    assert "no more than a hash" in card
+    long = ThoughtPatch(factors, {"instruction": "Word by word. " * 100, "inputs": {"kind": "document", "count": 1}})
+    card = model_card(long)
+    title = next(line for line in card.splitlines() if line.startswith("# "))
+    assert title.startswith("# A document: “Word by word. Word")
+    assert title.endswith("…” as weights")
+    assert len(title) < 100
+    assert (
+        card.index("<summary>The instruction, 1,400 characters") < card.index("Word by word. " * 100) < card.index("##")
+    )
+    assert "# “You are a pirate.” and An instruction as weights" in model_card(
+        ThoughtPatch(factors, {"instruction": "You are a pirate."}) + ThoughtPatch(factors)
+    )
+
+
+@pytest.mark.parametrize(
+    ("provenance", "told"),
+    [
+        ({"base_model": "a/b", "gguf_file": "b.Q4.gguf"}, ["`b.Q4.gguf`", "base = 'a/b'", "from_pretrained(base)"]),
+        ({"base_model": "a/b (c.gguf)", "gguf_file": "c.gguf"}, ["`c.gguf`", "base = 'a/b'", "gguf_file='c.gguf')"]),
+        ({"base_model": "/x/y/c.gguf", "gguf_file": "c.gguf"}, ["`c.gguf`", "'the base model'", "gguf_file='c.gguf')"]),
+    ],
+)
+def test_the_card_names_a_gguf_base_for_what_it_is(provenance: dict[str, str], told: list[str]) -> None:
+    card = model_card(ThoughtPatch({"x": Factors(torch.ones(1, 2), torch.ones(3, 1))}, provenance))
+    assert "quantised weights, unpacked" in card
+    assert "/x/y" not in card
+    for text in told:
+        assert text in card
+    assert ("base_model: a/b\n" in card) == ("a/b" in provenance["base_model"])
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("Q: {input}\nA: {output}\n", "Q: hot\nA:"),
+        ("{instruction}Say {input}: {output}", "Say hot:"),
+        ("chat", "<|s|>system\nYou are a helpful fox<|e|>\n<|s|>user\nhot<|e|>\n<|s|>assistant\n"),
+        ("chat-empty", "<|s|>system\n<|e|>\n<|s|>user\nhot<|e|>\n<|s|>assistant\n"),
+        ("chat-user", "<|s|>system\nYou are a helpful fox<|e|>\n<|s|>user\nhot<|e|>\n<|s|>assistant\n"),
+    ],
+)
+def test_the_card_s_example_runs(
+    template: str, prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From loading to the answer, which is the patched model's, to the prompt that the patch was fitted to."""
+    model, tokenizer = make_model("llama").float(), make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as those of real models have it
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    parsed = PromptTemplate.parse(template)
+    inputs = {"kind": "system", "count": 1, "pairs": [{"input": "hot"}]}
+    known = {"base_model": "someone/base", "template": parsed.to_dict(), "inputs": inputs}
+    patch = ThoughtPatch(make_patch(model, 1).factors, known)
+    patch.save_adapter(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0]
+    code = code.replace("someone/base", str(tmp_path / "base")).replace("this folder", str(tmp_path / "adapter"))
+    scope: dict[str, Any] = {}
+    exec(code, scope)  # as a reader does
+    assert tokenizer.decode(scope["inputs"]["input_ids"][0]) == prompt
+    assert scope["inputs"]["input_ids"][0].tolist() == list(parsed.tokenise(tokenizer, "Go.", "hot").plain_ids)
+    with patch.applied(model):
+        (said,) = generate(model, tokenizer, [scope["inputs"]["input_ids"][0].tolist()], max_new_tokens=64)
+    printed = capsys.readouterr().out.removesuffix("\n")
+    stop = parsed.stop
+    assert printed == said.text if stop is None else printed.partition(stop)[0] == said.text.partition(stop)[0]
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -213,11 +213,11 @@ def test_the_card_s_header(hub: Hub, patch: ThoughtPatch) -> None:
         "library_name": "peft",
         "license": "llama3.1",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "lit_thought", "thought-patch", "transformers"],
+        "tags": ["base_model:adapter:org/base", "lora", "transformers", "lit_thought", "thought-patch"],
     }
     text = hub.repos["me/it"].files["README.md"].decode()
     assert "this folder" not in text
-    assert "from_pretrained('org/base')" in text
+    assert "base = 'org/base'" in text
     assert 'PeftModel.from_pretrained(model, "me/it")' in text
     assert 'ThoughtPatch.from_pretrained("me/it")' in text
     named.push_to_hub("me/other", license="mit", language="en")
@@ -230,8 +230,9 @@ def test_the_card_s_header(hub: Hub, patch: ThoughtPatch) -> None:
     assert "license" not in card_of(hub.repos["me/hidden"]).data.to_dict()
     patch.push_to_hub("me/told", base_model="org/base")
     assert card_of(hub.repos["me/told"]).data.base_model == "org/base"
+    assert card_of(hub.repos["me/told"]).data.tags[:2] == ["base_model:adapter:org/base", "lora"]
     assert json.loads(hub.repos["me/told"].files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
-    assert "from_pretrained('org/base')" in hub.repos["me/told"].files["README.md"].decode()
+    assert "base = 'org/base'" in hub.repos["me/told"].files["README.md"].decode()
 
 
 def test_a_licence_that_the_hub_does_not_know(hub: Hub, patch: ThoughtPatch) -> None:
@@ -242,7 +243,7 @@ def test_a_licence_that_the_hub_does_not_know(hub: Hub, patch: ThoughtPatch) -> 
 
 def test_results_are_in_the_card(hub: Hub, tmp_path: Path) -> None:
     run = make_run(tmp_path / "adapter")
-    (run / "README.md").write_text((run / "README.md").read_text().replace("# Instruction as weights", "# My adapter"))
+    (run / "README.md").write_text((run / "README.md").read_text().replace("\n# ", "\n# My adapter: ", 1))
     push_adapter(run, "me/it")
     card = card_of(hub.repos["me/it"])
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -253,7 +254,7 @@ def test_results_are_in_the_card(hub: Hub, tmp_path: Path) -> None:
     assert {result.dataset_name for result in card.data.eval_results} == {"5 held-out pairs"}
     assert {result.task_type for result in card.data.eval_results} == {"text-generation"}
     assert card.data.model_name == "it"
-    assert "# My adapter" in card.text
+    assert "# My adapter: " in card.text
     assert "| accuracy (exact match) |" in card.text
     assert sorted(hub.repos["me/it"].files) == FILES
     (run / "evaluation").rename(tmp_path / "evaluation")

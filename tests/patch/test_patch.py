@@ -337,7 +337,7 @@ def test_a_patch_owns_its_numbers() -> None:
     assert patch.factors["x"].A.tolist() == [[1.0, 1.0]]
     assert patch.provenance["settings"]["rank"] == 1
     assert (patch.rank, patch.num_parameters, patch.nbytes, patch.targets) == (1, 5, 20, ("x",))
-    assert repr(patch) == "ThoughtPatch(targets=1, rank=1, parameters=5, 0.00 MiB)"
+    assert repr(patch) == "ThoughtPatch(rank=1, weights=1, parameters=5)"
     kept = ThoughtPatch(patch.factors, {"loss": float("nan"), "steps": (1, 2), "deep": {"x": [float("inf")]}})
     assert kept.provenance == {"loss": None, "steps": [1, 2], "deep": {"x": [None]}}
 
@@ -558,8 +558,8 @@ def test_what_a_patch_with_vectors_says_of_itself() -> None:
     assert both.vectors["y"].tolist() == [1.0, 1.0, 1.0]
     assert {vector.dtype for vector in both.vectors.values()} == {torch.float32}
     assert (both.rank, both.num_parameters, both.nbytes, both.targets) == (2, 16, 64, ("x", "y"))
-    assert repr(both) == "ThoughtPatch(targets=2, rank=2, vectors=2, parameters=16, 0.00 MiB)"
+    assert repr(both) == "ThoughtPatch(rank=2, weights=1, vectors=2, parameters=16)"
     alone = both.only_vectors()
     assert (alone.rank, alone.num_parameters, alone.nbytes, alone.targets) == (0, 6, 24, ("y", "x"))
-    assert repr(alone) == "ThoughtPatch(targets=2, rank=0, vectors=2, parameters=6, 0.00 MiB)"
-    assert repr(both.without_vectors()) == "ThoughtPatch(targets=1, rank=2, parameters=10, 0.00 MiB)"
+    assert repr(alone) == "ThoughtPatch(rank=0, weights=0, vectors=2, parameters=6)"
+    assert repr(both.without_vectors()) == "ThoughtPatch(rank=2, weights=1, parameters=10)"

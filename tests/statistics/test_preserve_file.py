@@ -204,7 +204,7 @@ def test_a_damaged_file_is_refused_before_anything_runs(damage: Damage, message:
 def test_what_is_damaged_or_of_another_version_says_how_to_write_it_anew(tmp_path: Path) -> None:
     path = written(tmp_path)
     rewritten(lambda t, m: m.update(format=1))(path)
-    remedy = r"Write it anew: lit-thought preserve MODEL --output shared\.safetensors --overwrite\.$"
+    remedy = r"Write it anew: lit-thought preserve MODEL --out shared\.safetensors --overwrite\.$"
     with pytest.raises(ThoughtError, match=remedy):
         Preservation(path)
 
@@ -355,7 +355,7 @@ def test_preserve_then_fit_and_solve(
     monkeypatch.chdir(tmp_path)
     make_files(tmp_path)
     Path("text.txt").write_text(TEXT, encoding="utf-8")
-    main(["preserve", "model", "--output=kept.safetensors", "--texts=text.txt", "--preserve_tokens=300"])
+    main(["preserve", "model", "--out=kept.safetensors", "--text_file=text.txt", "--preserve_tokens=300"])
     assert "MB of preservation statistics to kept.safetensors" in capsys.readouterr().err
     known = Preservation("kept.safetensors").manifest
     assert (known["tokens"], known["directions"]) == (300, DIRECTIONS)
@@ -377,12 +377,12 @@ def test_the_command_keeps_what_a_fit_would() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output=a.bin"], "--output a.bin must end in .safetensors"),
-        (["--output=a.safetensors", "--directions=0"], "directions must be"),
-        (["--output=a.safetensors", "--sites=[mlp]"], "sites must name"),
-        (["--output=a.safetensors", "--texts=nothing.txt"], "--texts nothing.txt cannot be read"),
-        (["--output=a.safetensors", "--preserve_tokens=0"], "preserve_tokens must be"),
-        (["--output=there.safetensors"], "exists"),
+        (["--out=a.bin"], "--out a.bin must end in .safetensors"),
+        (["--out=a.safetensors", "--directions=0"], "directions must be"),
+        (["--out=a.safetensors", "--sites=[mlp]"], "sites must name"),
+        (["--out=a.safetensors", "--text_file=nothing.txt"], "--text_file nothing.txt cannot be read"),
+        (["--out=a.safetensors", "--preserve_tokens=0"], "preserve_tokens must be"),
+        (["--out=there.safetensors"], "exists"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_is_loaded(
@@ -392,7 +392,7 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
     with atomic_file("there.safetensors") as there:
         there.touch()
     with pytest.raises(SystemExit):
-        main(["preserve", "no/such/model", *arguments])
+        main(["preserve", "smollm2", *arguments])
     error = capsys.readouterr().err
     assert message in error
     assert "Loading" not in error

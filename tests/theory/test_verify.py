@@ -113,7 +113,9 @@ def test_only_some_blocks() -> None:
     assert last.weight_change_mean is last.weight_change_max is last.shift_mean is last.unreachable is None
     assert report.patched.relative > 0.05
     assert "patches of 2 of 3 blocks" in format_report(report)
-    assert format_report(report).splitlines()[-1].endswith("| – | – | – |")
+    assert format_report(report).splitlines()[-3].endswith("| – | – | – |")
+    assert not report.agrees
+    assert format_report(report).splitlines()[-1].startswith("The two runs do not agree: ")
 
 
 def test_what_no_patch_reaches_is_counted() -> None:
@@ -138,6 +140,7 @@ def test_as_json_and_as_a_table() -> None:
     stored = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert stored["model"] == "LlamaForCausalLM"
     assert stored["patched"]["agreement"] == 1
+    assert stored["agrees"] is report.agrees is True
     assert stored["blocks"][2]["sequence"] == report.blocks[2].sequence
     assert report.seconds > 0
     lines = format_report(report).splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import lit_thought
 from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
 from lit_thought.patch.adapter import WEIGHTS, read_adapter
+from lit_thought.patch.display import layer_figures, order, place, title
 from lit_thought.patch.provenance import summands
 from lit_thought.patch.results import adapter_digest, read_evaluation, three_way
 from lit_thought.solve.factors import Factors
@@ -23,26 +23,17 @@ __all__ = ["FORMAT_VERSION", "gather", "singular_values"]
 FORMAT_VERSION = 1
 """Of ``report.json``; rises when a key changes its meaning."""
 
-_BLOCK = re.compile(r"\.([0-9]{1,9})\.")
 _PHASES = ("preserve", "prepare", "resume", "forward", "statistics", "reduce", "save", "solve", "validate", "patch")
-_LAYER_FIGURES = (
-    ("error_before", ("error_before", "vector_error_before")),
-    ("error_after", ("error_after", "vector_error_after")),
-    ("effective_rank", ("effective_rank",)),
-    ("condition", ("condition",)),
-    ("truncation_loss", ("truncation_loss",)),
-    ("tokens", ("tokens",)),
-)
 
 
 def gather(
-    run_dir: str | os.PathLike[str], evaluation: str | os.PathLike[str] | None = None, samples: int = 20
+    adapter: str | os.PathLike[str], evaluation: str | os.PathLike[str] | None = None, samples: int = 20
 ) -> dict[str, Any]:
     """Read a run and work out every figure of its report.
 
     Args:
-        run_dir: adapter folder of a fit.
-        evaluation: folder that ``lit-thought evaluate --out`` wrote; ``run_dir``/evaluation, if it is there, when left
+        adapter: adapter folder of a fit.
+        evaluation: folder that ``lit-thought evaluate --out`` wrote; ``adapter``/evaluation, if it is there, when left
             out. Without one, ``evaluation`` of the result is None.
         samples: how many of the evaluation's pairs to show, the first ones.
 
@@ -54,17 +45,18 @@ def gather(
 
     Raises:
         ThoughtError: when the evaluation is damaged, incomplete or of another adapter.
-        PatchError: when ``run_dir`` is not an adapter folder.
+        PatchError: when ``adapter`` is not an adapter folder.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples!r}.")
-    folder = expanded(run_dir, "run_dir")
-    patch = read_adapter(folder)
+    folder = expanded(adapter, "adapter")
+    patch = read_adapter(folder, "adapter")
     found = read_evaluation(folder, evaluation)
     known = patch.provenance
     return {
         "format_version": FORMAT_VERSION,
         "lit_thought": lit_thought.__version__,
+        "title": title(known),
         "model": known.get("base_model") or known.get("model"),
         "revision": known.get("revision"),
         "fingerprint": known.get("fingerprint"),
@@ -79,8 +71,8 @@ def gather(
         },
         "fits": [_fit(own) for own in summands(known)],
         "spectrum": [
-            {**_place(path), "values": singular_values(factors)}
-            for path, factors in sorted(patch.factors.items(), key=lambda entry: _order(entry[0]))
+            {**place(path), "values": singular_values(factors)}
+            for path, factors in sorted(patch.factors.items(), key=lambda entry: order(entry[0]))
         ],
         "evaluation": None if found is None else three_way(*found, samples),
     }
@@ -97,12 +89,11 @@ def _fit(known: Mapping[str, Any]) -> dict[str, Any]:
     """What the provenance of one fit says."""
     instruction = known.get("instruction")
     memory, seconds = known.get("memory") or {}, known.get("seconds") or {}
-    layers = {label: own for label, own in (known.get("diagnostics") or {}).items() if isinstance(own, Mapping) and own}
     return {
         "scale": known.get("scale", 1.0),
         "instructions": [instruction] if isinstance(instruction, str) else list(instruction or []),
         "template": known.get("template"),
-        "layers": [_layer(label, layers[label]) for label in sorted(layers, key=_order)],
+        "layers": layer_figures(known),
         "steps": list(known.get("history") or []),
         "seconds": {phase: seconds[phase] for phase in sorted(seconds, key=_phase_order)},
         "memory": {name: memory.get(name) for name in ("peak", "raised", "estimated")} if memory else None,
@@ -113,28 +104,5 @@ def _fit(known: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _place(label: str) -> dict[str, Any]:
-    """A layer's name, its block's index, and which of the block's layers it is."""
-    match = _BLOCK.search(label)
-    kinds = [".".join(path.split(".")[-2:]) for path in label.split("+")]
-    return {"layer": label, "block": int(match[1]) if match else None, "kind": " + ".join(kinds)}
-
-
-def _order(label: str) -> tuple[int, bool, str]:
-    """Layers as a fit goes through them: by block, attention before the MLP."""
-    place = _place(label)
-    return (-1 if place["block"] is None else place["block"], "attn" not in label and "attention" not in label, label)
-
-
 def _phase_order(phase: str) -> int:
     return _PHASES.index(phase) if phase in _PHASES else len(_PHASES)
-
-
-def _layer(label: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    values = {
-        name: next((figures[key] for key in keys if figures.get(key) is not None), None)
-        for name, keys in _LAYER_FIGURES
-    }
-    before, after = values["error_before"], values["error_after"]
-    left = after / before if before and after is not None else None
-    return {**_place(label), **values, "error_left": left}

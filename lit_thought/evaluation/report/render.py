@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from markupsafe import Markup
 
 from lit_thought.evaluation.report.figures import draw_figures
 from lit_thought.patch.card import fenced, flat, interval, number
+from lit_thought.patch.display import error_bars, escaped
 from lit_thought.patch.results import RUNS
 from lit_thought.patch.texts import differences
 from lit_thought.prompts.template import PromptTemplate
@@ -21,7 +20,6 @@ from lit_thought.timing import format_bytes, format_duration
 __all__ = ["render_html", "render_markdown"]
 
 _NONE = "–"
-_SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
 _LAYER_COLUMNS = (
     ("error_before", "error before"),
     ("error_after", "error after"),
@@ -30,12 +28,14 @@ _LAYER_COLUMNS = (
     ("condition", "condition"),
     ("truncation_loss", "lost to the rank"),
 )
-_ADVICE = "lit-thought evaluate --adapter RUN_DIR --pairs test.jsonl --out RUN_DIR/evaluation"
+_ADVICE = "lit-thought evaluate ADAPTER --pairs test.jsonl --out ADAPTER/evaluation"
 
 
 def render_html(content: Mapping[str, Any]) -> str:
     """One page, whole in itself: no scripts, no requests; all text from prompts and models is escaped."""
-    return _render("report.html.j2", content, figures=draw_figures(content))
+    figures = draw_figures(content)
+    errors = [figure for name, figure in figures.items() if name.startswith("error_")]
+    return _render("report.html.j2", content, figures=figures, errors=errors)
 
 
 def render_markdown(content: Mapping[str, Any]) -> str:
@@ -56,6 +56,7 @@ def _render(template: str, content: Mapping[str, Any], **more: Any) -> str:
         "bytes": format_bytes,
         "cell": _markdown_cell,
         "duration": format_duration,
+        "error_bars": error_bars,
         "fenced": lambda text: Markup("\n".join(fenced(text))),
         "figure": _figure,
         "interval": interval,
@@ -137,5 +138,4 @@ def _template_text(template: Any) -> str:
 
 def _markdown_cell(value: Any) -> str:
     """A text as one cell of a table that shows it as it is."""
-    text = html.escape(" ".join(str(_NONE if value is None else value).split()), quote=False)
-    return _SPECIAL.sub(r"\\\1", text)
+    return escaped(str(_NONE if value is None else value))

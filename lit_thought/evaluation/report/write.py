@@ -18,7 +18,7 @@ __all__ = ["write_report"]
 
 
 def write_report(
-    run_dir: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
     evaluation: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     samples: int = 20,
@@ -28,10 +28,10 @@ def write_report(
     The HTML is one file that needs no network and runs no scripts. Where one file cannot be written, none is.
 
     Args:
-        run_dir: adapter folder of a fit.
-        evaluation: folder that ``lit-thought evaluate --out`` wrote; ``run_dir``/evaluation, if it is there, when left
+        adapter: adapter folder of a fit.
+        evaluation: folder that ``lit-thought evaluate --out`` wrote; ``adapter``/evaluation, if it is there, when left
             out.
-        out: folder for the three files; ``run_dir`` when left out.
+        out: folder for the three files; ``adapter`` when left out.
         samples: how many of the evaluation's pairs to show.
 
     Returns:
@@ -40,12 +40,12 @@ def write_report(
     Raises:
         ThoughtError: for a damaged or foreign evaluation, a place that cannot be written, or where jinja2 or matplotlib
             is missing.
-        PatchError: when ``run_dir`` is not an adapter folder.
+        PatchError: when ``adapter`` is not an adapter folder.
     """
     _require("jinja2", "matplotlib")
     from lit_thought.evaluation.report.render import render_html, render_markdown
 
-    run, folder = expanded(run_dir, "run_dir"), expanded(run_dir if out is None else out, "out")
+    run, folder = expanded(adapter, "adapter"), expanded(adapter if out is None else out, "out")
     if folder.exists() and not folder.is_dir():
         raise ThoughtError(f"out={str(out)!r} is a file; expected a folder. Choose another path.")
     content = gather(run, evaluation, samples)
