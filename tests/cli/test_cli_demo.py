@@ -20,7 +20,7 @@ from fits import TOKENIZER, make_patch, readable
 from models import make_model
 
 from lit_thought.cli import main
-from lit_thought.cli.demo import DemoServer
+from lit_thought.cli.server import DemoServer
 from lit_thought.patch.chat import Chat
 
 INSTRUCTION = "You are a pirate. Talk like a <b>pirate</b>."
