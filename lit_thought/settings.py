@@ -48,6 +48,13 @@ DIRECTIONS = 120
 
 Kind = Literal["demonstrations", "system", "document"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+RANK, DOCUMENT_RANK = 16, 64
+"""The rank where it is left out, and that for a document, which is more to know."""
+
+DOCUMENT_SITES = ("mlp_out",)
+"""What is patched for a document where sites are left out: attention's output has d inputs, which unrelated text takes
+up all of, the MLP's has d_ff."""
+
 RIDGE, PRESERVE_WEIGHT = 0.03, 3.0
 """λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out."""
 
@@ -85,10 +92,11 @@ class FitSettings:
             "auto" for as many as help on inputs that are held back; left out, those that are given, and where none are
             the usual number.
         kind: what the instruction is, for inputs that the model writes: demonstrations (the next inputs of the list),
-            system (what users write) or document (questions about it, and the text itself); left out, what its form
-            says.
+            system (what users write) or document (questions about it, and the text itself), which has a rank and sites
+            of its own, where these are left out; left out, what its form says, for inputs that the model writes.
         sites: where to patch each block: attn_out, mlp_in (the paper's), mlp_out or several of them. A block that
-            lacks one goes without (mlp_out in a mixture of experts); left out, attn_out and mlp_out.
+            lacks one goes without (mlp_out in a mixture of experts); left out, attn_out and mlp_out, and mlp_out alone
+            for a document (kind).
         parts: what to solve for, matrix, vector or both; left out, a matrix, and at mlp_in a vector too.
         blocks: indices of the blocks to patch; all when left out.
         scale: what to multiply the patch by.
@@ -97,7 +105,8 @@ class FitSettings:
         steps: how often to go through the blocks, the patch so far in place; left out, 1, and 2 for mlp_in alone.
         step_size: η in (0, 1], how much of each step's solution is added; left out, 1, and 0.5 for mlp_in alone.
         pairs_per_step: pairs that a step is solved from, the next ones each time; all pairs when left out.
-        rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank.
+        rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank; left out
+            ("usual"), 16, and 64 for a document (kind).
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
             (:meth:`weighed`).
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
@@ -143,7 +152,7 @@ class FitSettings:
     steps: int | None = None
     step_size: float | None = None
     pairs_per_step: int | None = None
-    rank: int | float | Literal["auto"] | None = field(default=16, metadata=_AUTO)
+    rank: int | float | Literal["usual", "auto"] | None = field(default="usual", metadata=_AUTO)
     ridge: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
     answer_weight: float | None = field(default=None, metadata=_DATA)
     # what to preserve
@@ -184,7 +193,7 @@ class FitSettings:
             for name in ("ridge", "preserve_weight", "step_size")
             if (value := getattr(self, name)) is not None
         }
-        solved = {"rank": self.rank, **by_site}
+        solved = {**({} if self.rank == "usual" else {"rank": self.rank}), **by_site}
         check_solve_settings(**{name: value for name, value in solved.items() if not _is_auto(value)})
         weight = self.answer_weight
         if weight is not None and not (is_finite(weight) and weight > 0):
@@ -249,6 +258,16 @@ class FitSettings:
             ridge=ridge if self.ridge is None else self.ridge,
             preserve_weight=preserve_weight if self.preserve_weight is None else self.preserve_weight,
         )
+
+    def suited(self, kind: str | None, largest: int) -> FitSettings:
+        """With the rank filled in, where it is left out, for a kind of instruction.
+
+        Args:
+            kind: of :data:`KINDS`, None where no inputs are written.
+            largest: the largest rank that the layers allow.
+        """
+        usual = min(DOCUMENT_RANK if kind == "document" else RANK, largest)
+        return replace(self, rank=usual if self.rank == "usual" else self.rank)
 
     def weighed(self, answers: int) -> FitSettings:
         """With λ and ρ filled in, where they are left out, for a number of answer tokens.

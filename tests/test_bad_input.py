@@ -200,8 +200,10 @@ def test_unsupported_models(family: str, message: str, monkeypatch: pytest.Monke
 
 
 def test_something_else_than_a_model() -> None:
-    with pytest.raises(ThoughtError, match="model must be a transformers causal LM; got str"):
-        transmute("smollm2", TOKENIZER, INSTRUCTION, PAIRS)  # type: ignore[arg-type]
+    with pytest.raises(ThoughtError, match="model must be a transformers causal LM; got int"):
+        transmute(7, TOKENIZER, INSTRUCTION, PAIRS)  # type: ignore[arg-type]
+    with pytest.raises(ThoughtError, match="tokenizer comes with a model that is given by name"):
+        transmute("smollm2", TOKENIZER, INSTRUCTION, PAIRS)
 
 
 def test_unknown_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,5 +63,5 @@ def inputs(
         rows = [json.dumps(pair, ensure_ascii=False) for pair in data.pairs]
         file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     shown = repr(data.template.text) if data.template.text else "chat"
-    say(f"Wrote {len(rows)} pairs to {out}; the template is {shown}")
+    say(f"Wrote {len(rows)} pairs to {out}; the template is {shown}, the kind {data.form(tokenizer)}")
     return Result({"file": out, "pairs": len(rows), "kind": data.kind, "template": data.template.to_dict()})

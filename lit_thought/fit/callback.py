@@ -15,7 +15,7 @@ from lit_thought.files import check_output_folder
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.fit.preparing import Preparation, chosen_stages
+from lit_thought.fit.preparing import Preparation, chosen_stages, largest_rank
 from lit_thought.fit.preserving import PreservationSource
 from lit_thought.fit.provenance import costs
 from lit_thought.fit.strategy import check_epochs, check_trainer
@@ -127,15 +127,15 @@ class ThoughtCallback(Callback):
         check_trainer(trainer)
         blocks, settings = find_blocks(pl_module.model), self.settings
         check_blocks(settings.blocks, len(blocks))
-        _, stages = chosen_stages(blocks, settings)
+        _, stages = chosen_stages(blocks, settings, data.form(pl_module.tokenizer))
         check_epochs(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
         if settings.pairs_per_step is not None and settings.pairs_per_step > data.expected:
             raise ThoughtError(
                 f"pairs_per_step={settings.pairs_per_step} is more than the {data.expected} pairs there are. "
                 "Leave it out to use all of them in every step."
             )
-        sites = [blocks[stage.block].sites[stage.site] for stage in stages]
-        check_rank(settings.rank, min(min(site.d_in, site.d_out) for site in sites))
+        if settings.rank != "usual":
+            check_rank(settings.rank, largest_rank(blocks, stages))
         if self.steps > 1 and settings.pairs_per_step is not None:
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # each step has its own batches
 

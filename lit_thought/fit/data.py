@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
+from lit_thought.inputs.kinds import find_kind, find_template
 from lit_thought.inputs.write import ENOUGH
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches
@@ -112,16 +113,10 @@ class PairDataModule(LightningDataModule):
                 f"inputs={wanted} is fewer than the {len(self.given)} pairs that are given. Give fewer pairs, or leave "
                 "inputs out to fit all of them."
             )
-        if self.to_write:
-            if not isinstance(instruction, str) or not instruction.strip():
-                raise ThoughtError(
-                    f"instruction must be a text that is not empty, for which the model writes inputs; got "
-                    f"{instruction!r}. Give it, or pairs that have their own."
-                )
-        elif self.settings.kind is not None:
+        if self.to_write and (not isinstance(instruction, str) or not instruction.strip()):
             raise ThoughtError(
-                f"kind={self.settings.kind!r} says how inputs are written, but none are: {len(self.given)} pairs are "
-                "given. Leave it out, or pass inputs=..., how many there are to be."
+                f"instruction must be a text that is not empty, for which the model writes inputs; got "
+                f"{instruction!r}. Give it, or pairs that have their own."
             )
 
     @property
@@ -131,6 +126,14 @@ class PairDataModule(LightningDataModule):
         return self.kind is None and (
             not self.given or wanted == "auto" or (isinstance(wanted, int) and wanted > len(self.given))
         )
+
+    def form(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """What the instruction is, where that was said, or inputs were or will be written for it; else None."""
+        if not self.to_write or self.settings.kind is not None:
+            return self.kind or self.settings.kind
+        assert self.instruction is not None
+        template = find_template(tokenizer, self.instruction, self.given_template)
+        return find_kind(tokenizer, self.instruction, template)
 
     @property
     def expected(self) -> int:

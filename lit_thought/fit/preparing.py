@@ -28,7 +28,7 @@ from lit_thought.runs.generate import generate
 from lit_thought.runs.runner import Stage, StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import DEFAULT_SITES, FitSettings
+from lit_thought.settings import DEFAULT_SITES, DOCUMENT_SITES, FitSettings
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.preserve_file import Preservation
@@ -36,7 +36,15 @@ from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import StatisticsWriter
 from lit_thought.timing import Stopwatch
 
-__all__ = ["Preparation", "chosen_stages", "common_fingerprint", "prepare_pairs", "write_inputs", "write_outputs"]
+__all__ = [
+    "Preparation",
+    "chosen_stages",
+    "common_fingerprint",
+    "largest_rank",
+    "prepare_pairs",
+    "write_inputs",
+    "write_outputs",
+]
 
 _log = logging.getLogger("lit_thought")
 
@@ -179,15 +187,19 @@ def common_fingerprint(model: PreTrainedModel) -> str:
     return found
 
 
-def chosen_stages(blocks: Sequence[Block], settings: FitSettings) -> tuple[tuple[str, ...], list[Stage]]:
-    """The sites of a fit that the model has, and the stages of a step.
+def chosen_stages(
+    blocks: Sequence[Block], settings: FitSettings, kind: str | None
+) -> tuple[tuple[str, ...], list[Stage]]:
+    """The sites of a fit that the model has, and the stages of a step, for a kind of instruction.
 
     Raises:
         UnsupportedModelError: when a site that was asked for is in no block, or none of the default ones is.
     """
     for name in settings.sites or ():
         require_site(blocks, name)
-    there = (name for name in DEFAULT_SITES if any(name in block.sites for block in blocks))
+    there = [name for name in DEFAULT_SITES if any(name in block.sites for block in blocks)]
+    if kind == "document":
+        there = [name for name in there if name in DOCUMENT_SITES] or there
     sites = tuple(there if settings.sites is None else settings.sites)
     stages = stages_of(blocks, sites, cast(Any, settings.blocks))  # "auto" is chosen by now
     if not stages:
@@ -195,6 +207,12 @@ def chosen_stages(blocks: Sequence[Block], settings: FitSettings) -> tuple[tuple
             f"blocks={settings.blocks}: none of them has one of the sites {list(sites)}. Choose other blocks."
         )
     return sites, stages
+
+
+def largest_rank(blocks: Sequence[Block], stages: Sequence[Stage]) -> int:
+    """The largest rank that all layers of these stages allow."""
+    sites = [blocks[stage.block].sites[stage.site] for stage in stages]
+    return min(min(site.d_in, site.d_out) for site in sites)
 
 
 class Preparation:
@@ -231,8 +249,11 @@ class Preparation:
         self.trainer, self.module, self.preserved, self.stopwatch = trainer, module, preserved, stopwatch
         self.data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.blocks = find_blocks(module.model)
-        self.sites, self.stages = chosen_stages(self.blocks, settings)
-        self.settings: Any = replace(settings, sites=self.sites)  # FitSettings, with nothing "auto" or left out
+        kind = self.data.form(module.tokenizer)
+        self.sites, self.stages = chosen_stages(self.blocks, settings, kind)
+        largest = largest_rank(self.blocks, self.stages)
+        # FitSettings, with nothing "auto" or left out
+        self.settings: Any = replace(settings, sites=self.sites).suited(kind, largest)
         self.estimate: Estimate | None = None
         self.storage = Storage()
         self.preservation: Preservation | None = None
@@ -266,8 +287,6 @@ class Preparation:
                 data.restore(self.unfinished.inputs)
         with self.stopwatch("write"):
             write_inputs(data, model, tokenizer, show and first)
-            if show and first and data.kind == "document" and settings.rank == FitSettings.rank:
-                tqdm.write("A document takes a higher rank than the default: rank=64.", file=sys.stderr)
         with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
             if first and (told := data.saves_nothing()):

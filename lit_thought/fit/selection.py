@@ -202,7 +202,7 @@ def select_settings(
             model, tokenizer, pairs, [data.instructions[i] for i in held], texts, data.settings.batch_size
         )
         kept = patch.provenance["settings"]
-        defaults = callback.settings.options(auto=True) | {name: kept[name] for name in ("ridge", "preserve_weight")}
+        defaults = callback.settings.options(auto=True) | {name: kept[name] for name in _SOLVED}
         search = _Search(measure, defaults, patch, progress)
         if folder is not None:
             saved = SavedStatistics.load(folder, model.device)

@@ -148,7 +148,7 @@ def document_case(own: Document, max_new_tokens: int, settings: Mapping[str, Any
     def judge(item: Mapping[str, str]) -> dict[str, bool]:
         return {run: contains(item[run], accepted[item["input"]]) for run in RUNS}
 
-    tested, how = [{"input": text} for text in accepted], {"kind": "document", "rank": 64, **settings}
+    tested, how = [{"input": text} for text in accepted], {"kind": "document", **settings}
     return Case("document", own.name, own.chunk, PromptTemplate.chat(), tested, max_new_tokens, judge, [], how)
 
 

@@ -517,4 +517,4 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main([*command, "--memory_budget=1e-6"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("lit-thought: error: memory_budget")
+    assert error.startswith("lit-thought: error: --memory_budget")

@@ -33,6 +33,7 @@ from lit_thought.inputs.turns import OPENINGS, write_turns
 from lit_thought.inputs.write import write_pairs
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.runs.generate import Generation
+from lit_thought.settings import DEFAULT_SITES
 
 TOKENIZER = make_tokenizer(chat=False)
 CHAT = make_tokenizer(chat=True)
@@ -332,10 +333,6 @@ def test_fewer_than_asked_for_is_said(monkeypatch: pytest.MonkeyPatch, caplog: p
     [
         ({"pairs": None}, "instruction must be a text that is not empty"),
         ({"pairs": [{"input": "a"}, {"input": "b"}], "instruction": LIST, "inputs": 1}, "inputs=1 is fewer than the 2"),
-        (
-            {"pairs": [{"input": "a"}], "instruction": LIST, "kind": "system"},
-            "kind='system' says how inputs are written",
-        ),
         ({"pairs": [], "instruction": LIST}, "pairs is empty"),
         ({"pairs": None, "instruction": LIST, "kind": "poem"}, "kind must be one of"),
         ({"pairs": None, "instruction": LIST, "inputs": 0}, "inputs must be"),
@@ -363,6 +360,22 @@ def test_settings_chosen_on_written_inputs() -> None:
     patch = transmute(tiny(), TOKENIZER, LIST, template=LINES, **options)
     assert patch.provenance["selection"]["held_back"] == [4, 12]
     assert math.isfinite(patch.provenance["settings"]["ridge"])
+
+
+def test_a_document_has_a_rank_and_sites_of_its_own(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"inputs": 6, "max_new_tokens": 3, "preserve": None, "progress": False}
+    usual = transmute(tiny(), TOKENIZER, LIST, template=LINES, **options)
+    assert (usual.provenance["settings"]["rank"], usual.provenance["settings"]["sites"]) == (16, [*DEFAULT_SITES])
+    pairs = usual.provenance["inputs"]["pairs"]
+    options |= {"inputs": None, "kind": "document"}
+    document = transmute(tiny(), TOKENIZER, LIST, pairs, LINES, **options)
+    assert (document.provenance["settings"]["rank"], document.provenance["settings"]["sites"]) == (32, ["mlp_out"])
+    assert {path.rpartition(".")[2] for path in document.factors} == {"down_proj"}
+    said = transmute(tiny(), TOKENIZER, LIST, pairs, LINES, rank=16, sites=DEFAULT_SITES, **options)
+    assert distance(said, usual) == 0
+    long = "The bridge of Harl was built in 1871 of grey stone. " * 30
+    assert PairDataModule(None, long, "chat").form(CHAT) == "document"
+    assert PairDataModule([{"input": "a"}], long, "chat").form(CHAT) is None
 
 
 # --- how many -------------------------------------------------------------------------------------------------
