@@ -20,6 +20,7 @@ from lit_thought.errors import ThoughtError, check_counts, did_you_mean, is_fini
 __all__ = [
     "DEFAULT_SITES",
     "DIRECTIONS",
+    "DOCUMENT_SITES",
     "KINDS",
     "ORDERS",
     "PARTS",
@@ -33,6 +34,7 @@ __all__ = [
     "check_rank",
     "check_sites",
     "check_solve_settings",
+    "directions_for",
     "register_paths",
     "takes_settings",
 ]
@@ -50,6 +52,9 @@ Kind = Literal["demonstrations", "system", "document"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RANK, DOCUMENT_RANK = 16, 64
 """The rank where it is left out, and that for a document, which is more to know."""
+
+DOCUMENT_DIRECTIONS = 512
+"""k for a document, whose patch is larger than others and moves more."""
 
 DOCUMENT_SITES = ("mlp_out",)
 """What is patched for a document where sites are left out: attention's output has d inputs, which unrelated text takes
@@ -287,6 +292,11 @@ class FitSettings:
             ridge=max(RIDGE / times, LEAST_RIDGE) if self.ridge is None else self.ridge,
             preserve_weight=PRESERVE_WEIGHT / times**0.25 if self.preserve_weight is None else self.preserve_weight,
         )
+
+
+def directions_for(kind: str | None) -> int:
+    """k of the preservation statistics for a kind of instruction, None where there is none."""
+    return DOCUMENT_DIRECTIONS if kind == "document" else DIRECTIONS
 
 
 def takes_settings(**where: bool) -> Callable[[_Function], _Function]:

@@ -98,7 +98,7 @@ def plan(
     *,
     offload: str,
     memory_budget: float | None,
-    preserve: bool,
+    directions: int,
     processes: int,
     steps: int,
     missing: int,
@@ -109,7 +109,8 @@ def plan(
         model: the model, with its ``blocks``.
         stages: what a step of the fit goes through.
         batches: this process's share of a step's pairs.
-        offload, memory_budget, preserve, steps: the settings of the fit.
+        offload, memory_budget, steps: the settings of the fit.
+        directions: k of the preservation statistics, 0 without.
         processes: on this machine.
         missing: most tokens of outputs that are not in the batches yet; unless it is 0, only a lower bound of the bytes
             is known.
@@ -119,7 +120,7 @@ def plan(
     """
     device, load = model.device, Load.of(batches)
     tokens = sum(gather_json(load.compared, device))
-    found = estimate_bytes(model, blocks, stages, load, tokens, preserve)
+    found = estimate_bytes(model, blocks, stages, load, tokens, directions)
     refusal, place = None, found.place
     try:
         place = choose_place(found, offload, device, room(device, memory_budget, processes), at_least=missing > 0)
@@ -133,7 +134,7 @@ def plan(
 
     def seconds(own: Load) -> dict[str, float]:
         every = tokens + own.compared - load.compared
-        operations = fit_operations(model, blocks, stages, own, every, preserve)
+        operations = fit_operations(model, blocks, stages, own, every, directions)
         every_step = {name: steps * count for name, count in operations.items()}
         return estimate_seconds(every_step, layer, device, rows, steps * len(stages))
 

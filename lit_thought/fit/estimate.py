@@ -235,10 +235,10 @@ def statistics_bytes(site: Site, tokens: int, element: int = 8) -> int:
     return element * min(tokens, site.d_in) * (site.d_in + site.d_out)
 
 
-def solve_bytes(site: Site, tokens: int, preserve: bool) -> int:
+def solve_bytes(site: Site, tokens: int, directions: int) -> int:
     """Work space of one solve; float64 throughout."""
     d, out, n = site.d_in, site.d_out, tokens
-    k = min(DIRECTIONS, d) if preserve else 0
+    k = min(directions, d)
     if site.gain is not None:
         few = n + k < d
         return 8 * (5 * d * (n + k) + 4 * (n + k) ** 2 if few else 6 * d * d + 2 * d * out)
@@ -260,7 +260,7 @@ def estimate_bytes(
     stages: Sequence[Stage],
     load: Load,
     tokens: int,
-    preserve: bool = True,
+    directions: int = DIRECTIONS,
 ) -> Estimate:
     """The bytes of a fit.
 
@@ -269,13 +269,13 @@ def estimate_bytes(
         stages: what the fit goes through.
         load: what this process runs.
         tokens: compared tokens of all processes together, which one of them solves from.
-        preserve: whether unrelated text is preserved.
+        directions: k of the preservation statistics, 0 without.
     """
     sizes = ModelSizes.of(model)
     sites = [blocks[stage.block].sites[stage.site] for stage in stages]
 
     def work(site: Site) -> tuple[int, int]:
-        return statistics_bytes(site, tokens), solve_bytes(site, tokens, preserve)
+        return statistics_bytes(site, tokens), solve_bytes(site, tokens, directions)
 
     widest = max(sites, key=lambda site: sum(work(site)))
     return Estimate(
@@ -310,16 +310,22 @@ def preserve_operations(
 
 
 def fit_operations(
-    model: PreTrainedModel, blocks: Sequence[Block], stages: Sequence[Stage], load: Load, tokens: int, preserve: bool
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    stages: Sequence[Stage],
+    load: Load,
+    tokens: int,
+    directions: int = DIRECTIONS,
 ) -> dict[str, float]:
-    """Multiplications and additions of a fit by phase: forward, statistics, solve; attention's own are left out."""
+    """Multiplications and additions of a fit by phase: forward, statistics, solve; attention's own are left out. The
+    arguments are those of :func:`estimate_bytes`."""
     active, spent = ModelSizes.of(model).active, {"forward": 0.0, "statistics": 0.0, "solve": 0.0}
     for block in blocks:
         names = [stage.site for stage in stages if stage.block == block.index]
         spent["forward"] += 2 * _weights(block, active) * (load.target + load.plain * plain_runs(block, names))
         for site in (block.sites[name] for name in names):
             d, out, few = site.d_in, site.d_out, tokens < site.d_in
-            k = min(DIRECTIONS, d) if preserve else 0
+            k = min(directions, d)
             spent["statistics"] += 0.0 if few else load.compared * d * (HALF * d + 2 * out)
             if site.gain is not None:
                 size = min(tokens + k, d) if few else d

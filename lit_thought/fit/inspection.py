@@ -135,7 +135,7 @@ def inspect_model(
     seconds, preservation = (
         estimate_seconds(operations, fitted[-1].layer, model.device, tokens, len(fitted), asked=True)
         for operations in (
-            fit_operations(model, blocks, stages, load, tokens, preserve=True),
+            fit_operations(model, blocks, stages, load, tokens),
             preserve_operations(model, blocks, fitted, preserve_tokens),
         )
     )

@@ -28,7 +28,7 @@ from lit_thought.runs.generate import generate
 from lit_thought.runs.runner import Stage, StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import DEFAULT_SITES, DOCUMENT_SITES, FitSettings
+from lit_thought.settings import DEFAULT_SITES, DOCUMENT_SITES, FitSettings, directions_for
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.preserve_file import Preservation
@@ -228,6 +228,7 @@ class Preparation:
     Attributes:
         blocks: the model's blocks, on its device.
         sites: where they are patched.
+        directions: k of the preservation statistics.
         estimate: this process's memory and time.
         storage: where the streams are kept.
         preservation: the preservation statistics, or None.
@@ -251,6 +252,7 @@ class Preparation:
         self.blocks = find_blocks(module.model)
         kind = self.data.form(module.tokenizer)
         self.sites, self.stages = chosen_stages(self.blocks, settings, kind)
+        self.directions = directions_for(kind)
         largest = largest_rank(self.blocks, self.stages)
         # FitSettings, with nothing "auto" or left out
         self.settings: Any = replace(settings, sites=self.sites).suited(kind, largest)
@@ -300,7 +302,7 @@ class Preparation:
         _log.debug("memory: %s", self.estimate.parts())
         with self.stopwatch("preserve"):
             self.preservation, self.preserve_cached = self.preserved.load(
-                trainer, model, tokenizer, self.blocks, self.sites, settings, identity, show
+                trainer, model, tokenizer, self.blocks, self.sites, settings, identity, self.directions, show
             )
         with self.stopwatch("prepare"):
             before = None if self.unfinished is None else self.unfinished.outputs
@@ -340,7 +342,7 @@ class Preparation:
             data.batches,
             offload=settings.offload,
             memory_budget=settings.memory_budget,
-            preserve=bool(self.preserved) and settings.preserve_weight != 0,
+            directions=self.directions if self.preserved and settings.preserve_weight != 0 else 0,
             processes=self.trainer.num_devices,
             steps=settings.steps,
             missing=missing,

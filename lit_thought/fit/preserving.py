@@ -47,6 +47,7 @@ class PreservationSource:
         sites: Sequence[str],
         settings: FitSettings,
         identity: str,
+        directions: int,
         show: bool,
     ) -> tuple[Preservation | None, bool | None]:
         """The model's preservation statistics, and whether they came from the cache; all processes call this together.
@@ -63,10 +64,10 @@ class PreservationSource:
         together = is_sharded(model) and self.file is None
         found: tuple[Preservation | None, bool | None] = (None, None)
         if first or together:
-            found = self._load(model, tokenizer, blocks, sites, settings, identity, show and first, first)
+            found = self._load(model, tokenizer, blocks, sites, settings, identity, directions, show and first, first)
         trainer.strategy.barrier("preserve")
         if not (first or together):
-            found = self._load(model, tokenizer, blocks, sites, settings, identity, False, True)
+            found = self._load(model, tokenizer, blocks, sites, settings, identity, directions, False, True)
         return found
 
     def _load(
@@ -77,6 +78,7 @@ class PreservationSource:
         sites: Sequence[str],
         settings: FitSettings,
         identity: str,
+        directions: int,
         show: bool,
         write: bool,
     ) -> tuple[Preservation | None, bool | None]:
@@ -92,6 +94,7 @@ class PreservationSource:
                 progress=progress,
                 write=write,
                 sites=sites,
+                directions=directions,
             )
 
     def _copied(self, file: Preservation, settings: FitSettings, device: torch.device) -> tuple[Preservation, bool]:

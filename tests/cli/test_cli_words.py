@@ -398,7 +398,7 @@ def test_errors_speak_of_flags(message: str, typed: str) -> None:
         ([*FIT, "--kind=poem"], "--kind: expected demonstrations, system or document; got poem. See"),
         ([*FIT, "--kind=documnt"], "--kind: expected demonstrations, system or document; got documnt. Did you"),
         ([*FIT, "--inputs=many"], "--inputs: expected a whole number or auto; got many. See"),
-        ([*FIT, "--rank=x"], "--rank: expected a number, auto or null; got x. See"),
+        ([*FIT, "--rank=x"], "--rank: expected a number, usual, auto or null; got x. See"),
         ([*FIT, "--steps=1.5"], "--steps: expected a whole number; got 1.5. See"),
         ([*FIT, "--blocks", "1", "two"], "--blocks: expected auto or whole numbers; got 1 two. See"),
         ([*FIT, "--offload=dsk"], "--offload: expected auto, device, cpu, disk, true or false; got dsk. Did you"),

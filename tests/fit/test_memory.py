@@ -459,7 +459,7 @@ def test_what_a_fit_takes_is_said_before_any_long_work(
 def test_a_process_without_pairs_plans_as_well() -> None:
     model = make_model()
     blocks = find_blocks(model)
-    settings = {"offload": "auto", "memory_budget": None, "preserve": True, "processes": 3, "steps": 1, "missing": 0}
+    settings = {"offload": "auto", "memory_budget": None, "directions": 120, "processes": 3, "steps": 1, "missing": 0}
     found = budget.plan(model, blocks, stages_of(blocks, SITES), [], **settings)
     assert found.place == "device"
     assert sum(found.seconds.values()) == 0

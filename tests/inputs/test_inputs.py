@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lit_thought import ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.fit import growing
+from lit_thought.fit import growing, preserving
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
@@ -362,7 +362,24 @@ def test_settings_chosen_on_written_inputs() -> None:
     assert math.isfinite(patch.provenance["settings"]["ridge"])
 
 
-def test_a_document_has_a_rank_and_sites_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "directions"), [(None, 120), ("system", 120), ("document", 512)])
+def test_more_is_kept_of_unrelated_text_for_a_document(
+    kind: str | None, directions: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+    genuine = preserving.preservation
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["directions"])
+        return genuine(*arguments, **options)
+
+    monkeypatch.setattr(preserving, "preservation", noting)
+    options: dict[str, Any] = {"preserve": ["The quick brown fox. " * 9], "progress": False, "cache_dir": tmp_path}
+    transmute(tiny(), TOKENIZER, LIST, [{"input": "hot", "output": "cold"}], LINES, kind=kind, **options)
+    assert asked == [directions]
+
+
+def test_a_document_has_a_rank_and_sites_of_its_own() -> None:
     options: dict[str, Any] = {"inputs": 6, "max_new_tokens": 3, "preserve": None, "progress": False}
     usual = transmute(tiny(), TOKENIZER, LIST, template=LINES, **options)
     assert (usual.provenance["settings"]["rank"], usual.provenance["settings"]["sites"]) == (16, [*DEFAULT_SITES])
