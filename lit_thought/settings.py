@@ -53,7 +53,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 RANK, DOCUMENT_RANK = 16, 64
 """The rank where it is left out, and that for a document, which is more to know."""
 
-DOCUMENT_DIRECTIONS = 512
+DOCUMENT_DIRECTIONS = 1024
 """k for a document, whose patch is larger than others and moves more."""
 
 DOCUMENT_SITES = ("mlp_out",)

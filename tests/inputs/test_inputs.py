@@ -362,7 +362,7 @@ def test_settings_chosen_on_written_inputs() -> None:
     assert math.isfinite(patch.provenance["settings"]["ridge"])
 
 
-@pytest.mark.parametrize(("kind", "directions"), [(None, 120), ("system", 120), ("document", 512)])
+@pytest.mark.parametrize(("kind", "directions"), [(None, 120), ("system", 120), ("document", 1024)])
 def test_more_is_kept_of_unrelated_text_for_a_document(
     kind: str | None, directions: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
