@@ -65,6 +65,8 @@ def instruction_alone(
     chosen = [load_document(name) for name in documents]
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
+    settings = {"seeds": list(seeds), "counts": list(counts), "document_settings": document_settings}
+    record = {"model": shown(model), "settings": settings}
     for seed in seeds:
         cases = [word_case(task, seed, test, word_tokens) for task in tasks]
         cases += [message_case(known[name], seed, questions, answer_tokens) for name in instructions]
@@ -83,16 +85,15 @@ def instruction_alone(
             fits += [(f"written, {count}", None, {"inputs": count}) for count in counts]
             fits += [(f"given, {len(case.given)}", case.given, {})] if case.given else []
             for name, pairs, changes in fits:
-                settings = {"seed": seed, "max_new_tokens": min(64, 2 * case.max_new_tokens), "progress": False}
+                usual = {"seed": seed, "max_new_tokens": min(64, 2 * case.max_new_tokens), "progress": False}
                 template = case.template if case.given or case.door == "document" else None
-                how = {**settings, **case.settings, **changes}
+                how = {**usual, **case.settings, **changes}
                 _, measured = fit_and_score(evaluation, case.chunk, pairs, template, how)
                 run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
                 run |= {"right": right(case, measured["items"]), "tested": len(case.tested)}
                 runs.append({**run, **measured})
                 print(_table(runs[-1:]), flush=True)
-    settings = {"seeds": list(seeds), "counts": list(counts), "document_settings": document_settings}
-    write_results(__file__, out, _page(runs), {"model": shown(model), "settings": settings, "runs": runs})
+                write_results(__file__, out, _page(runs), {**record, "runs": runs})
 
 
 def fit_and_score(
