@@ -6,8 +6,10 @@ from __future__ import annotations
 import csv
 import functools
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +40,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, ThoughtModule, load_model, transmute
 from lit_thought.fit import module as module_file
+from lit_thought.patch.display import bars, layer_figures
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.settings import SITES
 
@@ -269,3 +272,26 @@ def test_a_name_that_loads_nothing_is_an_error_of_its_own() -> None:
             _ = module.model
     with pytest.raises(AttributeError, match="no attribute 'modl'"):
         _ = module.modl
+
+
+def test_a_notebook_sees_the_error_by_block_as_it_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Place:
+        def update(self, figure: Any) -> None:
+            seen.append(figure._repr_html_())
+
+    shell, shown = SimpleNamespace(kernel=object()), SimpleNamespace(display=lambda figure, display_id: Place())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    patch = make_patch(make_model(), progress=True)
+    stages = layer_figures(patch.provenance)
+    assert len(seen) == len(stages)
+    for site, kind in (("attn_out", "self_attn.o_proj"), ("mlp_out", "mlp.down_proj")):
+        left = [layer["error_left"] for layer in stages if layer["kind"] == kind]
+        assert f">{bars(left)}<" in seen[-1]
+        assert f">{bars(left[:1])}<" in seen[1]
+        assert site in seen[-1]
+    shell.kernel = None  # a terminal
+    make_patch(make_model(), progress=True)
+    assert len(seen) == len(stages)
