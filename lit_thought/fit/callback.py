@@ -55,7 +55,8 @@ class ThoughtCallback(Callback):
         settings: these, as a :class:`~lit_thought.settings.FitSettings`, what depends on the sites filled in.
         patch: the :class:`~lit_thought.patch.patch.ThoughtPatch`, once the fit has ended.
         history: how the data module's ``val_pairs`` do before the first step and after each one: step, accuracy,
-            fidelity and KL to the instructed model; the loggers get it, too, as ``val/…``, by step.
+            fidelity and KL to the instructed model, along its outputs and on the patched model's own text; the loggers
+            get it, too, as ``val/…``, by step.
         stopwatch: seconds by phase: write (inputs), preserve (load or compute), prepare (write missing outputs,
             tokenise, batch), forward, statistics, solve, validate (score ``val_pairs``), patch.
         preserved: what was given as ``preserve``: texts, or a file of statistics.

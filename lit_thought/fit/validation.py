@@ -53,6 +53,8 @@ class Validation:
                 "output_kl": result["output_kl"][run],
                 "output_agreement": result["output_agreement"][run],
             }
+            if run == "patched" and (own := result["own_text"]["kl"]) is not None:
+                figures["own_text_kl"] = own
             if result["accuracy"] is not None:
                 figures["accuracy"] = result["accuracy"][run]
                 figures["instructed_accuracy"] = result["accuracy"]["instructed"]
