@@ -93,7 +93,7 @@ class Answers:
         return "\n\n".join(f"{_title(name, answer)}\n{answer.text}" for name, answer in self.columns())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(expand=True, padding=(0, 1), pad_edge=False)
+        table = Table(expand=True)
         texts = []
         for name, answer in self.columns():
             table.add_column(Text(_title(name, answer)), ratio=1, overflow="fold")

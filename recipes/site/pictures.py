@@ -3,9 +3,9 @@
     python -m recipes.site.pictures
 
 The first says it all at once, light or dark as the reader's system is: a prompt with its chunk, and an adapter in the
-chunk's place. Three are schematic: the two runs and their shared tokens, what a block adds to the residual stream, the
-order of a fit. Two show figures of recipes/results: which one change does how much, and what preservation and ridge
-trade. The same command writes the same bytes.
+chunk's place; another is a still of ``lit-thought chat``. Three are schematic: the two runs and their shared tokens,
+what a block adds to the residual stream, the order of a fit. Two show figures of recipes/results: which one change does
+how much, and what preservation and ridge trade. The same command writes the same bytes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+from rich.text import Text
 
 from lit_thought.files import atomic_file
+from lit_thought.patch.chat import Answer, Answers
+from lit_thought.patch.results import RUNS
 from recipes.harness import load_split
 
 HERE = Path(__file__).resolve().parent
@@ -274,6 +279,21 @@ text { fill: #eceef2 } .soft { fill: #b3b9c5 } .line { stroke: #b3b9c5 } .head {
 """
 
 
+def chat() -> str:
+    """A terminal with ``lit-thought chat``: recorded answers to one question, as the command shows them."""
+    runs = [run for run in _read("instruction_alone_system")["runs"] if run["name"] == "pirate"]
+    (item,) = (item for item in runs[0]["items"] if item["input"] == "What can I do on a rainy Sunday?")
+    lengths = {"plain": runs[0]["prompt_tokens"]["plain"], "instructed": runs[0]["prompt_tokens"]["instructed"]}
+    lengths["patched"] = lengths["plain"]
+    answers = Answers(item["input"], **{run: Answer(item[run], round(lengths[run])) for run in RUNS})
+    console = Console(width=96, record=True, file=StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text(f"> {item['input']}\n"))
+    console.print(answers)
+    fetched = re.compile(r"@font-face \{\{.*?\}\}", re.DOTALL)  # a font from elsewhere: the reader's own will do
+    form = fetched.sub("", CONSOLE_SVG_FORMAT)
+    return console.export_svg(title="lit-thought chat pirate/", code_format=form, unique_id="chat") + "\n"
+
+
 def _text(x: float, y: float, text: str, kind: str) -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{text}</text>'
 
@@ -296,7 +316,15 @@ def _mean(tasks: Mapping[str, Mapping[str, float]], key: str) -> float:
     return sum(task[key] for task in tasks.values()) / len(tasks)
 
 
-PICTURES = {"idea": idea, "two_runs": two_runs, "block": block, "order": order, "methods": methods, "trade": trade}
+PICTURES = {
+    "idea": idea,
+    "chat": chat,
+    "two_runs": two_runs,
+    "block": block,
+    "order": order,
+    "methods": methods,
+    "trade": trade,
+}
 
 if __name__ == "__main__":
     jsonargparse.auto_cli(pictures, as_positional=False)
