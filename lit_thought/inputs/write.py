@@ -21,7 +21,7 @@ __all__ = ["Written", "write_pairs"]
 
 ENOUGH = {"demonstrations": 100, "system": 120}
 """How many inputs there are in all, where that is left to the library."""
-PER_SENTENCE = 3
+PER_SENTENCE = 8
 """Questions about each sentence of a document, likewise, ..."""
 MOST = 300
 """... and most of them."""
