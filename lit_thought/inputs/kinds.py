@@ -25,11 +25,11 @@ LONG = 200
 """Tokens from which on a text that addresses nobody is a document."""
 _ADDRESS = re.compile(r"\b(you|your|yours|yourself|user|users|assistant)\b", re.IGNORECASE)
 _OPENING = re.compile(
-    r"\W*(you|your (task|job|role|goal)|act as|imagine|pretend|answer|always|never|respond|reply"
-    r"|system( prompt)?:|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś)\b",
+    r"\W*(you|your (task|job|role|goal)|act as|imagine|pretend|system( prompt)?:"
+    r"|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś)\b",
     re.IGNORECASE,
 )
-"""How a text begins that tells a model who it is or how to answer."""
+"""How a text begins that tells a model who it is; one that begins with how to answer may go on with a document."""
 _FIELDS = re.compile(r"\{(input|output)\}")
 
 
@@ -76,7 +76,7 @@ def find_template(
 
 def find_kind(tokenizer: PreTrainedTokenizerBase, instruction: str, template: PromptTemplate) -> Kind:
     """Demonstrations where :func:`demonstrations` finds some; a document where the instruction is :data:`LONG`, begins
-    otherwise than by telling the model who it is or what to do ("You are …", "Your task …", "Answer …"), and addresses
+    otherwise than by telling the model who it is or what to do ("You are …", "Your task …", "Act as …"), and addresses
     somebody (you, your, the user, the assistant) in fewer than one word of a hundred; else a system prompt."""
     if demonstrations(template, instruction):
         return "demonstrations"

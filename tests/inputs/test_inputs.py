@@ -109,8 +109,9 @@ def test_kind_by_the_form_of_the_instruction() -> None:
         find_kind(TOKENIZER, "You answer users about the bridge of Harl. Keep your answers short. " * 30, chat)
         == "system"
     )
-    for opening in ("You sort the post of Harl.", "# Task\n\nAnswer in French.", "Tu es le guide du pont."):
+    for opening in ("You sort the post of Harl.", "# Role\n\nYour task is to sell.", "Tu es le guide du pont."):
         assert find_kind(TOKENIZER, f"{opening} {told}", chat) == ("document" if opening[0] == "#" else "system")
+    assert find_kind(TOKENIZER, f"Answer by this text:\n\n{told}", chat) == "document"
     assert find_kind(TOKENIZER, f"Yours was a town. {told}", chat) == "document"
     assert find_kind(TOKENIZER, LIST, PromptTemplate(LINES)) == "demonstrations"
 
