@@ -25,11 +25,12 @@ LONG = 200
 """Tokens from which on a text that addresses nobody is a document."""
 _ADDRESS = re.compile(r"\b(you|your|yours|yourself|user|users|assistant)\b", re.IGNORECASE)
 _OPENING = re.compile(
-    r"\W*(you|your (task|job|role|goal)|act as|imagine|pretend|system( prompt)?:"
+    r"(#[^\n]*\n)?\W*(you|your (task|job|role|goal)|act as|imagine|pretend"
     r"|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś)\b",
     re.IGNORECASE,
 )
-"""How a text begins that tells a model who it is; one that begins with how to answer may go on with a document."""
+"""How a text begins, under a heading or not, that tells a model who it is; one that begins with how to answer may go on
+with a document."""
 _FIELDS = re.compile(r"\{(input|output)\}")
 
 

@@ -110,7 +110,7 @@ def test_kind_by_the_form_of_the_instruction() -> None:
         == "system"
     )
     for opening in ("You sort the post of Harl.", "# Role\n\nYour task is to sell.", "Tu es le guide du pont."):
-        assert find_kind(TOKENIZER, f"{opening} {told}", chat) == ("document" if opening[0] == "#" else "system")
+        assert find_kind(TOKENIZER, f"{opening} {told}", chat) == "system"
     assert find_kind(TOKENIZER, f"Answer by this text:\n\n{told}", chat) == "document"
     assert find_kind(TOKENIZER, f"Yours was a town. {told}", chat) == "document"
     assert find_kind(TOKENIZER, LIST, PromptTemplate(LINES)) == "demonstrations"
