@@ -84,6 +84,8 @@ def test_a_terminal_shows_three_columns(adapter: Path, files: Path) -> None:
     seen = ""
     os.write(ours, b"/off\n")
     until("The patch is off.")
+    seen = seen.partition("The patch is off.")[2]
+    until("> ")  # what is typed before would be read by the terminal, not by the line's editor
     os.write(ours, b"\x04")
     assert process.wait(timeout=300) == 0
     os.close(ours)
