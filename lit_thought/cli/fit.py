@@ -98,7 +98,7 @@ def fit(
     told = [format_growth(growth)] if growth is not None else []
     told += [format_selection(selection)] if selection is not None else []
     told += [format_verdict(result)] if result is not None else []
-    say(f"Talk to it: lit-thought chat {shlex.quote(out)}{loading.flags()}")
+    told += [f"Talk to it: lit-thought chat {shlex.quote(out)}{loading.flags()}"]
     return Result(values, "\n\n".join(told))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -20,7 +21,7 @@ from lit_thought.prompts.template import PromptTemplate
 
 __all__ = ["compared", "format_verdict"]
 
-_SAMPLES = 3
+_SAMPLES, _WIDTH = 3, 80
 _INTERVAL = 0.02
 """Half-width of the interval of the unrelated text's perplexity: twice an evaluation's, for a quarter of the text."""
 
@@ -77,7 +78,11 @@ def format_verdict(result: Mapping[str, Any]) -> str:
     lines = [f"On {result['pairs']} {result['inputs']}: {said}.", f"Unrelated text: perplexity × {ratio:.3f}."]
     if saved > 0:
         lines.append(f"Each query saves {saved:.0f} of {result['prompt_tokens']['instructed']:.0f} prompt tokens.")
-    lines += [f"Warning: {sentence}" for sentence in warnings(result)]
+    # that no tokens are saved was said before the fit
+    lines += [f"Warning: {one}" for one in warnings(result) if saved > 0 or not one.startswith("The patch saves no")]
+    if Console().is_terminal:
+        lines.append("Below, what the patched model says otherwise than the instructed one is yellow.")
+    lines = [textwrap.fill(line, _WIDTH) for line in lines]
     samples = [f"> {item['input']}\n\n{_answers(item)}" for item in islice(result["items"], _SAMPLES)]
     return "\n\n".join(["\n".join(lines), *samples])
 

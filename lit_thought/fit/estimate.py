@@ -170,13 +170,13 @@ class Estimate:
 
     def __str__(self) -> str:
         place = {"device": "", "cpu": "; streams in main memory", "disk": "; streams on disk"}[self.place]
-        after, least = "", ""
+        time = least = ""
         if self.seconds:
             longest = f" to {format_duration(self.most_seconds)}" if self.most_seconds else ""
-            after = f"about {format_duration(sum(self.seconds.values()))}{longest} and "
+            time = f"about {format_duration(sum(self.seconds.values()))}{longest} and "
         if self.most_seconds:
-            after, least = f"after the outputs are written {after}", "at least "
-        return f"This fit takes {after}{least}{format_bytes(self.total_bytes)} besides the model{place}."
+            time, least = time.replace(" and ", ", once the outputs are written, and "), "at least "
+        return f"This fit takes {time}{least}{format_bytes(self.total_bytes)} besides the model{place}."
 
     @property
     def held_bytes(self) -> int:

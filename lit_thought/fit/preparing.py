@@ -87,7 +87,7 @@ def write_inputs(
     settings, instruction = data.settings, data.instruction
     assert instruction is not None
     wanted = settings.inputs if isinstance(settings.inputs, int) else None
-    with tqdm(desc="Writing inputs", unit="input", disable=not progress) as bar:
+    with tqdm(desc="Writing inputs", unit=" inputs", disable=not progress) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total

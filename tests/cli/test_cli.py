@@ -117,7 +117,7 @@ def test_null_is_nothing_and_no_path_of_that_name(
 def test_a_fit_ends_with_its_verdict(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*fit_arguments(files, "two words"), "--verdict=2"])
     said = capsys.readouterr()
-    assert said.err.splitlines()[-1] == (
+    assert said.out.splitlines()[-1] == (
         f"Talk to it: lit-thought chat '{files / 'two words'}' --model {files / 'model'}"
     )
     assert said.out.startswith("On 2 inputs of the fit itself: accuracy, patched ")

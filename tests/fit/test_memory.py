@@ -469,7 +469,10 @@ def test_what_is_said_while_outputs_are_missing() -> None:
     estimate = replace(needing(60 * GB, 10 * GB), seconds={"forward": 8.0, "solve": 2.0})
     assert str(estimate) == "This fit takes about 10.0 s and 70.0 GB besides the model."
     text = str(replace(estimate, most_seconds=30.0))
-    assert text.startswith("This fit takes after the outputs are written about 10.0 s to 30.0 s and at least 70.0 GB ")
+    wanted = (
+        "This fit takes about 10.0 s to 30.0 s, once the outputs are written, and at least 70.0 GB besides the model."
+    )
+    assert text == wanted
 
 
 @pytest.mark.parametrize(
