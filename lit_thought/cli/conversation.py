@@ -12,6 +12,7 @@ from rich.live import Live
 from lit_thought.cli.output import say
 from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.patch.chat import Answers, Chat
+from lit_thought.patch.results import RUNS
 
 __all__ = ["converse"]
 
@@ -118,6 +119,6 @@ def _instructed(talk: Chat, text: str) -> str:
 
 
 def _values(answers: Answers) -> dict[str, Any]:
-    runs = {run: getattr(answers, run) for run in ("plain", "instructed", "patched")}
+    runs = {run: getattr(answers, run) for run in RUNS}
     shown = {run: None if own is None else {"text": own.text, "prompt_tokens": own.tokens} for run, own in runs.items()}
     return {"message": answers.message, "scale": answers.scale, **shown}

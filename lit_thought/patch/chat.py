@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -227,9 +227,8 @@ class Chat:
         """The answers, with this run's."""
 
         def with_text(text: str, finished: bool) -> Answers:
-            known: dict[str, Any] = {name: getattr(answers, name) for name in ("plain", "instructed", "patched")}
-            known[run] = Answer(text, len(prompt), finished)
-            return Answers(answers.message, scale=answers.scale, **known)
+            answer: Any = Answer(text, len(prompt), finished)
+            return replace(answers, **{run: answer})
 
         def show(tokens: list[int]) -> None:
             if watch is not None:
