@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -105,6 +106,22 @@ def test_the_workflow_runs_the_scripts_of_the_repository() -> None:
     assert job["strategy"]["matrix"]["dependencies"] == list(wanted)
     assert steps == {f"matrix.dependencies == '{name}'": script for name, script in wanted.items()}
     assert all(os.access(ROOT / script, os.X_OK) for script in wanted.values())
+
+
+def test_links_of_a_released_readme_lead_to_its_tag(tmp_path: Path) -> None:
+    """On the package index there are no files beside it."""
+    steps = read(".github/workflows/release.yml")["jobs"]["build"]["steps"]
+    (command,) = [step["run"] for step in steps if "sed" in step.get("run", "")]
+    shutil.copy(ROOT / "README.md", tmp_path)
+    names = {"GITHUB_REPOSITORY": "own/name", "GITHUB_REF_NAME": "v1.2"}
+    subprocess.run(["bash", "-e", "-c", command], cwd=tmp_path, env={**os.environ, **names}, check=True)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)#]+)\)", text)
+    assert len(links) > 20
+    for picture, link in links:
+        root = "raw.githubusercontent.com/own/name/v1.2/" if picture else "github.com/own/name/blob/v1.2/"
+        assert link.startswith(f"https://{root}recipes/")
+        assert (ROOT / link.removeprefix(f"https://{root}")).exists()
 
 
 def test_a_release_is_tested_and_built_before_it_is_published() -> None:

@@ -87,7 +87,7 @@ def _parse(given: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command that the words ask for, and the values of its flags."""
     if "_ARGCOMPLETE" in os.environ:
         complete(COMMANDS, _POSITIONAL)
-    parser, parsers = build_parser(COMMANDS, given[0] if given else None, "--version" in given)
+    parser, parsers = build_parser(COMMANDS, _POSITIONAL, given[0] if given else None, "--version" in given)
     place = next((place for place, word in enumerate(given) if word in COMMANDS), len(given))
     command = "".join(given[place : place + 1])
     asked = parsers.get(command, parser)

@@ -56,6 +56,7 @@ def demo(
             f"host={host!r}, port={port}: cannot be served at ({error.strerror or error}). Choose another port, or 0."
         ) from error
     with server:
+        say(f"Once the model is loaded, the demo will be at {server.address}")
         model, tokenizer = loading.load()
         server.chat = patch.chat(model, tokenizer, instruction=text, template=template, max_new_tokens=max_new_tokens)
         say(f"{server.address} shows the demo. Ctrl-C ends it.")

@@ -58,6 +58,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     from lit_thought.files import check_output_folder
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
+    from lit_thought.patch.provenance import template_of
     from lit_thought.patch.results import of_adapter, write_result
     from lit_thought.prompts.instruction_hash import check_instruction
     from lit_thought.prompts.pairs import load_pairs, pair_instructions
@@ -78,13 +79,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         text = read_instruction(instruction, instruction_file)
     elif isinstance(patch.provenance.get("instruction"), str):
         text = patch.provenance["instruction"]
-    stored = patch.provenance.get("template")
-    if template is not None:
-        chosen = PromptTemplate.parse(template)
-    elif stored is not None:
-        chosen = PromptTemplate.from_dict(stored)
-    else:
-        raise ThoughtError(f"template: {adapter!r} does not say which one it was made with; pass --template.")
+    chosen = template_of(patch.provenance) if template is None else PromptTemplate.parse(template)
     rows = load_pairs(pairs)
     check_instruction(patch.provenance, text, rows)
     pair_instructions(rows, text)

@@ -52,13 +52,14 @@ class _Help(RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
 
 
 def build_parser(
-    commands: Mapping[str, Command], wanted: str | None, show_versions: bool
+    commands: Mapping[str, Command], places: Mapping[str, Sequence[str]], wanted: str | None, show_versions: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The parser of all commands, and those of each, with the flags of the ``wanted`` one; of all where a config may
     name it.
 
     Args:
         commands: the functions by name.
+        places: by name, which flags may be given by place, in their order.
         wanted: the first word of the command line.
         show_versions: whether it asks for ``--version``.
     """
@@ -74,14 +75,14 @@ def build_parser(
     for name, command in commands.items():
         summary = _description(command).partition("\n\n")[0].replace("\n", " ")
         asked = wanted is not None and (name == wanted or wanted.startswith(("--config", "--print_config")))
-        parsers[name] = command_parser(command) if asked else _new()
+        parsers[name] = command_parser(command, _usage(name, command, places.get(name, ()))) if asked else _new()
         subcommands.add_subcommand(name, parsers[name], help=summary)
     return parser, parsers
 
 
-def command_parser(command: Command) -> Any:
+def command_parser(command: Command, usage: str | None = None) -> Any:
     """The parser of one command: its own flags, those of the groups that it takes, and those of :class:`Output`."""
-    parser = _new(description=_description(command))
+    parser = _new(description=_description(command), usage=usage)
     own = {name for name in inspect.signature(command).parameters if name in (*_GROUPS, _SETTINGS)}
     parser.add_function_arguments(command, as_group=False, as_positional=False, skip=own)
     if _SETTINGS in own:
@@ -119,7 +120,7 @@ def complete(commands: Mapping[str, Command], places: Mapping[str, Sequence[str]
             if hasattr(action, "_typehint"):
                 action.completer = _completer(action)
         parser.parse_args([])
-    build_parser(commands, None, False)[0].parse_args([])
+    build_parser(commands, places, None, False)[0].parse_args([])
 
 
 def _completer(action: Any) -> Callable[..., list[str]]:
@@ -238,6 +239,15 @@ def _new(**options: Any) -> Any:
 
 def _names(group: type) -> list[str]:
     return [field.name for field in fields(group)]
+
+
+def _usage(name: str, command: Command, places: Sequence[str]) -> str:
+    """How a command is called: what may stand right after it, and which flags there must be."""
+    parameters = inspect.signature(command).parameters.values()
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is not one.KEYWORD_ONLY]
+    words = [own.upper() if own in needed else f"[{own.upper()}]" for own in places]
+    words += [f"--{own} {own.upper()}" for own in needed if own not in places]
+    return " ".join(["lit-thought", name, *words, "[flags]"])
 
 
 def _description(command: Command) -> str:

@@ -79,7 +79,7 @@ def format_verdict(result: Mapping[str, Any]) -> str:
     if saved > 0:
         lines.append(f"Each query saves {saved:.0f} of {result['prompt_tokens']['instructed']:.0f} prompt tokens.")
     # that no tokens are saved was said before the fit
-    lines += [f"Warning: {one}" for one in warnings(result) if saved > 0 or not one.startswith("The patch saves no")]
+    lines += [f"Warning: {one}" for about, one in warnings(result).items() if about != "tokens"]
     if Console().is_terminal:
         lines.append("Below, what the patched model says otherwise than the instructed one is yellow.")
     lines = [textwrap.fill(line, _WIDTH) for line in lines]

@@ -47,6 +47,8 @@ __all__ = [
     "output_batches",
 ]
 
+_LOOPS = 0.5
+"""An output of which more than this is repetition loops."""
 _PERPLEXITY = ("perplexity", "perplexity_ratio", "perplexity_interval", "perplexity_tokens", "perplexity_windows")
 """What :meth:`~lit_thought.evaluation.perplexity.UnrelatedText.measure` returns."""
 
@@ -109,8 +111,9 @@ def evaluate(
         token, both runs having read what it had written before; ``agrees_for_tokens``: of plain and patched, mean
         number of tokens that an output begins with as the instructed output does, ``agrees_for``: mean of this number
         ÷ the instructed output's tokens. By run: ``repetition``: mean share of an output's 3-grams of tokens that it
-        had before, 1 − distinct ÷ all, over the outputs of three tokens or more, None without any; ``length``: mean
-        tokens of an output; ``finished``: share of outputs that came to an end before ``max_new_tokens``.
+        had before, 1 − distinct ÷ all, over the outputs of three tokens or more, None without any; ``loops``: share of
+        all outputs of which that is over a half; ``length``: mean tokens of an output; ``finished``: share of outputs
+        that came to an end before ``max_new_tokens``.
         ``perplexity``: of the unrelated text, original and patched; ``perplexity_ratio``: patched ÷ original;
         ``perplexity_interval``: half-width of the ratio's 95 % interval
         (:func:`~lit_thought.solve.intervals.perplexity_ratio`), None for a single window; ``perplexity_tokens``: how
@@ -265,7 +268,7 @@ class Evaluation:
                 for i, row in enumerate(self.rows)
             ],
         }
-        return EvaluationResult({**result, "warnings": warnings(result)})
+        return EvaluationResult({**result, "warnings": list(warnings(result).values())})
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""
@@ -370,6 +373,7 @@ def _written(outputs: Mapping[str, Sequence[Generation]]) -> dict[str, dict[str,
         "repetition": {
             run: _mean([share for share in shares if share is not None]) for run, shares in repeated.items()
         },
+        "loops": {run: _mean([(share or 0) > _LOOPS for share in shares]) for run, shares in repeated.items()},
         "length": {run: _mean([len(output.tokens) for output in outputs[run]]) for run in RUNS},
         "finished": {run: _mean([output.finished for output in outputs[run]]) for run in RUNS},
     }
@@ -447,7 +451,7 @@ def format_result(result: Mapping[str, Any], samples: int = 5) -> str:
         last[-1] += f" ± {number(result['perplexity_interval'], 3)}"
         last[-1] += f" ({tokens['measured']:,} of {tokens['text']:,} tokens)"
     lines += ["", ", ".join(last)]
-    for sentence in warnings(result):
+    for sentence in warnings(result).values():
         lines += ["", f"Warning: {sentence}"]
     if samples and result["items"]:
         lines += ["", "| input | " + " | ".join(RUNS) + " |", "|---|" + "---|" * len(RUNS)]

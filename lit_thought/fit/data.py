@@ -213,7 +213,7 @@ class PairDataModule(LightningDataModule):
             return f"{text}."
         return (
             f"{text}, since the chat template writes a system message of its own where there is none. Where you can "
-            'send an empty one, fit for that: template="chat-empty".'
+            "send an empty one, fit with the template chat-empty."
         )
 
     def complete(self, tokenizer: PreTrainedTokenizerBase, written: Sequence[Written], limit: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self, TypeGuard
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from lightning.pytorch import LightningModule
@@ -27,6 +28,16 @@ __all__ = ["ModelLoader", "ThoughtModule"]
 
 ModelLoader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 """A function that loads the model and its tokenizer."""
+
+
+_ADVICE = (
+    r"Found \d+ module\(s\) in eval mode",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"Your `IterableDataset` has `__len__` defined",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+"""How warnings begin that are about gradient steps and workers that load data, which there are none of, and one of
+torch about Lightning's own code."""
 
 
 class ThoughtModule(LightningModule):
@@ -107,7 +118,9 @@ class ThoughtModule(LightningModule):
             shard_model(self.model, self.device_mesh)
 
     def setup(self, stage: str) -> None:
-        """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it."""
+        """Switch dropout off, before the callback generates outputs; Lightning leaves the mode as it finds it, and is
+        not to warn of it."""
+        self._mode.enter_context(_without_advice())
         self._mode.enter_context(evaluating(self.model))
         self._home = None if is_sharded(self.model) else self.model.device
 
@@ -130,6 +143,15 @@ class ThoughtModule(LightningModule):
             self.runner.close()
         self.runner = None
         self._mode.close()
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence what Lightning says of a fit because it takes it for training."""
+    with catch_warnings():
+        for message in _ADVICE:
+            filterwarnings("ignore", message)
+        yield
 
 
 def _check_load(load: Any, tokenizer: Any) -> None:

@@ -114,7 +114,7 @@ def write_inputs(
         )
     if progress:
         names = {"demonstrations": "a list of demonstrations", "system": "a system prompt", "document": "a document"}
-        taken = f"the instruction was taken for {names[written.kind]} (set kind to change that)"
+        taken = f"the instruction was taken for {names[written.kind]} (the setting kind can say otherwise)"
         tqdm.write(f"Wrote {len(written.pairs)} inputs; {taken}.", file=sys.stderr)
 
 
@@ -296,14 +296,13 @@ class Preparation:
             self._plan(len(data.missing) * data.settings.max_new_tokens)
             if data.missing and data.settings.generate and data.known is None:
                 try_options(data, model, tokenizer)
+        whose = (model, tokenizer, self.blocks, self.sites, settings, identity, self.directions)
         if show and first:
-            tqdm.write(str(self.estimate), file=sys.stderr)
+            tqdm.write(f"{self.estimate} {self.preserved.place(*whose)}".strip(), file=sys.stderr)
         assert self.estimate is not None
         _log.debug("memory: %s", self.estimate.parts())
         with self.stopwatch("preserve"):
-            self.preservation, self.preserve_cached = self.preserved.load(
-                trainer, model, tokenizer, self.blocks, self.sites, settings, identity, self.directions, show
-            )
+            self.preservation, self.preserve_cached = self.preserved.load(trainer, *whose, show)
         with self.stopwatch("prepare"):
             before = None if self.unfinished is None else self.unfinished.outputs
             data.complete(tokenizer, before or write_outputs(data, model, tokenizer, show), limit)

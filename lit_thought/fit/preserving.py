@@ -13,7 +13,7 @@ from lit_thought.model.blocks import Block
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.settings import FitSettings, TextSource
-from lit_thought.statistics.preserve import WINDOW, entry_of, preservation, preservation_bar, site_sizes
+from lit_thought.statistics.preserve import WINDOW, cached_file, entry_of, preservation, preservation_bar, site_sizes
 from lit_thought.statistics.preserve_file import Preservation, is_preservation_file
 
 __all__ = ["PreservationSource"]
@@ -37,6 +37,27 @@ class PreservationSource:
 
     def __bool__(self) -> bool:
         return self.texts is not None or self.file is not None
+
+    def place(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        blocks: Sequence[Block],
+        sites: Sequence[str],
+        settings: FitSettings,
+        identity: str,
+        directions: int,
+    ) -> str:
+        """A sentence that says whether the unrelated text's statistics are there, and where they are kept; empty where
+        there is no such text."""
+        if self.texts is None or settings.preserve_weight == 0:
+            return ""
+        windows = text_windows(tokenizer, self.texts, WINDOW, settings.preserve_tokens)
+        file = cached_file(model, blocks, windows, settings.cache_dir, identity, sites, directions)
+        if file.exists():
+            return f"Statistics of unrelated text: in {file.parent}."
+        tokens = sum(map(len, windows))
+        return f"Before it, once per model, {tokens:,} tokens of unrelated text; kept in {file.parent}."
 
     def load(
         self,

@@ -4,7 +4,7 @@ answers."""
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
@@ -19,7 +19,7 @@ from lit_thought.errors import ThoughtError, check_counts, is_finite
 from lit_thought.model.bare import bare_model, check_tokenizer
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.change import Change
-from lit_thought.patch.provenance import summands
+from lit_thought.patch.provenance import template_of
 from lit_thought.patch.texts import differences
 from lit_thought.patch.weights import applied, validate
 from lit_thought.prompts.instruction_hash import check_instruction
@@ -143,7 +143,7 @@ class Chat:
         max_new_tokens: int = 256,
     ) -> None:
         check_counts(max_new_tokens=max_new_tokens)
-        self.template = _template_of(patch.provenance) if template is None else PromptTemplate.parse(template)
+        self.template = template_of(patch.provenance) if template is None else PromptTemplate.parse(template)
         self.model, self.tokenizer = bare_model(model), check_tokenizer(tokenizer)
         validate(patch, self.model)
         self.patch, self.max_new_tokens = patch, max_new_tokens
@@ -264,15 +264,3 @@ class _Watched(LogitsProcessor):
 
 def _title(name: str, answer: Answer) -> str:
     return name if answer.tokens is None else f"{name} · {answer.tokens} tokens"
-
-
-def _template_of(provenance: Mapping[str, Any]) -> PromptTemplate:
-    """The template that a patch, or each part of a sum, was made with.
-
-    Raises:
-        ThoughtError: where there is none, or several.
-    """
-    stored = [part.get("template") for part in summands(provenance)]
-    if stored[0] is None or any(one != stored[0] for one in stored):
-        raise ThoughtError("template: the adapter does not say which one it was made with. Give template.")
-    return PromptTemplate.from_dict(stored[0])

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_thought.errors import PatchError
+from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import is_own_file, read_json
+from lit_thought.prompts.template import PromptTemplate
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,6 +36,7 @@ __all__ = [
     "read_provenance",
     "scaled",
     "summands",
+    "template_of",
     "thought_text",
 ]
 
@@ -157,6 +159,18 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
             "lit-thought, or delete the file to read the weights without their history."
         )
     return check_provenance(thought.get("provenance", {}), THOUGHT)
+
+
+def template_of(provenance: Mapping[str, Any]) -> PromptTemplate:
+    """The template that a patch, or each part of a sum, was made with.
+
+    Raises:
+        ThoughtError: where there is none, or several.
+    """
+    stored = [part.get("template") for part in summands(provenance)]
+    if stored[0] is None or any(one != stored[0] for one in stored):
+        raise ThoughtError("template: the adapter does not say which one it was made with. Give that one.")
+    return PromptTemplate.from_dict(stored[0])
 
 
 def thought_text(provenance: Mapping[str, Any]) -> str:

@@ -220,6 +220,7 @@ def figures(result: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float |
             ("own_kl", "KL(· ‖ instructed) along its own output", {"patched": own["kl"]}, 3),
             ("agrees_for", "instructed output reproduced, to the first other token", own["agrees_for"], 2),
             ("repetition", "repeated 3-grams", own["repetition"], 2),
+            ("loops", "outputs that loop", own.get("loops") or {}, 2),
             ("length", "tokens an output", own["length"], 1),
             ("finished", "outputs that come to an end", own["finished"], 2),
         ]
@@ -274,7 +275,7 @@ def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], sam
         "answered": len(answered),
         "confidence": 0.95,
         "headline": headline(result),
-        "warnings": warnings(result),
+        "warnings": list(warnings(result).values()),
         "long": is_long(result),
         "table": rows,
         "differences": differences,

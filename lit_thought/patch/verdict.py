@@ -15,8 +15,8 @@ _FALL, _TIMES = 0.8, 5
 """By how much KL along the instructed outputs has to fall to look good, and how much larger it is on the patched
 model's own text where that is misleading."""
 _REPEATED, _LENGTH, _CHECKED = 0.1, 0.25, 0.8
-"""How much more of an output may be repetition, how much longer or shorter it may be, and what share of the instructed
-outputs that pass the check has to pass."""
+"""How much more of an output may be repetition, and of all outputs loop; how much longer or shorter it may be; and what
+share of the instructed outputs that pass the check has to pass."""
 
 
 def is_long(result: Mapping[str, Any]) -> bool:
@@ -53,48 +53,56 @@ def headline(result: Mapping[str, Any]) -> dict[str, str]:
     return _figure("fidelity", "same output as instructed", f"{result['fidelity']:.2f}", note)
 
 
-def warnings(result: Mapping[str, Any]) -> list[str]:
-    """Sentences on what the other figures do not show; none where there is nothing to say.
+def warnings(result: Mapping[str, Any]) -> dict[str, str]:
+    """Sentences on what the other figures do not show, by what they are about; none where there is nothing to say.
 
-    - KL along the instructed outputs fell by 80 % or more, but on the patched model's own text it is over 5 times what
-      is left of it;
-    - the patched outputs repeat themselves more than the instructed ones, by over 0.1;
-    - they are over 25 % longer or shorter, and over a token;
-    - they pass the check less than 0.8 times as often;
-    - the prompts with the chunk are no longer than those without.
+    - ``own_text``: KL along the instructed outputs fell by 80 % or more, but on the patched model's own text it is over
+      5 times what is left of it;
+    - ``loops``: more of the patched outputs than of the instructed ones loop, by over 0.1: most of their 3-grams came
+      before;
+    - ``repetition``, where that does not say it: they repeat themselves more, by over 0.1;
+    - ``length``: they are over 25 % longer or shorter, and over a token;
+    - ``checked``: they pass the check less than 0.8 times as often;
+    - ``tokens``: the prompts with the chunk are no longer than those without.
 
     Args:
         result: what :func:`~lit_thought.evaluation.compare.evaluate` returns, from a file or not.
     """
-    found = []
+    found = {}
     kl, own_kl = result.get("output_kl") or {}, (result.get("own_text") or {}).get("kl")
     fall = _fall(kl)
     if fall is not None and own_kl is not None and fall >= _FALL and own_kl > _TIMES * kl["patched"]:
-        found.append(
+        found["own_text"] = (
             f"As it is used, the patch does worse: KL to the instructed model is {own_kl:.3f} nats a token on the text "
             f"that the patched model writes, {kl['patched']:.3f} along the instructed outputs. Read what it writes."
         )
-    repeated, before = (_own(result, "repetition").get(run) for run in ("patched", "instructed"))
-    if repeated is not None and repeated > (before or 0) + _REPEATED:
-        found.append(
+    loops, before = (_own(result, "loops").get(run) or 0 for run in ("patched", "instructed"))
+    if loops > before + _REPEATED:
+        found["loops"] = (
+            f"Of the patched outputs {loops:.2f} loop, of the instructed ones {before:.2f}. More inputs, or longer "
+            "outputs, make that rarer."
+        )
+    repeated, before = (_own(result, "repetition").get(run) or 0 for run in ("patched", "instructed"))
+    if not found.get("loops") and repeated > before + _REPEATED:
+        found["repetition"] = (
             f"The patched outputs repeat themselves: {repeated:.2f} of their 3-grams came before, of those of the "
-            f"instructed ones {before or 0:.2f}."
+            f"instructed ones {before:.2f}."
         )
     length, wanted = (_own(result, "length").get(run) for run in ("patched", "instructed"))
     if length is not None and wanted and abs(length - wanted) > max(1, _LENGTH * wanted):
-        found.append(
+        found["length"] = (
             f"The patched outputs are {'longer' if length > wanted else 'shorter'} than the instructed ones: "
             f"{length:.1f} tokens on average, not {wanted:.1f}."
         )
     checked = result.get("checked") or {}
     if checked and checked["patched"] < _CHECKED * checked["instructed"]:
-        found.append(
+        found["checked"] = (
             f"Of the patched outputs {checked['patched']:.2f} pass the check, of the instructed ones "
             f"{checked['instructed']:.2f}."
         )
     tokens = result["prompt_tokens"]
     if tokens["instructed"] <= tokens["plain"]:
-        found.append(
+        found["tokens"] = (
             f"The patch saves no tokens: prompts have {tokens['plain']:.1f} without the chunk and "
             f"{tokens['instructed']:.1f} with it. (Many a chat template writes a system message of its own where there "
             "is none.)"

@@ -34,7 +34,7 @@ from lit_thought.solve.nystrom import Sketch
 from lit_thought.statistics.distributed import gather_json
 from lit_thought.statistics.preserve_file import FORMAT, Preservation, config_hash, rounded
 
-__all__ = ["WINDOW", "entry_of", "preservation", "preservation_bar", "site_sizes"]
+__all__ = ["WINDOW", "cached_file", "entry_of", "preservation", "preservation_bar", "site_sizes"]
 
 WINDOW = 256
 """Tokens of each window of unrelated text."""
@@ -79,18 +79,7 @@ def preservation(
     model = bare_model(model)
     device = next(model.parameters()).device
     sizes = site_sizes(blocks, sites)
-    manifest = {
-        "format": FORMAT,
-        "model": model_name(model),
-        "fingerprint": identity or fingerprint(model),
-        "config": config_hash(model),
-        "dtype": str(model.dtype),
-        "tokens": sum(map(len, windows)),
-        "windows": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest(),
-        "blocks": len(blocks),
-        "sites": [list(there) for there in sizes],
-        "directions": directions,
-    }
+    manifest = _manifest(model, windows, sizes, identity, directions)
     file = entry_of(cache_dir, json.dumps(manifest, sort_keys=True))
     found = _valid(file, device, manifest, sizes)
     cached = found is not None
@@ -105,6 +94,20 @@ def preservation(
             gather_json(True, device)  # until it is written
         found = None
     return found or Preservation(file, device), cached
+
+
+def cached_file(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    windows: Sequence[Sequence[int]],
+    cache_dir: str | os.PathLike[str] | None,
+    identity: str,
+    sites: Sequence[str],
+    directions: int,
+) -> Path:
+    """Where :func:`preservation`, whose arguments these are, keeps what it computes, whether it is there or not."""
+    manifest = _manifest(bare_model(model), windows, site_sizes(blocks, sites), identity, directions)
+    return entry_of(cache_dir, json.dumps(manifest, sort_keys=True))
 
 
 def entry_of(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
@@ -127,6 +130,28 @@ def preservation_bar(blocks: int, show: bool) -> Iterator[Callable[[int], None]]
         total=blocks, desc="Preservation statistics (once per model)", unit="block", disable=not show, leave=False
     ) as bar:
         yield lambda done: bar.update(done - bar.n) and None
+
+
+def _manifest(
+    model: PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    sizes: Sequence[Mapping[str, int]],
+    identity: str | None,
+    directions: int,
+) -> dict[str, Any]:
+    """All that the statistics depend on."""
+    return {
+        "format": FORMAT,
+        "model": model_name(model),
+        "fingerprint": identity or fingerprint(model),
+        "config": config_hash(model),
+        "dtype": str(model.dtype),
+        "tokens": sum(map(len, windows)),
+        "windows": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest(),
+        "blocks": len(sizes),
+        "sites": [list(there) for there in sizes],
+        "directions": directions,
+    }
 
 
 @torch.inference_mode()

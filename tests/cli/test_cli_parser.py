@@ -52,6 +52,21 @@ def test_examples_can_be_parsed() -> None:
         command_parser(command).parse_args(positional(words, _POSITIONAL)[1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("fit", "lit-thought fit --out OUT [flags]"),
+        ("push", "lit-thought push ADAPTER REPO_ID [flags]"),
+        ("inspect", "lit-thought inspect [MODEL] [flags]"),
+        ("evaluate", "lit-thought evaluate ADAPTER --pairs PAIRS [flags]"),
+    ],
+)
+def test_usage_says_what_may_stand_by_place(name: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert capsys.readouterr().out.splitlines()[0] == f"usage: {usage}"
+
+
 def test_the_top_says_examples_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

@@ -143,6 +143,7 @@ def own_text(
         grams = [list(zip(ids, ids[1:], ids[2:], strict=False)) for ids in outputs if len(ids) >= 3]
         shares = [sum(own.index(gram) < i for i, gram in enumerate(own)) / len(own) for own in grams]
         found.setdefault("repetition", {})[run] = np.mean(shares) if shares else None
+        found.setdefault("loops", {})[run] = np.sum(np.array(shares) > 0.5) / len(outputs)
         found.setdefault("length", {})[run] = np.mean([len(ids) for ids in outputs])
         ends = (tokenizer.eos_token, "\n" if special else tokenizer.eos_token)
         found.setdefault("finished", {})[run] = np.mean([tokenizer.decode(ids).endswith(ends) for ids in outputs])
@@ -213,7 +214,16 @@ def test_against_brute_force(family: str, bos: bool) -> None:
     own = result["own_text"]
     for name, value in own_text(model, tokenizer, patch).items():
         assert own[name] == pytest.approx(value, rel=1e-9), name
-    assert own.keys() == {"kl", "kl_reverse", "agrees_for", "agrees_for_tokens", "repetition", "length", "finished"}
+    assert own.keys() == {
+        "kl",
+        "kl_reverse",
+        "agrees_for",
+        "agrees_for_tokens",
+        "repetition",
+        "loops",
+        "length",
+        "finished",
+    }
     assert own["kl"] != pytest.approx(own["kl_reverse"], rel=1e-3)
     lengths = {
         "plain": np.mean([len(tokenizer(f"Q: {text}\nA:")["input_ids"]) for text in INPUTS]),
@@ -259,6 +269,7 @@ def test_figures_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own["agrees_for_tokens"] == {"plain": 0.5, "patched": 1.5}  # 1, 0, 1, 0; and 2, 0, 2, 2
     assert own["agrees_for"] == pytest.approx({"plain": (1 / 2 + 1 / 6) / 4, "patched": (1 + 2 / 6 + 1) / 4})
     assert own["repetition"] == pytest.approx({"plain": 0, "instructed": 2 / 4, "patched": (3 / 4 + 0) / 2})
+    assert own["loops"] == {"plain": 0, "instructed": 0, "patched": 0.25}
     assert own["length"] == {"plain": 2, "instructed": 3, "patched": 3.5}
     assert own["finished"] == {"plain": 1, "instructed": 1, "patched": 0.75}
 
@@ -358,7 +369,7 @@ def test_long_outputs_are_told_by_the_difference_that_is_gone() -> None:
     assert not {"accuracy (exact match)", "first-token accuracy", "perplexity of unrelated text"} & rows.keys()
     last = "difference to the instructed model down by 85 % (KL from 0.400 to 0.060 nats a token along its outputs)"
     said = [line for line in table if line and not line.startswith("|")]
-    assert said == [last, *(f"Warning: {sentence}" for sentence in warnings(LONG_RESULT))]
+    assert said == [last, *(f"Warning: {sentence}" for sentence in warnings(LONG_RESULT).values())]
     assert len(said) == 6
 
 

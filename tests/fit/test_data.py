@@ -171,7 +171,7 @@ def test_a_chunk_whose_tokens_are_not_saved_is_said() -> None:
     data = PairDataModule([{"input": "hot"}], "Jump.", "chat")
     data.tokenise(tokenizer, 256)
     assert "prompts have" in data.saves_nothing()
-    assert 'template="chat-empty"' in data.saves_nothing()
+    assert "the template chat-empty" in data.saves_nothing()
     for template in ("chat-empty", "Q: {input}\nA: {output}\n"):
         data = PairDataModule([{"input": "hot"}], "Jump.", template)
         data.tokenise(tokenizer, 256)

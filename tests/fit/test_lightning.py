@@ -7,6 +7,7 @@ import csv
 import functools
 import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,17 @@ def test_a_trainer_fits_twice() -> None:
         )
         assert ours.patch is not None
         assert identical(ours.patch, make_patch(make_model(seed=seed), rank=2))
+
+
+def test_of_a_fit_lightning_gives_no_advice_on_training() -> None:
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        during = list(warnings.filters)
+        fit(logger=CSVLogger("logs"))
+        assert warnings.filters == during
+    assert [str(one.message) for one in said if "lightning" in one.filename] == []
+    assert warnings.filters == before
 
 
 # --- the error left, by stage ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ FINE: dict[str, Any] = {
         **LONG_RESULT["own_text"],
         "kl": 0.3,
         "repetition": {"plain": 0.9, "instructed": 0.25, "patched": 0.35},
+        "loops": {"plain": 0.9, "instructed": 0.15, "patched": 0.25},
         "length": {"plain": 1.0, "instructed": 20.0, "patched": 25.0},
     },
     "prompt_tokens": {"plain": 36.0, "instructed": 36.5, "saved": 0.5},
@@ -64,7 +65,7 @@ def test_outputs_are_long_above_eight_tokens() -> None:
 
 
 def test_every_warning_has_its_figures() -> None:
-    assert warnings(LONG_RESULT) == [
+    assert list(warnings(LONG_RESULT).values()) == [
         "As it is used, the patch does worse: KL to the instructed model is 1.500 nats a token on the text that the "
         "patched model writes, 0.060 along the instructed outputs. Read what it writes.",
         "The patched outputs repeat themselves: 0.25 of their 3-grams came before, of those of the instructed ones "
@@ -80,6 +81,7 @@ def test_every_warning_has_its_figures() -> None:
     ("path", "value", "said"),
     [
         ("own_text.kl", 0.301, "As it is used"),  # 5 × 0.06
+        ("own_text.loops.patched", 0.251, "0.25 loop, of the instructed ones 0.15."),
         ("own_text.repetition.patched", 0.351, "repeat themselves"),
         ("own_text.repetition.instructed", None, "repeat themselves"),
         ("own_text.length.patched", 25.1, "are longer"),
@@ -89,8 +91,8 @@ def test_every_warning_has_its_figures() -> None:
     ],
 )
 def test_warnings_begin_where_they_are_said_to(path: str, value: Any, said: str) -> None:
-    assert warnings(FINE) == []
-    (sentence,) = warnings(changed(path, value))
+    assert warnings(FINE) == {}
+    (sentence,) = warnings(changed(path, value)).values()
     assert said in sentence
 
 
@@ -110,8 +112,14 @@ def test_no_warning_without_cause(path: str, value: Any) -> None:
     result = changed(path, value)
     if path == "output_kl":
         result["own_text"]["kl"] = 10.0
-    assert warnings(result) == []
+    assert warnings(result) == {}
+
+
+def test_of_outputs_that_loop_it_is_not_said_twice_that_they_repeat_themselves() -> None:
+    result = changed("own_text.loops.patched", 0.9)
+    result["own_text"]["repetition"]["patched"] = 0.9
+    assert list(warnings(result)) == ["loops"]
 
 
 def test_files_from_before_have_no_warnings() -> None:
-    assert warnings(RESULT) == []
+    assert warnings(RESULT) == {}
