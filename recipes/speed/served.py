@@ -1,6 +1,6 @@
 """A patch in a server: vLLM with one adapter and with several, against the instructed prompt and its cached prefix.
 
-    python -m recipes.speed.served --config recipes/speed/served.yaml --vllm ENVIRONMENT/bin/vllm
+    python -m recipes.speed.served --config recipes/speed/served.yaml --vllm ENVIRONMENT/bin/python
 
 Adapters are fitted, exported and loaded into vLLM's server, which answers over its OpenAI interface, in a process and
 an environment of its own. The same questions go to the model plain, with a long system prompt (whose keys and values
@@ -58,13 +58,13 @@ class Served:
 
 def served(
     model: str = "Qwen/Qwen2.5-Coder-0.5B-Instruct",
-    vllm: str = "vllm",
+    vllm: str = "python",
     dtype: str = "float32",
     prompt: str = "museum_guide",
     adapters: int = 8,
     concurrency: Sequence[int] = (1, 8, 32),
     requests: int = 32,
-    new_tokens: int = 32,
+    new_tokens: int = 16,
     tie: float = 0.05,
     seed: int = 0,
     out: str = "recipes/results/served",
@@ -75,11 +75,13 @@ def served(
     if not own.is_file():
         known = ", ".join(sorted(file.stem for file in own.parent.glob("*.txt")))
         raise ThoughtError(f"prompt: expected one of {known}; got {prompt!r}.")
-    chunks = [own.read_text(encoding="utf-8"), *instructions_known().values()][:adapters]
+    chunks = [own.read_text(encoding="utf-8"), *(one["instruction"] for one in instructions_known().values())][
+        :adapters
+    ]
     if len(chunks) < adapters:
         raise ThoughtError(f"adapters: there are system prompts for {len(chunks)}; got {adapters}; ask for fewer.")
     if shutil.which(vllm) is None:
-        raise ThoughtError(f"vllm={vllm!r} is no command that can be run; give the path of vLLM's.")
+        raise ThoughtError(f"vllm={vllm!r} cannot be run; give the path of a Python that has vLLM.")
     messages = json.loads(own.with_suffix(".json").read_text(encoding="utf-8"))["messages"]
     questions = [one["input"] for one in messages]
     lm, tokenizer = load_model(model, dtype=dtype)
@@ -219,7 +221,19 @@ def server(
         port = free.getsockname()[1]
     modules = [f"{name}={folder}" for name, folder in adapters.items()]
     rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters.values())
-    command = [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
+    command = [
+        vllm,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        dtype,
+    ]
     command += ["--max-model-len", str(longest + 64), "--enable-lora", "--max-lora-rank", str(rank)]
     command += ["--max-loras", str(len(adapters)), "--lora-modules", *modules]
     start = time.perf_counter()

@@ -94,5 +94,5 @@ def test_what_cannot_be_served_is_said_before_anything_is_fitted() -> None:
         served(prompt="none")
     with pytest.raises(ThoughtError, match="adapters: there are system prompts for"):
         served(adapters=1000)
-    with pytest.raises(ThoughtError, match=r"vllm='no-such-command' is no command"):
+    with pytest.raises(ThoughtError, match=r"vllm='no-such-command' cannot be run"):
         served(vllm="no-such-command")
