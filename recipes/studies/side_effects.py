@@ -1,0 +1,246 @@
+"""Is a patched model still a good model? What it does with all that its patch is not about.
+
+    python -m recipes.studies.side_effects --config recipes/studies/side_effects.yaml
+
+A patch is fitted on each chunk alone. Then plain and patched model get prompts of five kinds that have nothing to do
+with it: sums, common knowledge, questions under another system message, other languages, code. Reported is how often
+the patched model's likeliest token is the one that the original wrote, along the original's greedy answers, how many
+whole answers are the same, and how many sums and facts are right before and after. Beside it stands the original with
+the chunk in its prompt, which is no more than asked of it either: what the chunk itself changes. With several weights
+of the preserved text, the trade is drawn as a curve against nearness to the instructed model where the patch is meant
+to work. Writes a Markdown and a JSON table, and a figure where there is a curve.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought import PromptTemplate, ThoughtPatch, load_model
+from lit_thought.errors import check_counts
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.model.loading import evaluating
+from lit_thought.prompts.batches import forward_inputs, pad
+from lit_thought.prompts.pairs import load_pairs
+from lit_thought.runs.generate import Generation, generate
+from recipes.harness import DATA, SIX_TASKS, check_names, command_line, panels, save_figure, shown, table, write_results
+from recipes.studies.instruction_alone import Case, document_case, fit_and_score, message_case, word_case
+from recipes.studies.long_prompts import FOLDER as LONG_PROMPTS
+from recipes.studies.long_prompts import load_prompt
+from recipes.tasks.document_data import contains, load_document
+from recipes.tasks.system_prompt import FOLDER, instructions_known
+
+TEMPLATE = PromptTemplate.chat()
+KINDS = ("sums", "knowledge", "other instructions", "languages", "code")
+RUNS = ("instructed", "patched")
+"""What is compared with the original: itself with the chunk in its prompt, and the patched model without it."""
+
+
+class Prompt(NamedTuple):
+    """A message, the system message before it, and the accepted answers, where there are such."""
+
+    message: str
+    system: str | None = None
+    accepted: tuple[str, ...] = ()
+
+
+def side_effects(
+    model: str = "smollm2",
+    chunks: Sequence[str] = ("common_words/antonym", "sentence", "vasparr"),
+    preserve_weights: Sequence[float] = (),
+    count: int = 100,
+    answer_tokens: int = 32,
+    fit: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    out: str = "recipes/results/side_effects",
+) -> None:
+    """Fit every chunk, and compare the models on everything else."""
+    check_counts(count=count, answer_tokens=answer_tokens)
+    known = [*SIX_TASKS, *instructions_known(), *(file.stem for file in LONG_PROMPTS.glob("*.json"))]
+    known += [file.stem for file in (DATA / "documents").glob("*.json")]
+    check_names("chunks", chunks, known)
+    lm, tokenizer = load_model(model)
+    runs: list[dict[str, Any]] = []
+    settings = {"preserve_weights": list(preserve_weights), "count": count, "answer_tokens": answer_tokens}
+    settings |= {"fit": dict(fit or {}), "seed": seed}
+    others: dict[str, Others] = {}
+    for name in chunks:
+        case = case_of(name, seed)
+        prompts = {kind: unrelated(kind, name, count, seed) for kind in KINDS}
+        for kind, own in prompts.items():
+            if kind not in others or others[kind].prompts != own:
+                others[kind] = Others(lm, tokenizer, own, answer_tokens)
+        evaluation = Evaluation(
+            *(lm, tokenizer),
+            instruction=case.chunk,
+            pairs=case.tested,
+            template=case.template,
+            max_new_tokens=case.max_new_tokens,
+            progress=False,
+        )
+        instructed = {kind: others[kind].compared(case.chunk, None) for kind in KINDS}
+        for weight in (None, *preserve_weights):
+            how = {"progress": False, "seed": seed, "preserve_weight": weight, **case.settings, **settings["fit"]}
+            how = {"max_new_tokens": min(64, 2 * case.max_new_tokens), **how}
+            template = case.template if case.given or case.door == "document" else None
+            patch, measured = fit_and_score(evaluation, case.chunk, None, template, how)
+            patched = {kind: others[kind].compared(None, patch) for kind in KINDS}
+            kl = measured["output_kl"]
+            runs.append(
+                {
+                    "chunk": name,
+                    "preserve_weight": patch.provenance["settings"]["preserve_weight"],
+                    "default": weight is None,
+                    "down": 1 - kl["patched"] / kl["plain"],
+                    "perplexity_ratio": measured["perplexity_ratio"],
+                    "kinds": {kind: {"instructed": instructed[kind], "patched": patched[kind]} for kind in KINDS},
+                }
+            )
+            write_results(__file__, out, _page(runs), {"model": shown(model), "settings": settings, "runs": runs})
+    if preserve_weights:
+        save_figure(_curve(runs), out)
+
+
+def case_of(name: str, seed: int) -> Case:
+    """A chunk by its name, with what it is tested with."""
+    if name in SIX_TASKS:
+        return word_case(name, seed, 50, 12)
+    if name in instructions_known():
+        return message_case(instructions_known()[name], seed, 20, 48)
+    if (LONG_PROMPTS / f"{name}.json").is_file():
+        own = load_prompt(name)
+        tested = [{"input": row["input"]} for row in own.messages]
+        return Case("system prompt", own.name, own.chunk, TEMPLATE, tested, 48, None, [], {})
+    return document_case(load_document(name), 24, {})
+
+
+def unrelated(kind: str, chunk: str, count: int, seed: int) -> list[Prompt]:
+    """Prompts of a kind, at most ``count``; those under other system messages leave out the chunk's own."""
+    if kind == "sums":
+        draw = random.Random(seed)
+        numbers = [(draw.randint(2, 60), draw.randint(2, 60)) for _ in range(count)]
+        return [Prompt(f"What is {a} + {b}?", None, (str(a + b),)) for a, b in numbers]
+    if kind == "knowledge":
+        capitals = load_pairs(DATA / "common_words" / "country-capital.json")
+        places = json.loads((DATA / "landmarks.json").read_text(encoding="utf-8"))["landmarks"]["preserve"]
+        found = [Prompt(f"What is the capital of {one['input']}?", None, (one["output"],)) for one in capitals]
+        return [*found, *(Prompt(f"In which city is {place}?", None, (city,)) for place, city in places)][:count]
+    if kind == "other instructions":
+        systems = [own["instruction"] for name, own in instructions_known().items() if name != chunk]
+        asked = [pair["input"] for pair in load_pairs(FOLDER / "questions.json")]
+        return [Prompt(text, systems[i % len(systems)]) for i, text in enumerate(asked[:count])]
+    texts = json.loads((DATA / "side_effects.json").read_text(encoding="utf-8"))[kind]
+    return [Prompt(text) for text in texts[:count]]
+
+
+class Others:
+    """Prompts that no patch is about, and what the original answers.
+
+    Args:
+        model, tokenizer: the original.
+        prompts: the prompts.
+        answer_tokens: longest answer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answer_tokens: int
+    ) -> None:
+        self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+        self.answer_tokens = answer_tokens
+        self.answers = self._answers(self._ids(None))
+
+    def _ids(self, chunk: str | None) -> list[tuple[int, ...]]:
+        """The prompts, with a chunk before their system messages."""
+        systems = ["\n\n".join(filter(None, (chunk, own.system))) or None for own in self.prompts]
+        return [
+            TEMPLATE.conversation(self.tokenizer, system, [], own.message)
+            for system, own in zip(systems, self.prompts, strict=True)
+        ]
+
+    def _answers(self, prompts: Sequence[Sequence[int]]) -> list[Generation]:
+        return generate(self.model, self.tokenizer, prompts, max_new_tokens=self.answer_tokens, keep_special=True)
+
+    def compared(self, chunk: str | None, patch: ThoughtPatch | None) -> dict[str, Any]:
+        """The model with a chunk in its prompt, or patched, against the original: ``agreement`` of its likeliest token
+        with each that the original wrote, ``same`` answers, and ``right`` ones, where that can be told, with those of
+        the original (``right_before``)."""
+        prompts = self._ids(chunk)
+        with evaluating(self.model), nullcontext() if patch is None else patch.applied(self.model):
+            agrees = [hit for hits in self._agreement(prompts) for hit in hits]
+            answers = self._answers(prompts)
+        same = [own.tokens == before.tokens for own, before in zip(answers, self.answers, strict=True)]
+        found = {"agreement": mean(agrees), "same": mean(same), "prompts": len(prompts)}
+        if self.prompts[0].accepted:
+            for key, texts in (("right", answers), ("right_before", self.answers)):
+                judged = [contains(one.text, own.accepted) for one, own in zip(texts, self.prompts, strict=True)]
+                found[key] = mean(judged)
+        return found
+
+    @torch.inference_mode()
+    def _agreement(self, prompts: Sequence[Sequence[int]], size: int = 8) -> Iterator[list[bool]]:
+        for first in range(0, len(prompts), size):
+            rows = list(zip(prompts[first : first + size], self.answers[first : first + size], strict=True))
+            batch = pad([[*prompt, *answer.tokens] for prompt, answer in rows], 0, "right")
+            likeliest = self.model(**forward_inputs(batch.to(self.model.device), 0)).logits.argmax(-1).tolist()
+            for (prompt, answer), row in zip(rows, likeliest, strict=True):
+                start = len(prompt) - 1
+                said = row[start : start + len(answer.tokens)]
+                yield [a == b for a, b in zip(said, answer.tokens, strict=True)]
+
+
+HEAD = ["chunk", "ρ", "nearer by", "unrelated ×", *KINDS, "mean"]
+
+
+def _page(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Agreement by kind, then whole answers and right ones."""
+    lines = ["## Tokens that are the original's, along its own answers\n"]
+    rows = []
+    for run in runs:
+        for which in RUNS:
+            if which == "instructed" and not run["default"]:
+                continue
+            shares = [run["kinds"][kind][which]["agreement"] for kind in KINDS]
+            cells = [f"{run['chunk']}, {which}", None, None, None]
+            if which == "patched":
+                cells[1:] = [f"{run['preserve_weight']:.2f}", f"{run['down']:.1%}", f"{run['perplexity_ratio']:.4f}"]
+            rows.append([*cells, *(f"{share:.3f}" for share in [*shares, mean(shares)])])
+    lines.append(table(HEAD, rows))
+    patched = [run for run in runs if run["default"]]
+    overall = mean(run["kinds"][kind]["patched"]["agreement"] for run in patched for kind in KINDS)
+    lines.append(f"- patched, mean over chunks and kinds: {overall:.3f}\n")
+    lines.append("## Whole answers, and right ones\n")
+    head = ["chunk", *(f"the same: {kind}" for kind in KINDS)]
+    head += [f"right: {kind}, {when}" for kind in KINDS[:2] for when in ("before", "after")]
+    rows = []
+    for run in patched:
+        kinds = {kind: run["kinds"][kind]["patched"] for kind in KINDS}
+        cells = [f"{kinds[kind]['same']:.2f}" for kind in KINDS]
+        cells += [f"{kinds[kind][key]:.2f}" for kind in KINDS[:2] for key in ("right_before", "right")]
+        rows.append([run["chunk"], *cells])
+    return "\n".join([*lines, table(head, rows)])
+
+
+def _curve(runs: Sequence[Mapping[str, Any]]) -> Any:
+    """Agreement on all else against nearness, by ρ, a line for each chunk."""
+    figure, (axes,) = panels(1, 6, 4)
+    for chunk in dict.fromkeys(run["chunk"] for run in runs):
+        own = sorted((run for run in runs if run["chunk"] == chunk), key=lambda run: run["preserve_weight"])
+        agreement = [mean(run["kinds"][kind]["patched"]["agreement"] for kind in KINDS) for run in own]
+        axes.plot([run["down"] for run in own], agreement, "o-", label=chunk)
+        for run, share in zip(own, agreement, strict=True):
+            axes.annotate(f"ρ {run['preserve_weight']:.2g}", (run["down"], share), fontsize=7)
+    axes.set_xlabel("KL to the instructed model, down by")
+    axes.set_ylabel("tokens that stay the original's, elsewhere")
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    command_line(side_effects)
