@@ -50,7 +50,7 @@ DIRECTIONS = 120
 
 Kind = Literal["demonstrations", "system", "document"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-RANK, DOCUMENT_RANK = 16, 64
+RANK, DOCUMENT_RANK = 16, 128
 """The rank where it is left out, and that for a document, which is more to know."""
 
 DOCUMENT_DIRECTIONS = 1024
@@ -60,8 +60,9 @@ DOCUMENT_SITES = ("mlp_out",)
 """What is patched for a document where sites are left out: attention's output has d inputs, which unrelated text takes
 up all of, the MLP's has d_ff."""
 
-RIDGE, PRESERVE_WEIGHT = 0.03, 3.0
-"""λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out."""
+RIDGE, PRESERVE_WEIGHT, DOCUMENT_PRESERVE_WEIGHT = 0.03, 3.0, 8.0
+"""λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out; and ρ₀ for a
+document, which moves unrelated text more, and of which a larger ρ takes little."""
 
 FEW_ANSWERS = 120
 """Tokens of thirty short answers."""
@@ -111,7 +112,7 @@ class FitSettings:
         step_size: η in (0, 1], how much of each step's solution is added; left out, 1, and 0.5 for mlp_in alone.
         pairs_per_step: pairs that a step is solved from, the next ones each time; all pairs when left out.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank; left out
-            ("usual"), 16, and 64 for a document (kind).
+            ("usual"), 16, and 128 for a document (kind).
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
             (:meth:`weighed`).
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
@@ -119,7 +120,7 @@ class FitSettings:
         preserve: unrelated text to leave alone: a text file, a list of texts, "default" (shipped text) or None; or a
             .safetensors file of this model's preservation statistics, from lit-thought preserve.
         preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 3,
-            and less for more answers (:meth:`weighed`), and 1 for mlp_in alone.
+            or 8 for a document (kind), and less for more answers (:meth:`weighed`), and 1 for mlp_in alone.
         preserve_tokens: most tokens of unrelated text to use, taken evenly from all of it; a file of statistics has its
             own.
         generate: options of model.generate for outputs that are missing, such as do_sample and temperature
@@ -274,23 +275,25 @@ class FitSettings:
         usual = min(DOCUMENT_RANK if kind == "document" else RANK, largest)
         return replace(self, rank=usual if self.rank == "usual" else self.rank)
 
-    def weighed(self, answers: int) -> FitSettings:
+    def weighed(self, answers: int, kind: str | None = None) -> FitSettings:
         """With λ and ρ filled in, where they are left out, for a number of answer tokens.
 
         Both are relative to a mean of the pairs' tokens, so that at fixed values more pairs would not be believed more
         than few. A prior of n₀ tokens against T of the answers is λ = λ₀ n₀ / T; ρ, which also says how far unrelated
         text may move, falls more slowly: with t = max(1, T / :data:`FEW_ANSWERS`),
 
-            λ = max(λ₀ / t, 0.001),   ρ = ρ₀ / t^¼,   λ₀ = 0.03, ρ₀ = 3.
+            λ = max(λ₀ / t, 0.001),   ρ = ρ₀ / t^¼,   λ₀ = 0.03, ρ₀ = 3, or 8 for a document.
 
         Args:
             answers: T, tokens that a pair's output has, and one more for its end, over all pairs of a step.
+            kind: as for :meth:`suited`.
         """
         times = max(1.0, answers / FEW_ANSWERS)
+        most = DOCUMENT_PRESERVE_WEIGHT if kind == "document" else PRESERVE_WEIGHT
         return replace(
             self,
             ridge=max(RIDGE / times, LEAST_RIDGE) if self.ridge is None else self.ridge,
-            preserve_weight=PRESERVE_WEIGHT / times**0.25 if self.preserve_weight is None else self.preserve_weight,
+            preserve_weight=most / times**0.25 if self.preserve_weight is None else self.preserve_weight,
         )
 
 

@@ -311,7 +311,8 @@ class Preparation:
                 self._plan(0)
                 if self.storage.place != place and show and first:
                     tqdm.write(str(self.estimate), file=sys.stderr)
-            self.settings = self.settings.weighed(data.answer_tokens(settings.pairs_per_step))
+            answers = data.answer_tokens(settings.pairs_per_step)
+            self.settings = self.settings.weighed(answers, data.form(tokenizer))
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
             self.unfinished.start(data.written, data.inputs())

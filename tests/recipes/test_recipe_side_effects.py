@@ -45,7 +45,7 @@ def test_agreement_is_that_of_single_passes() -> None:
     model, tokenizer = make_model(), make_tokenizer()
     prompts = [Prompt("hot"), Prompt("a longer message", "Be brief."), Prompt("cold", None, ("x",))]
     others = Others(model, tokenizer, prompts, 5)
-    patch = make_patch(model, rank=2, scale=3.0)
+    patch = make_patch(model, rank=2, scale=0.1)
     found = others.compared("Some chunk.", patch)
     hits, same = [], []
     for prompt, before in zip(prompts, others.answers, strict=True):
