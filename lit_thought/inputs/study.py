@@ -168,7 +168,7 @@ def write_questions(
 def _from_lists(
     pen: Pen, template: PromptTemplate, document: str, subject: str, count: int, about: About, taken: Distinct
 ) -> list[str]:
-    asked = [wording.format(subject=subject) for wording in ASKING for _ in range(LISTS)]
+    asked = [wording.format(subject=subject) for _ in range(LISTS) for wording in ASKING]
     asked = asked[: max(len(ASKING), -(-2 * count // LISTED))] if count else []
     prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in asked]
     kept: list[str] = []

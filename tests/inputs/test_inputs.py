@@ -28,7 +28,7 @@ from lit_thought.inputs import write
 from lit_thought.inputs.kinds import demonstrations, find_kind, find_template
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen, normalised
-from lit_thought.inputs.study import About, find_subject, recited, repeated, sentences, write_questions
+from lit_thought.inputs.study import ASKING, About, find_subject, recited, repeated, sentences, write_questions
 from lit_thought.inputs.turns import OPENINGS, write_turns
 from lit_thought.inputs.write import write_pairs
 from lit_thought.prompts.template import PromptTemplate
@@ -227,6 +227,8 @@ def test_questions_about_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[:2] == ["Who built the Harl bridge?", "When was the bridge of Harl built?"]
     assert len(found) == len(set(found)) == 12
     assert sum("number" in text for text in found) == 10
+    for wording in ASKING:  # none of these either
+        assert sum(wording.format(subject="the Harl bridge") in prompt for prompt in script.prompts) == 1
     for sentence in sentences(DOCUMENT):  # none goes without
         assert any(f"Text: {sentence}\n" in prompt for prompt in script.prompts)
 
