@@ -7,10 +7,9 @@ shown are fixed: the same for every system prompt, the first test words of a wor
 document; none is picked by its answers. Figures are those of the study, over all its questions. Sentences say what
 there is against a case. Another model has a gallery of its own, once the studies have run on it:
 
-    python -m recipes.studies.instruction_alone --config recipes/studies/instruction_alone.yaml \\
-        --model Qwen/Qwen2.5-Coder-0.5B-Instruct --out recipes/results/instruction_alone_qwen
-    python -m recipes.site.gallery --config recipes/site/gallery.yaml \\
-        --records "[instruction_alone_qwen]" --out recipes/results/gallery_qwen
+    python -m recipes.site.gallery --config recipes/site/gallery.yaml --out recipes/results/gallery_qwen \\
+        --records "[instruction_alone_qwen, instruction_alone_documents_qwen]" \\
+        --cases "[pirate, french, antonym, present-past, brindlemark, vasparr]"
 """
 
 from __future__ import annotations

@@ -201,10 +201,10 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for door in dict.fromkeys(run["door"] for run in runs):
         own = [run for run in runs if run["door"] == door]
-        parts.append(f"## {door.capitalize()}s\n\n{_table(own)}")
-        for fit in dict.fromkeys(run["fit"] for run in own):
-            parts.append(_line(fit, [run for run in own if run["fit"] == fit]))
-    return "\n".join(parts) + "\n"
+        fits = dict.fromkeys(run["fit"] for run in own)
+        lines = [_line(fit, [run for run in own if run["fit"] == fit]) for fit in fits]
+        parts.append("\n".join([f"## {door.capitalize()}s\n\n{_table(own)}", *lines, ""]))
+    return "\n".join(parts)
 
 
 def _line(fit: str, runs: Sequence[Mapping[str, Any]]) -> str:
