@@ -45,7 +45,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add the commands and the results to the navigation."""
     assert config.nav is not None
     lines = ["command_line/index.md", *(f"command_line/{command}.md" for command in commands())]
-    studies = [f"results/{path.name}" for path in results() if path.name != "gallery.md"]
+    studies = [f"results/{path.name}" for path in results() if not path.name.startswith("gallery")]
     config.nav += [{"Command line": lines}, {"Results": ["results/index.md", "figures.md", *studies]}]
     return config
 
