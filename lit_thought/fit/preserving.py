@@ -57,7 +57,7 @@ class PreservationSource:
         if file.exists():
             return f"Statistics of unrelated text: in {file.parent}."
         tokens = sum(map(len, windows))
-        return f"Before it, once per model, {tokens:,} tokens of unrelated text; kept in {file.parent}."
+        return f"First, once per model, {tokens:,} tokens of unrelated text go through it, for {file.parent}."
 
     def load(
         self,

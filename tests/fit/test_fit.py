@@ -752,6 +752,19 @@ def test_preservation_is_computed_once_for_each_model_and_text(tmp_path: Path) -
     assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
+def test_the_line_before_a_fit_says_where_preservation_statistics_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"preserve": TEXTS[:1], "preserve_tokens": 30, "cache_dir": tmp_path / "kept", "progress": True}
+    said = []
+    for _ in range(2):
+        make_patch(make_model("llama", torch.float32), **options)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("This fit takes")]
+        said.append(line.partition("besides the model. ")[2])
+    first = f"First, once per model, 30 tokens of unrelated text go through it, for {tmp_path / 'kept'}."
+    assert said == [first, f"Statistics of unrelated text: in {tmp_path / 'kept'}."]
+
+
 # --- what it leaves alone ----------------------------------------------------------------------------------
 
 
