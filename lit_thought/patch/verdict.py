@@ -79,8 +79,8 @@ def warnings(result: Mapping[str, Any]) -> dict[str, str]:
     loops, before = (_own(result, "loops").get(run) or 0 for run in ("patched", "instructed"))
     if loops > before + _REPEATED:
         found["loops"] = (
-            f"Of the patched outputs {loops:.2f} loop, of the instructed ones {before:.2f}. More inputs, or longer "
-            "outputs, make that rarer."
+            f"Of the patched outputs {loops:.2f} loop (most of their 3-grams came before), of the instructed ones "
+            f"{before:.2f}."
         )
     repeated, before = (_own(result, "repetition").get(run) or 0 for run in ("patched", "instructed"))
     if not found.get("loops") and repeated > before + _REPEATED:

@@ -81,7 +81,11 @@ def test_every_warning_has_its_figures() -> None:
     ("path", "value", "said"),
     [
         ("own_text.kl", 0.301, "As it is used"),  # 5 × 0.06
-        ("own_text.loops.patched", 0.251, "0.25 loop, of the instructed ones 0.15."),
+        (
+            "own_text.loops.patched",
+            0.251,
+            "0.25 loop (most of their 3-grams came before), of the instructed ones 0.15.",
+        ),
         ("own_text.repetition.patched", 0.351, "repeat themselves"),
         ("own_text.repetition.instructed", None, "repeat themselves"),
         ("own_text.length.patched", 25.1, "are longer"),
