@@ -17,7 +17,7 @@ from lit_thought.fit.budget import plan
 from lit_thought.fit.data import PairDataModule, Written
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.module import ThoughtModule
-from lit_thought.fit.preserving import PreservationSource
+from lit_thought.fit.preserving import Asked, PreservationSource
 from lit_thought.fit.provenance import describe, identity_of, kept_settings
 from lit_thought.fit.validation import Validation
 from lit_thought.inputs.write import write_pairs
@@ -296,13 +296,13 @@ class Preparation:
             self._plan(len(data.missing) * data.settings.max_new_tokens)
             if data.missing and data.settings.generate and data.known is None:
                 try_options(data, model, tokenizer)
-        whose = (model, tokenizer, self.blocks, self.sites, settings, identity, self.directions)
+        asked = Asked(model, tokenizer, self.blocks, self.sites, settings, identity, self.directions)
         if show and first:
-            tqdm.write(f"{self.estimate} {self.preserved.place(*whose)}".strip(), file=sys.stderr)
+            tqdm.write(f"{self.estimate} {self.preserved.place(asked)}".strip(), file=sys.stderr)
         assert self.estimate is not None
         _log.debug("memory: %s", self.estimate.parts())
         with self.stopwatch("preserve"):
-            self.preservation, self.preserve_cached = self.preserved.load(trainer, *whose, show)
+            self.preservation, self.preserve_cached = self.preserved.load(trainer, asked, show)
         with self.stopwatch("prepare"):
             before = None if self.unfinished is None else self.unfinished.outputs
             data.complete(tokenizer, before or write_outputs(data, model, tokenizer, show), limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,7 +16,25 @@ from lit_thought.settings import FitSettings, TextSource
 from lit_thought.statistics.preserve import WINDOW, cached_file, entry_of, preservation, preservation_bar, site_sizes
 from lit_thought.statistics.preserve_file import Preservation, is_preservation_file
 
-__all__ = ["PreservationSource"]
+__all__ = ["Asked", "PreservationSource"]
+
+
+class Asked(NamedTuple):
+    """What a fit wants the statistics of, and for.
+
+    Attributes:
+        model, tokenizer, blocks, sites, settings: those of the fit.
+        identity: the model's fingerprint.
+        directions: k, how many directions of each site are kept one by one.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    blocks: Sequence[Block]
+    sites: Sequence[str]
+    settings: FitSettings
+    identity: str
+    directions: int
 
 
 class PreservationSource:
@@ -38,39 +56,20 @@ class PreservationSource:
     def __bool__(self) -> bool:
         return self.texts is not None or self.file is not None
 
-    def place(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        blocks: Sequence[Block],
-        sites: Sequence[str],
-        settings: FitSettings,
-        identity: str,
-        directions: int,
-    ) -> str:
+    def place(self, asked: Asked) -> str:
         """A sentence that says whether the unrelated text's statistics are there, and where they are kept; empty where
         there is no such text."""
-        if self.texts is None or settings.preserve_weight == 0:
+        if self.texts is None or asked.settings.preserve_weight == 0:
             return ""
-        windows = text_windows(tokenizer, self.texts, WINDOW, settings.preserve_tokens)
-        file = cached_file(model, blocks, windows, settings.cache_dir, identity, sites, directions)
+        windows = self._windows(asked)
+        where = (asked.settings.cache_dir, asked.identity, asked.sites, asked.directions)
+        file = cached_file(asked.model, asked.blocks, windows, *where)
         if file.exists():
             return f"Statistics of unrelated text: in {file.parent}."
         tokens = sum(map(len, windows))
         return f"First, once per model, {tokens:,} tokens of unrelated text go through it, for {file.parent}."
 
-    def load(
-        self,
-        trainer: Trainer,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        blocks: Sequence[Block],
-        sites: Sequence[str],
-        settings: FitSettings,
-        identity: str,
-        directions: int,
-        show: bool,
-    ) -> tuple[Preservation | None, bool | None]:
+    def load(self, trainer: Trainer, asked: Asked, show: bool) -> tuple[Preservation | None, bool | None]:
         """The model's preservation statistics, and whether they came from the cache; all processes call this together.
 
         The first process of each machine computes and writes, the others read; of a sharded model all compute.
@@ -79,44 +78,36 @@ class PreservationSource:
             ThoughtError: for a file of another model, or without a site of the fit.
         """
         if self.file is not None:
-            self.file.check_model(identity, model)
-            self.file.check_sites(site_sizes(blocks, sites))
+            self.file.check_model(asked.identity, asked.model)
+            self.file.check_sites(site_sizes(asked.blocks, asked.sites))
         first = trainer.local_rank == 0
-        together = is_sharded(model) and self.file is None
+        together = is_sharded(asked.model) and self.file is None
         found: tuple[Preservation | None, bool | None] = (None, None)
         if first or together:
-            found = self._load(model, tokenizer, blocks, sites, settings, identity, directions, show and first, first)
+            found = self._load(asked, show and first, first)
         trainer.strategy.barrier("preserve")
         if not (first or together):
-            found = self._load(model, tokenizer, blocks, sites, settings, identity, directions, False, True)
+            found = self._load(asked, False, True)
         return found
 
-    def _load(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        blocks: Sequence[Block],
-        sites: Sequence[str],
-        settings: FitSettings,
-        identity: str,
-        directions: int,
-        show: bool,
-        write: bool,
-    ) -> tuple[Preservation | None, bool | None]:
+    def _load(self, asked: Asked, show: bool, write: bool) -> tuple[Preservation | None, bool | None]:
+        model, settings = asked.model, asked.settings
         if not self or settings.preserve_weight == 0:
             return None, None
         if self.file is not None:
             return self._copied(self.file, settings, next(model.parameters()).device)
-        with preservation_bar(len(blocks), show) as progress:
-            windows = text_windows(tokenizer, self.texts or [], WINDOW, settings.preserve_tokens)
+        with preservation_bar(len(asked.blocks), show) as progress:
             return preservation(
-                *(model, blocks, windows, settings.cache_dir),
-                identity=identity,
+                *(model, asked.blocks, self._windows(asked), settings.cache_dir),
+                identity=asked.identity,
                 progress=progress,
                 write=write,
-                sites=sites,
-                directions=directions,
+                sites=asked.sites,
+                directions=asked.directions,
             )
+
+    def _windows(self, asked: Asked) -> list[list[int]]:
+        return text_windows(asked.tokenizer, self.texts or [], WINDOW, asked.settings.preserve_tokens)
 
     def _copied(self, file: Preservation, settings: FitSettings, device: torch.device) -> tuple[Preservation, bool]:
         """A file's copy in the cache, where the statistics of the fit find it later; and that nothing was computed."""

@@ -83,7 +83,7 @@ def warnings(result: Mapping[str, Any]) -> dict[str, str]:
             f"{before:.2f}."
         )
     repeated, before = (_own(result, "repetition").get(run) or 0 for run in ("patched", "instructed"))
-    if not found.get("loops") and repeated > before + _REPEATED:
+    if "loops" not in found and repeated > before + _REPEATED:
         found["repetition"] = (
             f"The patched outputs repeat themselves: {repeated:.2f} of their 3-grams came before, of those of the "
             f"instructed ones {before:.2f}."

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.evaluation.metrics import agrees_for
 from lit_thought.patch.export import export_adapter
 from recipes.harness import DATA, command_line, machine, shown, table, write_results
 from recipes.tasks.system_prompt import instructions_known
@@ -195,8 +196,8 @@ def compare(
     margins = []
     for prompt, adapter, own, answer in zip(prompts, adapters, wanted, answers, strict=True):
         other = answer.tokens[: len(own)]
-        at = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), None)
-        if at is not None:
+        at = agrees_for(own, other)
+        if at < len(other):
             model.set_adapter(adapter)
             logits = model(torch.tensor([[*prompt, *own[:at]]])).logits[0, -1].double()
             margins.append(float(logits[own[at]] - logits[other[at]]))
