@@ -185,6 +185,7 @@ def preserve(
     preserve_tokens: int = FitSettings.preserve_tokens,
     sites: list[str] | None = None,
     directions: int = DIRECTIONS,
+    chats: bool = False,
     cache_dir: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -198,19 +199,21 @@ def preserve(
     Args:
         out: the file, ending in .safetensors.
         text_file: a UTF-8 text file of what patches should leave alone; "default" for text that the package ships.
-        preserve_tokens: most tokens of it to use.
+        preserve_tokens: most tokens of it to use, and of chats.
         sites: attn_out, mlp_in, mlp_out or several, where fits can use it; when left out, attn_out and mlp_out
             wherever a block has them.
         directions: how many directions of each site's inputs are kept one by one; of the others, their mean size.
+        chats: keep chats, too, that the package ships: for patches that are not about how to chat, as a fit without
+            such a file does for text templates and documents.
         cache_dir: where each model's statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         overwrite: replace the file if it exists.
         progress: show a progress bar.
         loading: the model.
     """
-    from lit_thought.errors import check_counts
+    from lit_thought.errors import ThoughtError, check_counts
     from lit_thought.files import atomic_file
     from lit_thought.model.blocks import find_blocks, require_site
-    from lit_thought.prompts.unrelated import load_texts, text_windows
+    from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
     from lit_thought.settings import DEFAULT_SITES, check_sites
     from lit_thought.statistics.preserve import WINDOW, preservation, preservation_bar
     from lit_thought.statistics.preserve_file import check_suffix
@@ -225,6 +228,14 @@ def preserve(
         for name in sites or ():
             require_site(blocks, name)
         windows = text_windows(tokenizer, read, WINDOW, preserve_tokens)
+        if chats:
+            talked = chat_windows(tokenizer, WINDOW, preserve_tokens)
+            if not talked:
+                raise ThoughtError(
+                    "chats: expected a model whose tokenizer has a chat template that takes a system message; this one "
+                    "has none. Leave chats out."
+                )
+            windows += talked
         with timed("the preservation statistics"), preservation_bar(len(blocks), progress) as advance:
             kept, _ = preservation(
                 *(lm, blocks, windows, cache_dir), progress=advance, sites=chosen, directions=directions

@@ -296,7 +296,9 @@ class Preparation:
             self._plan(len(data.missing) * data.settings.max_new_tokens)
             if data.missing and data.settings.generate and data.known is None:
                 try_options(data, model, tokenizer)
-        asked = Asked(model, tokenizer, self.blocks, self.sites, settings, identity, self.directions)
+        kind = data.form(tokenizer)
+        apart = kind == "document" or not data.template.is_chat
+        asked = Asked(model, tokenizer, self.blocks, self.sites, settings, identity, self.directions, apart)
         if show and first:
             tqdm.write(f"{self.estimate} {self.preserved.place(asked)}".strip(), file=sys.stderr)
         assert self.estimate is not None
@@ -312,7 +314,7 @@ class Preparation:
                 if self.storage.place != place and show and first:
                     tqdm.write(str(self.estimate), file=sys.stderr)
             answers = data.answer_tokens(settings.pairs_per_step)
-            self.settings = self.settings.weighed(answers, data.form(tokenizer))
+            self.settings = self.settings.weighed(answers, apart)
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
             self.unfinished.start(data.written, data.inputs())

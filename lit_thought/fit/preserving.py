@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.model.blocks import Block
 from lit_thought.model.sharding import is_sharded
-from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
 from lit_thought.settings import FitSettings, TextSource
 from lit_thought.statistics.preserve import WINDOW, cached_file, entry_of, preservation, preservation_bar, site_sizes
 from lit_thought.statistics.preserve_file import Preservation, is_preservation_file
@@ -26,6 +26,8 @@ class Asked(NamedTuple):
         model, tokenizer, blocks, sites, settings: those of the fit.
         identity: the model's fingerprint.
         directions: k, how many directions of each site are kept one by one.
+        apart: whether the patch is not about how to chat, so that chats are to be preserved, too: it is for prompts of
+            a text template, or brings a document.
     """
 
     model: PreTrainedModel
@@ -35,6 +37,7 @@ class Asked(NamedTuple):
     settings: FitSettings
     identity: str
     directions: int
+    apart: bool
 
 
 class PreservationSource:
@@ -43,6 +46,7 @@ class PreservationSource:
     Attributes:
         texts: the texts, or None.
         file: the file, or None.
+        chats: whether the package's chats come with the texts, which are its own.
 
     Raises:
         ThoughtError: when it cannot be read.
@@ -51,6 +55,7 @@ class PreservationSource:
     def __init__(self, source: TextSource | None) -> None:
         self.file = Preservation(cast(Any, source), argument="preserve") if is_preservation_file(source) else None
         given = source is not None and self.file is None
+        self.chats = source == "default"
         self.texts = load_texts(cast(Any, source), "preserve", "preserve") if given else None
 
     def __bool__(self) -> bool:
@@ -66,8 +71,8 @@ class PreservationSource:
         file = cached_file(asked.model, asked.blocks, windows, *where)
         if file.exists():
             return f"Statistics of unrelated text: in {file.parent}."
-        tokens = sum(map(len, windows))
-        return f"First, once per model, {tokens:,} tokens of unrelated text go through it, for {file.parent}."
+        tokens, chats = sum(map(len, windows)), " and chats" if self.chats and asked.apart else ""
+        return f"First, once per model, {tokens:,} tokens of unrelated text{chats} go through it, for {file.parent}."
 
     def load(self, trainer: Trainer, asked: Asked, show: bool) -> tuple[Preservation | None, bool | None]:
         """The model's preservation statistics, and whether they came from the cache; all processes call this together.
@@ -107,7 +112,9 @@ class PreservationSource:
             )
 
     def _windows(self, asked: Asked) -> list[list[int]]:
-        return text_windows(asked.tokenizer, self.texts or [], WINDOW, asked.settings.preserve_tokens)
+        how = (WINDOW, asked.settings.preserve_tokens)
+        chats = chat_windows(asked.tokenizer, *how) if self.chats and asked.apart else []
+        return text_windows(asked.tokenizer, self.texts or [], *how) + chats
 
     def _copied(self, file: Preservation, settings: FitSettings, device: torch.device) -> tuple[Preservation, bool]:
         """A file's copy in the cache, where the statistics of the fit find it later; and that nothing was computed."""

@@ -1,12 +1,16 @@
-"""Text that has nothing to do with the instruction: what a patch should leave alone.
+"""Text and chats that have nothing to do with the instruction: what a patch should leave alone.
 
 The package ships two parts of public-domain English prose (A. Conan Doyle, *The Adventures of Sherlock
 Holmes*, 1892; C. and M. Beard, *History of the United States*, 1921) that do not overlap: one to preserve,
-one to measure perplexity on.
+one to measure perplexity on. Beside them it has short chats, written for it: questions and tasks of many kinds, sums,
+code, other languages, other system messages. Plain text does not tell what a patch does to chats: with chats preserved,
+too, the patch of a word task leaves alone half of the tokens of other chats that it changed before
+(recipes/studies/side_effects.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,12 +19,13 @@ from typing import TYPE_CHECKING, Literal
 from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
 from lit_thought.prompts.pairs import check_unicode
+from lit_thought.prompts.template import PromptTemplate
 from lit_thought.settings import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_texts", "text_windows"]
+__all__ = ["chat_windows", "load_texts", "text_windows"]
 
 
 def load_texts(source: TextSource, part: Literal["preserve", "evaluate"], argument: str) -> list[str]:
@@ -73,17 +78,36 @@ def text_windows(
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         every = ([*opening, *ids[start : start + size]] for start in range(0, len(ids), size))
         windows += [window for window in every if len(window) >= 2]
-    total = sum(map(len, windows))
-    if max_tokens is not None and total > max_tokens:
-        windows = _spread(windows, max_tokens, max_tokens * len(windows) // total)
+    windows = _spread(windows, max_tokens)
     if not windows:
         raise ThoughtError("the unrelated text gives no window of two tokens or more; give more text.")
     return windows
 
 
-def _spread(windows: Sequence[list[int]], most: int, count: int) -> list[list[int]]:
-    """This number of windows or a few more, evenly spread, with ``most`` tokens in all; the last is cut."""
-    chosen: list[list[int]] = []
+def chat_windows(tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None) -> list[list[int]]:
+    """The package's chats as the tokenizer's chat template writes them, each cut to ``length`` tokens.
+
+    ``max_tokens`` bounds them as it does those of :func:`text_windows`. None for a tokenizer without a chat template,
+    or with one that leaves out a part of them.
+    """
+    chats = json.loads(files("lit_thought.prompts").joinpath("text", "chats.json").read_text(encoding="utf-8"))
+    template, windows = PromptTemplate.chat(), []
+    try:
+        for chat in chats:
+            system = chat.get("system")
+            pair = template.tokenise(tokenizer, system or chats[-1]["system"], chat["input"], chat["output"])
+            windows.append(list(pair.instructed_ids if system else pair.plain_ids)[:length])
+    except ThoughtError:
+        return []
+    return _spread(windows, max_tokens)
+
+
+def _spread(windows: list[list[int]], most: int | None) -> list[list[int]]:
+    """Windows of at most ``most`` tokens in all, evenly spread over those given; the last is cut."""
+    total = sum(map(len, windows))
+    if most is None or total <= most:
+        return windows
+    chosen, count = list[list[int]](), most * len(windows) // total
     while sum(map(len, chosen)) < most:
         count += 1
         chosen = [windows[i * len(windows) // count] for i in range(count)]
