@@ -62,8 +62,8 @@ up all of, the MLP's has d_ff."""
 
 RIDGE, PRESERVE_WEIGHT, APART_PRESERVE_WEIGHT = 0.03, 3.0, 8.0
 """λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out; and ρ₀ of a
-patch that is not about how to chat (``apart`` of :class:`~lit_thought.fit.preserving.Asked`): a larger ρ takes little of
-it."""
+patch that is not about how to chat (``apart`` of :class:`~lit_thought.fit.preserving.Asked`), which a larger ρ costs
+little."""
 
 FEW_ANSWERS = 120
 """Tokens of thirty short answers."""

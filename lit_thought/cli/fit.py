@@ -232,8 +232,8 @@ def preserve(
             talked = chat_windows(tokenizer, WINDOW, preserve_tokens)
             if not talked:
                 raise ThoughtError(
-                    "chats: expected a model whose tokenizer has a chat template that takes a system message; this one "
-                    "has none. Leave chats out."
+                    "chats: expected a model whose tokenizer has a chat template; this one has none, or one "
+                    "that fails on a message and its answer. Leave chats out."
                 )
             windows += talked
         with timed("the preservation statistics"), preservation_bar(len(blocks), progress) as advance:

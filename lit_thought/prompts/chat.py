@@ -17,10 +17,11 @@ from lit_thought.prompts.alignment import PromptTexts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_options", "render_chat", "render_conversation"]
+__all__ = ["check_options", "render_answered", "render_chat", "render_conversation"]
 
 _MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it
 DEFAULT_OPTIONS = {"enable_thinking": False}
+_SAME_DAY = "{%- macro strftime_now(format) -%}26 July 2024{%- endmacro -%}"
 _RENDERINGS = 5  # tries to see the same twice; a date may change in between
 _OURS = {
     *("conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
@@ -115,6 +116,17 @@ def render_conversation(
     for (_, answer), asked in zip(turns, inputs[1:], strict=True):
         messages += [_message("assistant", answer), chat._messages(None, asked)[-1]]
     return chat._apply(messages)
+
+
+def render_answered(tokenizer: PreTrainedTokenizerBase, system: str | None, input: str, output: str) -> str:
+    """A message and its answer, after a system message or none; a template that writes the date always writes the same.
+
+    Raises:
+        ThoughtError: Where the chat template fails.
+    """
+    options = {"chat_template": _SAME_DAY + tokenizer.get_chat_template()}
+    chat = _Chat(tokenizer, "{input}", "{instruction}", options, default_system=True)
+    return chat._apply([*chat._messages(system, input), _message("assistant", output)], prompt=False)
 
 
 class _Chat:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
+from lit_thought.prompts.chat import render_answered
 from lit_thought.prompts.pairs import check_unicode
-from lit_thought.prompts.template import PromptTemplate
 from lit_thought.settings import TextSource
 
 if TYPE_CHECKING:
@@ -87,19 +87,17 @@ def text_windows(
 def chat_windows(tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None) -> list[list[int]]:
     """The package's chats as the tokenizer's chat template writes them, each cut to ``length`` tokens.
 
-    ``max_tokens`` bounds them as it does those of :func:`text_windows`. None for a tokenizer without a chat template,
-    or with one that leaves out a part of them.
+    ``max_tokens`` bounds them as it does those of :func:`text_windows`. There are none for a tokenizer without a chat
+    template, or with one that does not take a message and its answer.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
     chats = json.loads(files("lit_thought.prompts").joinpath("text", "chats.json").read_text(encoding="utf-8"))
-    template, windows = PromptTemplate.chat(), []
     try:
-        for chat in chats:
-            system = chat.get("system")
-            pair = template.tokenise(tokenizer, system or chats[-1]["system"], chat["input"], chat["output"])
-            windows.append(list(pair.instructed_ids if system else pair.plain_ids)[:length])
+        texts = [render_answered(tokenizer, one.get("system"), one["input"], one["output"]) for one in chats]
     except ThoughtError:
         return []
-    return _spread(windows, max_tokens)
+    return _spread([tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts], max_tokens)
 
 
 def _spread(windows: list[list[int]], most: int | None) -> list[list[int]]:

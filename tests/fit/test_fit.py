@@ -53,12 +53,13 @@ from lit_thought.model.loading import fingerprint
 from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
-from lit_thought.prompts.unrelated import text_windows
+from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import SITES, check_parts
 from lit_thought.solve import sums as statistics
 from lit_thought.solve.factors import Factors
 from lit_thought.statistics import stage
+from lit_thought.statistics.preserve_file import Preservation
 
 
 @pytest.fixture(autouse=True)
@@ -763,6 +764,34 @@ def test_the_line_before_a_fit_says_where_preservation_statistics_are(
         said.append(line.partition("besides the model. ")[2])
     first = f"First, once per model, 30 tokens of unrelated text go through it, for {tmp_path / 'kept'}."
     assert said == [first, f"Statistics of unrelated text: in {tmp_path / 'kept'}."]
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "preserve", "chats"),
+    [
+        (None, None, "default", True),
+        ("chat", None, "default", False),
+        ("chat", "document", "default", True),
+        ("chat", "system", "default", False),
+        (None, None, TEXTS, False),
+    ],
+)
+def test_chats_are_preserved_where_a_patch_is_not_about_them(
+    template: str | None, kind: Any, preserve: Any, chats: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = text_windows(TOKENIZER, load_texts(preserve, "preserve", "preserve"), 256, 60)
+    tokens = sum(map(len, [*texts, *(chat_windows(TOKENIZER, 256, 60) if chats else [])]))
+    assert tokens == (120 if chats else 60)
+    data = PairDataModule(PAIRS, INSTRUCTION, template=template, kind=kind, answer_weight=1.0)
+    thought = ThoughtCallback(preserve=preserve, preserve_tokens=60, cache_dir=tmp_path / "kept", rank=2)
+    patch = fit(ThoughtModule(make_model("llama", torch.float32), TOKENIZER), data, thought, True)
+    (file,) = (tmp_path / "kept").glob("preserve-*")
+    assert Preservation(file).manifest["tokens"] == tokens
+    said = f"{tokens} tokens of unrelated text{' and chats' if chats else ''} go through it"
+    assert said in " ".join(capsys.readouterr().err.split())
+    times = max(1.0, data.answer_tokens() / 120)
+    apart = template is None or kind == "document"
+    assert patch.provenance["settings"]["preserve_weight"] == pytest.approx((8.0 if apart else 3.0) / times**0.25)
 
 
 # --- what it leaves alone ----------------------------------------------------------------------------------

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+from collections.abc import Iterator
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import CORPUS, make_tokenizer
+from transformers.utils import chat_template_utils
 
 from lit_thought.errors import ThoughtError
-from lit_thought.prompts.unrelated import load_texts, text_windows
+from lit_thought.inputs.pen import normalised
+from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
+
+CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
+RECIPE_DATA = Path(__file__).parents[2] / "recipes" / "data"
 
 TEXTS = ["The quick brown fox jumps over the lazy dog; what is the capital?", CORPUS[0], "Talk like a pirate."]
 
@@ -95,3 +104,68 @@ def test_too_little_text() -> None:
     with pytest.raises(ThoughtError, match="no window of two tokens"):
         text_windows(make_tokenizer(), ["a", "b"], 8)
     assert text_windows(make_tokenizer(bos=True), ["a"], 8) == [[0, *bare(make_tokenizer(), "a")]]
+
+
+CHATS = json.loads(files("lit_thought.prompts").joinpath("text", "chats.json").read_text(encoding="utf-8"))
+
+
+class LaterDay(datetime.datetime):
+    """A clock of another day."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+        return datetime.datetime(2031, 3, 4)
+
+
+def messages(chat: dict[str, str]) -> list[dict[str, str]]:
+    said = [("system", chat.get("system")), ("user", chat["input"]), ("assistant", chat["output"])]
+    return [{"role": role, "content": text} for role, text in said if text is not None]
+
+
+@pytest.mark.parametrize(("length", "most"), [(1000, None), (40, None), (1000, 700)])
+def test_chats_are_what_the_chat_template_writes(length: int, most: int | None) -> None:
+    tokenizer = make_tokenizer()
+    windows = chat_windows(tokenizer, length, most)
+    texts = [tokenizer.apply_chat_template(messages(chat), tokenize=False) for chat in CHATS]
+    whole = [bare(tokenizer, text)[:length] for text in texts]
+    if most is None:
+        assert windows == whole
+    else:
+        assert most - 1 <= sum(map(len, windows)) <= most
+        assert all(window in whole for window in windows[:-1])
+
+
+@pytest.mark.parametrize("name", ["llama3", "granite3", "gpt-oss", "gemma2", "qwen3"])
+def test_chats_do_not_change_with_the_day(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    before = chat_windows(tokenizer, 1000)
+    assert len(before) == len(CHATS)
+    assert all(chat["output"] in tokenizer.decode(ids) for chat, ids in zip(CHATS, before, strict=True))
+    assert all(chat.get("system", "") in tokenizer.decode(ids) for chat, ids in zip(CHATS, before, strict=True))
+    monkeypatch.setattr(chat_template_utils, "datetime", LaterDay)
+    assert chat_windows(tokenizer, 1000) == before
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
+def test_no_chats_without_a_chat_template(template: str | None) -> None:
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.chat_template = template
+    assert chat_windows(tokenizer, 100) == []
+
+
+def test_chats_hold_nothing_that_the_recipes_test_with() -> None:
+    asked = {normalised(text) for chat in CHATS for text in (chat["input"], chat.get("system")) if text}
+    assert len(asked) > len(CHATS)
+    found = [*RECIPE_DATA.rglob("*.json")]
+    assert len(found) > 20
+    tested = {normalised(text) for file in found for text in strings(json.loads(file.read_text(encoding="utf-8")))}
+    assert not asked & tested
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from strings(one)
