@@ -60,10 +60,10 @@ DOCUMENT_SITES = ("mlp_out",)
 """What is patched for a document where sites are left out: attention's output has d inputs, which unrelated text takes
 up all of, the MLP's has d_ff."""
 
-RIDGE, PRESERVE_WEIGHT, APART_PRESERVE_WEIGHT = 0.03, 3.0, 8.0
-"""λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out; and ρ₀ of a
-patch that is not about how to chat (``apart`` of :class:`~lit_thought.fit.preserving.Asked`), which a larger ρ costs
-little."""
+RIDGE, PRESERVE_WEIGHT, LARGER_PRESERVE_WEIGHT = 0.03, 3.0, 8.0
+"""λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out; and ρ₀ for a
+text template, whose prompts are told apart from all else, and for a document, which moves unrelated text more: a larger
+ρ takes little of either."""
 
 FEW_ANSWERS = 120
 """Tokens of thirty short answers."""
@@ -119,8 +119,8 @@ class FitSettings:
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
             for mlp_in alone.
         preserve: unrelated text to leave alone: a text file, a list of texts, None, or "default": shipped text and,
-            for a text template or a document (kind), where a patch is not about how to chat, shipped chats; or a
-            .safetensors file of this model's preservation statistics, from lit-thought preserve.
+            where the template is not a chat's, shipped chats; or a .safetensors file of this model's preservation
+            statistics, from lit-thought preserve.
         preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 8
             for a text template or a document (kind), else 3, and less for more answers (:meth:`weighed`); 1 for mlp_in
             alone.
@@ -278,21 +278,21 @@ class FitSettings:
         usual = min(DOCUMENT_RANK if kind == "document" else RANK, largest)
         return replace(self, rank=usual if self.rank == "usual" else self.rank)
 
-    def weighed(self, answers: int, apart: bool = False) -> FitSettings:
+    def weighed(self, answers: int, larger: bool = False) -> FitSettings:
         """With λ and ρ filled in, where they are left out, for a number of answer tokens.
 
         Both are relative to a mean of the pairs' tokens, so that at fixed values more pairs would not be believed more
         than few. A prior of n₀ tokens against T of the answers is λ = λ₀ n₀ / T; ρ, which also says how far unrelated
         text may move, falls more slowly: with t = max(1, T / :data:`FEW_ANSWERS`),
 
-            λ = max(λ₀ / t, 0.001),   ρ = ρ₀ / t^¼,   λ₀ = 0.03, ρ₀ = 3, or 8 for a patch apart from chats.
+            λ = max(λ₀ / t, 0.001),   ρ = ρ₀ / t^¼,   λ₀ = 0.03, ρ₀ = 3, or 8 if ``larger``.
 
         Args:
             answers: T, tokens that a pair's output has, and one more for its end, over all pairs of a step.
-            apart: whether the patch is not about how to chat.
+            larger: whether the template is no chat's, or the pairs are about a document.
         """
         times = max(1.0, answers / FEW_ANSWERS)
-        most = APART_PRESERVE_WEIGHT if apart else PRESERVE_WEIGHT
+        most = LARGER_PRESERVE_WEIGHT if larger else PRESERVE_WEIGHT
         return replace(
             self,
             ridge=max(RIDGE / times, LEAST_RIDGE) if self.ridge is None else self.ridge,

@@ -50,9 +50,9 @@ def test_one_home() -> None:
 def test_prior_against_answers(answers: int, ridge: float, weight: float) -> None:
     found = FitSettings().settled().weighed(answers)
     assert (found.ridge, found.preserve_weight) == (pytest.approx(ridge), pytest.approx(weight))
-    apart = FitSettings().settled().weighed(answers, apart=True)
-    assert (apart.ridge, apart.preserve_weight) == (found.ridge, pytest.approx(weight * 8 / 3))
-    given = FitSettings(ridge=0.2, preserve_weight=0.0).settled().weighed(answers, apart=True)
+    larger = FitSettings().settled().weighed(answers, larger=True)
+    assert (larger.ridge, larger.preserve_weight) == (found.ridge, pytest.approx(weight * 8 / 3))
+    given = FitSettings(ridge=0.2, preserve_weight=0.0).settled().weighed(answers, larger=True)
     assert (given.ridge, given.preserve_weight) == (0.2, 0.0)
     alone = FitSettings(sites=["mlp_in"]).settled().weighed(answers)
     assert (alone.ridge, alone.preserve_weight) == (0.03, 1.0)

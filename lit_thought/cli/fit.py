@@ -203,8 +203,7 @@ def preserve(
         sites: attn_out, mlp_in, mlp_out or several, where fits can use it; when left out, attn_out and mlp_out
             wherever a block has them.
         directions: how many directions of each site's inputs are kept one by one; of the others, their mean size.
-        chats: keep chats, too, that the package ships: for patches that are not about how to chat, as a fit without
-            such a file does for text templates and documents.
+        chats: keep chats, too, that the package ships, as a fit without such a file does for text templates.
         cache_dir: where each model's statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         overwrite: replace the file if it exists.
         progress: show a progress bar.

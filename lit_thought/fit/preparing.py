@@ -296,8 +296,7 @@ class Preparation:
             self._plan(len(data.missing) * data.settings.max_new_tokens)
             if data.missing and data.settings.generate and data.known is None:
                 try_options(data, model, tokenizer)
-        kind = data.form(tokenizer)
-        apart = kind == "document" or not data.template.is_chat
+        apart = not data.template.is_chat
         asked = Asked(model, tokenizer, self.blocks, self.sites, settings, identity, self.directions, apart)
         if show and first:
             tqdm.write(f"{self.estimate} {self.preserved.place(asked)}".strip(), file=sys.stderr)
@@ -314,7 +313,7 @@ class Preparation:
                 if self.storage.place != place and show and first:
                     tqdm.write(str(self.estimate), file=sys.stderr)
             answers = data.answer_tokens(settings.pairs_per_step)
-            self.settings = self.settings.weighed(answers, apart)
+            self.settings = self.settings.weighed(answers, apart or data.form(tokenizer) == "document")
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
             self.unfinished.start(data.written, data.inputs())

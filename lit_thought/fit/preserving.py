@@ -26,8 +26,8 @@ class Asked(NamedTuple):
         model, tokenizer, blocks, sites, settings: those of the fit.
         identity: the model's fingerprint.
         directions: k, how many directions of each site are kept one by one.
-        apart: whether the patch is not about how to chat, so that chats are to be preserved, too: it is for prompts of
-            a text template, or brings a document.
+        apart: whether the patch is for prompts that are no chats, so that chats are to be preserved, too. (For a
+            document, which is asked about in chats, this costs a third of what the patch achieves.)
     """
 
     model: PreTrainedModel

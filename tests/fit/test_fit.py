@@ -771,12 +771,12 @@ def test_the_line_before_a_fit_says_where_preservation_statistics_are(
     [
         (None, None, "default", True),
         ("chat", None, "default", False),
-        ("chat", "document", "default", True),
+        ("chat", "document", "default", False),
         ("chat", "system", "default", False),
         (None, None, TEXTS, False),
     ],
 )
-def test_chats_are_preserved_where_a_patch_is_not_about_them(
+def test_chats_are_preserved_where_the_template_is_no_chat(
     template: str | None, kind: Any, preserve: Any, chats: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = text_windows(TOKENIZER, load_texts(preserve, "preserve", "preserve"), 256, 60)
@@ -790,8 +790,8 @@ def test_chats_are_preserved_where_a_patch_is_not_about_them(
     said = f"{tokens} tokens of unrelated text{' and chats' if chats else ''} go through it"
     assert said in " ".join(capsys.readouterr().err.split())
     times = max(1.0, data.answer_tokens() / 120)
-    apart = template is None or kind == "document"
-    assert patch.provenance["settings"]["preserve_weight"] == pytest.approx((8.0 if apart else 3.0) / times**0.25)
+    larger = template is None or kind == "document"
+    assert patch.provenance["settings"]["preserve_weight"] == pytest.approx((8.0 if larger else 3.0) / times**0.25)
 
 
 # --- what it leaves alone ----------------------------------------------------------------------------------
