@@ -27,7 +27,7 @@ class Asked(NamedTuple):
         identity: the model's fingerprint.
         directions: k, how many directions of each site are kept one by one.
         apart: whether the patch is for prompts that are no chats, so that chats are to be preserved, too. (For a
-            document, which is asked about in chats, this costs a third of what the patch achieves.)
+            document, which is asked about in chats, this costs much of what the patch achieves.)
     """
 
     model: PreTrainedModel
