@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
@@ -72,28 +74,42 @@ def instruction_alone(
         cases += [message_case(known[name], seed, questions, answer_tokens) for name in instructions]
         cases += [document_case(own, document_tokens, document_settings or {}) for own in chosen]
         for case in cases:
-            evaluation = Evaluation(
-                *(lm, tokenizer),
-                instruction=case.chunk,
-                pairs=case.tested,
-                template=case.template,
-                max_new_tokens=case.max_new_tokens,
-                unrelated="default" if unrelated else None,
-                progress=False,
-            )
+            evaluation = evaluation_of(lm, tokenizer, case, unrelated)
             fits: list[tuple[str, Any, dict[str, Any]]] = [("written", None, {})]
             fits += [(f"written, {count}", None, {"inputs": count}) for count in counts]
             fits += [(f"given, {len(case.given)}", case.given, {})] if case.given else []
             for name, pairs, changes in fits:
-                usual = {"seed": seed, "max_new_tokens": min(64, 2 * case.max_new_tokens), "progress": False}
-                template = case.template if case.given or case.door == "document" else None
-                how = {**usual, **case.settings, **changes}
-                _, measured = fit_and_score(evaluation, case.chunk, pairs, template, how)
+                _, measured = fit_case(evaluation, case, pairs, seed=seed, **changes)
                 run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
                 run |= {"right": right(case, measured["items"]), "tested": len(case.tested)}
                 runs.append({**run, **measured})
                 print(_table(runs[-1:]), flush=True)
                 write_results(__file__, out, _page(runs), {**record, "runs": runs})
+
+
+def evaluation_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case, unrelated: bool = True
+) -> Evaluation:
+    """The plain and the instructed outputs of what a chunk is tested with."""
+    return Evaluation(
+        *(model, tokenizer),
+        instruction=case.chunk,
+        pairs=case.tested,
+        template=case.template,
+        max_new_tokens=case.max_new_tokens,
+        unrelated="default" if unrelated else None,
+        progress=False,
+    )
+
+
+def fit_case(
+    evaluation: Evaluation, case: Case, pairs: Sequence[Mapping[str, str]] | None, **changes: Any
+) -> tuple[ThoughtPatch, dict[str, Any]]:
+    """:func:`fit_and_score` of a chunk in the usual way, with these changes; outputs are twice as long as those that
+    are tested. The template is left to the library, but for a word task's and a document's."""
+    usual = {"max_new_tokens": min(64, 2 * case.max_new_tokens), "progress": False, **case.settings}
+    template = case.template if case.given or case.door == "document" else None
+    return fit_and_score(evaluation, case.chunk, pairs, template, {**usual, **changes})
 
 
 def fit_and_score(

@@ -25,13 +25,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from lit_thought.errors import check_counts
-from lit_thought.evaluation.compare import Evaluation
 from lit_thought.model.loading import evaluating
 from lit_thought.prompts.batches import forward_inputs, pad
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.runs.generate import Generation, generate
 from recipes.harness import DATA, SIX_TASKS, check_names, command_line, panels, save_figure, shown, table, write_results
-from recipes.studies.instruction_alone import Case, document_case, fit_and_score, message_case, word_case
+from recipes.studies.instruction_alone import (
+    Case,
+    document_case,
+    evaluation_of,
+    fit_case,
+    message_case,
+    word_case,
+)
 from recipes.studies.long_prompts import FOLDER as LONG_PROMPTS
 from recipes.studies.long_prompts import load_prompt
 from recipes.tasks.document_data import contains, load_document
@@ -77,20 +83,11 @@ def side_effects(
         for kind, own in prompts.items():
             if kind not in others or others[kind].prompts != own:
                 others[kind] = Others(lm, tokenizer, own, answer_tokens)
-        evaluation = Evaluation(
-            *(lm, tokenizer),
-            instruction=case.chunk,
-            pairs=case.tested,
-            template=case.template,
-            max_new_tokens=case.max_new_tokens,
-            progress=False,
-        )
+        evaluation = evaluation_of(lm, tokenizer, case)
         instructed = {kind: others[kind].compared(case.chunk, None) for kind in KINDS}
         for weight in (None, *preserve_weights):
-            how = {"progress": False, "seed": seed, "preserve_weight": weight, **case.settings, **settings["fit"]}
-            how = {"max_new_tokens": min(64, 2 * case.max_new_tokens), **how}
-            template = case.template if case.given or case.door == "document" else None
-            patch, measured = fit_and_score(evaluation, case.chunk, None, template, how)
+            how = {"seed": seed, "preserve_weight": weight, **settings["fit"]}
+            patch, measured = fit_case(evaluation, case, None, **how)
             patched = {kind: others[kind].compared(None, patch) for kind in KINDS}
             kl = measured["output_kl"]
             runs.append(
