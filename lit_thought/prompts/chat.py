@@ -122,9 +122,12 @@ def render_answered(tokenizer: PreTrainedTokenizerBase, system: str | None, inpu
     """A message and its answer, after a system message or none; a template that writes the date always writes the same.
 
     Raises:
-        ThoughtError: Where the chat template fails.
+        ThoughtError: Where there is no chat template, several without a default one, or one that fails.
     """
-    options = {"chat_template": _SAME_DAY + tokenizer.get_chat_template()}
+    try:
+        options = {"chat_template": _SAME_DAY + tokenizer.get_chat_template()}
+    except ValueError as error:
+        raise ThoughtError(f"template: the tokenizer has no chat template for plain messages: {error}") from error
     chat = _Chat(tokenizer, "{input}", "{instruction}", options, default_system=True)
     return chat._apply([*chat._messages(system, input), _message("assistant", output)], prompt=False)
 

@@ -3,9 +3,8 @@
 The package ships two parts of public-domain English prose (A. Conan Doyle, *The Adventures of Sherlock
 Holmes*, 1892; C. and M. Beard, *History of the United States*, 1921) that do not overlap: one to preserve,
 one to measure perplexity on. Beside them it has short chats, written for it: questions and tasks of many kinds, sums,
-code, other languages, other system messages. Plain text does not tell what a patch does to chats: with chats preserved,
-too, the patch of a word task leaves alone half of the tokens of other chats that it changed before
-(recipes/studies/side_effects.py).
+code, other languages, other system messages. Plain text does not tell what a patch does to chats, and does not hold it
+off them (recipes/studies/side_effects.py measures that).
 """
 
 from __future__ import annotations
@@ -90,8 +89,6 @@ def chat_windows(tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: in
     ``max_tokens`` bounds them as it does those of :func:`text_windows`. There are none for a tokenizer without a chat
     template, or with one that does not take a message and its answer.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return []
     chats = json.loads(files("lit_thought.prompts").joinpath("text", "chats.json").read_text(encoding="utf-8"))
     try:
         texts = [render_answered(tokenizer, one.get("system"), one["input"], one["output"]) for one in chats]

@@ -147,8 +147,8 @@ def test_chats_do_not_change_with_the_day(name: str, monkeypatch: pytest.MonkeyP
     assert chat_windows(tokenizer, 1000) == before
 
 
-@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
-def test_no_chats_without_a_chat_template(template: str | None) -> None:
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", {"tool_use": "{{ messages }}"}])
+def test_no_chats_without_a_chat_template(template: Any) -> None:
     tokenizer = make_tokenizer(chat=False)
     tokenizer.chat_template = template
     assert chat_windows(tokenizer, 100) == []

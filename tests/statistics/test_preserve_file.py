@@ -368,6 +368,26 @@ def test_preserve_then_fit_and_solve(
     assert distance(ThoughtPatch.load("solved"), file) <= SOLVE_ROUNDING
 
 
+def test_a_file_with_chats_is_what_a_fit_on_a_text_template_preserves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path)
+    arguments = ["preserve", "model", "--preserve_tokens=300", "--chats"]
+    main([*arguments, "--out=kept.safetensors"])
+    assert Preservation("kept.safetensors").manifest["tokens"] == 600
+    main(fit_arguments(tmp_path, "default"))
+    main([*fit_arguments(tmp_path, "file"), "--preserve=kept.safetensors"])
+    assert distance(ThoughtPatch.load("default"), ThoughtPatch.load("file")) <= ROUNDING
+    make_tokenizer(chat=False).save_pretrained("model")
+    Path("model/chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out=other.safetensors"])
+    assert "--chats: expected a model whose tokenizer has a chat template" in capsys.readouterr().err
+    assert not Path("other.safetensors").exists()
+
+
 def test_the_command_keeps_what_a_fit_would() -> None:
     """Its defaults are those of the settings."""
     defaults = {name: argument.default for name, argument in inspect.signature(preserve).parameters.items()}
