@@ -21,6 +21,7 @@ IDS = torch.arange(5, 25)[None]
 
 def fit(model, **settings):
     common = {"rank": 4, "preserve": ["The quick brown fox jumps over the lazy dog."], "progress": False}
+    common["preserve_weight"] = 1.0  # the text is near to the pairs
     return transmute(model, make_tokenizer(), INSTRUCTION, PAIRS, **{**common, **settings})
 
 

@@ -195,7 +195,7 @@ def test_several_carry_on_what_a_candidate_leaves(order: str) -> None:
         block = stage.head.block
         new = solved(delta + left, 0.3, 0.5)
         changed.append(np.linalg.norm(new - solved(delta, 0.3, 0.5)) / np.linalg.norm(new))
-        left = left + a @ (solved(delta, 3e-2, 3.0) - new).T
+        left = left + a @ (solved(delta, 3e-2, 8.0) - new).T
         found = patch.factors[stage.head.targets[0]].delta().double().numpy()
         assert np.linalg.norm(found - new) < 1e-4 * np.linalg.norm(new)
     assert [change > 0.01 for change in changed] == [(order == "sequential" and i > 0) or i % 2 == 1 for i in range(6)]
@@ -256,9 +256,9 @@ def test_final_fit_is_of_all_pairs_with_what_was_chosen(monkeypatch: pytest.Monk
     patch = transmute(model, TOKENIZER, INSTRUCTION, pairs, preserve=TEXTS, progress=False, max_new_tokens=4, **every)
     state.check()
     record = patch.provenance["selection"]
-    assert record["chosen"] == {"ridge": 0.09, "preserve_weight": 9.0, "rank": 32, "scale": 1.2, "blocks": None}
+    assert record["chosen"] == {"ridge": 0.09, "preserve_weight": 24.0, "rank": 32, "scale": 1.2, "blocks": None}
     assert [each["chosen"] for each in record["candidates"]].count(True) == 1
-    settings: dict[str, Any] = {"ridge": 0.09, "preserve_weight": 9.0, "rank": 32, "scale": 1.2}
+    settings: dict[str, Any] = {"ridge": 0.09, "preserve_weight": 24.0, "rank": 32, "scale": 1.2}
     same = transmute(model, TOKENIZER, INSTRUCTION, pairs, preserve=TEXTS, progress=False, max_new_tokens=4, **settings)
     assert identical(patch, same)
     assert patch.provenance["settings"] == same.provenance["settings"]

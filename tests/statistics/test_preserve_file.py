@@ -296,7 +296,7 @@ def test_the_file_is_used_without_its_text_and_named_by_its_hash(tmp_path: Path)
     patch = fitted(model, preserve=str(path), cache_dir=tmp_path / "theirs", preserve_tokens=5)
     settings = patch.provenance["settings"]
     assert settings["preserve_file"] == Preservation(path).digest
-    assert (settings["preserve_tokens"], settings["preserve_weight"]) == (400, 3.0)
+    assert (settings["preserve_tokens"], settings["preserve_weight"]) == (400, 8.0)
     assert str(tmp_path) not in json.dumps(patch.provenance)
     (copy,) = (tmp_path / "theirs").iterdir()
     assert Preservation(copy).digest == settings["preserve_file"]
