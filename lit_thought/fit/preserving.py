@@ -71,7 +71,7 @@ class PreservationSource:
         file = cached_file(asked.model, asked.blocks, windows, *where)
         if file.exists():
             return f"Statistics of unrelated text: in {file.parent}."
-        tokens, chats = sum(map(len, windows)), " and chats" if self.chats and asked.apart else ""
+        tokens, chats = sum(map(len, windows)), " and chats" if self._chats(asked) else ""
         return f"First, once per model, {tokens:,} tokens of unrelated text{chats} go through it, for {file.parent}."
 
     def load(self, trainer: Trainer, asked: Asked, show: bool) -> tuple[Preservation | None, bool | None]:
@@ -112,9 +112,12 @@ class PreservationSource:
             )
 
     def _windows(self, asked: Asked) -> list[list[int]]:
-        how = (WINDOW, asked.settings.preserve_tokens)
-        chats = chat_windows(asked.tokenizer, *how) if self.chats and asked.apart else []
-        return text_windows(asked.tokenizer, self.texts or [], *how) + chats
+        texts = text_windows(asked.tokenizer, self.texts or [], WINDOW, asked.settings.preserve_tokens)
+        return texts + self._chats(asked)
+
+    def _chats(self, asked: Asked) -> list[list[int]]:
+        wanted = self.chats and asked.apart
+        return chat_windows(asked.tokenizer, WINDOW, asked.settings.preserve_tokens) if wanted else []
 
     def _copied(self, file: Preservation, settings: FitSettings, device: torch.device) -> tuple[Preservation, bool]:
         """A file's copy in the cache, where the statistics of the fit find it later; and that nothing was computed."""

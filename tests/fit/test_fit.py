@@ -767,24 +767,31 @@ def test_the_line_before_a_fit_says_where_preservation_statistics_are(
 
 
 @pytest.mark.parametrize(
-    ("template", "kind", "preserve", "chats"),
+    ("tokenizer", "template", "kind", "preserve", "chats"),
     [
-        (None, None, "default", True),
-        ("chat", None, "default", False),
-        ("chat", "document", "default", False),
-        ("chat", "system", "default", False),
-        (None, None, TEXTS, False),
+        (TOKENIZER, None, None, "default", True),
+        (make_tokenizer(chat=False), None, None, "default", False),
+        (TOKENIZER, "chat", None, "default", False),
+        (TOKENIZER, "chat", "document", "default", False),
+        (TOKENIZER, "chat", "system", "default", False),
+        (TOKENIZER, None, None, TEXTS, False),
     ],
 )
 def test_chats_are_preserved_where_the_template_is_no_chat(
-    template: str | None, kind: Any, preserve: Any, chats: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer: Any,
+    template: str | None,
+    kind: Any,
+    preserve: Any,
+    chats: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    texts = text_windows(TOKENIZER, load_texts(preserve, "preserve", "preserve"), 256, 60)
-    tokens = sum(map(len, [*texts, *(chat_windows(TOKENIZER, 256, 60) if chats else [])]))
+    texts = text_windows(tokenizer, load_texts(preserve, "preserve", "preserve"), 256, 60)
+    tokens = sum(map(len, [*texts, *(chat_windows(tokenizer, 256, 60) if chats else [])]))
     assert tokens == (120 if chats else 60)
     data = PairDataModule(PAIRS, INSTRUCTION, template=template, kind=kind, answer_weight=1.0)
     thought = ThoughtCallback(preserve=preserve, preserve_tokens=60, cache_dir=tmp_path / "kept", rank=2)
-    patch = fit(ThoughtModule(make_model("llama", torch.float32), TOKENIZER), data, thought, True)
+    patch = fit(ThoughtModule(make_model("llama", torch.float32), tokenizer), data, thought, True)
     (file,) = (tmp_path / "kept").glob("preserve-*")
     assert Preservation(file).manifest["tokens"] == tokens
     said = f"{tokens} tokens of unrelated text{' and chats' if chats else ''} go through it"
