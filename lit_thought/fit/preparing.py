@@ -297,7 +297,8 @@ class Preparation:
             if data.missing and data.settings.generate and data.known is None:
                 try_options(data, model, tokenizer)
         apart = not data.template.is_chat
-        asked = Asked(model, tokenizer, self.blocks, self.sites, settings, identity, self.directions, apart)
+        windows = self.preserved.windows(tokenizer, settings, apart)
+        asked = Asked(model, self.blocks, self.sites, settings, identity, self.directions, *windows)
         if show and first:
             tqdm.write(f"{self.estimate} {self.preserved.place(asked)}".strip(), file=sys.stderr)
         assert self.estimate is not None

@@ -23,21 +23,20 @@ class Asked(NamedTuple):
     """What a fit wants the statistics of, and for.
 
     Attributes:
-        model, tokenizer, blocks, sites, settings: those of the fit.
+        model, blocks, sites, settings: those of the fit.
         identity: the model's fingerprint.
         directions: k, how many directions of each site are kept one by one.
-        apart: whether the patch is for prompts that are no chats, so that chats are to be preserved, too. (For a
-            document, which is asked about in chats, this costs much of what the patch achieves.)
+        texts, chats: the token windows to preserve (:meth:`PreservationSource.windows`).
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     blocks: Sequence[Block]
     sites: Sequence[str]
     settings: FitSettings
     identity: str
     directions: int
-    apart: bool
+    texts: list[list[int]]
+    chats: list[list[int]]
 
 
 class PreservationSource:
@@ -61,17 +60,37 @@ class PreservationSource:
     def __bool__(self) -> bool:
         return self.texts is not None or self.file is not None
 
+    def windows(
+        self, tokenizer: PreTrainedTokenizerBase, settings: FitSettings, apart: bool
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The token windows of the texts, and those of chats; none where no text is to be preserved.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            settings: those of the fit.
+            apart: whether the patch is for prompts that are no chats, so that chats are to be preserved, too. (For a
+                document, which is asked about in chats, this costs much of what the patch achieves.)
+
+        Raises:
+            ThoughtError: when the texts are too short.
+        """
+        if self.texts is None or settings.preserve_weight == 0:
+            return [], []
+        how = (WINDOW, settings.preserve_tokens)
+        chats = chat_windows(tokenizer, *how) if self.chats and apart else []
+        return text_windows(tokenizer, self.texts, *how), chats
+
     def place(self, asked: Asked) -> str:
         """A sentence that says whether the unrelated text's statistics are there, and where they are kept; empty where
         there is no such text."""
-        if self.texts is None or asked.settings.preserve_weight == 0:
+        if not asked.texts:
             return ""
-        windows = self._windows(asked)
+        windows = asked.texts + asked.chats
         where = (asked.settings.cache_dir, asked.identity, asked.sites, asked.directions)
         file = cached_file(asked.model, asked.blocks, windows, *where)
         if file.exists():
             return f"Statistics of unrelated text: in {file.parent}."
-        tokens, chats = sum(map(len, windows)), " and chats" if self._chats(asked) else ""
+        tokens, chats = sum(map(len, windows)), " and chats" if asked.chats else ""
         return f"First, once per model, {tokens:,} tokens of unrelated text{chats} go through it, for {file.parent}."
 
     def load(self, trainer: Trainer, asked: Asked, show: bool) -> tuple[Preservation | None, bool | None]:
@@ -103,21 +122,13 @@ class PreservationSource:
             return self._copied(self.file, settings, next(model.parameters()).device)
         with preservation_bar(len(asked.blocks), show) as progress:
             return preservation(
-                *(model, asked.blocks, self._windows(asked), settings.cache_dir),
+                *(model, asked.blocks, asked.texts + asked.chats, settings.cache_dir),
                 identity=asked.identity,
                 progress=progress,
                 write=write,
                 sites=asked.sites,
                 directions=asked.directions,
             )
-
-    def _windows(self, asked: Asked) -> list[list[int]]:
-        texts = text_windows(asked.tokenizer, self.texts or [], WINDOW, asked.settings.preserve_tokens)
-        return texts + self._chats(asked)
-
-    def _chats(self, asked: Asked) -> list[list[int]]:
-        wanted = self.chats and asked.apart
-        return chat_windows(asked.tokenizer, WINDOW, asked.settings.preserve_tokens) if wanted else []
 
     def _copied(self, file: Preservation, settings: FitSettings, device: torch.device) -> tuple[Preservation, bool]:
         """A file's copy in the cache, where the statistics of the fit find it later; and that nothing was computed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lit_thought.errors import ThoughtError
@@ -118,8 +118,9 @@ def render_conversation(
     return chat._apply(messages)
 
 
-def render_answered(tokenizer: PreTrainedTokenizerBase, system: str | None, input: str, output: str) -> str:
-    """A message and its answer, after a system message or none; a template that writes the date always writes the same.
+def render_answered(tokenizer: PreTrainedTokenizerBase, chats: Iterable[tuple[str | None, str, str]]) -> list[str]:
+    """Chats of a system message or none, a message and its answer; a template that writes the date always writes the
+    same.
 
     Raises:
         ThoughtError: Where there is no chat template, several without a default one, or one that fails.
@@ -129,7 +130,10 @@ def render_answered(tokenizer: PreTrainedTokenizerBase, system: str | None, inpu
     except ValueError as error:
         raise ThoughtError(f"template: the tokenizer has no chat template for plain messages: {error}") from error
     chat = _Chat(tokenizer, "{input}", "{instruction}", options, default_system=True)
-    return chat._apply([*chat._messages(system, input), _message("assistant", output)], prompt=False)
+    return [
+        chat._apply([*chat._messages(system, input), _message("assistant", output)], prompt=False)
+        for system, input, output in chats
+    ]
 
 
 class _Chat:

@@ -91,7 +91,7 @@ def chat_windows(tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: in
     """
     chats = json.loads(files("lit_thought.prompts").joinpath("text", "chats.json").read_text(encoding="utf-8"))
     try:
-        texts = [render_answered(tokenizer, one.get("system"), one["input"], one["output"]) for one in chats]
+        texts = render_answered(tokenizer, [(one.get("system"), one["input"], one["output"]) for one in chats])
     except ThoughtError:
         return []
     return _spread([tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts], max_tokens)
