@@ -1,19 +1,22 @@
-"""A patch in a server: vLLM with one adapter and with several, against the instructed prompt and its cached prefix.
+"""A patch in a server: one adapter and several, against the instructed prompt and its cached prefix.
 
     python -m recipes.speed.served --config recipes/speed/served.yaml --vllm ENVIRONMENT/bin/python
+    python -m recipes.speed.served --config recipes/speed/served_llama_cpp.yaml
 
-Adapters are fitted, exported and loaded into vLLM's server, which answers over its OpenAI interface, in a process and
-an environment of its own. The same questions go to the model plain, with a long system prompt (whose keys and values
-the server keeps after the first request: prefix caching), with that prompt's adapter, and with all adapters in turn.
-Their number and what is in the server at a time are fixed; every answer has the same number of tokens. Reported are
-tokens a second, and medians of the time to the first token. What the adapters answer is compared, token by token, with
-PEFT's own greedy outputs (a batch in which each row has its own adapter): where the two part, by how much the model
-prefers its own token. Prints a Markdown table and writes it with a JSON record.
+Adapters are fitted, exported and loaded into a server that answers over HTTP: vLLM's, in a process and an environment
+of its own, or llama.cpp's, on a GGUF file. The same questions go to the model plain, with a long system prompt (whose
+keys and values the server keeps after the first request: prefix caching), with that prompt's adapter, and with all
+adapters in turn. Their number and what is in the server at a time are fixed; every answer has the same number of
+tokens. Reported are tokens a second, and medians of the time to the first token. What is answered is compared, token by
+token, with PEFT's own greedy outputs (a batch in which each row has its own adapter): where the two part, by how much
+the model prefers its own token. llama.cpp takes a scale with each request, so there the first adapter is also asked
+for at others. Prints a Markdown table and writes it with a JSON record.
 """
 
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import os
 import shutil
@@ -21,9 +24,9 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -38,7 +41,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation.metrics import agrees_for
+from lit_thought.model.source import find_source
 from lit_thought.patch.export import export_adapter
+from lit_thought.patch.export_gguf import export_gguf
 from recipes.harness import DATA, command_line, machine, shown, table, write_results
 from recipes.tasks.system_prompt import instructions_known
 
@@ -46,6 +51,11 @@ START = 900
 """Seconds that the server may take to start."""
 FITTED, WRITTEN = 8, 24
 """Inputs of each fit, and tokens of their outputs: an adapter's speed does not depend on them."""
+
+
+ENGINES = ("vllm", "llama.cpp")
+BASE = "__base__"
+"""PEFT's name for the model without an adapter."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,32 @@ class Served:
     last: float
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that is up.
+
+    Attributes:
+        address: host and port.
+        path: where a completion is asked for.
+        options: what every request says.
+        wishes: what a request says besides to have an adapter, by the adapter's name, or :data:`BASE` for none.
+        length: the request's name for the number of tokens.
+        started: seconds that it took.
+        version: of the engine.
+    """
+
+    address: tuple[str, int]
+    path: str
+    options: Mapping[str, Any]
+    wishes: Mapping[str, Mapping[str, Any]]
+    length: str
+    started: float
+    version: str
+
+
 def served(
     model: str = "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    engine: str = "vllm",
     vllm: str = "python",
     dtype: str = "float32",
     prompt: str = "museum_guide",
@@ -66,6 +100,7 @@ def served(
     concurrency: Sequence[int] = (1, 8, 32),
     requests: int = 32,
     new_tokens: int = 16,
+    scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     tie: float = 0.05,
     seed: int = 0,
     out: str = "recipes/results/served",
@@ -81,7 +116,12 @@ def served(
     ]
     if len(chunks) < adapters:
         raise ThoughtError(f"adapters: there are system prompts for {len(chunks)}; got {adapters}; ask for fewer.")
-    if shutil.which(vllm) is None:
+    if engine not in ENGINES:
+        raise ThoughtError(f"engine: expected one of {', '.join(ENGINES)}; got {engine!r}.")
+    weights = find_source(model, None, None).gguf_file if engine == "llama.cpp" else None
+    if engine == "llama.cpp" and (weights is None or importlib.util.find_spec("xllamacpp") is None):
+        raise ThoughtError(f'model={model!r}: llama.cpp takes a GGUF file, or "smollm2", and the package xllamacpp.')
+    if engine == "vllm" and shutil.which(vllm) is None:
         raise ThoughtError(f"vllm={vllm!r} cannot be run; give the path of a Python that has vLLM.")
     messages = json.loads(own.with_suffix(".json").read_text(encoding="utf-8"))["messages"]
     questions = [one["input"] for one in messages]
@@ -92,47 +132,59 @@ def served(
     with TemporaryDirectory() as place:
         names = fit(lm, tokenizer, chunks, questions, Path(place), seed)
         turns = list(islice(cycle(names), requests))
+        own_scales = {f"scaled{i}": scale for i, scale in enumerate(scales)} if engine == "llama.cpp" else {}
+        patch = ThoughtPatch.load(Path(place) / names[0])
+        for name, scale in own_scales.items():
+            (scale * patch).save_adapter(Path(place) / name)
         base = PeftModel.from_pretrained(lm, str(Path(place) / names[0]), adapter_name=names[0])
-        for name in names[1:]:
+        for name in (*names[1:], *own_scales):
             base.load_adapter(str(Path(place) / name), adapter_name=name)
-        alone, seconds_alone = written(base, tokenizer, plain, names[:1] * requests, new_tokens)
-        mixed, seconds = written(base, tokenizer, plain, turns, new_tokens)
-        folders = {name: Path(place) / f"{name}-vllm" for name in names}
-        cases = [
-            ("plain", plain, [""] * requests),
-            ("instructed, prefix cached", instructed, [""] * requests),
-            ("patched, 1 adapter", plain, names[:1] * requests),
-            (f"patched, {adapters} adapters", plain, turns),
-        ]
-        longest = max(map(len, instructed)) + new_tokens
-        with server(vllm, model, dtype, folders, longest) as (address, started, version):
-            (cold,) = ask(address, model, instructed[:1], [""], 1, new_tokens)
-            rows, answers = [], {}
-            for name, prompts, whose in cases:
-                ask(address, model, prompts, whose, 8, 2)  # compiles, and fills the prefix cache
+        cases = {
+            "plain": (plain, [BASE] * requests),
+            "instructed, prefix cached": (instructed, [BASE] * requests),
+            "patched, 1 adapter": (plain, names[:1] * requests),
+            f"patched, {adapters} adapters": (plain, turns),
+        }
+        checked = {name: cases[name] for name in cases if name != "instructed, prefix cached"}
+        checked |= {f"patched, scale {scale:g}": (plain, [name] * requests) for name, scale in own_scales.items()}
+        wanted = {name: written(base, tokenizer, *case, new_tokens) for name, case in checked.items()}
+        longest, most = max(map(len, instructed)) + new_tokens, max(concurrency)
+        if engine == "vllm":
+            running = vllm_server(vllm, model, dtype, {name: Path(place) / f"{name}.vllm" for name in names}, longest)
+        else:
+            assert weights is not None
+            files = [Path(place) / f"{name}.gguf" for name in names]
+            running = llama_cpp_server(weights, dict(zip(names, files, strict=True)), own_scales, longest, most)
+        rows, answers = [], {}
+        with running as up:
+            (cold,) = ask(up, instructed[:1], [BASE], 1, new_tokens)
+            for name, case in cases.items():
+                ask(up, *case, most, 2)  # compiles, and fills the prefix cache
                 for count in concurrency:
                     start = time.perf_counter()
-                    found = ask(address, model, prompts, whose, count, new_tokens)
+                    answers[name] = ask(up, *case, count, new_tokens)
                     spent = time.perf_counter() - start
-                    answers[name] = found
                     rows.append(
                         {
                             "case": name,
                             "concurrency": count,
-                            "prompt_tokens": sum(map(len, prompts)) / requests,
-                            "tokens_per_second": sum(len(one.tokens) for one in found) / spent,
-                            "first_token": median(one.first for one in found),
+                            "prompt_tokens": sum(map(len, case[0])) / requests,
+                            "tokens_per_second": sum(len(one.tokens) for one in answers[name]) / spent,
+                            "first_token": median(one.first for one in answers[name]),
                         }
                     )
+            for name in checked.keys() - cases.keys():
+                answers[name] = ask(up, *checked[name], most, new_tokens)
         compared = [
-            {"case": name, **compare(base, plain, whose, wanted, answers[name], tie)}
-            for (name, _, whose), wanted in zip(cases[2:], (alone, mixed), strict=True)
+            {"case": name, **compare(base, *case, wanted[name][0], answers[name], tie)}
+            for name, case in checked.items()
         ]
-    peft = {"alone": requests * new_tokens / seconds_alone, "mixed": requests * new_tokens / seconds}
+    spent = {"alone": wanted["patched, 1 adapter"][1], "mixed": wanted[f"patched, {adapters} adapters"][1]}
+    peft = {name: requests * new_tokens / seconds for name, seconds in spent.items()}
     settings = {"dtype": dtype, "prompt": prompt, "adapters": adapters, "requests": requests, "new_tokens": new_tokens}
-    settings |= {"tie": tie, "vllm": version}
+    settings |= {"tie": tie, engine: up.version}
     record = {"model": shown(model), "settings": settings, "rows": rows, "compared": compared, "peft": peft}
-    record |= {"cold_first_token": cold.first, "started": started, "environment": machine(lm.device)}
+    record |= {"cold_first_token": cold.first, "started": up.started, "environment": machine(lm.device)}
     write_results(__file__, out, page(record), record)
 
 
@@ -144,7 +196,7 @@ def fit(
     place: Path,
     seed: int,
 ) -> list[str]:
-    """An adapter of each chunk below ``place``, and beside it what vLLM takes; their names."""
+    """An adapter of each chunk below ``place``, and beside it what vLLM and llama.cpp take; their names."""
     names = []
     for number, chunk in enumerate(chunks):
         pairs = [{"input": text} for text in questions[:FITTED]]
@@ -153,7 +205,8 @@ def fit(
         )
         names.append(f"adapter{number}")
         patch.save_adapter(place / names[-1])
-        export_adapter(patch, place / f"{names[-1]}-vllm")
+        export_adapter(patch, place / f"{names[-1]}.vllm")
+        export_gguf(patch, place / f"{names[-1]}.gguf")
     return names
 
 
@@ -198,8 +251,10 @@ def compare(
         other = answer.tokens[: len(own)]
         at = agrees_for(own, other)
         if at < len(other):
-            model.set_adapter(adapter)
-            logits = model(torch.tensor([[*prompt, *own[:at]]])).logits[0, -1].double()
+            if adapter != BASE:
+                model.set_adapter(adapter)
+            with model.disable_adapter() if adapter == BASE else nullcontext():
+                logits = model(torch.tensor([[*prompt, *own[:at]]])).logits[0, -1].double()
             margins.append(float(logits[own[at]] - logits[other[at]]))
     near = sum(margin <= tie for margin in margins)
     count = len(wanted)
@@ -209,10 +264,8 @@ def compare(
 
 
 @contextmanager
-def server(
-    vllm: str, model: str, dtype: str, adapters: dict[str, Path], longest: int
-) -> Iterator[tuple[tuple[str, int], float, str]]:
-    """vLLM's server with these adapters; its address, the seconds that it took to start, and its version.
+def vllm_server(vllm: str, model: str, dtype: str, adapters: dict[str, Path], longest: int) -> Iterator[Server]:
+    """vLLM's server with these adapters.
 
     Raises:
         ThoughtError: when it does not start; its last words are in the message.
@@ -248,7 +301,10 @@ def server(
                 time.sleep(1)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/version", timeout=5) as answer:
                 version = json.load(answer)["version"]
-            yield ("127.0.0.1", port), time.perf_counter() - start, version
+            options = {"stream": True, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+            wishes = {BASE: {"model": model}, **{name: {"model": name} for name in adapters}}
+            spent = time.perf_counter() - start
+            yield Server(("127.0.0.1", port), "/v1/completions", options, wishes, "max_tokens", spent, version)
         finally:
             process.terminate()
             try:
@@ -265,32 +321,56 @@ def _is_up(port: int) -> bool:
         return False
 
 
+@contextmanager
+def llama_cpp_server(
+    model: str, adapters: dict[str, Path], scaled: Mapping[str, float], longest: int, slots: int
+) -> Iterator[Server]:
+    """llama.cpp's server on a GGUF file with these adapters, and the first of them at other scales by name too."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.port = model, 0
+    settings.n_parallel, settings.n_ctx = slots, slots * (longest + 64)
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    settings.ui = settings.fit_params = False
+    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 0.0) for file in adapters.values()]
+    start = time.perf_counter()
+    server = xllamacpp.Server(settings)
+    port = int(server.listening_address.rpartition(":")[2])
+    while not _is_up(port):
+        time.sleep(0.1)
+
+    def wish(scales: Mapping[str, float]) -> dict[str, Any]:
+        return {"lora": [{"id": i, "scale": scales.get(name, 0.0)} for i, name in enumerate(adapters)]}
+
+    wishes = {BASE: wish({}), **{name: wish({name: 1.0}) for name in adapters}}
+    wishes |= {name: wish({next(iter(adapters)): scale}) for name, scale in scaled.items()}
+    options = {"stream": True, "temperature": 0, "ignore_eos": True, "return_tokens": True, "cache_prompt": True}
+    spent = time.perf_counter() - start
+    yield Server(("127.0.0.1", port), "/completion", options, wishes, "n_predict", spent, xllamacpp.__version__)
+    del server
+
+
 def ask(
-    address: tuple[str, int],
-    model: str,
-    prompts: Sequence[Sequence[int]],
-    adapters: Sequence[str],
-    concurrency: int,
-    new_tokens: int,
+    server: Server, prompts: Sequence[Sequence[int]], adapters: Sequence[str], concurrency: int, new_tokens: int
 ) -> list[Served]:
     """The answers to all prompts, ``concurrency`` of them in the server at a time."""
 
     def one(prompt: Sequence[int], adapter: str) -> Served:
-        body = {"model": adapter or model, "prompt": list(prompt), "max_tokens": new_tokens, "temperature": 0}
-        body |= {"stream": True, "ignore_eos": True, "return_token_ids": True}
+        body = {"prompt": list(prompt), server.length: new_tokens, **server.options, **server.wishes[adapter]}
         start, first, tokens = time.perf_counter(), 0.0, []
-        connection = http.client.HTTPConnection(*address, timeout=START)
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        connection = http.client.HTTPConnection(*server.address, timeout=START)
+        connection.request("POST", server.path, json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
             raise ThoughtError(f"the server refused a request: {answer.read().decode()[:300]}")
         for line in answer:
             if not line.startswith(b"data: {"):
                 continue
-            (choice,) = json.loads(line[6:])["choices"]
-            new = choice.get("token_ids") or []
+            said = json.loads(line[6:])
+            new = said["choices"][0].get("token_ids") if "choices" in said else said.get("tokens")
             first = first or (time.perf_counter() - start if new else 0.0)
-            tokens += new
+            tokens += new or []
         connection.close()
         return Served(tokens, first, time.perf_counter() - start)
 

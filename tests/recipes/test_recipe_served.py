@@ -14,24 +14,27 @@ import torch
 from fits import PAIRS, TOKENIZER, make_patch
 from models import make_model
 from peft import PeftModel
+from recipe_runs import run_recipe
 
 from lit_thought.errors import ThoughtError
-from recipes.speed.served import Served, ask, compare, served, written
+from recipes.speed.served import BASE, Served, Server, ask, compare, served, written
 
 
 class _Answering(BaseHTTPRequestHandler):
-    """Answers with the prompt's own tokens, two at a time, as vLLM streams them."""
+    """Answers with the prompt's own tokens, two at a time, as vLLM streams them, or llama.cpp."""
 
     asked: list[dict[str, Any]] = []  # noqa: RUF012
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
-        self.send_response(200 if body["model"] != "nobody" else 404)
+        self.send_response(200 if body.get("model") != "nobody" else 404)
         self.end_headers()
-        ids = body["prompt"][: body["max_tokens"]]
+        ids = body["prompt"][: body["count"]]
         for i in range(0, len(ids), 2):
-            self.wfile.write(f"data: {json.dumps({'choices': [{'token_ids': ids[i : i + 2]}]})}\n\n".encode())
+            new = ids[i : i + 2]
+            said = {"choices": [{"token_ids": new}]} if self.path == "/vllm" else {"tokens": new}
+            self.wfile.write(f"data: {json.dumps(said)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
     def log_message(self, *_: Any) -> None:
@@ -46,16 +49,37 @@ def address() -> Iterator[tuple[str, int]]:
         own.shutdown()
 
 
-def test_every_prompt_is_asked_of_its_own_adapter(address: tuple[str, int]) -> None:
+@pytest.mark.parametrize("path", ["/vllm", "/completion"])
+def test_every_prompt_is_asked_of_its_own_adapter(path: str, address: tuple[str, int]) -> None:
     _Answering.asked.clear()
-    found = ask(address, "base", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], ["", "one", "two"], 2, 3)
+    wishes = {name: {"model": name} for name in (BASE, "one", "two", "nobody")}
+    server = Server(address, path, {"temperature": 0}, wishes, "count", 1.0, "1")
+    found = ask(server, [[1, 2, 3], [4, 5], [6, 7, 8, 9]], [BASE, "one", "two"], 2, 3)
     assert [one.tokens for one in found] == [[1, 2, 3], [4, 5], [6, 7, 8]]
     assert all(0 < one.first <= one.last for one in found)
     asked = {tuple(body["prompt"]): body["model"] for body in _Answering.asked}
-    assert asked == {(1, 2, 3): "base", (4, 5): "one", (6, 7, 8, 9): "two"}
-    assert all(body["temperature"] == 0 and body["ignore_eos"] for body in _Answering.asked)
+    assert asked == {(1, 2, 3): BASE, (4, 5): "one", (6, 7, 8, 9): "two"}
+    assert all(body["temperature"] == 0 for body in _Answering.asked)
     with pytest.raises(ThoughtError, match="refused a request"):
-        ask(address, "nobody", [[1]], [""], 1, 1)
+        ask(server, [[1]], ["nobody"], 1, 1)
+
+
+@pytest.mark.real_model
+def test_llama_cpp_serves_what_peft_writes_at_every_scale(tmp_path: Path) -> None:
+    """On the packaged 4-bit file, in small: the scale that a request asks for is that of PEFT's adapter."""
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
+    ran = run_recipe(
+        "served_llama_cpp", tmp_path, "--prompt=ticket_labels", "--adapters=2", "--concurrency=[1,2]",
+        "--requests=4", "--new_tokens=4", "--scales=[0.0,1.0]", "--tie=1.0", model=None,
+    )  # fmt: skip
+    record = ran.record
+    assert [one["case"] for one in record["compared"]] == [
+        *("plain", "patched, 1 adapter", "patched, 2 adapters", "patched, scale 0", "patched, scale 1")
+    ]
+    assert all(one["answers"] == 4 and one["others"] == 0 for one in record["compared"])
+    assert all(row["tokens_per_second"] > 0 and row["first_token"] > 0 for row in record["rows"])
+    assert len(record["rows"]) == 8
+    assert "| patched, scale 0 | 4 |" in ran.page
 
 
 @torch.no_grad()
@@ -89,10 +113,15 @@ def test_answers_are_compared_with_those_of_each_rows_own_adapter(tmp_path: Path
     assert found["margins"] == pytest.approx([margin], rel=1e-5)
 
 
-def test_what_cannot_be_served_is_said_before_anything_is_fitted() -> None:
+def test_what_cannot_be_served_is_said_before_anything_is_fitted(tmp_path: Path) -> None:
     with pytest.raises(ThoughtError, match=r"prompt: expected one of clinic_desk, .*got 'none'"):
         served(prompt="none")
     with pytest.raises(ThoughtError, match="adapters: there are system prompts for"):
         served(adapters=1000)
     with pytest.raises(ThoughtError, match=r"vllm='no-such-command' cannot be run"):
         served(vllm="no-such-command")
+    with pytest.raises(ThoughtError, match=r"engine: expected one of vllm, llama.cpp; got 'tgi'"):
+        served(engine="tgi")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ThoughtError, match=r"llama.cpp takes a GGUF file"):
+        served(str(tmp_path), engine="llama.cpp")
