@@ -68,6 +68,9 @@ text template, whose prompts are told apart from all else, and for a document, w
 FEW_ANSWERS = 120
 """Tokens of thirty short answers."""
 
+ANSWER_WEIGHT = 30.0
+"""The answer weight where it is left out: nothing is read off the other tokens, which need only not go astray."""
+
 LEAST_RIDGE = 0.001
 """The smallest λ that is chosen where it is left out."""
 
@@ -116,7 +119,7 @@ class FitSettings:
             ("usual"), 16, and 128 for a document (kind).
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
             (:meth:`weighed`).
-        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 10, and 100
+        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 30, and 100
             for mlp_in alone.
         preserve: unrelated text to leave alone: a text file, a list of texts, None, or "default": shipped text and,
             where the template is not a chat's, shipped chats; or a .safetensors file of this model's preservation
@@ -257,7 +260,7 @@ class FitSettings:
         more than one step, since no block can undo what the others have added.
         """
         alone = tuple(self.sites or DEFAULT_SITES) == ("mlp_in",)
-        steps, step_size, answer_weight = (2, 0.5, 100.0) if alone else (1, 1.0, 10.0)
+        steps, step_size, answer_weight = (2, 0.5, 100.0) if alone else (1, 1.0, ANSWER_WEIGHT)
         ridge, preserve_weight = (RIDGE, 1.0) if alone else (None, None)
         return replace(
             self,

@@ -56,7 +56,7 @@ def prepare_pairs(
     progress: bool = False,
 ) -> None:
     """Write inputs where some are to be written, tokenise all pairs of ``data``, write their missing outputs, and batch
-    them, at its answer weight or 10.
+    them, at its answer weight or the default.
 
     Raises:
         ThoughtError: when a prompt overflows the context window, or no input can be written.
