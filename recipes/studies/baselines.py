@@ -29,8 +29,9 @@ from statistics import mean
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import ThoughtPatch, load_model
+from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.theory import apply_token_patches, best_block, thought_vectors, token_patches, vector_patch
@@ -75,12 +76,13 @@ def baselines(
         evaluation = trial.evaluation()
         given = trial.completed()  # every method may start from the outputs that the instructed model writes
         patch = partial(trial.fit, given, rank=rank)
+        steer = partial(steering, lm, tokenizer, trial.split.instruction, trial.split.fit)
         train = {"learning_rate": learning_rate, "max_steps": steps, "every": steps, "rank": rank, "seed": seed}
         methods: dict[str, Callable[[], ThoughtPatch]] = {
             "thought vector": partial(patch, **METHODS["vector"]),
             "thought matrix and vector": partial(patch, **METHODS["mlp_in"]),
-            "contrastive steering": partial(steering, trial, mixed_up(trial.split.shown, seed)),
-            "function vector": partial(steering, trial, strengths=(1.0,)),
+            "contrastive steering": partial(steer, contrast=mixed_up(trial.split.shown, seed)),
+            "function vector": partial(steer, strengths=(1.0,)),
             "LoRA distillation": partial(distilled, trial, given, train),
             "lit_thought": partial(patch, **METHODS["both"]),
         }
@@ -111,27 +113,37 @@ def mixed_up(pairs: Sequence[Mapping[str, str]], seed: int) -> str:
     return demonstrations([{"input": pair["input"], "output": other[place]} for place, pair in enumerate(pairs)])
 
 
-def steering(trial: Trial, contrast: str | None = None, strengths: Sequence[float] = STRENGTHS) -> ThoughtPatch:
+def steering(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str,
+    inputs: Sequence[Mapping[str, str]],
+    template: str | PromptTemplate = TEMPLATE,
+    contrast: str | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+) -> ThoughtPatch:
     """The mean difference at the last token of the prompt, at one block's output.
 
     Block and strength are chosen on the last third of the inputs, which the vectors have not seen; a strength of 1
     alone leaves the block to be chosen.
 
     Args:
-        trial: the model, and the instruction and inputs.
+        model, tokenizer: the model.
+        instruction: the chunk.
+        inputs: pairs without outputs.
+        template: how they make prompts.
         contrast: what the instruction is set against; the plain prompt when left out.
         strengths: factors to try.
     """
-    cut = 2 * len(trial.split.fit) // 3
-    own, inputs = (trial.model, trial.tokenizer), trial.split.fit
-    chunk: dict[str, Any] = {"instruction": trial.split.instruction, "template": TEMPLATE}
-    vectors = thought_vectors(*own, pairs=inputs[:cut], contrast=contrast, tokens="last", **chunk)
+    cut = 2 * len(inputs) // 3
+    chunk: dict[str, Any] = {"instruction": instruction, "template": template}
+    vectors = thought_vectors(model, tokenizer, pairs=inputs[:cut], contrast=contrast, tokens="last", **chunk)
     tried = []
     for strength in strengths:
-        block, kl = best_block(*own, vectors, pairs=inputs[cut:], scale=strength, **chunk)
+        block, kl = best_block(model, tokenizer, vectors, pairs=inputs[cut:], scale=strength, **chunk)
         tried.append((kl[block], strength, block))
     _, strength, block = min(tried)
-    return vector_patch(trial.model, {block: vectors[block]}, strength)
+    return vector_patch(model, {block: vectors[block]}, strength)
 
 
 def distilled(trial: Trial, pairs: Sequence[Mapping[str, str]], train: Mapping[str, Any]) -> ThoughtPatch:

@@ -69,9 +69,7 @@ def side_effects(
 ) -> None:
     """Fit every chunk, and compare the models on everything else."""
     check_counts(count=count, answer_tokens=answer_tokens)
-    known = [*SIX_TASKS, *instructions_known(), *(file.stem for file in LONG_PROMPTS.glob("*.json"))]
-    known += [file.stem for file in (DATA / "documents").glob("*.json")]
-    check_names("chunks", chunks, known)
+    known_chunks(chunks)
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
     settings = {"preserve_weights": list(preserve_weights), "count": count, "answer_tokens": answer_tokens}
@@ -103,6 +101,13 @@ def side_effects(
             write_results(__file__, out, _page(runs), {"model": shown(model), "settings": settings, "runs": runs})
     if preserve_weights:
         save_figure(_curve(runs), out)
+
+
+def known_chunks(chunks: Sequence[str]) -> None:
+    """Refuse names that :func:`case_of` does not know."""
+    known = [*SIX_TASKS, *instructions_known(), *(file.stem for file in LONG_PROMPTS.glob("*.json"))]
+    known += [file.stem for file in (DATA / "documents").glob("*.json")]
+    check_names("chunks", chunks, known)
 
 
 def case_of(name: str, seed: int) -> Case:

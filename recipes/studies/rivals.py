@@ -1,0 +1,188 @@
+"""Rivals at their best: what else makes weights of a prompt, from the same inputs that the model wrote itself.
+
+    python -m recipes.studies.rivals --config recipes/studies/rivals.yaml
+
+For each chunk (demonstrations, a system prompt, a document) the model writes inputs once, and the instructed model
+their outputs. From these each method makes a change of the model:
+
+- *lit_thought*: its default patch.
+- *LoRA distillation*: AdamW on KL to the instructed model, all linear layers (distillation.py); the learning rate is
+  the one of those tried that is nearest on a fifth of the pairs, held back, after as many seconds as lit_thought takes;
+  once for those seconds, and once for ``times`` as many, or until a measurement on the held-back pairs is no better
+  than the two before it.
+- *least squares alone*: the down projections alone, at full rank, with nothing preserved, as published for documents
+  (PatchKV, arXiv 2609.39329), on these pairs.
+- *thought vectors*: the paper's constants (Mazzawi et al. 2025) instead of matrices.
+- *steering*: a mean difference at the prompt's last token, added to one block's output (Turner et al. 2023, Todd et al.
+  2024); block and strength are chosen on inputs held back.
+
+Reported are nearness to the instructed model along its outputs and along their own, what is right, unrelated text's
+perplexity, how often the model still says what it said under *other* system messages, and the seconds from the pairs
+to the change, side by side in one run. Writes a Markdown and a JSON table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought import PairDataModule, ThoughtPatch, load_model, transmute
+from lit_thought.errors import check_counts
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.fit.preparing import prepare_pairs
+from lit_thought.prompts.alignment import TokenisedPair
+from lit_thought.timing import Stopwatch
+from recipes.harness import METHODS, command_line, one_line, shown, table, write_results
+from recipes.studies.baselines import steering
+from recipes.studies.distillation import distil, distillation_loss, student_logits, teach
+from recipes.studies.instruction_alone import Case, evaluation_of, right
+from recipes.studies.side_effects import Others, case_of, known_chunks, unrelated
+
+LONG, SHORT = "LoRA distillation, longer", "LoRA distillation, as long"
+
+
+def rivals(
+    model: str = "smollm2",
+    chunks: Sequence[str] = ("common_words/antonym", "sentence", "vasparr"),
+    rates: Sequence[float] = (1e-3, 3e-3),
+    times: float = 5.0,
+    count: int = 40,
+    answer_tokens: int = 32,
+    seed: int = 0,
+    out: str = "recipes/results/rivals",
+) -> None:
+    """Make and test every change for every chunk."""
+    check_counts(count=count, answer_tokens=answer_tokens)
+    known_chunks(chunks)
+    lm, tokenizer = load_model(model)
+    runs: list[dict[str, Any]] = []
+    settings = {"rates": list(rates), "times": times, "count": count, "answer_tokens": answer_tokens, "seed": seed}
+    for name in chunks:
+        case = case_of(name, seed)
+        others = Others(lm, tokenizer, unrelated("other instructions", name, count, seed), answer_tokens)
+        evaluation = evaluation_of(lm, tokenizer, case)
+        instructed = others.compared(case.chunk, None)["agreement"]
+        for method, (patch, seconds) in changes(lm, tokenizer, case, rates, times, seed).items():
+            scored = figures(evaluation, case, patch)
+            scored |= {"others": others.compared(None, patch)["agreement"], "others_instructed": instructed}
+            runs.append({"chunk": name, "method": method, "seconds": seconds, "tested": len(case.tested), **scored})
+            write_results(__file__, out, page(runs), {"model": shown(model), "settings": settings, "runs": runs})
+
+
+def changes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    case: Case,
+    rates: Sequence[float],
+    times: float,
+    seed: int,
+) -> dict[str, tuple[ThoughtPatch, float]]:
+    """Each method's change for a chunk, and its seconds from the completed pairs on."""
+    template = case.template if case.given or case.door == "document" else None
+    tokens = min(64, 2 * case.max_new_tokens)
+    data = PairDataModule(None, case.chunk, template, max_new_tokens=tokens, seed=seed, **case.settings)
+    prepare_pairs(data, model, tokenizer)
+    completed = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
+    given = [{"input": pair["input"]} for pair in data.pairs]
+    kind = {"kind": data.kind}
+    fit = partial(transmute, model, tokenizer, case.chunk, completed, data.template, progress=False, seed=seed)
+    methods: dict[str, Callable[[], ThoughtPatch]] = {
+        "lit_thought": lambda: fit(**kind),
+        "least squares alone": lambda: fit(sites=("mlp_out",), preserve=None, rank=None),
+        "thought vectors": lambda: fit(**METHODS["vector"]),
+        "steering": lambda: steering(model, tokenizer, case.chunk, given, data.template),
+    }
+    found = {name: timed(method) for name, method in methods.items()}
+    budget = found["lit_thought"][1]
+    cut = max(1, len(completed) // 5)
+    held, pairs = data.tokenised[:cut], data.tokenised[cut:]
+    tried = [(trained(model, pairs, held, rate, budget, seed), rate) for rate in rates]
+    (short, seconds, _), rate = min(tried, key=lambda one: one[0][2])
+    found[f"{SHORT} ({rate:g})"] = short, seconds
+    patch, seconds, _ = trained(model, pairs, held, rate, times * budget, seed)
+    found[f"{LONG} ({rate:g})"] = patch, seconds
+    return found
+
+
+def timed(method: Callable[[], ThoughtPatch]) -> tuple[ThoughtPatch, float]:
+    """A method's change and its seconds."""
+    start = Stopwatch.now()
+    return method(), Stopwatch.now() - start
+
+
+def trained(
+    model: PreTrainedModel,
+    pairs: Sequence[TokenisedPair],
+    held: Sequence[TokenisedPair],
+    rate: float,
+    seconds: float,
+    seed: int,
+) -> tuple[ThoughtPatch, float, float]:
+    """A LoRA that was trained for some seconds, or until two measurements on the held-back pairs are no better than the
+    best; the seconds that it took, and its KL on these."""
+    examples = teach(model, held)
+    seen: list[float] = []
+
+    def score(student: PreTrainedModel) -> dict[str, float]:
+        losses = [
+            float(distillation_loss(own.teacher, student_logits(student, [own]).detach())) * len(own.teacher)
+            for own in examples
+        ]
+        seen.append(sum(losses) / sum(len(own.teacher) for own in examples))
+        return {"kl": seen[-1]}
+
+    found = distil(
+        *(model, pairs, score),
+        learning_rate=rate,
+        batch_size=32,
+        warmup_steps=3,
+        max_steps=10_000,
+        max_seconds=seconds,
+        every=5,
+        finished=lambda figures: len(seen) > 2 and min(seen[-2:]) >= min(seen[:-2]),
+        seed=seed,
+    )
+    return found.patch, found.history[-1]["seconds"], seen[-1]
+
+
+def figures(evaluation: Evaluation, case: Case, patch: ThoughtPatch) -> dict[str, Any]:
+    """What is reported of a change."""
+    scored = evaluation.score(patch)
+    kept = {key: scored[key] for key in ("output_kl", "fidelity", "perplexity_ratio")}
+    rank = max((own.A.shape[0] for own in patch.factors.values()), default=0)
+    return {**kept, "own_kl": scored["own_text"]["kl"], "right": right(case, scored["items"]), "rank": rank}
+
+
+HEAD = ["method", "KL, down by", "KL along its own text", "same output", "right", "unrelated perplexity ×"]
+HEAD += ["other instructions: tokens that stay", "rank", "seconds"]
+
+
+def page(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each chunk, and where each rival is the better choice."""
+    parts = []
+    for chunk in dict.fromkeys(run["chunk"] for run in runs):
+        own = [run for run in runs if run["chunk"] == chunk]
+        counts = own[0]["right"]
+        said = f"The instructed model has {counts['instructed']} of {own[0]['tested']} right, the plain one "
+        said = f"{said}{counts['plain']}. " if counts else ""
+        said += f"With the chunk in the prompt, {own[0]['others_instructed']:.3f} of the tokens under other system "
+        rows = []
+        for run in own:
+            kl, kl_own = run["output_kl"], run["own_kl"]
+            cells = [
+                run["method"],
+                f"{1 - kl['patched'] / kl['plain']:.1%}",
+                None if kl_own is None else f"{kl_own:.3f}",
+            ]
+            cells += [f"{run['fidelity']:.2f}", run["right"]["patched"] if run["right"] else None]
+            cells += [f"{run['perplexity_ratio']:.4f}", f"{run['others']:.3f}", run["rank"], f"{run['seconds']:.0f}"]
+            rows.append(cells)
+        parts.append(f"## {one_line(chunk, 60)}\n\n{said}messages stay.\n\n{table(HEAD, rows)}")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    command_line(rivals)
