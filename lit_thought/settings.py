@@ -120,7 +120,8 @@ class FitSettings:
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
             (:meth:`weighed`).
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 30, and 100
-            for mlp_in alone.
+            for mlp_in alone. For a document (kind) their mean, of which each has the more the more the instruction
+            changes it.
         preserve: unrelated text to leave alone: a text file, a list of texts, None, or "default": shipped text and,
             where the template is not a chat's, shipped chats; or a .safetensors file of this model's preservation
             statistics, from lit-thought preserve.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation.checks import Check
@@ -22,7 +21,6 @@ from lit_thought.evaluation.metrics import TextMatch, TokenDivergence, agrees_fo
 from lit_thought.evaluation.perplexity import UnrelatedText
 from lit_thought.files import atomic_file
 from lit_thought.model.bare import bare_model, check_tokenizer
-from lit_thought.model.calls import cache_arguments
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.card import number
 from lit_thought.patch.display import html_table
@@ -30,18 +28,18 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS, figures, items_text
 from lit_thought.patch.verdict import headline, warnings
 from lit_thought.prompts.alignment import TokenisedPair, check_context
-from lit_thought.prompts.batches import PairBatch, forward_inputs, make_batches
+from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.instruction_hash import check_instruction
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.generate import Generation, generate
+from lit_thought.runs.logits import batch_logits
 from lit_thought.settings import TextSource
 
 __all__ = [
     "Evaluation",
     "EvaluationResult",
-    "batch_logits",
     "evaluate",
     "format_result",
     "output_batches",
@@ -331,11 +329,11 @@ class Evaluation:
         leads: dict[str, dict[int, Any]] = {"instructed": {}, "patched": {}}
         shown = {"desc": "Comparing on its own text", "unit": "batch", "disable": not self.progress, "leave": False}
         for batch, weights in tqdm(batches, **shown):
-            instructed = batch_logits(self.model, batch, "target", leads["instructed"])
+            own = weights > 0
+            instructed = batch_logits(self.model, batch, "target", leads["instructed"], own)
             with patch.applied(self.model, check=False):
-                patched = batch_logits(self.model, batch, "plain", leads["patched"])
-            own = (weights > 0).to(patched.device)
-            runs, weights = (patched[own], instructed[own]), weights.to(patched.device)[own]
+                patched = batch_logits(self.model, batch, "plain", leads["patched"], own)
+            runs, weights = (patched, instructed), weights[own].to(patched.device)
             for metric, (reference, other) in zip(metrics.values(), (runs, runs[::-1]), strict=True):
                 metric.to(patched.device).update(reference, other, weights)
         values = {name: float(metric.compute()["kl"]) for name, metric in metrics.items()}
@@ -391,10 +389,8 @@ def output_batches(
     These are the tokens that ``answer_weight`` makes heavier. Attention sinks, which the instructed run does not have,
     are left out.
     """
-    common = (pairs, batch_size, tokenizer.pad_token_id or 0, "right", instructions)
-    batches, heavier = make_batches(*common), make_batches(*common, answer_weight=2.0)
-    every = zip(batches, heavier, strict=True)
-    return [(batch, heavy.weights - batch.weights) for batch, heavy in every if batch.plain is not batch.target]
+    batches = make_batches(pairs, batch_size, tokenizer.pad_token_id or 0, "right", instructions)
+    return [(batch, batch.answers) for batch in batches if batch.plain is not batch.target]
 
 
 def _match(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -411,25 +407,6 @@ def _recovery(accuracy: dict[str, float] | None) -> float | None:
     if accuracy is None or accuracy["instructed"] == accuracy["plain"]:
         return None
     return (accuracy["patched"] - accuracy["plain"]) / (accuracy["instructed"] - accuracy["plain"])
-
-
-def batch_logits(
-    model: PreTrainedModel, batch: PairBatch, side: Literal["plain", "target"], leads: dict[int, Any]
-) -> Tensor:
-    """Logits of the compared tokens of one run of a batch, (n, vocabulary); keeps a lead's KV cache in ``leads``."""
-    tokens = batch.plain if side == "plain" else batch.target
-    rows = batch.plain_rows if side == "plain" else batch.target_rows
-    if tokens is None:
-        return torch.zeros(0, model.config.get_text_config().vocab_size, device=model.device)
-    lead = leads.get(batch.lead) if batch.lead is not None else None
-    cache = DynamicCache() if lead is None else copy.deepcopy(lead)
-    if lead is not None:
-        cache.batch_repeat_interleave(len(tokens.ids))
-    inputs = forward_inputs(tokens.to(model.device), cache.get_seq_length())
-    logits: Tensor = model(**inputs, **cache_arguments(model, cache), use_cache=True).logits
-    if batch.lead is None:
-        leads[batch.index] = cache
-    return logits.flatten(0, 1)[rows.to(model.device)]
 
 
 def format_result(result: Mapping[str, Any], samples: int = 5) -> str:

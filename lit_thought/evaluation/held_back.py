@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
-from lit_thought.evaluation.compare import batch_logits, output_batches
+from lit_thought.evaluation.compare import output_batches
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import PairBatch, forward_inputs, pad
 from lit_thought.prompts.unrelated import text_windows
+from lit_thought.runs.logits import batch_logits
 
 __all__ = ["HeldBack"]
 
@@ -60,10 +61,7 @@ class HeldBack:
             raise ThoughtError('the held-back pairs have empty outputs, on which "auto" could compare nothing.')
         leads: dict[int, Any] = {}
         with evaluating(model):
-            self.wanted = [
-                batch_logits(model, batch, "target", leads)[(weights > 0).to(model.device)]
-                for batch, weights in self.batches
-            ]
+            self.wanted = [batch_logits(model, batch, "target", leads, weights > 0) for batch, weights in self.batches]
             self.original = self._text_logits()
 
     @torch.no_grad()
@@ -75,7 +73,7 @@ class HeldBack:
         with evaluating(self.model), patch.applied(self.model, check=False):
             for (batch, weights), owner, wanted in zip(self.batches, self.owners, self.wanted, strict=True):
                 own = weights > 0
-                got = batch_logits(self.model, batch, "plain", leads)[own.to(self.model.device)]
+                got = batch_logits(self.model, batch, "plain", leads, own)
                 total.index_add_(0, owner[own], token_kl(wanted, got).double().cpu() * weights[own])
                 count.index_add_(0, owner[own], weights[own])
         return (total / count)[count > 0]

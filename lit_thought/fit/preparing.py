@@ -20,6 +20,7 @@ from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preserving import Asked, PreservationSource
 from lit_thought.fit.provenance import describe, identity_of, kept_settings
 from lit_thought.fit.validation import Validation
+from lit_thought.fit.weighing import weighed_by_change
 from lit_thought.inputs.write import write_pairs
 from lit_thought.model.blocks import Block, find_blocks, require_site
 from lit_thought.model.loading import context_window, fingerprint
@@ -264,6 +265,7 @@ class Preparation:
         self.provenance: dict[str, Any] = {}
         self.writer: StatisticsWriter | None = None
         self.validation: Validation | None = None
+        self._weighed = False
 
     def run(self, overwrite: bool = False) -> None:
         """Tokenise, plan, load or compute the preservation statistics, write missing outputs, open what is kept.
@@ -352,8 +354,12 @@ class Preparation:
         self.storage = Storage(self.estimate.place)
 
     def _select(self, indices: Sequence[int]) -> None:
-        weight = self.data.settings.answer_weight or self.settings.answer_weight
-        self.data.select(self.module.tokenizer, indices, weight, self.module.device)
+        self.data.select(self.module.tokenizer, indices, self._answer_weight, self.module.device)
+        self._weighed = False
+
+    @property
+    def _answer_weight(self) -> float:
+        return float(self.data.settings.answer_weight or self.settings.answer_weight)
 
     def start_step(self, step: int, patches: Mapping[tuple[int, str], SitePatch]) -> StreamRunner:
         """Streams for a step, over its pairs, with the patches so far."""
@@ -361,6 +367,11 @@ class Preparation:
         if settings.pairs_per_step is not None:
             first = step * settings.pairs_per_step
             self._select([i % every for i in range(first, first + settings.pairs_per_step)])
+        if not self._weighed and self.data.form(self.module.tokenizer) == "document":
+            show = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+            with self.stopwatch("prepare"):
+                self.data.batches = weighed_by_change(self.module.model, self.data.batches, self._answer_weight, show)
+        self._weighed = True
         runner = StreamRunner(
             self.module.model, self.blocks, self.sites, settings.order, self.storage, settings.blocks, patches
         )

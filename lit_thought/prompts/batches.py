@@ -51,6 +51,8 @@ class PairBatch:
         plain_rows: compared tokens, (n,), as flat indices into (batch × length) of ``plain``.
         target_rows: their counterparts in ``target``, (n,).
         weights: weight of each compared token, (n,) float64.
+        answers: how many pairs' outputs each of them predicts a token of, or the end, (n,) float64; 0 or 1, but in a
+            lead.
     """
 
     index: int
@@ -60,9 +62,10 @@ class PairBatch:
     plain_rows: Tensor
     target_rows: Tensor
     weights: Tensor
+    answers: Tensor
 
     def to(self, *args: Any, **kwargs: Any) -> PairBatch:
-        """Move every tensor, as ``Tensor.to``, but the weights, whose sum the host wants without waiting."""
+        """Move every tensor, as ``Tensor.to``, but weights and answers, which the host wants without waiting."""
         return replace(
             self,
             plain=self.plain and self.plain.to(*args, **kwargs),
@@ -145,7 +148,7 @@ def _add_sinks(batches: list[PairBatch], pairs: Sequence[TokenisedPair], pad_id:
         tokens = pad([[token] for token in counts], pad_id, "right")
         rows = torch.arange(len(counts))
         weights = torch.tensor([float(n) for n in counts.values()], dtype=torch.float64)
-        batches.append(PairBatch(len(batches), None, tokens, tokens, rows, rows, weights))
+        batches.append(PairBatch(len(batches), None, tokens, tokens, rows, rows, weights, torch.zeros_like(weights)))
 
 
 def _add_group(
@@ -161,7 +164,7 @@ def _add_group(
     if target_lead:
         side = "right"  # padding between a lead and its followers would use up a sliding window
         shared = [(p, q) for p, q in _matches(pairs[0]) if p < plain_lead]
-        weights = [sum(_weight(pair, p, answer_weight) for pair in pairs) for p, _ in shared]
+        answers = [sum(_predicts_output(pair, p) for pair in pairs) for p, _ in shared]
         batches.append(
             PairBatch(
                 len(batches),
@@ -170,7 +173,7 @@ def _add_group(
                 pad([pairs[0].instructed_ids[:target_lead]], pad_id, side),
                 torch.tensor([p for p, _ in shared], dtype=torch.long),
                 torch.tensor([q for _, q in shared], dtype=torch.long),
-                torch.tensor(weights, dtype=torch.float64),
+                *_weights(answers, len(pairs), answer_weight),
             )
         )
     ordered = sorted(pairs, key=lambda pair: (len(pair.instructed_ids), pair.instructed_ids))
@@ -178,7 +181,7 @@ def _add_group(
         members = ordered[start : start + batch_size]
         plain = pad([pair.plain_ids[plain_lead:] for pair in members], pad_id, side)
         target = pad([pair.instructed_ids[target_lead:] for pair in members], pad_id, side)
-        plain_rows, target_rows, weights = [], [], []
+        plain_rows, target_rows, answers = [], [], []
         for row, pair in enumerate(members):
             plain_start = row * plain.ids.shape[1] + int(plain.mask[row].long().argmax()) - plain_lead
             target_start = row * target.ids.shape[1] + int(target.mask[row].long().argmax()) - target_lead
@@ -186,7 +189,7 @@ def _add_group(
                 if p >= plain_lead:
                     plain_rows.append(plain_start + p)
                     target_rows.append(target_start + q)
-                    weights.append(_weight(pair, p, answer_weight))
+                    answers.append(int(_predicts_output(pair, p)))
         batches.append(
             PairBatch(
                 len(batches),
@@ -195,7 +198,7 @@ def _add_group(
                 target,
                 torch.tensor(plain_rows, dtype=torch.long),
                 torch.tensor(target_rows, dtype=torch.long),
-                torch.tensor(weights, dtype=torch.float64),
+                *_weights(answers, 1, answer_weight),
             )
         )
 
@@ -204,9 +207,15 @@ def _matches(pair: TokenisedPair) -> list[tuple[int, int]]:
     return list(zip(pair.plain_positions, pair.instructed_positions, strict=True))
 
 
-def _weight(pair: TokenisedPair, position: int, answer_weight: float) -> float:
+def _predicts_output(pair: TokenisedPair, position: int) -> bool:
     start, stop = pair.output_span
-    return answer_weight if start < stop and start - 1 <= position < stop else 1.0
+    return start < stop and start - 1 <= position < stop
+
+
+def _weights(answers: Sequence[int], pairs: int, answer_weight: float) -> tuple[Tensor, Tensor]:
+    """Weights of tokens that so many pairs share, of whose outputs they predict ``answers``; and these."""
+    counts = torch.tensor(answers, dtype=torch.float64)
+    return pairs - counts + answer_weight * counts, counts
 
 
 def _lead_lengths(pairs: list[TokenisedPair]) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, check_counts
-from lit_thought.evaluation.compare import batch_logits
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.bare import bare_model, check_tokenizer
 from lit_thought.model.blocks import find_blocks, plain_outputs
@@ -31,6 +30,7 @@ from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
+from lit_thought.runs.logits import batch_logits
 from lit_thought.runs.runner import StreamRunner
 from lit_thought.runs.streams import SitePatch
 from lit_thought.solve.sums import VectorStatistics

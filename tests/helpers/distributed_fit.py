@@ -79,6 +79,12 @@ FITS: dict[str, dict[str, Any]] = {
         "data": {"instruction": None},
         "shuffled": {"batch_size": 2},
     },
+    "weighed": {
+        "pairs": [{**p, "instruction": (INSTRUCTION, OTHER)[i > 3]} for i, p in enumerate(PAIRS)],
+        "data": {"instruction": None, "kind": "document"},
+        "shuffled": {"batch_size": 1},
+        "thought": {"rank": 4},
+    },
     "mlp_in": {"pairs": PAIRS, "shuffled": None, "thought": {"sites": ["mlp_in"], "steps": 2, "pairs_per_step": 3}},
     "vectors": {"pairs": PAIRS, "shuffled": {"batch_size": 2}, "thought": {"parts": ["vector"], "sites": ["attn_out"]}},
     "preserving": {

@@ -35,7 +35,7 @@ from lit_thought.statistics.distributed import rank_and_size
 # finite" has finished.
 FITS: dict[str, dict[str, Any]] = {
     **{name: base.FITS[name] for name in ("many", "unequal", "generated", "instructions", "preserving", "gains")},
-    **{name: base.FITS[name] for name in ("vectors", "followed", "stored")},
+    **{name: base.FITS[name] for name in ("vectors", "followed", "stored", "weighed")},
     "mlp_in": {**base.FITS["mlp_in"], "model": ("odd", "float64", False)},
     "later blocks": {
         "model": ("deep", "float64", False),
