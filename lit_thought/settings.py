@@ -20,8 +20,8 @@ from lit_thought.errors import ThoughtError, check_counts, did_you_mean, is_fini
 __all__ = [
     "DEFAULT_SITES",
     "DIRECTIONS",
-    "DOCUMENT_SITES",
     "KINDS",
+    "LONG_SITES",
     "ORDERS",
     "PARTS",
     "SITES",
@@ -50,20 +50,21 @@ DIRECTIONS = 120
 
 Kind = Literal["demonstrations", "system", "document"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-RANK, DOCUMENT_RANK = 16, 128
-"""The rank where it is left out, and that for a document, which is more to know."""
+RANK, LONG_RANK = 16, 128
+"""The rank where it is left out, and that for a long instruction, which is more to know: a document, or a system prompt
+with rules and facts (:func:`lit_thought.inputs.kinds.is_long`)."""
 
-DOCUMENT_DIRECTIONS = 1024
-"""k for a document, whose patch is larger than others and moves more."""
+LONG_DIRECTIONS = 1024
+"""k for a long instruction, whose patch is larger than others and moves more."""
 
-DOCUMENT_SITES = ("mlp_out",)
-"""What is patched for a document where sites are left out: attention's output has d inputs, which unrelated text takes
-up all of, the MLP's has d_ff."""
+LONG_SITES = ("mlp_out",)
+"""What is patched for a long instruction where sites are left out: attention's output has d inputs, which unrelated
+text takes up all of, the MLP's has d_ff."""
 
 RIDGE, PRESERVE_WEIGHT, LARGER_PRESERVE_WEIGHT = 0.03, 3.0, 8.0
 """λ₀ and ρ₀, what λ and ρ are for :data:`FEW_ANSWERS` tokens of answers or fewer, where they are left out; and ρ₀ for a
-text template, whose prompts are told apart from all else, and for a document, which moves unrelated text more: a larger
-ρ takes little of either."""
+text template, whose prompts are told apart from all else, and for a long instruction, which moves unrelated text more:
+a larger ρ takes little of either."""
 
 FEW_ANSWERS = 120
 """Tokens of thirty short answers."""
@@ -102,11 +103,12 @@ class FitSettings:
             "auto" for as many as help on inputs that are held back; left out, those that are given, and where none are
             the usual number.
         kind: what the instruction is, for inputs that the model writes: demonstrations (the next inputs of the list),
-            system (what users write) or document (questions about it, and the text itself), which has a rank and sites
-            of its own, where these are left out; left out, what its form says, for inputs that the model writes.
+            system (what users write, and of a long one questions about it) or document (questions about it, and the
+            text itself); documents and long system prompts have a rank and sites of their own, where these are left
+            out; left out, what its form says, for inputs that the model writes.
         sites: where to patch each block: attn_out, mlp_in (the paper's), mlp_out or several of them. A block that
             lacks one goes without (mlp_out in a mixture of experts); left out, attn_out and mlp_out, and mlp_out alone
-            for a document (kind).
+            for a long instruction (kind).
         parts: what to solve for, matrix, vector or both; left out, a matrix, and at mlp_in a vector too.
         blocks: indices of the blocks to patch; all when left out.
         scale: what to multiply the patch by.
@@ -116,18 +118,18 @@ class FitSettings:
         step_size: η in (0, 1], how much of each step's solution is added; left out, 1, and 0.5 for mlp_in alone.
         pairs_per_step: pairs that a step is solved from, the next ones each time; all pairs when left out.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank; left out
-            ("usual"), 16, and 128 for a document (kind).
+            ("usual"), 16, and 128 for a long instruction (kind).
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
             (:meth:`weighed`).
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 30, and 100
-            for mlp_in alone. For a document (kind) their mean, of which each has the more the more the instruction
-            changes it.
+            for mlp_in alone. For a long instruction (kind) their mean, of which each has the more the more the
+            instruction changes it.
         preserve: unrelated text to leave alone: a text file, a list of texts, None, or "default": shipped text and,
             where the template is not a chat's, shipped chats; or a .safetensors file of this model's preservation
             statistics, from lit-thought preserve.
         preserve_weight: ρ ≥ 0, weight of the unrelated tokens' mean Gram matrix against that of the pairs; left out, 8
-            for a text template or a document (kind), else 3, and less for more answers (:meth:`weighed`); 1 for mlp_in
-            alone.
+            for a text template or a long instruction (kind), else 3, and less for more answers (:meth:`weighed`); 1 for
+            mlp_in alone.
         preserve_tokens: most tokens of unrelated text to use, taken evenly from all of it, and of chats; a file of
             statistics has its own.
         generate: options of model.generate for outputs that are missing, such as do_sample and temperature
@@ -272,14 +274,14 @@ class FitSettings:
             preserve_weight=preserve_weight if self.preserve_weight is None else self.preserve_weight,
         )
 
-    def suited(self, kind: str | None, largest: int) -> FitSettings:
-        """With the rank filled in, where it is left out, for a kind of instruction.
+    def suited(self, long: bool, largest: int) -> FitSettings:
+        """With the rank filled in, where it is left out.
 
         Args:
-            kind: of :data:`KINDS`, None where no inputs are written.
+            long: whether the instruction is a long one.
             largest: the largest rank that the layers allow.
         """
-        usual = min(DOCUMENT_RANK if kind == "document" else RANK, largest)
+        usual = min(LONG_RANK if long else RANK, largest)
         return replace(self, rank=usual if self.rank == "usual" else self.rank)
 
     def weighed(self, answers: int, larger: bool = False) -> FitSettings:
@@ -293,7 +295,7 @@ class FitSettings:
 
         Args:
             answers: T, tokens that a pair's output has, and one more for its end, over all pairs of a step.
-            larger: whether the template is no chat's, or the pairs are about a document.
+            larger: whether the template is no chat's, or the instruction a long one.
         """
         times = max(1.0, answers / FEW_ANSWERS)
         most = LARGER_PRESERVE_WEIGHT if larger else PRESERVE_WEIGHT
@@ -304,9 +306,9 @@ class FitSettings:
         )
 
 
-def directions_for(kind: str | None) -> int:
-    """k of the preservation statistics for a kind of instruction, None where there is none."""
-    return DOCUMENT_DIRECTIONS if kind == "document" else DIRECTIONS
+def directions_for(long: bool) -> int:
+    """k of the preservation statistics for an instruction, a long one or not."""
+    return LONG_DIRECTIONS if long else DIRECTIONS
 
 
 def takes_settings(**where: bool) -> Callable[[_Function], _Function]:

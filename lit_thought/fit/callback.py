@@ -128,7 +128,7 @@ class ThoughtCallback(Callback):
         check_trainer(trainer)
         blocks, settings = find_blocks(pl_module.model), self.settings
         check_blocks(settings.blocks, len(blocks))
-        _, stages = chosen_stages(blocks, settings, data.form(pl_module.tokenizer))
+        _, stages = chosen_stages(blocks, settings, data.is_long(pl_module.tokenizer))
         check_epochs(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
         if settings.pairs_per_step is not None and settings.pairs_per_step > data.expected:
             raise ThoughtError(

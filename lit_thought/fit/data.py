@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.kinds import find_kind, find_template
+from lit_thought.inputs.kinds import find_kind, find_template, is_long
 from lit_thought.inputs.write import ENOUGH
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches
@@ -134,6 +134,12 @@ class PairDataModule(LightningDataModule):
         assert self.instruction is not None
         template = find_template(tokenizer, self.instruction, self.given_template)
         return find_kind(tokenizer, self.instruction, template)
+
+    def is_long(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the instruction is much to know, where its :meth:`form` is known: a document, or a long system
+        prompt."""
+        kind, text = self.form(tokenizer), self.instruction
+        return kind == "document" or (kind == "system" and text is not None and is_long(tokenizer, text))
 
     @property
     def expected(self) -> int:

@@ -29,7 +29,7 @@ from lit_thought.runs.generate import generate
 from lit_thought.runs.runner import Stage, StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import DEFAULT_SITES, DOCUMENT_SITES, FitSettings, directions_for
+from lit_thought.settings import DEFAULT_SITES, LONG_SITES, FitSettings, directions_for
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.preserve_file import Preservation
@@ -188,10 +188,8 @@ def common_fingerprint(model: PreTrainedModel) -> str:
     return found
 
 
-def chosen_stages(
-    blocks: Sequence[Block], settings: FitSettings, kind: str | None
-) -> tuple[tuple[str, ...], list[Stage]]:
-    """The sites of a fit that the model has, and the stages of a step, for a kind of instruction.
+def chosen_stages(blocks: Sequence[Block], settings: FitSettings, long: bool) -> tuple[tuple[str, ...], list[Stage]]:
+    """The sites of a fit that the model has, and the stages of a step, for a long instruction or another.
 
     Raises:
         UnsupportedModelError: when a site that was asked for is in no block, or none of the default ones is.
@@ -199,8 +197,8 @@ def chosen_stages(
     for name in settings.sites or ():
         require_site(blocks, name)
     there = [name for name in DEFAULT_SITES if any(name in block.sites for block in blocks)]
-    if kind == "document":
-        there = [name for name in there if name in DOCUMENT_SITES] or there
+    if long:
+        there = [name for name in there if name in LONG_SITES] or there
     sites = tuple(there if settings.sites is None else settings.sites)
     stages = stages_of(blocks, sites, cast(Any, settings.blocks))  # "auto" is chosen by now
     if not stages:
@@ -229,6 +227,7 @@ class Preparation:
     Attributes:
         blocks: the model's blocks, on its device.
         sites: where they are patched.
+        long: whether the instruction is a long one, with a rank, sites and weights of its own.
         directions: k of the preservation statistics.
         estimate: this process's memory and time.
         storage: where the streams are kept.
@@ -251,12 +250,12 @@ class Preparation:
         self.trainer, self.module, self.preserved, self.stopwatch = trainer, module, preserved, stopwatch
         self.data: PairDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.blocks = find_blocks(module.model)
-        kind = self.data.form(module.tokenizer)
-        self.sites, self.stages = chosen_stages(self.blocks, settings, kind)
-        self.directions = directions_for(kind)
+        self.long = self.data.is_long(module.tokenizer)
+        self.sites, self.stages = chosen_stages(self.blocks, settings, self.long)
+        self.directions = directions_for(self.long)
         largest = largest_rank(self.blocks, self.stages)
         # FitSettings, with nothing "auto" or left out
-        self.settings: Any = replace(settings, sites=self.sites).suited(kind, largest)
+        self.settings: Any = replace(settings, sites=self.sites).suited(self.long, largest)
         self.estimate: Estimate | None = None
         self.storage = Storage()
         self.preservation: Preservation | None = None
@@ -316,7 +315,7 @@ class Preparation:
                 if self.storage.place != place and show and first:
                     tqdm.write(str(self.estimate), file=sys.stderr)
             answers = data.answer_tokens(settings.pairs_per_step)
-            self.settings = self.settings.weighed(answers, apart or data.form(tokenizer) == "document")
+            self.settings = self.settings.weighed(answers, apart or self.long)
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
             self.unfinished.start(data.written, data.inputs())
@@ -367,7 +366,7 @@ class Preparation:
         if settings.pairs_per_step is not None:
             first = step * settings.pairs_per_step
             self._select([i % every for i in range(first, first + settings.pairs_per_step)])
-        if not self._weighed and self.data.form(self.module.tokenizer) == "document":
+        if not self._weighed and self.long:
             show = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
             with self.stopwatch("prepare"):
                 self.data.batches = weighed_by_change(self.module.model, self.data.batches, self._answer_weight, show)

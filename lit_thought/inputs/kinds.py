@@ -4,7 +4,8 @@
 kind               inputs
 =================  ===============================================================================================
 ``demonstrations``  a list of inputs and outputs in the form of the template: the next inputs of the list
-``system``          tells how to answer: what users write to the model, with it and without
+``system``          tells how to answer: what users write to the model, with it and without; of a long one, questions
+                    about it, too
 ``document``        a text to know: questions about it, requests, and the text itself
 =================  ===============================================================================================
 """
@@ -19,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.settings import Kind
 
-__all__ = ["Demonstration", "demonstrations", "find_kind", "find_template"]
+__all__ = ["Demonstration", "demonstrations", "find_kind", "find_template", "is_long"]
 
 LONG = 200
-"""Tokens from which on a text that addresses nobody is a document."""
+"""Tokens from which on a text that addresses nobody is a document, and a system prompt a long one, with rules and facts
+that what users write of themselves does not come upon."""
 _ADDRESS = re.compile(r"\b(you|your|yours|yourself|user|users|assistant)\b", re.IGNORECASE)
 _OPENING = re.compile(
     r"(#[^\n]*\n)?\W*(you|your (task|job|role|goal)|act as|imagine|pretend"
@@ -82,6 +84,10 @@ def find_kind(tokenizer: PreTrainedTokenizerBase, instruction: str, template: Pr
     if demonstrations(template, instruction):
         return "demonstrations"
     words, addressed = len(instruction.split()), len(_ADDRESS.findall(instruction))
-    long = len(tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]) >= LONG
     told = _OPENING.match(instruction) is not None
-    return "document" if long and not told and addressed * 100 < words else "system"
+    return "document" if is_long(tokenizer, instruction) and not told and addressed * 100 < words else "system"
+
+
+def is_long(tokenizer: PreTrainedTokenizerBase, instruction: str) -> bool:
+    """Whether it has :data:`LONG` tokens or more."""
+    return len(tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]) >= LONG

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.kinds import demonstrations, find_kind, find_template
+from lit_thought.inputs.kinds import demonstrations, find_kind, find_template, is_long
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
 from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, sentences, write_questions
@@ -22,7 +23,7 @@ __all__ = ["Written", "write_pairs"]
 ENOUGH = {"demonstrations": 100, "system": 120}
 """How many inputs there are in all, where that is left to the library."""
 PER_SENTENCE = 8
-"""Questions about each sentence of a document, likewise, ..."""
+"""Questions about each sentence of a document, likewise; half as many about each of a long system prompt, ..."""
 MOST = 300
 """... and most of them."""
 
@@ -100,6 +101,10 @@ def write_pairs(
             count = (round(times * ENOUGH[kind]) if total is None else total) - len(given)
             if kind == "demonstrations":
                 texts = continue_list(pen, chosen, instruction, shown, count, taken)
+            elif is_long(tokenizer, instruction):
+                turns, asked = _brief_counts(instruction, total, times, count)
+                count = turns + asked
+                texts = _brief(pen, chosen, instruction, turns, asked, taken)
             else:
                 texts = write_turns(pen, chosen, instruction, count, taken)
             for text in texts:
@@ -112,6 +117,26 @@ def write_pairs(
             "follows instructions."
         )
     return Written(kind, chosen, pairs)
+
+
+def _brief_counts(instruction: str, total: int | None, times: float, count: int) -> tuple[int, int]:
+    """How many turns and how many questions there are to be for a long system prompt: half each of a number that is
+    asked for."""
+    if total is not None:
+        return count - count // 2, count // 2
+    return count // 2, round(times * min(MOST, PER_SENTENCE * len(sentences(instruction)) // 2))
+
+
+def _brief(
+    pen: Pen, template: PromptTemplate, instruction: str, turns: int, asked: int, taken: Distinct
+) -> Iterator[str]:
+    """What users write to a model with a long system prompt: questions about what it says, and turns of any kind, also
+    in the place of questions where the model writes none that can be kept."""
+    questions: list[str] = []
+    with suppress(ThoughtError):
+        questions = write_questions(pen, template, instruction, find_subject(pen, instruction), asked, taken)
+    yield from questions
+    yield from write_turns(pen, template, instruction, turns + asked - len(questions), taken)
 
 
 def _study(

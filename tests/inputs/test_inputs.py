@@ -25,7 +25,7 @@ from lit_thought.fit.module import ThoughtModule
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.inputs import pen as pens
 from lit_thought.inputs import write
-from lit_thought.inputs.kinds import demonstrations, find_kind, find_template
+from lit_thought.inputs.kinds import LONG, demonstrations, find_kind, find_template
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen, normalised
 from lit_thought.inputs.study import ASKING, About, find_subject, recited, repeated, sentences, write_questions
@@ -392,10 +392,58 @@ def test_a_document_has_a_rank_and_sites_of_its_own() -> None:
     assert (document.provenance["settings"]["rank"], document.provenance["settings"]["sites"]) == (32, ["mlp_out"])
     assert {path.rpartition(".")[2] for path in document.factors} == {"down_proj"}
     said = transmute(tiny(), TOKENIZER, LIST, pairs, LINES, rank=16, sites=DEFAULT_SITES, **options)
-    assert distance(said, usual) == 0
+    assert (said.provenance["settings"]["rank"], said.provenance["settings"]["sites"]) == (16, [*DEFAULT_SITES])
+    assert distance(said, usual) > 1e-3  # its answers are weighed by what the instruction changes
     long = "The bridge of Harl was built in 1871 of grey stone. " * 30
     assert PairDataModule(None, long, "chat").form(CHAT) == "document"
     assert PairDataModule([{"input": "a"}], long, "chat").form(CHAT) is None
+
+
+@pytest.mark.parametrize(("kind", "told"), [(None, "You guard a bridge. "), ("system", "")])
+@pytest.mark.parametrize("length", [10, 200])
+def test_a_long_system_prompt_is_fitted_as_a_document_is(kind: str | None, told: str, length: int) -> None:
+    """From LONG tokens on, where inputs are written for it or its kind is said."""
+    text = told + "word " * length
+    assert (len(CHAT(text)["input_ids"]) >= LONG) == (length == 200)
+    pairs = None if kind is None else [{"input": "a", "output": "b"}]
+    data = PairDataModule(pairs, text, "chat", kind=kind)
+    assert data.form(CHAT) == "system"
+    assert data.is_long(CHAT) == (length == 200)
+    assert not PairDataModule([{"input": "a"}], text, "chat").is_long(CHAT)
+    own = [{"input": "a", "output": "b", "instruction": text}]
+    assert not PairDataModule(own, template="chat", kind="system").is_long(CHAT)
+
+
+@pytest.mark.parametrize(("total", "turns", "asked"), [(None, 60, 16), (21, 11, 10)])
+def test_half_of_what_is_written_for_a_long_system_prompt_are_questions(
+    total: int | None, turns: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four about each sentence; turns in their place where the model writes none."""
+    text = "You answer about the bridge of Harl. " + "It has an arch of stone and no toll at all. " * 2 + "word " * 160
+    assert len(sentences(text)) == 4
+    seen: list[tuple[str, int]] = []
+
+    def questions(pen: Any, template: Any, document: str, subject: str, count: int, taken: Any) -> list[str]:
+        seen.append((document, count))
+        return [f"question {i}" for i in range(count)]
+
+    monkeypatch.setattr(write, "write_questions", questions)
+    numbers = iter(range(10_000))
+    monkeypatch.setattr(pens, "generate", Scripted(lambda _: f"a sound turn, number {next(numbers)}"))
+    done: list[tuple[int, int]] = []
+    found = write.write_pairs(tiny(), CHAT, text, total=total, advance=lambda one, of: done.append((one, of)))
+    assert found.kind == "system"
+    texts = [pair["input"] for pair in found.pairs]
+    assert [text for text in texts if text.startswith("question")] == [f"question {i}" for i in range(asked)]
+    assert len(texts) == turns + asked
+    assert seen == [(text, asked)]
+    assert done[-1] == (turns + asked, turns + asked)
+
+    def none(*_: Any) -> list[str]:
+        raise ThoughtError("inputs: none")
+
+    monkeypatch.setattr(write, "write_questions", none)
+    assert len(write.write_pairs(tiny(), CHAT, text, total=total).pairs) == turns + asked
 
 
 # --- how many -------------------------------------------------------------------------------------------------
