@@ -52,8 +52,8 @@ def added(
         if count > 1:
             score(f"sum of the first {count}", total)
     joint = "\n\n".join(case.chunk for case in cases)
-    tokens = max(min(64, 2 * case.max_new_tokens) for case in cases)
-    score(JOINT, transmute(lm, tokenizer, joint, None, cases[0].template, max_new_tokens=tokens, **how))
+    how = {"max_new_tokens": max(min(64, 2 * case.max_new_tokens) for case in cases), **how}
+    score(JOINT, transmute(lm, tokenizer, joint, None, cases[0].template, **how))
 
 
 def page(runs: Sequence[Mapping[str, Any]], cases: Sequence[Case]) -> str:

@@ -175,7 +175,8 @@ def comparison(trials: Sequence[Trial], methods: Sequence[str]) -> tuple[str, di
         evaluation, task = trial.evaluation(unrelated=unrelated), trial.split.name
         for name in (*methods, "function vector"):
             vector = name == "function vector"
-            patch = steering(trial, strengths=(1.0,)) if vector else trial.fit(**METHODS[name])
+            own = (trial.model, trial.tokenizer, trial.split.instruction, trial.split.fit)
+            patch = steering(*own, strengths=(1.0,)) if vector else trial.fit(**METHODS[name])
             result = evaluation.score(patch)
             del result["items"]
             results.setdefault(name, {})[task] = result

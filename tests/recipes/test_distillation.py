@@ -74,7 +74,7 @@ def test_tokens_are_those_that_a_fit_makes_heavier(data: PairDataModule, llama: 
     theirs = []
     leads = {batch.index: batch.plain.ids[0].tolist() for batch in data.batches if batch.plain and batch.lead is None}
     for batch in data.batches:
-        heavy = {int(row) for row, weight in zip(batch.plain_rows, batch.weights, strict=True) if weight == 10}
+        heavy = {int(row) for row, weight in zip(batch.plain_rows, batch.weights, strict=True) if weight == 30}
         for row in heavy:
             at, column = divmod(row, batch.plain.ids.shape[1])
             theirs.append((*leads.get(batch.lead, []), *batch.plain.ids[at, : column + 1].tolist()))
