@@ -341,11 +341,12 @@ def llama_cpp_server(
         time.sleep(0.1)
 
     def wish(scales: Mapping[str, float]) -> dict[str, Any]:
-        return {"lora": [{"id": i, "scale": scales.get(name, 0.0)} for i, name in enumerate(adapters)]}
+        chosen = [{"id": i, "scale": scales.get(name, 0.0)} for i, name in enumerate(adapters)]
+        return {"lora": chosen, "cache_prompt": not scales}  # what is kept of a prompt is of the scales it was read at
 
     wishes = {BASE: wish({}), **{name: wish({name: 1.0}) for name in adapters}}
     wishes |= {name: wish({next(iter(adapters)): scale}) for name, scale in scaled.items()}
-    options = {"stream": True, "temperature": 0, "ignore_eos": True, "return_tokens": True, "cache_prompt": True}
+    options = {"stream": True, "temperature": 0, "ignore_eos": True, "return_tokens": True}
     spent = time.perf_counter() - start
     yield Server(("127.0.0.1", port), "/completion", options, wishes, "n_predict", spent, xllamacpp.__version__)
     del server
