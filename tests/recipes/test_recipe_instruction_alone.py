@@ -51,7 +51,8 @@ def test_instruction_alone(tmp_path: Path) -> None:
     assert [run["right"] is None for run in runs] == [run["name"] == "poet" for run in runs]
     for run in runs:
         assert run["seconds"] > 0
-        assert run["output_kl"]["patched"] < run["output_kl"]["plain"] or run["fit"] == "written, 6"
+        if run["name"] != "antonym" or run["inputs"] is None:  # the words that a random model writes are no words
+            assert run["output_kl"]["patched"] < run["output_kl"]["plain"]
     assert "## Word tasks" in ran.page
     head, *rows = [line for line in ran.page.splitlines() if line.startswith("| ")]
     assert {row.count("|") for row in rows} == {head.count("|")}
