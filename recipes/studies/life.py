@@ -34,7 +34,8 @@ from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
 from lit_thought.timing import Stopwatch
 from recipes.harness import Unrelated, command_line, shown, table, write_results
-from recipes.studies.long_prompts import TEMPLATE, LongPrompt, load_prompt
+from recipes.studies.instruction_alone import Case, evaluation_of
+from recipes.studies.long_prompts import TEMPLATE, load_prompt
 from recipes.tasks.document_data import contains
 
 WAYS = {
@@ -78,8 +79,14 @@ def life(
     record["settings"]["answer_tokens"] = answer_tokens
     new = own.chunk.replace(line, becomes)
     patches, seconds = mended(lm, tokenizer, own.chunk, new, pairs, few, how)
-    asked = {"line": list(tested), "else": messages(own, test)}
-    evaluations = {key: evaluation_of(lm, tokenizer, new, texts, answer_tokens) for key, texts in asked.items()}
+    asked = {"line": tested, "else": [row["input"] for row in own.messages[:test]]}
+
+    def evaluated(lm: PreTrainedModel, chunk: str, key: str) -> Evaluation:
+        messages = [{"input": text} for text in asked[key]]
+        case = Case("system prompt", own.name, chunk, TEMPLATE, messages, answer_tokens, None, [], {})
+        return evaluation_of(lm, tokenizer, case, unrelated=False)
+
+    evaluations = {key: evaluated(lm, new, key) for key in asked}
     record["ways"] = {}
     for way, patch in patches.items():
         scored = {key: figures(evaluation, patch) for key, evaluation in evaluations.items()}
@@ -91,12 +98,13 @@ def life(
     unrelated = Unrelated(lm, tokenizer, 2)
     for size in (0.0, *sizes):
         tuned = trained_on(lm, size, lora_rank, seed)
-        evaluation = evaluation_of(tuned, tokenizer, own.chunk, asked["else"], answer_tokens)
-        kept = figures(evaluation, moved(patches["left"], tuned))
-        again = transmute(tuned, tokenizer, own.chunk, pairs, TEMPLATE, **how) if size else patches["left"]
-        row = {"size": size, "unrelated": unrelated.ratio(tuned), "kept": kept, "anew": figures(evaluation, again)}
-        for one in ("kept", "anew"):
-            row[one].pop("items")
+        evaluation = evaluated(tuned, own.chunk, "else")
+        kept = anew = figures(evaluation, moved(patches["left"], tuned))
+        if size:
+            anew = figures(evaluation, transmute(tuned, tokenizer, own.chunk, pairs, TEMPLATE, **how))
+        row = {"size": size, "unrelated": unrelated.ratio(tuned)}
+        for name, found in (("kept", kept), ("anew", anew)):
+            row[name] = {key: value for key, value in found.items() if key != "items"}
         record["bases"].append(row)
         write_results(__file__, out, page(record), record)
 
@@ -132,26 +140,6 @@ def mended(
         patches["statistics"] = solve_saved(changed)
         seconds["statistics"] = Stopwatch.now() - start
     return {way: patches[way] for way in WAYS}, seconds
-
-
-def messages(own: LongPrompt, test: int) -> list[str]:
-    """The messages that a prompt comes with, ``test`` at most."""
-    return [row["input"] for row in own.messages[:test]]
-
-
-def evaluation_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chunk: str, texts: Sequence[str], answer_tokens: int
-) -> Evaluation:
-    """The plain and the instructed answers."""
-    return Evaluation(
-        *(model, tokenizer),
-        instruction=chunk,
-        pairs=[{"input": text} for text in texts],
-        template=TEMPLATE,
-        max_new_tokens=answer_tokens,
-        unrelated=None,
-        progress=False,
-    )
 
 
 def figures(evaluation: Evaluation, patch: ThoughtPatch) -> dict[str, Any]:

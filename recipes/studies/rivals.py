@@ -87,10 +87,9 @@ def changes(
     prepare_pairs(data, model, tokenizer)
     completed = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
     given = [{"input": pair["input"]} for pair in data.pairs]
-    kind = {"kind": data.kind}
     fit = partial(transmute, model, tokenizer, case.chunk, completed, data.template, progress=False, seed=seed)
     methods: dict[str, Callable[[], ThoughtPatch]] = {
-        "lit_thought": lambda: fit(**kind),
+        "lit_thought": lambda: fit(kind=data.kind),
         "least squares alone": lambda: fit(sites=("mlp_out",), preserve=None, rank=None),
         "thought vectors": lambda: fit(**METHODS["vector"]),
         "steering": lambda: steering(model, tokenizer, case.chunk, given, data.template),

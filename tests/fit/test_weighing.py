@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import Seen, from_batches
 from families import make_family
 from fits import INSTRUCTION, PAIRS, TOKENIZER, Untouched, distance, make_patch, mixed_model
 from models import make_model
@@ -18,12 +19,11 @@ from transformers import PreTrainedModel
 from lit_thought.fit import preparing, weighing
 from lit_thought.fit.weighing import EVEN, MOST, weighed_by_change
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.prompts.batches import PairBatch, make_batches
+from lit_thought.prompts.batches import make_batches
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.runs.logits import batch_logits
 
 WEIGHT = 5.0
-Prefixes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def build(family: str) -> PreTrainedModel:
@@ -38,27 +38,8 @@ def tokenised(template: str = "Q: {input}\nA: {output}\n", answers: bool = True)
     ]
 
 
-def by_prefix(batches: Sequence[PairBatch]) -> dict[Prefixes, float]:
-    """The weight of each compared token, by what the two runs have read up to it."""
-
-    def read(batch: PairBatch, side: str, place: int) -> tuple[int, ...]:
-        tokens = getattr(batch, side)
-        row, column = divmod(place, tokens.ids.shape[1])
-        ahead: tuple[int, ...] = ()
-        if batch.lead is not None and (lead := getattr(batches[batch.lead], side)) is not None:
-            ahead = tuple(lead.ids[0].tolist())
-        own = tokens.ids[row, : column + 1][tokens.mask[row, : column + 1]]
-        return (*ahead, *own.tolist())
-
-    found: dict[Prefixes, float] = defaultdict(float)
-    for batch in batches:
-        for p, q, w in zip(batch.plain_rows.tolist(), batch.target_rows.tolist(), batch.weights.tolist(), strict=True):
-            found[read(batch, "plain", p), read(batch, "target", q)] += w
-    return dict(found)
-
-
 @torch.no_grad()
-def by_hand(model: PreTrainedModel, pairs: Sequence[TokenisedPair], most: float) -> dict[Prefixes, float]:
+def by_hand(model: PreTrainedModel, pairs: Sequence[TokenisedPair], most: float) -> Seen:
     rows, changes = [], []
     for pair in pairs:
         runs = [
@@ -75,7 +56,7 @@ def by_hand(model: PreTrainedModel, pairs: Sequence[TokenisedPair], most: float)
                 changes.append(change)
             rows.append(((pair.plain_ids[: p + 1], pair.instructed_ids[: q + 1]), change))
     mean = np.mean(changes)
-    found: dict[Prefixes, float] = defaultdict(float)
+    found: Seen = defaultdict(float)
     for key, change in rows:
         found[key] += 1.0 if change is None else WEIGHT * (EVEN + (1 - EVEN) * min(change / mean, most))
     return dict(found)
@@ -99,9 +80,9 @@ def test_weights_are_those_by_hand(
     found = weighed_by_change(model, batches, WEIGHT)
     untouched.check()
     wanted = by_hand(model.eval(), pairs, 1.5)
-    assert by_prefix(found) == pytest.approx(wanted, rel=1e-9)
+    assert from_batches(found) == pytest.approx(wanted, rel=1e-9)
     assert len({round(value, 6) for value in wanted.values()}) > 10
-    assert by_prefix(batches) != pytest.approx(wanted, rel=0.05)
+    assert from_batches(batches) != pytest.approx(wanted, rel=0.05)
     for before, after in zip(batches, found, strict=True):
         assert after.plain_rows is before.plain_rows
         assert torch.equal(after.answers, before.answers)
@@ -119,10 +100,10 @@ def test_nothing_to_weigh_leaves_the_weights() -> None:
     """Without outputs, and where the chunk changes nothing."""
     model = make_model()
     batches = make_batches(tokenised(answers=False), 3, 0, answer_weight=WEIGHT)
-    assert by_prefix(weighed_by_change(model, batches, WEIGHT)) == by_prefix(batches)
+    assert from_batches(weighed_by_change(model, batches, WEIGHT)) == from_batches(batches)
     model.get_output_embeddings().weight.data.zero_()  # every token is as likely, whatever was read
     batches = make_batches(tokenised(), 3, 0, answer_weight=WEIGHT)
-    assert by_prefix(weighed_by_change(model, batches, WEIGHT)) == by_prefix(batches)
+    assert from_batches(weighed_by_change(model, batches, WEIGHT)) == from_batches(batches)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from batches import Seen, from_batches, sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_tokenizer
@@ -14,40 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.prompts.batches import PairBatch, TokenBatch, common_prefix, make_batches, pad
+from lit_thought.prompts.batches import PairBatch, common_prefix, make_batches, pad
 from lit_thought.prompts.template import PromptTemplate
 
 PAD = 499  # no token of the tokenizer
-Seen = dict[tuple[tuple[int, ...], tuple[int, ...]], float]
-
-
-def sequences(batches: list[PairBatch], index: int, run: str) -> list[list[int]]:
-    """The sequences of a batch without padding, each after its lead."""
-    batch = batches[index]
-    tokens: TokenBatch | None = getattr(batch, run)
-    ahead = sequences(batches, batch.lead, run)[0] if batch.lead is not None else []
-    if tokens is None:
-        return [ahead]
-    return [ahead + ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
-
-
-def prefix(batches: list[PairBatch], batch: PairBatch, run: str, flat: int) -> tuple[int, ...]:
-    """All a causal model sees at one flat row: the real tokens up to it, the lead's first."""
-    tokens: TokenBatch = getattr(batch, run)
-    row, column = divmod(flat, tokens.ids.shape[1])
-    assert bool(tokens.mask[row, column])  # never a row of padding
-    ahead = sequences(batches, batch.lead, run)[0] if batch.lead is not None else []
-    return (*ahead, *tokens.ids[row, : column + 1][tokens.mask[row, : column + 1]].tolist())
-
-
-def from_batches(batches: list[PairBatch]) -> Seen:
-    """Weight by (plain prefix, instructed prefix) over all batches."""
-    seen: Seen = defaultdict(float)
-    for batch in batches:
-        assert len(batch.plain_rows) == len(batch.target_rows) == len(batch.weights)
-        for p, q, w in zip(batch.plain_rows.tolist(), batch.target_rows.tolist(), batch.weights.tolist(), strict=True):
-            seen[prefix(batches, batch, "plain", p), prefix(batches, batch, "target", q)] += w
-    return dict(seen)
 
 
 def from_pairs(pairs: list[TokenisedPair], answer_weight: float) -> Seen:
