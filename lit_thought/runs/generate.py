@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -52,6 +53,10 @@ _NEVER = ("suppress_tokens", "begin_suppress_tokens")
 """Tokens that are not to be written, a model's own as its end tokens are."""
 _OTHERS = ("eos_token_id", "min_new_tokens", *_NEVER, "logits_processor")
 _SUPPORTED = ("do_sample", *_WARPERS, *_READING, *_OTHERS)
+_WIDER, _CACHED, _READ = 4, 2**30, 2**12
+"""How many times ``batch_size`` prompts are continued at once at most: a step runs one token of each, which leaves a
+processor idle where a pass over as many whole prompts does not. While the batch's keys and values take no more than so
+many bytes, and the tokens that its prompts do not share are no more than so many."""
 _INSTEAD = {
     "max_new_tokens": "Set max_new_tokens, which is a setting of its own.",
     "max_length": "Set max_new_tokens, which is a setting of its own.",
@@ -159,7 +164,8 @@ def generate(
         prompts: token ids of each prompt.
         stop: a text that ends a generation, besides the model's end-of-sequence tokens.
         max_new_tokens: most tokens to write for each prompt.
-        batch_size: prompts a batch.
+        batch_size: prompts a batch; up to four times as many where they share a beginning and are short, since a step
+            runs one token of each.
         seed: seed of the sampling, where ``options`` switch it on; equal prompts are sampled independently. Or one for
             each prompt, with which equal prompts and seeds are sampled alike. The global generators are not used.
         progress: called with the number of prompts done after each batch.
@@ -190,7 +196,8 @@ def generate(
     shaping = {name: given.pop(name) for name in _WARPERS if name in given}
     seeds = _seeds(prompts, seed) if sampled else []
     same_length = by_place or _has_window(model, max(map(len, prompts)) + max_new_tokens)
-    batches = _batches(prompts, batch_size, same_length or any(name in given for name in _READING))
+    rows = _rows(prompts, shared, lead, max_new_tokens, batch_size)
+    batches = _batches(prompts, rows, same_length or any(name in given for name in _READING))
     results: dict[int, Generation] = {}
 
     def text_of(tokens: list[int]) -> str:
@@ -285,14 +292,26 @@ def _has_window(model: PreTrainedModel, length: int) -> bool:
     return any(isinstance(window, int) and length > window for window in windows)
 
 
+def _rows(prompts: Sequence[Sequence[int]], shared: int, lead: DynamicCache | None, new: int, batch_size: int) -> int:
+    """Prompts to continue at once, with the cache of the ``shared`` tokens that they begin with and ``new`` ones to
+    write."""
+    if lead is None:
+        return batch_size
+    longest = max(map(len, prompts))
+    token = sum(x.nbytes for layer in lead.layers for x in vars(layer).values() if isinstance(x, Tensor)) / shared
+    most = min(_CACHED / (token * (longest + new)), _READ / max(longest - shared, 1))
+    return int(max(batch_size, min(_WIDER * batch_size, most)))
+
+
 def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: bool) -> list[list[int]]:
-    """Indices of the prompts by length, in batches; of one length each where padding would count."""
+    """Indices of the prompts by length, in batches of about one size; of one length each where padding would count."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = groupby(order, key=lambda i: len(prompts[i]) if same_length else 0)
     return [
-        members[start : start + batch_size]
+        members[start : start + size]
         for members in (list(group) for _, group in groups)
-        for start in range(0, len(members), batch_size)
+        for size in [-(-len(members) // -(-len(members) // batch_size))]
+        for start in range(0, len(members), size)
     ]
 
 

@@ -97,9 +97,35 @@ def test_the_lead_runs_once() -> None:
     model = talkative("llama")
     lengths: list[tuple[int, ...]] = []
     handle = model.model.embed_tokens.register_forward_hook(lambda m, args, out: lengths.append(tuple(args[0].shape)))
-    generate(model, SpellOut(), PROMPTS, max_new_tokens=1, batch_size=2)
+    generate(model, SpellOut(), PROMPTS, max_new_tokens=1, batch_size=1)
     handle.remove()
-    assert lengths == [(1, 12), (2, 2), (2, 4), (1, 14)]  # the lead; then what each batch adds, shortest first
+    assert lengths == [(1, 12), (3, 3), (2, 14)]  # the lead; then what each batch adds, shortest first
+
+
+def test_more_are_written_at_once_than_batch_size_while_they_are_small(monkeypatch) -> None:
+    model = talkative("llama")
+    config = model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    token = numbers * model.dtype.itemsize  # in the cache
+
+    def rows(count: int, longest: int = 1, batch_size: int = 8) -> list[int]:
+        found: list[int] = []
+        prompts = [LEAD + [20 + i] * longest for i in range(count)]
+        generate(model, SpellOut(), prompts, max_new_tokens=3, batch_size=batch_size, progress=found.append)
+        return np.diff([0, *found]).tolist()
+
+    assert rows(32) == [32]
+    assert rows(33) == [17, 16]
+    assert rows(33, batch_size=32) == [33]
+    monkeypatch.setattr("lit_thought.runs.generate._CACHED", 20 * token * (len(LEAD) + 1 + 3))
+    assert rows(40) == [20, 20]
+    assert rows(40, longest=30) == [8] * 5  # their cache is too large for more than was asked for
+    monkeypatch.undo()
+    monkeypatch.setattr("lit_thought.runs.generate._READ", 60)
+    assert rows(30, longest=5) == [10, 10, 10]
+    assert rows(30) == [30]
+    monkeypatch.setattr("lit_thought.runs.generate.common_prefix", lambda prompts: 0)
+    assert rows(30) == [8, 8, 8, 6]
 
 
 def test_an_end_token_finishes_a_row_and_not_the_others() -> None:
@@ -332,8 +358,8 @@ def test_a_checkpoints_sampling_settings_do_not_make_it_sample(recwarn: pytest.W
 
 def test_progress_counts_prompts() -> None:
     done: list[int] = []
-    generate(talkative("llama"), SpellOut(), PROMPTS, max_new_tokens=1, batch_size=2, progress=done.append)
-    assert done == [2, 4, 5]
+    generate(talkative("llama"), SpellOut(), PROMPTS, max_new_tokens=1, batch_size=1, progress=done.append)
+    assert done == [3, 5]
 
 
 def test_the_model_is_left_as_it_was() -> None:
