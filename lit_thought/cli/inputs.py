@@ -40,7 +40,7 @@ def inputs(
         inputs: how many there are to be in all, as for fit.
         kind: what the instruction is, as for fit.
         seed: seed of what the model writes.
-        batch_size: inputs written at once; they do not depend on it.
+        batch_size: inputs written at once, up to four times as many while they are short; they do not depend on it.
         overwrite: replace the file if it exists.
         progress: show a progress bar.
         loading: the model.

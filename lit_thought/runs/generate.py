@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -307,12 +308,12 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: boo
     """Indices of the prompts by length, in batches of about one size; of one length each where padding would count."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = groupby(order, key=lambda i: len(prompts[i]) if same_length else 0)
-    return [
-        members[start : start + size]
-        for members in (list(group) for _, group in groups)
-        for size in [-(-len(members) // -(-len(members) // batch_size))]
-        for start in range(0, len(members), size)
-    ]
+    batches = []
+    for members in (list(group) for _, group in groups):
+        count = math.ceil(len(members) / batch_size)
+        size = math.ceil(len(members) / count)
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    return batches
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
