@@ -159,7 +159,7 @@ def test_a_core_that_rounding_leaves_indefinite_is_decomposed_all_the_same(n: in
     a = torch.randn(n, 1000, generator=generator) * torch.randn(1000, generator=generator).exp()
     a[:, 3] *= 1e5
     found = known(sketched(a.numpy(), 400, dtype=torch.float32))
-    assert difference(found, gram_of(a.double().numpy())) < ROUNDING
+    assert difference(found, gram_of(a.double().numpy())) < 10 * ROUNDING
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
