@@ -271,6 +271,35 @@ def write_results(script: str, out: str | Path, page: str, record: Mapping[str, 
             temporary.write_text(content, encoding="utf-8")
 
 
+def earlier_runs(files: Iterable[str], model: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs in records that :func:`runs_record` made.
+
+    Raises:
+        ThoughtError: They are of another model or other settings.
+    """
+    runs = []
+    for file in files:
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        if (record["model"], record["settings"]) != (model, settings):
+            raise ThoughtError(
+                f"done: expected results of {model} with {dict(settings)}; {file} is of {record['model']} with "
+                f"{record['settings']}; leave it out, or set the same."
+            )
+        runs += record["runs"]
+    return runs
+
+
+def runs_record(model: str, settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A record of runs that may be of several days: each has its :func:`commit`, the record has all of them."""
+    commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in runs))
+    return {"model": model, "settings": dict(settings), "runs": list(runs), "commit": commits}
+
+
+def commit() -> dict[str, Any]:
+    """What git calls the checkout, under ``commit``; see :func:`provenance`."""
+    return {"commit": provenance()["commit"]}
+
+
 def provenance() -> dict[str, Any]:
     """For a record: ``commit``, what git calls the checkout, or None without git, and ``versions``.
 

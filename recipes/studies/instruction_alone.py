@@ -6,7 +6,7 @@ Every chunk goes through ``transmute(model, tokenizer, chunk)``: lists of demons
 messages, documents. Each is tested on what was never fitted: words, questions, and questions about the document that
 were worded by hand. Beside a word task's patch stands one of thirty given inputs, on the same words. The figures are
 those of ``evaluate``: along the instructed model's outputs and along the patched model's own; and the seconds from the
-instruction to the patch, by part. Writes a Markdown and a JSON table.
+instruction to the patch, by part. Writes a Markdown and a JSON table after every fit; ``--done`` takes these over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,19 @@ from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
 from lit_thought.timing import Stopwatch
-from recipes.harness import SIX_TASKS, TEMPLATE, check_names, command_line, load_split, shown, table, write_results
+from recipes.harness import (
+    SIX_TASKS,
+    TEMPLATE,
+    check_names,
+    command_line,
+    commit,
+    earlier_runs,
+    load_split,
+    runs_record,
+    shown,
+    table,
+    write_results,
+)
 from recipes.tasks.document_data import Document, contains, load_document
 from recipes.tasks.system_prompt import FOLDER, RULES, instructions_known, load_pairs, split
 
@@ -60,31 +72,41 @@ def instruction_alone(
     document_settings: Mapping[str, Any] | None = None,
     unrelated: bool = True,
     out: str = "recipes/results/instruction_alone",
+    done: Sequence[str] = (),
 ) -> None:
     """Fit and test every chunk and seed."""
     known = instructions_known()
     check_names("instructions", instructions, known)
     chosen = [load_document(name) for name in documents]
+    settings = {
+        "test": test,
+        "questions": questions,
+        "document_settings": dict(document_settings or {}),
+        "word_tokens": word_tokens,
+        "answer_tokens": answer_tokens,
+        "document_tokens": document_tokens,
+    }
+    runs = earlier_runs(done, shown(model), settings)
+    finished = {(run["door"], run["name"], run["seed"], run["fit"]) for run in runs}
     lm, tokenizer = load_model(model)
-    runs: list[dict[str, Any]] = []
-    settings = {"seeds": list(seeds), "counts": list(counts), "document_settings": document_settings}
-    record = {"model": shown(model), "settings": settings}
     for seed in seeds:
         cases = [word_case(task, seed, test, word_tokens) for task in tasks]
         cases += [message_case(known[name], seed, questions, answer_tokens) for name in instructions]
         cases += [document_case(own, document_tokens, document_settings or {}) for own in chosen]
         for case in cases:
-            evaluation = evaluation_of(lm, tokenizer, case, unrelated)
             fits: list[tuple[str, Any, dict[str, Any]]] = [("written", None, {})]
             fits += [(f"written, {count}", None, {"inputs": count}) for count in counts]
             fits += [(f"given, {len(case.given)}", case.given, {})] if case.given else []
-            for name, pairs, changes in fits:
+            waiting = [own for own in fits if (case.door, case.name, seed, own[0]) not in finished]
+            evaluation = evaluation_of(lm, tokenizer, case, unrelated) if waiting else None
+            for name, pairs, changes in waiting:
+                assert evaluation is not None
                 _, measured = fit_case(evaluation, case, pairs, seed=seed, **changes)
                 run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
                 run |= {"right": right(case, measured["items"]), "tested": len(case.tested)}
-                runs.append({**run, **measured})
+                runs.append({**run, **measured, **commit()})
                 print(_table(runs[-1:]), flush=True)
-                write_results(__file__, out, _page(runs), {**record, "runs": runs})
+                write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
 
 
 def evaluation_of(

@@ -29,7 +29,17 @@ from lit_thought.prompts.batches import common_prefix
 from lit_thought.runs.generate import generate
 from lit_thought.runs.streams import lead_cache
 from lit_thought.timing import Stopwatch
-from recipes.harness import DATA, command_line, machine, provenance, shown, table, write_results
+from recipes.harness import (
+    DATA,
+    command_line,
+    commit,
+    earlier_runs,
+    machine,
+    runs_record,
+    shown,
+    table,
+    write_results,
+)
 from recipes.studies.instruction_alone import OWN_TEXT_HEAD, fit_and_score, own_text_cells
 from recipes.studies.long_prompt_rules import RULES, kept
 
@@ -107,7 +117,7 @@ def long_prompts(
     check_counts(test=test, answer_tokens=answer_tokens, timed=timed)
     chosen = [load_prompt(name) for name in prompts]
     settings = {"test": test, "answer_tokens": answer_tokens, "timed": timed, "fit": dict(fit or {})}
-    runs = earlier(done, shown(model), settings)
+    runs = earlier_runs(done, shown(model), settings)
     finished = {(run["name"], run["seed"]) for run in runs}
     lm, tokenizer = load_model(model)
     for own in chosen:
@@ -125,28 +135,8 @@ def long_prompts(
             run = {"name": own.name, "title": own.title, "seed": seed, **checked(own, measured["items"]), **measured}
             run["query"] = query_seconds(evaluation, patch, timed)
             run["pass_seconds"] = pass_seconds(evaluation, own.chunk, patch)
-            runs.append({**run, "machine": machine(lm.device), "commit": provenance()["commit"]})
-            record = {"model": shown(model), "settings": settings, "runs": runs}
-            record["commit"] = ", ".join(dict.fromkeys(str(run["commit"]) for run in runs))
-            write_results(__file__, out, _page(runs), record)
-
-
-def earlier(files: Iterable[str], model: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs of earlier results.
-
-    Raises:
-        ThoughtError: They are of another model or other settings.
-    """
-    runs = []
-    for file in files:
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
-        if (record["model"], record["settings"]) != (model, settings):
-            raise ThoughtError(
-                f"done: expected results of {model} with {dict(settings)}; {file} is of {record['model']} with "
-                f"{record['settings']}; leave it out, or set the same."
-            )
-        runs += record["runs"]
-    return runs
+            runs.append({**run, "machine": machine(lm.device), **commit()})
+            write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
 
 
 def evaluation_of(

@@ -61,6 +61,14 @@ def test_instruction_alone(tmp_path: Path) -> None:
     assert poet[2:6] == ["–"] * 4
     assert "- written: KL down by" in ran.page
 
+    (tmp_path / "more").mkdir()
+    reduced += ["--seeds=[0,1]", "--tasks=[]", f"--done=[{tmp_path / 'instruction_alone.json'}]"]
+    more = run_recipe("instruction_alone", tmp_path / "more", *reduced).record["runs"]
+    assert more[: len(runs)] == runs
+    assert [(run["name"], run["seed"]) for run in more[len(runs) :]] == [
+        (name, 1) for name in ("pirate", "poet", "oz") for _ in range(2)
+    ]
+
 
 def test_questions_of_an_instruction_with_a_topic() -> None:
     case = message_case(instructions_known()["refuse"], 0, 10, 48)
