@@ -3,9 +3,9 @@
     python -m recipes.studies.added --config recipes/studies/added.yaml
 
 A persona, a form of answers and documents are made into patches, each from its text alone, and added in turn. Each
-patch and each sum is tested as for every chunk alone: against the model with that chunk in the prompt, with its own
-questions. Beside the sum of all stands one fit of the joint prompt, which says everything. Writes a Markdown and a JSON
-table.
+chunk's own questions test its patch and each sum that it is in, against the model with that chunk alone in its prompt.
+All patches together should be the model with all chunks in its prompt, and against that one the sum of all is tested,
+too, with questions from each chunk; beside it stands one fit of the joint prompt. Writes a Markdown and a JSON table.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_thought import ThoughtPatch, load_model, transmute
+from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from recipes.harness import command_line, shown, table, write_results
 from recipes.studies.instruction_alone import Case, evaluation_of, fit_case, right
 from recipes.studies.side_effects import case_of, known_chunks
 
+ALL = "all in the prompt"
 JOINT = "one fit of the joint prompt"
+ASKED = 8
+"""Questions of each chunk that the model with all of them in its prompt is asked."""
 
 
 def added(
@@ -33,27 +36,40 @@ def added(
     lm, tokenizer = load_model(model)
     cases = [case_of(name, seed) for name in chunks]
     evaluations = [evaluation_of(lm, tokenizer, case) for case in cases]
+    together = joint(cases)
+    whole = evaluation_of(lm, tokenizer, together)
     how = {"seed": seed, "progress": False, **(fit or {})}
     runs: list[dict[str, Any]] = []
     record = {"model": shown(model), "settings": {"chunks": list(chunks), "seed": seed, "fit": dict(fit or {})}}
+
+    def note(name: str, case: Case, scored: Mapping[str, Any]) -> None:
+        kept = {key: scored[key] for key in ("output_kl", "perplexity_ratio")}
+        runs.append({"patch": name, "chunk": case.name, "right": right(case, scored["items"]), **kept})
+        write_results(__file__, out, page(runs, [*cases, together]), {**record, "runs": runs})
+
     total: ThoughtPatch | None = None
-
-    def score(name: str, patch: ThoughtPatch) -> None:
-        for case, evaluation in zip(cases, evaluations, strict=True):
-            scored = evaluation.score(patch)
-            kept = {key: scored[key] for key in ("output_kl", "perplexity_ratio")}
-            runs.append({"patch": name, "chunk": case.name, "right": right(case, scored["items"]), **kept})
-        write_results(__file__, out, page(runs, cases), {**record, "runs": runs})
-
     for count, (case, evaluation) in enumerate(zip(cases, evaluations, strict=True), start=1):
-        patch, _ = fit_case(evaluation, case, None, **how)
-        score(f"{case.name} alone", patch)
+        patch, measured = fit_case(evaluation, case, None, **how)
+        note(f"{case.name} alone", case, measured)
         total = patch if total is None else total + patch
-        if count > 1:
-            score(f"sum of the first {count}", total)
-    joint = "\n\n".join(case.chunk for case in cases)
-    how = {"max_new_tokens": max(min(64, 2 * case.max_new_tokens) for case in cases), **how}
-    score(JOINT, transmute(lm, tokenizer, joint, None, cases[0].template, **how))
+        for mine, own in zip(cases[:count], evaluations, strict=False) if count > 1 else ():
+            note(f"sum of the first {count}", mine, own.score(total))
+    assert total is not None
+    note(f"sum of the first {len(cases)}", together, whole.score(total))
+    patch, measured = fit_case(whole, together, None, **how)
+    note(JOINT, together, measured)
+    for case, evaluation in zip(cases, evaluations, strict=True):
+        note(JOINT, case, evaluation.score(patch))
+
+
+def joint(cases: Sequence[Case]) -> Case:
+    """All chunks in one prompt, tested with the first of each one's questions."""
+    tested = [item for case in cases for item in case.tested[:ASKED]]
+    longest = max(case.max_new_tokens for case in cases)
+    template = PromptTemplate.chat()
+    return Case(
+        "system prompt", ALL, "\n\n".join(case.chunk for case in cases), template, tested, longest, None, [], {}
+    )
 
 
 def page(runs: Sequence[Mapping[str, Any]], cases: Sequence[Case]) -> str:
@@ -62,19 +78,19 @@ def page(runs: Sequence[Mapping[str, Any]], cases: Sequence[Case]) -> str:
     rows = []
     for patch in dict.fromkeys(run["patch"] for run in runs):
         own = {run["chunk"]: run for run in runs if run["patch"] == patch}
-        cells: list[Any] = [patch]
-        for run in (own[name] for name in names):
-            kl, counts = run["output_kl"], run["right"]
-            told = f" ({counts['patched']} right)" if counts else ""
-            cells.append(f"{1 - kl['patched'] / kl['plain']:.1%}{told}")
-        rows.append([*cells, f"{max(run['perplexity_ratio'] for run in own.values()):.4f}"])
-    firsts = {run["chunk"]: run["right"] for run in runs}
-    told = [f"{name} {own['instructed']}" for name, own in firsts.items() if own]
+        cells = [_cell(own[name]) if name in own else None for name in names]
+        rows.append([patch, *cells, f"{max(run['perplexity_ratio'] for run in own.values()):.4f}"])
+    told = [f"{name} {own['instructed']}" for name, own in {run["chunk"]: run["right"] for run in runs}.items() if own]
     return (
         "KL to the model with the column's own chunk in its prompt, down by; in brackets, what is right of its own "
         f"questions, which the instructed model has right as often: {', '.join(told)}.\n\n"
         f"{table(['patch', *names, 'unrelated perplexity ×'], rows)}"
     )
+
+
+def _cell(run: Mapping[str, Any]) -> str:
+    kl, counts = run["output_kl"], run["right"]
+    return f"{1 - kl['patched'] / kl['plain']:.1%}" + (f" ({counts['patched']} right)" if counts else "")
 
 
 if __name__ == "__main__":
