@@ -271,6 +271,11 @@ def write_results(script: str, out: str | Path, page: str, record: Mapping[str, 
             temporary.write_text(content, encoding="utf-8")
 
 
+def nearer(kl: Mapping[str, float], digits: int = 1) -> str:
+    """How much of the plain model's divergence from the instructed one is gone, 1 − patched ÷ plain, in percent."""
+    return f"{1 - kl['patched'] / kl['plain']:.{digits}%}"
+
+
 def earlier_runs(files: Iterable[str], model: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs in records that :func:`runs_record` made.
 
@@ -290,14 +295,9 @@ def earlier_runs(files: Iterable[str], model: str, settings: Mapping[str, Any]) 
 
 
 def runs_record(model: str, settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A record of runs that may be of several days: each has its :func:`commit`, the record has all of them."""
+    """A record of runs that may be of several days: each has its ``commit``, the record has all of them."""
     commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in runs))
     return {"model": model, "settings": dict(settings), "runs": list(runs), "commit": commits}
-
-
-def commit() -> dict[str, Any]:
-    """What git calls the checkout, under ``commit``; see :func:`provenance`."""
-    return {"commit": provenance()["commit"]}
 
 
 def provenance() -> dict[str, Any]:

@@ -22,7 +22,17 @@ from typing import Any
 
 from lit_thought.errors import ThoughtError
 from lit_thought.patch.results import RUNS
-from recipes.harness import ROOT, SIX_TASKS, check_names, command_line, load_split, one_line, table, write_results
+from recipes.harness import (
+    ROOT,
+    SIX_TASKS,
+    check_names,
+    command_line,
+    load_split,
+    nearer,
+    one_line,
+    table,
+    write_results,
+)
 from recipes.tasks.document_data import load_document
 from recipes.tasks.system_prompt import instructions_known
 
@@ -141,7 +151,7 @@ def _runs(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _figures(run: Mapping[str, Any]) -> list[Any]:
     counts, kl, ratio, tokens = run["right"], run["output_kl"], run["perplexity_ratio"], run["prompt_tokens"]
     cells: list[Any] = [None if counts is None else counts[which] for which in RUNS]
-    cells += [run["tested"], f"{1 - kl['patched'] / kl['plain']:.0%}", None if ratio is None else f"{ratio:.3f}"]
+    cells += [run["tested"], nearer(kl, 0), None if ratio is None else f"{ratio:.3f}"]
     return [*cells, None if tokens is None else f"{tokens['instructed']:.0f} → {tokens['plain']:.0f}"]
 
 

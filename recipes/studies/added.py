@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
-from recipes.harness import command_line, shown, table, write_results
+from recipes.harness import command_line, nearer, shown, table, write_results
 from recipes.studies.instruction_alone import Case, evaluation_of, fit_case, right
 from recipes.studies.side_effects import case_of, known_chunks
 
@@ -89,8 +89,8 @@ def page(runs: Sequence[Mapping[str, Any]], cases: Sequence[Case]) -> str:
 
 
 def _cell(run: Mapping[str, Any]) -> str:
-    kl, counts = run["output_kl"], run["right"]
-    return f"{1 - kl['patched'] / kl['plain']:.1%}" + (f" ({counts['patched']} right)" if counts else "")
+    counts = run["right"]
+    return nearer(run["output_kl"]) + (f" ({counts['patched']} right)" if counts else "")
 
 
 if __name__ == "__main__":

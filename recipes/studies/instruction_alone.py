@@ -26,9 +26,10 @@ from recipes.harness import (
     TEMPLATE,
     check_names,
     command_line,
-    commit,
     earlier_runs,
     load_split,
+    nearer,
+    provenance,
     runs_record,
     shown,
     table,
@@ -98,13 +99,14 @@ def instruction_alone(
             fits += [(f"written, {count}", None, {"inputs": count}) for count in counts]
             fits += [(f"given, {len(case.given)}", case.given, {})] if case.given else []
             waiting = [own for own in fits if (case.door, case.name, seed, own[0]) not in finished]
-            evaluation = evaluation_of(lm, tokenizer, case, unrelated) if waiting else None
+            if not waiting:
+                continue
+            evaluation = evaluation_of(lm, tokenizer, case, unrelated)
             for name, pairs, changes in waiting:
-                assert evaluation is not None
                 _, measured = fit_case(evaluation, case, pairs, seed=seed, **changes)
                 run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
                 run |= {"right": right(case, measured["items"]), "tested": len(case.tested)}
-                runs.append({**run, **measured, **commit()})
+                runs.append({**run, **measured, "commit": provenance()["commit"]})
                 print(_table(runs[-1:]), flush=True)
                 write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
 
@@ -210,7 +212,7 @@ def _row(run: Mapping[str, Any]) -> list[Any]:
         f"{run['fidelity']:.2f}",
         f"{kl['plain']:.3f}",
         f"{kl['patched']:.3f}",
-        f"{1 - kl['patched'] / kl['plain']:.1%}",
+        nearer(kl),
     ]
     cells += [*own_text_cells(run), f"{run['seconds_by_part'].get('write', 0):.0f}"]
     return [*cells, f"{run['seconds']:.0f}"]

@@ -33,7 +33,7 @@ from lit_thought.model.loading import fingerprint
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
 from lit_thought.timing import Stopwatch
-from recipes.harness import Unrelated, command_line, shown, table, write_results
+from recipes.harness import Unrelated, command_line, nearer, shown, table, write_results
 from recipes.studies.instruction_alone import Case, evaluation_of
 from recipes.studies.long_prompts import TEMPLATE, load_prompt
 from recipes.tasks.document_data import contains
@@ -171,10 +171,6 @@ def moved(patch: ThoughtPatch, model: PreTrainedModel) -> ThoughtPatch:
 
 def page(record: Mapping[str, Any]) -> str:
     """Both tables."""
-
-    def nearer(kl: Mapping[str, float]) -> str:
-        return f"{1 - kl['patched'] / kl['plain']:.1%}"
-
     ways, (first, *_) = record["ways"], record["ways"].values()
     lines = [f"On `{record['prompt']}`.\n\n## A line changes\n"]
     lines.append(

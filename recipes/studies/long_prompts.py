@@ -32,9 +32,9 @@ from lit_thought.timing import Stopwatch
 from recipes.harness import (
     DATA,
     command_line,
-    commit,
     earlier_runs,
     machine,
+    provenance,
     runs_record,
     shown,
     table,
@@ -122,9 +122,10 @@ def long_prompts(
     lm, tokenizer = load_model(model)
     for own in chosen:
         waiting = [seed for seed in seeds if (own.name, seed) not in finished]
-        evaluation = evaluation_of(lm, tokenizer, own, test, answer_tokens, unrelated) if waiting else None
+        if not waiting:
+            continue
+        evaluation = evaluation_of(lm, tokenizer, own, test, answer_tokens, unrelated)
         for seed in waiting:
-            assert evaluation is not None
             how = {
                 "max_new_tokens": answer_tokens,
                 "progress": False,
@@ -135,7 +136,7 @@ def long_prompts(
             run = {"name": own.name, "title": own.title, "seed": seed, **checked(own, measured["items"]), **measured}
             run["query"] = query_seconds(evaluation, patch, timed)
             run["pass_seconds"] = pass_seconds(evaluation, own.chunk, patch)
-            runs.append({**run, "machine": machine(lm.device), **commit()})
+            runs.append({**run, "machine": machine(lm.device), "commit": provenance()["commit"]})
             write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
 
 

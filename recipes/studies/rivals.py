@@ -35,7 +35,7 @@ from lit_thought.evaluation.compare import Evaluation
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.timing import Stopwatch
-from recipes.harness import METHODS, command_line, one_line, shown, table, write_results
+from recipes.harness import METHODS, command_line, nearer, one_line, shown, table, write_results
 from recipes.studies.baselines import steering
 from recipes.studies.distillation import distil, distillation_loss, student_logits, teach
 from recipes.studies.instruction_alone import Case, evaluation_of, right
@@ -173,7 +173,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
             kl, kl_own = run["output_kl"], run["own_kl"]
             cells = [
                 run["method"],
-                f"{1 - kl['patched'] / kl['plain']:.1%}",
+                nearer(kl),
                 None if kl_own is None else f"{kl_own:.3f}",
             ]
             cells += [f"{run['fidelity']:.2f}", run["right"]["patched"] if run["right"] else None]

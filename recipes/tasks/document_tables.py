@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from lit_thought.patch.results import RUNS
-from recipes.harness import difference, one_line, panels, save_figure, share, table
+from recipes.harness import difference, nearer, one_line, panels, save_figure, share, table
 from recipes.tasks.chats import place_table
 
 AS_SET = "as set"
@@ -51,7 +51,7 @@ def main_table(runs: Sequence[Run]) -> str:
         low, high = run["output_kl_interval"]["patched"]
         cells = [run["document"], run["passage_tokens"], run["pairs"], *_counts(run["right"])]
         cells += [*(f"{f1[which]:.2f}" for which in RUNS), f"{kl['plain']:.3f}"]
-        cells += [f"{kl['patched']:.3f} ({low:.3f} to {high:.3f})", f"{1 - kl['patched'] / kl['plain']:.0%}"]
+        cells += [f"{kl['patched']:.3f} ({low:.3f} to {high:.3f})", nearer(kl, 0)]
         cells += [f"{agreement['plain']:.2f}", f"{agreement['patched']:.2f}", f"{run['perplexity_ratio']:.4f}"]
         rows.append(cells)
     right = {which: [one for run in runs for one in run["right"][which]] for which in RUNS}
