@@ -165,8 +165,10 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     for chunk in dict.fromkeys(run["chunk"] for run in runs):
         own = [run for run in runs if run["chunk"] == chunk]
         counts = own[0]["right"]
-        said = f"The instructed model has {counts['instructed']} of {own[0]['tested']} right, the plain one "
-        said = f"{said}{counts['plain']}. " if counts else ""
+        said = ""
+        if counts:
+            said = f"The instructed model has {counts['instructed']} of {own[0]['tested']} right, the plain one "
+            said += f"{counts['plain']}. "
         said += f"With the chunk in the prompt, {own[0]['others_instructed']:.3f} of the tokens under other system "
         rows = []
         for run in own:

@@ -15,7 +15,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.inputs import pen
 from lit_thought.runs.generate import Generation
-from recipes.studies.rivals import LONG, SHORT, rivals, trained
+from recipes.studies.rivals import LONG, SHORT, page, rivals, trained
 
 
 def test_training_ends_where_the_held_back_pairs_gain_no_more() -> None:
@@ -36,6 +36,14 @@ def test_training_ends_where_the_held_back_pairs_gain_no_more() -> None:
 def test_unknown_chunks_are_refused_before_the_model_is_loaded() -> None:
     with pytest.raises(ThoughtError, match=r"chunks: .*'none'"):
         rivals("there/is none", chunks=["none"])
+
+
+def test_a_chunk_without_a_rule_has_nothing_that_is_right() -> None:
+    run = {"chunk": "poet", "method": "lit_thought", "tested": 20, "right": None, "own_kl": 0.1, "fidelity": 0.5}
+    run |= {"output_kl": {"plain": 0.4, "patched": 0.1}, "perplexity_ratio": 1.0, "rank": 16, "seconds": 2.0}
+    found = page([{**run, "others": 0.9, "others_instructed": 0.8}]).splitlines()
+    assert found[2] == "With the chunk in the prompt, 0.800 of the tokens under other system messages stay."
+    assert found[-1] == "| lit_thought | 75.0% | 0.100 | 0.50 | – | 1.0000 | 0.900 | 16 | 2 |"
 
 
 @pytest.mark.slow
