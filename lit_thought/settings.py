@@ -70,7 +70,7 @@ FEW_ANSWERS = 120
 """Tokens of thirty short answers."""
 
 ANSWER_WEIGHT = 30.0
-"""The answer weight where it is left out: nothing is read off the other tokens, which need only not go astray."""
+"""The mean answer weight where it is left out: nothing is read off the other tokens, which need only not go astray."""
 
 LEAST_RIDGE = 0.001
 """The smallest λ that is chosen where it is left out."""
@@ -121,9 +121,9 @@ class FitSettings:
             ("usual"), 16, and 128 for a long instruction (kind).
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
             (:meth:`weighed`).
-        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 30, and 100
-            for mlp_in alone. For a long instruction (kind) their mean, of which each has the more the more the
-            instruction changes it.
+        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out ("change"), 30
+            on average, of which each has the more the more the instruction changes what the model says there
+            (:func:`lit_thought.fit.weighing.weighed_by_change`), and 100 each for mlp_in alone.
         preserve: unrelated text to leave alone: a text file, a list of texts, None, or "default": shipped text and,
             where the template is not a chat's, shipped chats; or a .safetensors file of this model's preservation
             statistics, from lit-thought preserve.
@@ -169,7 +169,7 @@ class FitSettings:
     pairs_per_step: int | None = None
     rank: int | float | Literal["usual", "auto"] | None = field(default="usual", metadata=_AUTO)
     ridge: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
-    answer_weight: float | None = field(default=None, metadata=_DATA)
+    answer_weight: float | Literal["change"] = field(default="change", metadata=_DATA)
     # what to preserve
     preserve: TextSource | None = field(default="default", metadata=_PASSING)
     preserve_weight: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
@@ -211,8 +211,8 @@ class FitSettings:
         solved = {**({} if self.rank == "usual" else {"rank": self.rank}), **by_site}
         check_solve_settings(**{name: value for name, value in solved.items() if not _is_auto(value)})
         weight = self.answer_weight
-        if weight is not None and not (is_finite(weight) and weight > 0):
-            raise ThoughtError(f"answer_weight must be a finite number above 0; got {weight!r}.")
+        if weight != "change" and not (is_finite(weight) and weight > 0):
+            raise ThoughtError(f'answer_weight must be a finite number above 0, or "change"; got {weight!r}.')
         if type(self.preserve_tokens) is not int or self.preserve_tokens < 2:
             raise ThoughtError(f"preserve_tokens must be a whole number of 2 or more; got {self.preserve_tokens!r}.")
         self._check_generate()
@@ -263,14 +263,14 @@ class FitSettings:
         more than one step, since no block can undo what the others have added.
         """
         alone = tuple(self.sites or DEFAULT_SITES) == ("mlp_in",)
-        steps, step_size, answer_weight = (2, 0.5, 100.0) if alone else (1, 1.0, ANSWER_WEIGHT)
+        steps, step_size = (2, 0.5) if alone else (1, 1.0)
         ridge, preserve_weight = (RIDGE, 1.0) if alone else (None, None)
         return replace(
             self,
             steps=steps if self.steps is None else self.steps,
             step_size=step_size if self.step_size is None else self.step_size,
-            answer_weight=answer_weight if self.answer_weight is None else self.answer_weight,
             ridge=ridge if self.ridge is None else self.ridge,
+            answer_weight=100.0 if alone and self.answer_weight == "change" else self.answer_weight,
             preserve_weight=preserve_weight if self.preserve_weight is None else self.preserve_weight,
         )
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Trainer
 from tqdm.auto import tqdm
@@ -29,7 +29,7 @@ from lit_thought.runs.generate import generate
 from lit_thought.runs.runner import Stage, StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import DEFAULT_SITES, LONG_SITES, FitSettings, directions_for
+from lit_thought.settings import ANSWER_WEIGHT, DEFAULT_SITES, LONG_SITES, FitSettings, directions_for
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.preserve_file import Preservation
@@ -57,7 +57,7 @@ def prepare_pairs(
     progress: bool = False,
 ) -> None:
     """Write inputs where some are to be written, tokenise all pairs of ``data``, write their missing outputs, and batch
-    them, at its answer weight or the default.
+    them, at its answer weight or the usual mean.
 
     Raises:
         ThoughtError: when a prompt overflows the context window, or no input can be written.
@@ -66,9 +66,7 @@ def prepare_pairs(
     write_inputs(data, model, tokenizer, progress)
     data.tokenise(tokenizer, limit)
     data.complete(tokenizer, write_outputs(data, model, tokenizer, progress), limit)
-    weight = data.settings.settled().answer_weight
-    assert weight is not None
-    data.select(tokenizer, range(len(data.pairs)), weight, model.device)
+    data.select(tokenizer, range(len(data.pairs)), _mean(data.settings.answer_weight), model.device)
 
 
 def write_inputs(
@@ -214,6 +212,10 @@ def largest_rank(blocks: Sequence[Block], stages: Sequence[Stage]) -> int:
     return min(min(site.d_in, site.d_out) for site in sites)
 
 
+def _mean(answer_weight: float | Literal["change"]) -> float:
+    return ANSWER_WEIGHT if answer_weight == "change" else answer_weight
+
+
 class Preparation:
     """All that a fit needs before its first stage.
 
@@ -353,12 +355,13 @@ class Preparation:
         self.storage = Storage(self.estimate.place)
 
     def _select(self, indices: Sequence[int]) -> None:
-        self.data.select(self.module.tokenizer, indices, self._answer_weight, self.module.device)
+        self.data.select(self.module.tokenizer, indices, _mean(self._answer_weight), self.module.device)
         self._weighed = False
 
     @property
-    def _answer_weight(self) -> float:
-        return float(self.data.settings.answer_weight or self.settings.answer_weight)
+    def _answer_weight(self) -> float | Literal["change"]:
+        own = self.data.settings.answer_weight
+        return cast(Any, self.settings.answer_weight) if own == "change" else own
 
     def start_step(self, step: int, patches: Mapping[tuple[int, str], SitePatch]) -> StreamRunner:
         """Streams for a step, over its pairs, with the patches so far."""
@@ -366,10 +369,10 @@ class Preparation:
         if settings.pairs_per_step is not None:
             first = step * settings.pairs_per_step
             self._select([i % every for i in range(first, first + settings.pairs_per_step)])
-        if not self._weighed and self.long:
+        if not self._weighed and self._answer_weight == "change":
             show = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
             with self.stopwatch("prepare"):
-                self.data.batches = weighed_by_change(self.module.model, self.data.batches, self._answer_weight, show)
+                self.data.batches = weighed_by_change(self.module.model, self.data.batches, ANSWER_WEIGHT, show)
         self._weighed = True
         runner = StreamRunner(
             self.module.model, self.blocks, self.sites, settings.order, self.storage, settings.blocks, patches

@@ -121,7 +121,7 @@ def kept_settings(settings: FitSettings, preserved: PreservationSource, data: Pa
     """
     sites = settings.sites or ()
     kept = settings.options(passing=False) | data.settings.options(data=True, passing=False)
-    if data.settings.answer_weight is None:
+    if data.settings.answer_weight == "change":
         kept["answer_weight"] = settings.answer_weight
     if not preserved:
         kept |= {"preserve_weight": 0.0, "preserve_tokens": 0}

@@ -284,7 +284,11 @@ def test_the_progress_bar_counts_the_stages_of_all_steps(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("sites", "expected"),
-    [(("mlp_in",), (1.0, 100.0, 2, 0.5)), (("attn_out", "mlp_in"), (8.0, 30.0, 1, 1.0)), (None, (8.0, 30.0, 1, 1.0))],
+    [
+        (("mlp_in",), (1.0, 100.0, 2, 0.5)),
+        (("attn_out", "mlp_in"), (8.0, "change", 1, 1.0)),
+        (None, (8.0, "change", 1, 1.0)),
+    ],
 )
 def test_settings_that_depend_on_the_sites(sites: tuple[str, ...] | None, expected: tuple, tmp_path: Path) -> None:
     """Recorded, and used: the same patch as with the settings written out."""
