@@ -22,6 +22,7 @@ from lit_thought.fit.estimate import (
     estimate_bytes,
     estimate_seconds,
     fit_operations,
+    weighing_operations,
 )
 from lit_thought.model.blocks import Block
 from lit_thought.prompts.batches import PairBatch
@@ -102,6 +103,7 @@ def plan(
     processes: int,
     steps: int,
     missing: int,
+    weighings: int,
 ) -> Estimate:
     """Estimate a fit and choose where its streams are kept; all processes of the fit call this together.
 
@@ -114,6 +116,7 @@ def plan(
         processes: on this machine.
         missing: most tokens of outputs that are not in the batches yet; unless it is 0, only a lower bound of the bytes
             is known.
+        weighings: how often the answers are weighed by what the chunk changes.
 
     Raises:
         MemoryBudgetError: on every process, when the fit does not fit on one.
@@ -136,6 +139,7 @@ def plan(
         every = tokens + own.compared - load.compared
         operations = fit_operations(model, blocks, stages, own, every, directions)
         every_step = {name: steps * count for name, count in operations.items()}
+        every_step["forward"] += weighings * weighing_operations(model, blocks, own)
         return estimate_seconds(every_step, layer, device, rows, steps * len(stages))
 
     most = sum(seconds(load.longer(missing)).values()) if missing else 0.0

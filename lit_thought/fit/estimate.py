@@ -38,6 +38,7 @@ __all__ = [
     "solve_bytes",
     "statistics_bytes",
     "stream_bytes",
+    "weighing_operations",
 ]
 
 
@@ -53,12 +54,14 @@ class Load:
 
     Attributes:
         compared: tokens that the sums take.
+        answers: of these, tokens that predict one of an output, or its end.
         target, plain: tokens of the two runs.
         leads: of these, tokens of batches whose keys and values others read.
         looks: pairs of a token and one that it may attend to, in both runs.
     """
 
     compared: int
+    answers: int
     target: int
     plain: int
     leads: int
@@ -67,10 +70,11 @@ class Load:
     @classmethod
     def of(cls, batches: Sequence[PairBatch]) -> Load:
         """The load of these batches."""
-        compared = target = plain = leads = looks = 0
+        compared = answers = target = plain = leads = looks = 0
         ahead = {batch.index: batch for batch in batches}
         for batch in batches:
             compared += len(batch.plain_rows)
+            answers += int((batch.answers > 0).sum())
             lead = None if batch.lead is None else ahead[batch.lead]
             runs = [
                 (batch.target, None if lead is None else lead.target),
@@ -84,16 +88,17 @@ class Load:
                 rows, length = tokens.ids.shape
                 looks += rows * length * (length + (0 if before is None else before.ids.shape[1]))
                 leads += length if batch.lead is None and rows == 1 else 0
-        return cls(compared, target, plain, leads, looks)
+        return cls(compared, answers, target, plain, leads, looks)
 
     def longer(self, outputs: int) -> Load:
         """The same with so many more tokens of outputs, which both runs go through."""
-        return replace(self, compared=self.compared + outputs, target=self.target + outputs, plain=self.plain + outputs)
+        names = ("compared", "answers", "target", "plain")
+        return replace(self, **{name: getattr(self, name) + outputs for name in names})
 
     @classmethod
     def typical(cls, tokens: int, chunk_tokens: int) -> Load:
-        """That of short pairs with ``tokens`` compared tokens and one chunk that all share."""
-        return cls(tokens, tokens + chunk_tokens, tokens, chunk_tokens, tokens * chunk_tokens)
+        """That of short pairs with ``tokens`` compared tokens, all of outputs, and one chunk that all share."""
+        return cls(tokens, tokens, tokens + chunk_tokens, tokens, chunk_tokens, tokens * chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -335,6 +340,13 @@ def fit_operations(
             else:
                 spent["solve"] += primal_operations(tokens if few else 0, d, out, k)
     return spent
+
+
+def weighing_operations(model: PreTrainedModel, blocks: Sequence[Block], load: Load) -> float:
+    """Those of :func:`~lit_thought.fit.weighing.weighed_by_change`, as :func:`fit_operations` counts them."""
+    active, head = ModelSizes.of(model).active, model.get_output_embeddings()
+    every = sum(_weights(block, active) for block in blocks) * (load.target + load.plain)
+    return 2 * (every + 2 * load.answers * (0 if head is None else head.weight.numel()))
 
 
 def _weights(block: Block, active: float) -> float:

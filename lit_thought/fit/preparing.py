@@ -351,6 +351,7 @@ class Preparation:
             processes=self.trainer.num_devices,
             steps=settings.steps,
             missing=missing,
+            weighings=(settings.steps if settings.pairs_per_step else 1) if self._answer_weight == "change" else 0,
         )
         self.storage = Storage(self.estimate.place)
 

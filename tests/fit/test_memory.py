@@ -460,9 +460,33 @@ def test_a_process_without_pairs_plans_as_well() -> None:
     model = make_model()
     blocks = find_blocks(model)
     settings = {"offload": "auto", "memory_budget": None, "directions": 120, "processes": 3, "steps": 1, "missing": 0}
+    settings |= {"weighings": 1}
     found = budget.plan(model, blocks, stages_of(blocks, SITES), [], **settings)
     assert found.place == "device"
     assert sum(found.seconds.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "times"),
+    [
+        ({}, {}, 1),
+        ({"steps": 3}, {}, 1),
+        ({"steps": 3, "pairs_per_step": 3}, {}, 3),
+        ({}, {"answer_weight": 2.0}, 0),
+        ({"sites": ["mlp_in"]}, {}, 0),
+    ],
+)
+def test_weighing_is_in_the_estimate(
+    settings: dict[str, Any], data: dict[str, Any], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as it is done."""
+    said: list[float] = []
+    monkeypatch.setattr(budget, "fit_operations", lambda *_: {"forward": 0.0})
+    monkeypatch.setattr(budget, "weighing_operations", lambda *_: 1.0)
+    monkeypatch.setattr(budget, "estimate_seconds", lambda operations, *_: said.append(operations["forward"]) or {})
+    thought = ThoughtCallback(preserve=None, rank=4, **settings)
+    fit(ThoughtModule(make_model(), TOKENIZER), PairDataModule(PAIRS, INSTRUCTION, **data), thought, progress=False)
+    assert said == [times]
 
 
 def test_what_is_said_while_outputs_are_missing() -> None:

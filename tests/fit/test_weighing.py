@@ -14,10 +14,13 @@ from families import make_family
 from fits import INSTRUCTION, PAIRS, TOKENIZER, Untouched, distance, make_patch, mixed_model
 from models import make_model
 from scipy.special import log_softmax
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from lit_thought.fit import preparing, weighing
+from lit_thought.fit.estimate import Load, weighing_operations
 from lit_thought.fit.weighing import EVEN, MOST, weighed_by_change
+from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import make_batches
 from lit_thought.prompts.template import PromptTemplate
@@ -104,6 +107,21 @@ def test_nothing_to_weigh_leaves_the_weights() -> None:
     model.get_output_embeddings().weight.data.zero_()  # every token is as likely, whatever was read
     batches = make_batches(tokenised(), 3, 0, answer_weight=WEIGHT)
     assert from_batches(weighed_by_change(model, batches, WEIGHT)) == from_batches(batches)
+
+
+@pytest.mark.parametrize(("family", "template"), [("llama", "Q: {input}\nA: {output}\n"), ("gpt2", "chat")])
+def test_the_estimate_counts_what_weighing_takes(family: str, template: str) -> None:
+    """Against PyTorch's own count, less attention's, which grows with the prompts and not with the weights."""
+    model = make_model(family)
+    batches = make_batches(tokenised(template), 4, 0)
+    with FlopCounterMode(display=False) as counter:
+        weighed_by_change(model, batches, WEIGHT)
+    counts = {str(one): count for one, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(count for one, count in counts.items() if "mm" in one and "bmm" not in one)
+    load = Load.of(batches)
+    assert load.answers == sum(int((batch.answers > 0).sum()) for batch in batches) > 0
+    assert weighing_operations(model, find_blocks(model), load) == pytest.approx(products, rel=0.1)
+    assert load.longer(7).answers == load.answers + 7
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
