@@ -5,9 +5,10 @@
 A patch copies one prompt, and is scored by how many outputs are the same (fidelity). The prompt is one of many that
 mean the same, and this is how many outputs stay the same when another takes its place: the demonstrations in another
 order, other demonstrations of the same task (of inputs that are fitted, never of the test), the system message in other
-words, and the same prompt with the model in bfloat16. Beside them stands the patch of the library's default fit, on the
-same words. A mismatch is *narrow* where the undisturbed model hardly preferred its likeliest token to the second, at
-the first token that differs. Divergence is measured along the undisturbed outputs. Writes a Markdown and a JSON table.
+words, and the same prompt with the model in bfloat16. Beside them stands the patch of the library's default fit, of
+words from the prompt alone. A mismatch is *narrow* where the undisturbed model hardly preferred its likeliest token to
+the second, at the first token that differs. Divergence is measured along the undisturbed outputs. Writes a Markdown and
+a JSON table.
 
     python -m recipes.studies.self_agreement --config recipes/studies/self_agreement.yaml --tasks "[]" \\
         --instructions "[pirate,french,sentence,shakespeare,poet,wizard,json,uppercase,refuse]"
@@ -25,13 +26,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_thought import ThoughtPatch, load_model
+from lit_thought import ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.runs.generate import generate
 from recipes.harness import (
     SIX_TASKS,
+    TEMPLATE,
     Trial,
     check_names,
     command_line,
@@ -71,7 +73,7 @@ def self_agreement(
     shuffles: int = 3,
     bfloat16: bool = False,
     shots: int = 10,
-    inputs: int = 30,
+    inputs: int | None = None,
     test: int = 60,
     max_new_tokens: int = 12,
     questions: int = 80,
@@ -80,13 +82,15 @@ def self_agreement(
     out: str = "recipes/results/self_agreement",
 ) -> None:
     """Disturb the prompt of every task and instruction, and fit it."""
-    check_counts(shuffles=shuffles, shots=shots, inputs=inputs)
+    check_counts(shuffles=shuffles, shots=shots, **({} if inputs is None else {"inputs": inputs}))
     known = instructions_known()
     check_names("instructions", instructions, known)
-    splits = [load_split(task, seed, shots, max(inputs, shots), test) for task in tasks]
+    splits = [load_split(task, seed, shots, max(inputs or shots, shots), test) for task in tasks]
     for split in splits:
         if not split.test:
-            raise ThoughtError(f"inputs: expected words of {split.name} left to test; got {inputs}; set fewer.")
+            raise ThoughtError(
+                f"inputs: expected words of {split.name} left to test; got {inputs}; set fewer, or fewer shots."
+            )
     lm, tokenizer = load_model(model)
     low = load_model(model, dtype="bfloat16")[0] if bfloat16 else None
     sizes = (questions, tested_questions, seed, answer_tokens)
@@ -108,15 +112,19 @@ def self_agreement(
     write_results(__file__, out, _page(runs), {**record, "undisturbed": undisturbed, "runs": runs})
 
 
-def word_case(trial: Trial, inputs: int, shuffles: int, seed: int) -> Case:
-    """A word task: its demonstrations in other orders, and as many of the inputs to fit in their place."""
+def word_case(trial: Trial, inputs: int | None, shuffles: int, seed: int) -> Case:
+    """A word task: its demonstrations in other orders, and as many of the inputs to fit in their place; its patch is of
+    so many of these inputs, or of those that the model writes."""
     evaluation, generator, given = trial.evaluation(unrelated=None), random.Random(seed), trial.split.shown
     chunks = {
         "shuffled": [demonstrations(generator.sample(given, len(given))) for _ in range(shuffles)],
         "other demonstrations": [demonstrations(trial.split.labelled[: len(given)])],
     }
     wanted = answer_logits(trial.model, evaluation.completed, instructed=True)
-    return Case(trial.split.name, evaluation, wanted, chunks, trial.fit(trial.split.fit[:inputs]))
+    words = None if inputs is None else trial.split.fit[:inputs]
+    settings: dict[str, Any] = {"max_new_tokens": trial.max_new_tokens, "progress": False}
+    patch = transmute(trial.model, trial.tokenizer, trial.split.instruction, words, TEMPLATE, **settings)
+    return Case(trial.split.name, evaluation, wanted, chunks, patch)
 
 
 def message_case(task: Task, reworded: Sequence[str]) -> Case:

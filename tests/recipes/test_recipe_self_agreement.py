@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from recipe_runs import run_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
-from recipes.harness import Split, Trial
+from recipes.harness import TEMPLATE, Split, Trial
+from recipes.studies import self_agreement as recipe
 from recipes.studies.self_agreement import margins, measure, narrow, same, self_agreement, word_case
 from recipes.tasks.chats import answer_logits
 from recipes.tasks.system_prompt import instructions_known
@@ -106,6 +108,18 @@ def test_agreement_is_that_of_texts_written_token_by_token(trial: Trial) -> None
     assert patched[0]["kl"] == pytest.approx(scored["output_kl"]["patched"], rel=1e-4)
     assert min(run["kl"] for run in shuffled) == 0, "the order that is the undisturbed one"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("inputs", "pairs"), [(None, None), (2, [{"input": "big"}, {"input": "fox"}])])
+def test_words_to_fit(trial: Trial, inputs: int | None, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the task, or those that the model writes."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(recipe, "transmute", lambda *args, **settings: calls.append((*args, settings)))
+    word_case(trial, inputs, shuffles=1, seed=0)
+    [(model, _, instruction, given, template, settings)] = calls
+    assert (model, given) == (trial.model, pairs)
+    assert (instruction, template) == (trial.split.instruction, TEMPLATE)
+    assert settings == {"max_new_tokens": 4, "progress": False}
 
 
 def test_margins_are_the_models_at_the_first_token_that_differs(trial: Trial) -> None:
