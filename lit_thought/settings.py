@@ -35,6 +35,7 @@ __all__ = [
     "check_sites",
     "check_solve_settings",
     "directions_for",
+    "outputs_for",
     "register_paths",
     "takes_settings",
 ]
@@ -57,6 +58,10 @@ with rules and facts (:func:`lit_thought.inputs.kinds.is_long`)."""
 LONG_DIRECTIONS = 1024
 """k for a long instruction, whose patch is larger than others and moves more."""
 
+OUTPUT_TOKENS, LONG_OUTPUT_TOKENS = 32, 64
+"""The longest output where max_new_tokens is left out, and that for a long instruction. What an instruction changes
+shows early in an answer: with the later tokens in the sums a fit takes longer and is no nearer."""
+
 LONG_SITES = ("mlp_out",)
 """What is patched for a long instruction where sites are left out: attention's output has d inputs, which unrelated
 text takes up all of, the MLP's has d_ff."""
@@ -70,7 +75,7 @@ FEW_ANSWERS = 120
 """Tokens of thirty short answers."""
 
 ANSWER_WEIGHT = 30.0
-"""The mean answer weight where it is left out: nothing is read off the other tokens, which need only not go astray."""
+"""The answer weight where it is left out: nothing is read off the other tokens, which need only not go astray."""
 
 LEAST_RIDGE = 0.001
 """The smallest λ that is chosen where it is left out."""
@@ -121,9 +126,9 @@ class FitSettings:
             ("usual"), 16, and 128 for a long instruction (kind).
         ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
             (:meth:`weighed`).
-        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out ("change"), 30
-            on average, of which each has the more the more the instruction changes what the model says there
-            (:func:`lit_thought.fit.weighing.weighed_by_change`), and 100 each for mlp_in alone.
+        answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 30, and 100
+            for mlp_in alone. For a long instruction (kind) their mean, of which each has the more the more the
+            instruction changes it.
         preserve: unrelated text to leave alone: a text file, a list of texts, None, or "default": shipped text and,
             where the template is not a chat's, shipped chats; or a .safetensors file of this model's preservation
             statistics, from lit-thought preserve.
@@ -135,7 +140,8 @@ class FitSettings:
         generate: options of model.generate for outputs that are missing, such as do_sample and temperature
             (:func:`lit_thought.runs.generate.generate` lists them); greedy when left out, whatever the model's own
             generation config says.
-        max_new_tokens: longest output that the instructed model may write.
+        max_new_tokens: longest output that the instructed model may write; left out, 32, and 64 for a long instruction
+            (kind).
         batch_size: pairs a batch; the patch does not depend on it.
         seed: seed of the inputs that the model writes, of outputs where they are sampled, and of which pairs "auto"
             holds back.
@@ -169,14 +175,14 @@ class FitSettings:
     pairs_per_step: int | None = None
     rank: int | float | Literal["usual", "auto"] | None = field(default="usual", metadata=_AUTO)
     ridge: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
-    answer_weight: float | Literal["change"] = field(default="change", metadata=_DATA)
+    answer_weight: float | None = field(default=None, metadata=_DATA)
     # what to preserve
     preserve: TextSource | None = field(default="default", metadata=_PASSING)
     preserve_weight: float | Literal["auto"] | None = field(default=None, metadata=_AUTO)
     preserve_tokens: int = 6_000
     # how to run
     generate: Mapping[str, Any] | None = field(default=None, metadata=_DATA)
-    max_new_tokens: int = field(default=64, metadata=_DATA)
+    max_new_tokens: int | None = field(default=None, metadata=_DATA)
     batch_size: int = field(default=32, metadata=_DATA | _PASSING)
     seed: int = field(default=0, metadata=_DATA)
     offload: Literal["auto", "device", "cpu", "disk"] | bool = field(default="auto", metadata=_PASSING)
@@ -201,7 +207,8 @@ class FitSettings:
             raise ThoughtError(f'scale must be a finite number or "auto"; got {self.scale!r}.')
         if self.order not in ORDERS:
             raise ThoughtError(f"order must be one of {list(ORDERS)}; got {self.order!r}.")
-        counts = {"steps": self.steps, "pairs_per_step": self.pairs_per_step}
+        optional = ("steps", "pairs_per_step", "max_new_tokens")
+        counts = {name: getattr(self, name) for name in optional}
         check_counts(**{name: value for name, value in counts.items() if value is not None})
         by_site = {
             name: value
@@ -211,12 +218,12 @@ class FitSettings:
         solved = {**({} if self.rank == "usual" else {"rank": self.rank}), **by_site}
         check_solve_settings(**{name: value for name, value in solved.items() if not _is_auto(value)})
         weight = self.answer_weight
-        if weight != "change" and not (is_finite(weight) and weight > 0):
-            raise ThoughtError(f'answer_weight must be a finite number above 0, or "change"; got {weight!r}.')
+        if weight is not None and not (is_finite(weight) and weight > 0):
+            raise ThoughtError(f"answer_weight must be a finite number above 0; got {weight!r}.")
         if type(self.preserve_tokens) is not int or self.preserve_tokens < 2:
             raise ThoughtError(f"preserve_tokens must be a whole number of 2 or more; got {self.preserve_tokens!r}.")
         self._check_generate()
-        check_counts(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        check_counts(batch_size=self.batch_size)
         place = {True: "cpu", False: "device"}[self.offload] if isinstance(self.offload, bool) else self.offload
         if place not in OFFLOAD:
             raise ThoughtError(
@@ -263,14 +270,14 @@ class FitSettings:
         more than one step, since no block can undo what the others have added.
         """
         alone = tuple(self.sites or DEFAULT_SITES) == ("mlp_in",)
-        steps, step_size = (2, 0.5) if alone else (1, 1.0)
+        steps, step_size, answer_weight = (2, 0.5, 100.0) if alone else (1, 1.0, ANSWER_WEIGHT)
         ridge, preserve_weight = (RIDGE, 1.0) if alone else (None, None)
         return replace(
             self,
             steps=steps if self.steps is None else self.steps,
             step_size=step_size if self.step_size is None else self.step_size,
+            answer_weight=answer_weight if self.answer_weight is None else self.answer_weight,
             ridge=ridge if self.ridge is None else self.ridge,
-            answer_weight=100.0 if alone and self.answer_weight == "change" else self.answer_weight,
             preserve_weight=preserve_weight if self.preserve_weight is None else self.preserve_weight,
         )
 
@@ -309,6 +316,11 @@ class FitSettings:
 def directions_for(long: bool) -> int:
     """k of the preservation statistics for an instruction, a long one or not."""
     return LONG_DIRECTIONS if long else DIRECTIONS
+
+
+def outputs_for(long: bool) -> int:
+    """The longest output where that is left out, for an instruction, a long one or not."""
+    return LONG_OUTPUT_TOKENS if long else OUTPUT_TOKENS
 
 
 def takes_settings(**where: bool) -> Callable[[_Function], _Function]:

@@ -21,7 +21,7 @@ from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.runs.generate import check_options
-from lit_thought.settings import FitSettings, register_paths, takes_settings
+from lit_thought.settings import FitSettings, outputs_for, register_paths, takes_settings
 from lit_thought.statistics.distributed import gather_json, share
 
 __all__ = ["PairDataModule", "Written"]
@@ -141,6 +141,11 @@ class PairDataModule(LightningDataModule):
         kind, text = self.form(tokenizer), self.instruction
         return kind == "document" or (kind == "system" and text is not None and is_long(tokenizer, text))
 
+    def longest(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The most tokens of an output that the instructed model writes."""
+        own = self.settings.max_new_tokens
+        return outputs_for(self.is_long(tokenizer)) if own is None else own
+
     @property
     def expected(self) -> int:
         """How many pairs there will be, about, with those that are still to be written."""
@@ -196,7 +201,7 @@ class PairDataModule(LightningDataModule):
         Raises:
             ThoughtError: when one overflows the context window, counting what may yet be generated.
         """
-        longest = self.settings.max_new_tokens
+        longest = self.longest(tokenizer)
         self.tokenised = []
         for index, (pair, instruction) in enumerate(zip(self.pairs, self.instructions, strict=True)):
             tokens = self.template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from tqdm.auto import tqdm
@@ -29,7 +29,7 @@ from lit_thought.runs.generate import generate
 from lit_thought.runs.runner import Stage, StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import ANSWER_WEIGHT, DEFAULT_SITES, LONG_SITES, FitSettings, directions_for
+from lit_thought.settings import DEFAULT_SITES, LONG_SITES, FitSettings, directions_for
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.preserve_file import Preservation
@@ -57,7 +57,7 @@ def prepare_pairs(
     progress: bool = False,
 ) -> None:
     """Write inputs where some are to be written, tokenise all pairs of ``data``, write their missing outputs, and batch
-    them, at its answer weight or the usual mean.
+    them, at its answer weight or the default.
 
     Raises:
         ThoughtError: when a prompt overflows the context window, or no input can be written.
@@ -66,7 +66,9 @@ def prepare_pairs(
     write_inputs(data, model, tokenizer, progress)
     data.tokenise(tokenizer, limit)
     data.complete(tokenizer, write_outputs(data, model, tokenizer, progress), limit)
-    data.select(tokenizer, range(len(data.pairs)), _mean(data.settings.answer_weight), model.device)
+    weight = data.settings.settled().answer_weight
+    assert weight is not None
+    data.select(tokenizer, range(len(data.pairs)), weight, model.device)
 
 
 def write_inputs(
@@ -152,7 +154,7 @@ def write_outputs(
                 tokenizer,
                 [data.tokenised[i].instructed_ids for i in members],
                 stop=data.template.stop,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=data.longest(tokenizer),
                 batch_size=settings.batch_size,
                 seed=settings.seed,
                 progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
@@ -210,10 +212,6 @@ def largest_rank(blocks: Sequence[Block], stages: Sequence[Stage]) -> int:
     """The largest rank that all layers of these stages allow."""
     sites = [blocks[stage.block].sites[stage.site] for stage in stages]
     return min(min(site.d_in, site.d_out) for site in sites)
-
-
-def _mean(answer_weight: float | Literal["change"]) -> float:
-    return ANSWER_WEIGHT if answer_weight == "change" else answer_weight
 
 
 class Preparation:
@@ -285,7 +283,7 @@ class Preparation:
         with self.stopwatch("prepare"):
             identity = common_fingerprint(model)
         if settings.resume_dir is not None:
-            kept, summing = kept_settings(settings, self.preserved, data), settings.statistics_dir is not None
+            kept, summing = self._kept(), settings.statistics_dir is not None
             whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size, summing)
             self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
             if self.unfinished.inputs is not None:
@@ -296,7 +294,7 @@ class Preparation:
             data.tokenise(tokenizer, limit)
             if first and (told := data.saves_nothing()):
                 _log.warning(told)
-            self._plan(len(data.missing) * data.settings.max_new_tokens)
+            self._plan(len(data.missing) * data.longest(tokenizer))
             if data.missing and data.settings.generate and data.known is None:
                 try_options(data, model, tokenizer)
         apart = not data.template.is_chat
@@ -321,8 +319,7 @@ class Preparation:
         if self.unfinished is not None:
             trainer.strategy.barrier("resume")
             self.unfinished.start(data.written, data.inputs())
-        kept = kept_settings(self.settings, self.preserved, data)
-        self.provenance = describe(kept, model, self.blocks, identity, data, settings.store_instruction)
+        self.provenance = describe(self._kept(), model, self.blocks, identity, data, settings.store_instruction)
         if settings.statistics_dir is not None and first:
             entry = self.preservation.path.name if self.preservation is not None else None
             uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
@@ -331,6 +328,9 @@ class Preparation:
         if data.val_pairs and (first or is_sharded(model)):  # of a sharded model all must run it
             with self.stopwatch("validate"):
                 self.validation = Validation(data, model, tokenizer, show and first)
+
+    def _kept(self) -> dict[str, Any]:
+        return kept_settings(self.settings, self.preserved, self.data, self.data.longest(self.module.tokenizer))
 
     def _plan(self, missing: int) -> None:
         """Batch the longest pairs of a step, refuse a fit that does not fit, and choose where its streams are kept.
@@ -351,18 +351,17 @@ class Preparation:
             processes=self.trainer.num_devices,
             steps=settings.steps,
             missing=missing,
-            weighings=(settings.steps if settings.pairs_per_step else 1) if self._answer_weight == "change" else 0,
+            weighings=(settings.steps if settings.pairs_per_step else 1) if self.long else 0,
         )
         self.storage = Storage(self.estimate.place)
 
     def _select(self, indices: Sequence[int]) -> None:
-        self.data.select(self.module.tokenizer, indices, _mean(self._answer_weight), self.module.device)
+        self.data.select(self.module.tokenizer, indices, self._answer_weight, self.module.device)
         self._weighed = False
 
     @property
-    def _answer_weight(self) -> float | Literal["change"]:
-        own = self.data.settings.answer_weight
-        return cast(Any, self.settings.answer_weight) if own == "change" else own
+    def _answer_weight(self) -> float:
+        return float(self.data.settings.answer_weight or self.settings.answer_weight)
 
     def start_step(self, step: int, patches: Mapping[tuple[int, str], SitePatch]) -> StreamRunner:
         """Streams for a step, over its pairs, with the patches so far."""
@@ -370,10 +369,10 @@ class Preparation:
         if settings.pairs_per_step is not None:
             first = step * settings.pairs_per_step
             self._select([i % every for i in range(first, first + settings.pairs_per_step)])
-        if not self._weighed and self._answer_weight == "change":
+        if not self._weighed and self.long:
             show = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
             with self.stopwatch("prepare"):
-                self.data.batches = weighed_by_change(self.module.model, self.data.batches, ANSWER_WEIGHT, show)
+                self.data.batches = weighed_by_change(self.module.model, self.data.batches, self._answer_weight, show)
         self._weighed = True
         runner = StreamRunner(
             self.module.model, self.blocks, self.sites, settings.order, self.storage, settings.blocks, patches

@@ -111,17 +111,20 @@ def versions() -> dict[str, str]:
     return {"lit_thought": lit_thought.__version__, **{package: version(package) for package in packages}}
 
 
-def kept_settings(settings: FitSettings, preserved: PreservationSource, data: PairDataModule) -> dict[str, Any]:
+def kept_settings(
+    settings: FitSettings, preserved: PreservationSource, data: PairDataModule, longest: int
+) -> dict[str, Any]:
     """Every setting that a fit's result depends on, as JSON values.
 
     Args:
         settings: the callback's, settled, with the sites that the model has.
         preserved: the unrelated text, or a file of its statistics.
         data: the pairs, with settings of their own.
+        longest: the most tokens of an output that is written.
     """
     sites = settings.sites or ()
     kept = settings.options(passing=False) | data.settings.options(data=True, passing=False)
-    if data.settings.answer_weight == "change":
+    if data.settings.answer_weight is None:
         kept["answer_weight"] = settings.answer_weight
     if not preserved:
         kept |= {"preserve_weight": 0.0, "preserve_tokens": 0}
@@ -132,6 +135,7 @@ def kept_settings(settings: FitSettings, preserved: PreservationSource, data: Pa
         "sites": list(sites),
         "parts": {site: list(own) for site, own in check_parts(settings.parts, sites).items()},
         "generate": dict(data.settings.generate or {}),
+        "max_new_tokens": longest,
         "preserve_file": None if preserved.file is None else preserved.file.digest,
         "pairs": len(data.pairs),
         "generated_outputs": len(data.missing),

@@ -37,7 +37,7 @@ class Validation:
             pairs=data.val_pairs,
             template=data.template,
             unrelated=None,
-            max_new_tokens=data.settings.max_new_tokens,
+            max_new_tokens=data.longest(tokenizer),
             batch_size=data.settings.batch_size,
             progress=progress,
         )

@@ -1,8 +1,8 @@
 """Which tokens of the answers a fit has to get right: those that the chunk changes.
 
-Most of an answer is what the model would say anyway, once it has begun: about a document all but the one token of ten
-that only the document says ("The bridge was opened in", "1893"), in a language or a voice all but what brings it there.
-With one weight for all, the least squares would spend itself on the many.
+Most of an answer about a document is what the model would say anyway, once it has begun ("The bridge was opened in"),
+and one token of ten is what only the document says ("1893"). As one weight for all, the least squares would spend
+itself on the many.
 """
 
 from __future__ import annotations

@@ -129,9 +129,9 @@ def evaluation_of(
 def fit_case(
     evaluation: Evaluation, case: Case, pairs: Sequence[Mapping[str, str]] | None, **changes: Any
 ) -> tuple[ThoughtPatch, dict[str, Any]]:
-    """:func:`fit_and_score` of a chunk in the usual way, with these changes; outputs are twice as long as those that
-    are tested. The template is left to the library, but for a word task's and a document's."""
-    usual = {"max_new_tokens": min(64, 2 * case.max_new_tokens), "progress": False, **case.settings}
+    """:func:`fit_and_score` of a chunk in the usual way, with these changes. The template is left to the library, but
+    for a word task's and a document's."""
+    usual = {"progress": False, **case.settings}
     template = case.template if case.given or case.door == "document" else None
     return fit_and_score(evaluation, case.chunk, pairs, template, {**usual, **changes})
 
@@ -183,13 +183,15 @@ def message_case(entry: Mapping[str, str], seed: int, test: int, max_new_tokens:
 
 
 def document_case(own: Document, max_new_tokens: int, settings: Mapping[str, Any]) -> Case:
-    """A document, and the questions about it that were worded by hand."""
+    """A document, and the questions about it that were worded by hand; what is fitted is twice as long as what is
+    tested, at most."""
     accepted = {row["input"]: row["outputs"] for row in own.questions}
 
     def judge(item: Mapping[str, str]) -> dict[str, bool]:
         return {run: contains(item[run], accepted[item["input"]]) for run in RUNS}
 
-    tested, how = [{"input": text} for text in accepted], {"kind": "document", **settings}
+    how = {"kind": "document", "max_new_tokens": 2 * max_new_tokens, **settings}
+    tested = [{"input": text} for text in accepted]
     return Case("document", own.name, own.chunk, PromptTemplate.chat(), tested, max_new_tokens, judge, [], how)
 
 

@@ -82,8 +82,7 @@ def changes(
 ) -> dict[str, tuple[ThoughtPatch, float]]:
     """Each method's change for a chunk, and its seconds from the completed pairs on."""
     template = case.template if case.given or case.door == "document" else None
-    tokens = min(64, 2 * case.max_new_tokens)
-    data = PairDataModule(None, case.chunk, template, max_new_tokens=tokens, seed=seed, **case.settings)
+    data = PairDataModule(None, case.chunk, template, seed=seed, **case.settings)
     prepare_pairs(data, model, tokenizer)
     completed = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
     given = [{"input": pair["input"]} for pair in data.pairs]

@@ -126,7 +126,7 @@ def test_batches_hold_every_compared_token_once() -> None:
         ({"batch_size": True}, "batch_size must"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of 1 or more; got 0"),
         ({"max_new_tokens": "64"}, "max_new_tokens must"),
-        ({"answer_weight": 0}, 'answer_weight must be a finite number above 0, or "change"; got 0'),
+        ({"answer_weight": 0}, "answer_weight must be a finite number above 0; got 0"),
         ({"answer_weight": -1.0}, "answer_weight must"),
         ({"answer_weight": float("nan")}, "answer_weight must"),
         ({"answer_weight": float("inf")}, "answer_weight must"),

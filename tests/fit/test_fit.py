@@ -42,7 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import evaluate
-from lit_thought.fit import callback
+from lit_thought.fit import callback, preparing
 from lit_thought.fit.api import transmute
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
@@ -54,6 +54,7 @@ from lit_thought.patch import adapter
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
+from lit_thought.runs.generate import Generation
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import SITES, check_parts
 from lit_thought.solve import sums as statistics
@@ -284,11 +285,7 @@ def test_the_progress_bar_counts_the_stages_of_all_steps(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("sites", "expected"),
-    [
-        (("mlp_in",), (1.0, 100.0, 2, 0.5)),
-        (("attn_out", "mlp_in"), (8.0, "change", 1, 1.0)),
-        (None, (8.0, "change", 1, 1.0)),
-    ],
+    [(("mlp_in",), (1.0, 100.0, 2, 0.5)), (("attn_out", "mlp_in"), (8.0, 30.0, 1, 1.0)), (None, (8.0, 30.0, 1, 1.0))],
 )
 def test_settings_that_depend_on_the_sites(sites: tuple[str, ...] | None, expected: tuple, tmp_path: Path) -> None:
     """Recorded, and used: the same patch as with the settings written out."""
@@ -803,6 +800,27 @@ def test_chats_are_preserved_where_the_template_is_no_chat(
     times = max(1.0, data.answer_tokens() / 120)
     larger = template is None or kind == "document"
     assert patch.provenance["settings"]["preserve_weight"] == pytest.approx((8.0 if larger else 3.0) / times**0.25)
+
+
+@pytest.mark.parametrize(
+    ("data", "longest"),
+    [({}, 32), ({"kind": "system"}, 32), ({"kind": "document"}, 64), ({"kind": "document", "max_new_tokens": 5}, 5)],
+)
+def test_the_longest_output(data: dict[str, Any], longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used wherever an output is written, and kept."""
+    asked: list[int] = []
+
+    def noted(model: Any, tokenizer: Any, prompts: Any, *, max_new_tokens: int, **_: Any) -> list[Generation]:
+        asked.append(max_new_tokens)
+        return [Generation("cold", True)] * len(prompts)
+
+    monkeypatch.setattr(preparing, "generate", noted)
+    monkeypatch.setattr(evaluation, "generate", noted)
+    both: dict[str, Any] = {"val_pairs": VAL_PAIRS, "rank": 2, **data}
+    patch = make_patch(make_model(), pairs=[{"input": "hot"}], **both)
+    assert patch.provenance["settings"]["max_new_tokens"] == longest
+    assert set(asked) == {longest}
+    assert len(asked) > 2
 
 
 # --- what it leaves alone ----------------------------------------------------------------------------------

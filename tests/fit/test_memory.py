@@ -469,11 +469,10 @@ def test_a_process_without_pairs_plans_as_well() -> None:
 @pytest.mark.parametrize(
     ("settings", "data", "times"),
     [
-        ({}, {}, 1),
-        ({"steps": 3}, {}, 1),
-        ({"steps": 3, "pairs_per_step": 3}, {}, 3),
-        ({}, {"answer_weight": 2.0}, 0),
-        ({"sites": ["mlp_in"]}, {}, 0),
+        ({}, {"kind": "document"}, 1),
+        ({"steps": 3}, {"kind": "document"}, 1),
+        ({"steps": 3, "pairs_per_step": 3}, {"kind": "document"}, 3),
+        ({}, {}, 0),
     ],
 )
 def test_weighing_is_in_the_estimate(

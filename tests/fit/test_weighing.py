@@ -148,21 +148,19 @@ def test_logits_of_some_tokens_are_those_of_a_full_forward(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "times"),
+    ("kind", "steps", "pairs_per_step", "times"),
     [
-        ({}, 1),
-        ({"kind": "document"}, 1),
-        ({"steps": 2}, 1),
-        ({"steps": 2, "pairs_per_step": 3}, 2),
-        ({"sites": "mlp_in"}, 0),
-        ({"answer_weight": 30.0}, 0),
-        ({"answer_weight": 30.0, "kind": "document"}, 0),
+        ("document", 1, None, 1),
+        ("document", 2, None, 1),
+        ("document", 2, 3, 2),
+        ("system", 1, None, 0),
+        (None, 1, None, 0),
     ],
 )
-def test_fits_take_these_weights_where_they_are_told_no_other(
-    settings: dict[str, Any], times: int, monkeypatch: pytest.MonkeyPatch
+def test_documents_are_fitted_with_these_weights(
+    kind: Any, steps: int, pairs_per_step: Any, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for the pairs of a step, with the usual mean."""
+    """Once for the pairs of a step, with the answer weight of the fit."""
     seen: list[float] = []
 
     def noted(model: Any, batches: Any, answer_weight: float, progress: bool) -> Any:
@@ -170,10 +168,9 @@ def test_fits_take_these_weights_where_they_are_told_no_other(
         return weighed_by_change(model, batches, answer_weight, progress)
 
     monkeypatch.setattr(preparing, "weighed_by_change", noted)
-    how = {"sites": "mlp_out", "answer_weight": "change", **settings}
+    how = {"kind": kind, "steps": steps, "pairs_per_step": pairs_per_step, "sites": "mlp_out", "answer_weight": 7.0}
     patch = make_patch(make_model(), **how)
-    assert seen == [30.0] * times
-    assert (patch.provenance["settings"]["answer_weight"] == "change") == bool(times)
+    assert seen == [7.0] * times
     monkeypatch.setattr(preparing, "weighed_by_change", lambda model, batches, *_: list(batches))
     assert (distance(patch, make_patch(make_model(), **how)) > 1e-3) == bool(times)
 
@@ -187,5 +184,5 @@ def test_failing_while_weighing_leaves_nothing_behind(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(weighing, "token_kl", fail)
     with pytest.raises(RuntimeError, match="no room"):
-        make_patch(model, answer_weight="change", rank=2)
+        make_patch(model, kind="document", rank=2)
     untouched.check()

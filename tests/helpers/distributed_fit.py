@@ -81,7 +81,7 @@ FITS: dict[str, dict[str, Any]] = {
     },
     "weighed": {
         "pairs": [{**p, "instruction": (INSTRUCTION, OTHER)[i > 3]} for i, p in enumerate(PAIRS)],
-        "data": {"instruction": None, "answer_weight": "change"},
+        "data": {"instruction": None, "kind": "document"},
         "shuffled": {"batch_size": 1},
         "thought": {"rank": 4},
     },
