@@ -10,14 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_thought.errors import check_counts
-from lit_thought.fit.estimate import (
-    Load,
-    estimate_bytes,
-    estimate_seconds,
-    fit_operations,
-    preserve_operations,
-    weighing_operations,
-)
+from lit_thought.fit.estimate import Load, estimate_bytes, estimate_seconds, fit_operations, preserve_operations
 from lit_thought.model.bare import bare_model
 from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
 from lit_thought.model.layers import layer_shape, sits_beside
@@ -139,11 +132,12 @@ def inspect_model(
     load = Load.typical(tokens, chunk_tokens)
     stages = stages_of(blocks, chosen)
     memory = estimate_bytes(model, blocks, stages, load, tokens)
-    fit = fit_operations(model, blocks, stages, load, tokens)
-    fit["forward"] += weighing_operations(model, blocks, load)
     seconds, preservation = (
         estimate_seconds(operations, fitted[-1].layer, model.device, tokens, len(fitted), asked=True)
-        for operations in (fit, preserve_operations(model, blocks, fitted, preserve_tokens))
+        for operations in (
+            fit_operations(model, blocks, stages, load, tokens),
+            preserve_operations(model, blocks, fitted, preserve_tokens),
+        )
     )
     return Inspection(
         model=model_name(model),
