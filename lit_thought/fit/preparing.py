@@ -145,7 +145,7 @@ def write_outputs(
         missing.setdefault(data.instructions[i], []).append(i)
     total = sum(map(len, missing.values()))
     own: list[Written] = []
-    settings = data.settings
+    settings, longest = data.settings, data.longest(tokenizer)
     with tqdm(total=total, desc="Generating outputs", unit="pair", disable=not progress or total == 0) as bar:
         for members in missing.values():
             before = bar.n
@@ -154,7 +154,7 @@ def write_outputs(
                 tokenizer,
                 [data.tokenised[i].instructed_ids for i in members],
                 stop=data.template.stop,
-                max_new_tokens=data.longest(tokenizer),
+                max_new_tokens=longest,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
                 progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
