@@ -22,6 +22,8 @@ from lit_thought.prompts.template import PromptTemplate
 __all__ = ["compared", "format_verdict"]
 
 _SAMPLES, _WIDTH = 3, 80
+_SHARED = ("max_new_tokens", "batch_size", "cache_dir")
+"""Settings of a fit that its evaluation takes over where they are given."""
 _INTERVAL = 0.02
 """Half-width of the interval of the unrelated text's perplexity: twice an evaluation's, for a quarter of the text."""
 
@@ -65,7 +67,7 @@ def compared(
         template=template,
         perplexity_interval=_INTERVAL,
         progress=progress,
-        **{name: settings[name] for name in ("max_new_tokens", "batch_size", "cache_dir")},
+        **{name: value for name in _SHARED if (value := settings[name]) is not None},
     )
     return {"inputs": whose, **found}
 
