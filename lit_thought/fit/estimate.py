@@ -346,7 +346,8 @@ def weighing_operations(model: PreTrainedModel, blocks: Sequence[Block], load: L
     """Those of :func:`~lit_thought.fit.weighing.weighed_by_change`, as :func:`fit_operations` counts them."""
     active, head = ModelSizes.of(model).active, model.get_output_embeddings()
     every = sum(_weights(block, active) for block in blocks) * (load.target + load.plain)
-    return 2 * (every + 2 * load.answers * (0 if head is None else head.weight.numel()))
+    embedding = 0 if head is None else sum(weight.numel() for weight in head.parameters())
+    return 2 * (every + 2 * load.answers * embedding)
 
 
 def _weights(block: Block, active: float) -> float:
