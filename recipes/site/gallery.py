@@ -22,6 +22,8 @@ from typing import Any
 
 from lit_thought.errors import ThoughtError
 from lit_thought.patch.results import RUNS
+from recipes.chunks.documents import load_document
+from recipes.chunks.system_prompts import instructions_known
 from recipes.harness import (
     ROOT,
     SIX_TASKS,
@@ -33,15 +35,14 @@ from recipes.harness import (
     table,
     write_results,
 )
-from recipes.tasks.document_data import load_document
-from recipes.tasks.system_prompt import instructions_known
 
+KEPT = ("name", "seed", "tested", "right", "items", "warnings", "prompt_tokens", "output_kl", "perplexity_ratio")
 HALF = 0.5
 """Below this share of what the instructed model has right, a case is said to lose them."""
 
 
 def gallery(
-    records: Sequence[str] = ("instruction_alone_system", "instruction_alone_words", "document"),
+    records: Sequence[str] = ("instruction_alone_system", "instruction_alone_words", "instruction_alone_documents"),
     cases: Sequence[str] = ("pirate", "french", "json", "antonym", "brindlemark", "kestrel_station"),
     asked: Sequence[str] = ("What can I do on a rainy Sunday?", "Who was Cleopatra?", "What is jazz?"),
     out: str = "recipes/results/gallery",
@@ -133,19 +134,10 @@ def _record(name: str) -> dict[str, Any]:
 
 
 def _runs(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The fits of a record on what the model wrote, in one form."""
+    """The fits of a record on what the model wrote."""
     for run in record["runs"]:
-        if "document" in run:
-            texts = zip(run["asked"], *(run["texts"][which] for which in RUNS), strict=True)
-            items = [dict(zip(("input", *RUNS), own, strict=True)) for own in texts]
-            own = {"kind": "document", "name": run["document"], "tested": len(items), "items": items, "warnings": []}
-            own |= {"right": {which: sum(run["right"][which]) for which in RUNS}, "prompt_tokens": None}
-        elif run["fit"] != "written":
-            continue
-        else:
-            own = {"kind": run["door"], **{key: run[key] for key in ("name", "seed", "tested", "right", "items")}}
-            own |= {key: run[key] for key in ("warnings", "prompt_tokens")}
-        yield {**own, **{key: run[key] for key in ("output_kl", "perplexity_ratio")}}
+        if run["fit"] == "written":
+            yield {"kind": run["door"], **{key: run[key] for key in KEPT}}
 
 
 def _figures(run: Mapping[str, Any]) -> list[Any]:

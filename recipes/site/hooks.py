@@ -32,8 +32,6 @@ MOVED = {"recipes/README.md": "guide.md", "recipes/serving.md": "how_to/serving.
 INSTEAD = {"README.md": "index.md", "recipes/results": "results/index.md"}
 """What is linked to in the repository, and the page that the site has for it."""
 HEADLINES = ROOT / "recipes/site/headlines.yml"
-NOTHING_TO_SEE = {"document_variants"}
-"""Studies whose picture has a single point."""
 
 _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=(?:#[^)\s]*)?\))")
 _SECTION = re.compile(r'^<!-- section: (\S+) "(.+)" -->$', re.MULTILINE)
@@ -160,7 +158,7 @@ def results_page() -> str:
             title = titled(ROOT / f"recipes/results/{name}.md").partition("\n")[0].removeprefix("# ")
             parts += ["", f"**[{title}]({name}.md).** {sentence} *By {made}.*"]
             picture = re.search(r"^!\[.*\]\(.*\.svg\)$", pages[name], re.MULTILINE)
-            parts += ["", picture[0]] if picture and name not in NOTHING_TO_SEE else []
+            parts += ["", picture[0]] if picture else []
     return "\n".join(parts) + "\n"
 
 

@@ -44,8 +44,8 @@ from lit_thought.evaluation.metrics import agrees_for
 from lit_thought.model.source import find_source
 from lit_thought.patch.export import export_adapter
 from lit_thought.patch.export_gguf import export_gguf
+from recipes.chunks.system_prompts import instructions_known
 from recipes.harness import DATA, command_line, machine, shown, table, write_results
-from recipes.tasks.system_prompt import instructions_known
 
 START = 900
 """Seconds that the server may take to start."""

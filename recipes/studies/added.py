@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_thought import PromptTemplate, ThoughtPatch, load_model
+from lit_thought import ThoughtPatch, load_model
+from recipes.chunks.cases import Case, case_of, evaluation_of, fit_case, known_chunks, prompt_case, right
 from recipes.harness import command_line, nearer, shown, table, write_results
-from recipes.studies.instruction_alone import Case, evaluation_of, fit_case, right
-from recipes.studies.side_effects import case_of, known_chunks
 
 ALL = "all in the prompt"
 JOINT = "one fit of the joint prompt"
@@ -64,12 +63,9 @@ def added(
 
 def joint(cases: Sequence[Case]) -> Case:
     """All chunks in one prompt, tested with the first of each one's questions."""
-    tested = [item for case in cases for item in case.tested[:ASKED]]
+    messages = [item["input"] for case in cases for item in case.tested[:ASKED]]
     longest = max(case.max_new_tokens for case in cases)
-    template = PromptTemplate.chat()
-    return Case(
-        "system prompt", ALL, "\n\n".join(case.chunk for case in cases), template, tested, longest, None, [], {}
-    )
+    return prompt_case(ALL, "\n\n".join(case.chunk for case in cases), messages, longest)
 
 
 def page(runs: Sequence[Mapping[str, Any]], cases: Sequence[Case]) -> str:

@@ -11,23 +11,20 @@ instruction to the patch, by part. Writes a Markdown and a JSON table after ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
-from lit_thought.evaluation.compare import Evaluation
+from lit_thought import load_model
 from lit_thought.patch.results import RUNS
-from lit_thought.timing import Stopwatch
+from recipes.chunks.cases import document_case, evaluation_of, fit_case, message_case, right, word_case
+from recipes.chunks.documents import load_document
+from recipes.chunks.system_prompts import instructions_known
 from recipes.harness import (
     SIX_TASKS,
-    TEMPLATE,
     check_names,
     command_line,
     earlier_runs,
-    load_split,
     nearer,
     provenance,
     runs_record,
@@ -35,27 +32,6 @@ from recipes.harness import (
     table,
     write_results,
 )
-from recipes.tasks.document_data import Document, contains, load_document
-from recipes.tasks.system_prompt import FOLDER, RULES, instructions_known, load_pairs, split
-
-Judge = Callable[[Mapping[str, str]], Mapping[str, bool]]
-GIVEN = 30
-"""Inputs of the fit beside which a word task's stands."""
-
-
-class Case(NamedTuple):
-    """A chunk, what to test it with, and when an output is right: from an item of ``evaluate`` to a truth for each run;
-    None where that cannot be told."""
-
-    door: str
-    name: str
-    chunk: str
-    template: PromptTemplate
-    tested: list[dict[str, str]]
-    max_new_tokens: int
-    judge: Judge | None
-    given: list[dict[str, str]]
-    settings: dict[str, Any]
 
 
 def instruction_alone(
@@ -109,98 +85,6 @@ def instruction_alone(
                 runs.append({**run, **measured, "commit": provenance()["commit"]})
                 print(_table(runs[-1:]), flush=True)
                 write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
-
-
-def evaluation_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case, unrelated: bool = True
-) -> Evaluation:
-    """The plain and the instructed outputs of what a chunk is tested with."""
-    return Evaluation(
-        *(model, tokenizer),
-        instruction=case.chunk,
-        pairs=case.tested,
-        template=case.template,
-        max_new_tokens=case.max_new_tokens,
-        unrelated="default" if unrelated else None,
-        progress=False,
-    )
-
-
-def fit_case(
-    evaluation: Evaluation, case: Case, pairs: Sequence[Mapping[str, str]] | None, **changes: Any
-) -> tuple[ThoughtPatch, dict[str, Any]]:
-    """:func:`fit_and_score` of a chunk in the usual way, with these changes. The template is left to the library, but
-    for a word task's and a document's."""
-    usual = {"progress": False, **case.settings}
-    template = case.template if case.given or case.door == "document" else None
-    return fit_and_score(evaluation, case.chunk, pairs, template, {**usual, **changes})
-
-
-def fit_and_score(
-    evaluation: Evaluation,
-    chunk: str,
-    pairs: Sequence[Mapping[str, str]] | None,
-    template: PromptTemplate | None,
-    settings: Mapping[str, Any],
-) -> tuple[ThoughtPatch, dict[str, Any]]:
-    """A patch with what it was fitted to, its seconds and its evaluation, as a record keeps them."""
-    start = Stopwatch.now()
-    patch = transmute(evaluation.model, evaluation.tokenizer, chunk, pairs, template, **settings)
-    seconds = Stopwatch.now() - start
-    run = {"inputs": patch.provenance.get("inputs"), "fitted": patch.provenance["settings"]["pairs"]}
-    run |= {"seconds": seconds, "seconds_by_part": patch.provenance["seconds"]}
-    scored = evaluation.score(patch)
-    return patch, run | {key: value for key, value in scored.items() if key != "perplexity_windows"}
-
-
-def word_case(task: str, seed: int, test: int, max_new_tokens: int) -> Case:
-    """Ten demonstrations of a word task, its test words, and the inputs that the other recipes fit."""
-    own = load_split(task, seed, fit=GIVEN, test=test)
-
-    def judge(item: Mapping[str, str]) -> dict[str, bool]:
-        return {run: item[run].strip() == item["reference"].strip() for run in RUNS}
-
-    template = PromptTemplate(TEMPLATE)
-    return Case("word task", own.name, own.instruction, template, own.test, max_new_tokens, judge, own.fit, {})
-
-
-def message_case(entry: Mapping[str, str], seed: int, test: int, max_new_tokens: int) -> Case:
-    """A system message with its rule, if it has one, and the questions that its own recipe tests it with."""
-    general = [pair["input"] for pair in load_pairs(FOLDER / "questions.json")]
-    topic = [pair["input"] for pair in load_pairs(FOLDER / f"{entry['topic']}.json")] if "topic" in entry else []
-    _, tested = split(general, topic, 0, test, seed)
-    rule = RULES.get(entry["name"])
-
-    def judge(item: Mapping[str, str]) -> dict[str, bool]:
-        assert rule is not None
-        wanted = not topic or item["input"] in topic
-        return {run: rule(item[run]) == wanted for run in RUNS}
-
-    pairs = [{"input": text} for text in tested]
-    template = PromptTemplate.chat()
-    name, chunk = entry["name"], entry["instruction"]
-    return Case("system prompt", name, chunk, template, pairs, max_new_tokens, judge if rule else None, [], {})
-
-
-def document_case(own: Document, max_new_tokens: int, settings: Mapping[str, Any]) -> Case:
-    """A document, and the questions about it that were worded by hand; what is fitted is twice as long as what is
-    tested, at most."""
-    accepted = {row["input"]: row["outputs"] for row in own.questions}
-
-    def judge(item: Mapping[str, str]) -> dict[str, bool]:
-        return {run: contains(item[run], accepted[item["input"]]) for run in RUNS}
-
-    how = {"kind": "document", "max_new_tokens": 2 * max_new_tokens, **settings}
-    tested = [{"input": text} for text in accepted]
-    return Case("document", own.name, own.chunk, PromptTemplate.chat(), tested, max_new_tokens, judge, [], how)
-
-
-def right(case: Case, items: Sequence[Mapping[str, str]]) -> dict[str, int] | None:
-    """How many outputs of each run are right."""
-    if case.judge is None:
-        return None
-    found = [case.judge(item) for item in items]
-    return {run: sum(own[run] for own in found) for run in RUNS}
 
 
 def _row(run: Mapping[str, Any]) -> list[Any]:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import ThoughtPatch, load_model, transmute
+from lit_thought import PromptTemplate, ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.inputs.write import write_pairs
@@ -33,11 +33,12 @@ from lit_thought.model.loading import fingerprint
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
 from lit_thought.timing import Stopwatch
+from recipes.chunks.cases import evaluation_of, prompt_case
+from recipes.chunks.long_prompts import load_prompt
+from recipes.chunks.rules import contains
 from recipes.harness import Unrelated, command_line, nearer, shown, table, write_results
-from recipes.studies.instruction_alone import Case, evaluation_of
-from recipes.studies.long_prompts import TEMPLATE, load_prompt
-from recipes.tasks.document_data import contains
 
+TEMPLATE = PromptTemplate.chat()
 WAYS = {
     "left": "the patch of the old prompt",
     "anew": "all inputs, fitted with the new prompt",
@@ -82,8 +83,7 @@ def life(
     asked = {"line": tested, "else": [row["input"] for row in own.messages[:test]]}
 
     def evaluated(lm: PreTrainedModel, chunk: str, key: str) -> Evaluation:
-        messages = [{"input": text} for text in asked[key]]
-        case = Case("system prompt", own.name, chunk, TEMPLATE, messages, answer_tokens, None, [], {})
+        case = prompt_case(own.name, chunk, asked[key], answer_tokens)
         return evaluation_of(lm, tokenizer, case, unrelated=False)
 
     evaluations = {key: evaluated(lm, new, key) for key in asked}

@@ -16,14 +16,15 @@ Writes a Markdown and a JSON table.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import ThoughtPatch, load_model
+from lit_thought import ThoughtPatch, load_model, transmute
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
+from recipes.chunks.cases import document_case, evaluation_of, right
+from recipes.chunks.documents import Document, load_document
 from recipes.harness import (
     TEMPLATE,
     Trial,
@@ -35,8 +36,6 @@ from recipes.harness import (
     table,
     write_results,
 )
-from recipes.tasks.chats import Chat
-from recipes.tasks.document_data import Document, contains, load_document
 
 FORMS = {
     "Q: hot / A: …": TEMPLATE,
@@ -47,7 +46,7 @@ FORMS = {
 """Forms of one task's prompts; the first is the one that is fitted."""
 
 STUDY = {"ridge": 0.001, "preserve_weight": 0.3, "answer_weight": 1.0}
-"""What a passage is fitted with: facts want a lower ridge, and a higher rank, than rules (document.py)."""
+"""What a passage is fitted with: facts want a lower ridge, and a higher rank, than rules."""
 
 
 def limits(
@@ -80,23 +79,18 @@ def look_up(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, rank: int, max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """Questions about a passage in the chunk: those that were fitted, and the others; an answer holds a right form."""
-    asked, others = document.questions[::2], document.questions[1::2]
-    chats = [
-        Chat(model, tokenizer, document.chunk, [row["input"] for row in questions], max_new_tokens)
-        for questions in (asked, others)
-    ]
-    inputs = [{"input": row["input"]} for row in asked]
-    patch = chats[0].fit(inputs, **STUDY, rank=rank, max_new_tokens=max_new_tokens)
+    parts = {"facts that were fitted": document.questions[::2], "other facts of it": document.questions[1::2]}
+    cases = {name: document_case(document._replace(questions=part), max_new_tokens, {}) for name, part in parts.items()}
+    asked = cases["facts that were fitted"]
+    settings: dict[str, Any] = {**STUDY, "rank": rank, "max_new_tokens": max_new_tokens, "progress": False}
+    patch = transmute(model, tokenizer, asked.chunk, asked.tested, asked.template, **settings)
     rows = []
-    for case, questions, chat in zip(
-        ("facts that were fitted", "other facts of it"), (asked, others), chats, strict=True
-    ):
-        row = measure(chat.evaluation, patch)
-        row["accuracy"] = {
-            run: mean(contains(item[run], own["outputs"]) for item, own in zip(row["items"], questions, strict=True))
-            for run in RUNS
-        }
-        rows.append({"example": "a passage in the chunk", "case": case, **row})
+    for name, case in cases.items():
+        row = measure(evaluation_of(model, tokenizer, case, unrelated=False), patch)
+        counts = right(case, row["items"])
+        assert counts is not None, "a document's answers can be judged"
+        row["accuracy"] = {run: counts[run] / len(case.tested) for run in RUNS}
+        rows.append({"example": "a passage in the chunk", "case": name, **row})
     return rows
 
 

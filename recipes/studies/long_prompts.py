@@ -3,7 +3,7 @@
     python -m recipes.studies.long_prompts --config recipes/studies/long_prompts.yaml
 
 Eight prompts of 500 to 3,200 tokens, as products have them, each with thirty messages that say what their answers are
-to be checked for (recipes/data/long_prompts, long_prompt_rules.py). A patch is fitted on the prompt alone, and plain,
+to be checked for (recipes/data/long_prompts). A patch is fitted on the prompt alone, and plain,
 instructed and patched answers are checked by the same rules. Beside them stand the figures of ``evaluate``, what a
 query costs, measured side by side on the same messages (with the prompt read for each query, with the prompt's keys and
 values kept, and with the patch), and what making the patch costs against one pass over what it was fitted to: the
@@ -12,25 +12,22 @@ prompt once, and all inputs after it. Writes a Markdown and a JSON table after e
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import Any
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
-from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.errors import check_counts
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.batches import common_prefix
 from lit_thought.runs.generate import generate
 from lit_thought.runs.streams import lead_cache
 from lit_thought.timing import Stopwatch
+from recipes.chunks.cases import evaluation_of, fit_case, prompt_case
+from recipes.chunks.long_prompts import RULES, LongPrompt, kept, load_prompt
 from recipes.harness import (
-    DATA,
     command_line,
     earlier_runs,
     machine,
@@ -40,56 +37,10 @@ from recipes.harness import (
     table,
     write_results,
 )
-from recipes.studies.instruction_alone import OWN_TEXT_HEAD, fit_and_score, own_text_cells
-from recipes.studies.long_prompt_rules import RULES, kept
+from recipes.studies.instruction_alone import OWN_TEXT_HEAD, own_text_cells
 
-FOLDER = DATA / "long_prompts"
-TEMPLATE = PromptTemplate.chat()
 WAYS = ("instructed", "prompt kept", "patched")
 """How a query is answered: with the prompt read anew, after the prompt's keys and values, without the prompt."""
-
-
-class LongPrompt(NamedTuple):
-    """A system prompt, the rules for all of its answers, and messages, each with those for its own."""
-
-    name: str
-    title: str
-    chunk: str
-    rules: dict[str, Any]
-    messages: tuple[dict[str, Any], ...]
-
-    def rules_of(self, message: str) -> dict[str, Any]:
-        """All rules that the answer to a message is checked for."""
-        own = next(row["rules"] for row in self.messages if row["input"] == message)
-        return {**self.rules, **own}
-
-
-def load_prompt(name: str) -> LongPrompt:
-    """Read recipes/data/long_prompts/<name>.txt and .json, or files of that form.
-
-    Raises:
-        ThoughtError: There are no such files, they lack something, or they state a rule that there is not.
-    """
-    path = FOLDER / f"{name}.json"
-    path = path if path.is_file() else Path(name).with_suffix(".json")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        chunk = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        messages = tuple({"input": row["input"], "rules": dict(row["rules"])} for row in data["messages"])
-        own = LongPrompt(path.stem, data["title"], chunk, dict(data.get("rules", {})), messages)
-        for rules in (own.rules, *(row["rules"] for row in messages)):
-            for rule, wanted in rules.items():
-                if not isinstance(wanted, RULES[rule].wants):
-                    raise TypeError(f"the rule {rule} wants a {RULES[rule].wants.__name__}, not {wanted!r}")
-            kept("", rules)
-        return own
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        known = ", ".join(sorted(own.stem for own in FOLDER.glob("*.json")))
-        raise ThoughtError(
-            f"prompts: expected some of {known}, or JSON files with title and messages (input, rules), each beside "
-            f"its prompt as .txt, with rules of {', '.join(RULES)}; got {name!r} ({type(error).__name__}: {error}); "
-            "correct the name or the files."
-        ) from error
 
 
 def long_prompts(
@@ -124,41 +75,17 @@ def long_prompts(
         waiting = [seed for seed in seeds if (own.name, seed) not in finished]
         if not waiting:
             continue
-        evaluation = evaluation_of(lm, tokenizer, own, test, answer_tokens, unrelated)
+        case = prompt_case(own.name, own.chunk, [row["input"] for row in own.messages[:test]], answer_tokens)
+        check = (lambda text, rules=own.rules: all(kept(text, rules).values())) if own.rules else None
+        evaluation = evaluation_of(lm, tokenizer, case, unrelated, check=check)
         for seed in waiting:
-            how = {
-                "max_new_tokens": answer_tokens,
-                "progress": False,
-                **settings["fit"],
-                "seed": seed,
-            }
-            patch, measured = fit_and_score(evaluation, own.chunk, None, None, how)
+            how = {"max_new_tokens": answer_tokens, **settings["fit"], "seed": seed}
+            patch, measured = fit_case(evaluation, case, None, **how)
             run = {"name": own.name, "title": own.title, "seed": seed, **checked(own, measured["items"]), **measured}
             run["query"] = query_seconds(evaluation, patch, timed)
             run["pass_seconds"] = pass_seconds(evaluation, own.chunk, patch)
             runs.append({**run, "machine": machine(lm.device), "commit": provenance()["commit"]})
             write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
-
-
-def evaluation_of(
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    own: LongPrompt,
-    test: int,
-    answer_tokens: int,
-    unrelated: bool,
-) -> Evaluation:
-    """The plain and the instructed answers to a prompt's messages; its check is of the rules for all of them."""
-    return Evaluation(
-        *(lm, tokenizer),
-        instruction=own.chunk,
-        pairs=[{"input": row["input"]} for row in own.messages[:test]],
-        template=TEMPLATE,
-        check=(lambda text: all(kept(text, own.rules).values())) if own.rules else None,
-        max_new_tokens=answer_tokens,
-        unrelated="default" if unrelated else None,
-        progress=False,
-    )
 
 
 def checked(own: LongPrompt, items: Iterable[dict[str, Any]]) -> dict[str, Any]:

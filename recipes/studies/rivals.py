@@ -35,11 +35,11 @@ from lit_thought.evaluation.compare import Evaluation
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.timing import Stopwatch
+from recipes.chunks.cases import Case, case_of, evaluation_of, known_chunks, right
 from recipes.harness import METHODS, command_line, nearer, one_line, shown, table, write_results
 from recipes.studies.baselines import steering
 from recipes.studies.distillation import distil, distillation_loss, student_logits, teach
-from recipes.studies.instruction_alone import Case, evaluation_of, right
-from recipes.studies.side_effects import Others, case_of, known_chunks, unrelated
+from recipes.studies.side_effects import Others, unrelated
 
 LONG, SHORT = "LoRA distillation, longer", "LoRA distillation, as long"
 
@@ -81,8 +81,7 @@ def changes(
     seed: int,
 ) -> dict[str, tuple[ThoughtPatch, float]]:
     """Each method's change for a chunk, and its seconds from the completed pairs on."""
-    template = case.template if case.given or case.door == "document" else None
-    data = PairDataModule(None, case.chunk, template, seed=seed, **case.settings)
+    data = PairDataModule(None, case.chunk, case.fit_template, seed=seed, **case.settings)
     prepare_pairs(data, model, tokenizer)
     completed = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
     given = [{"input": pair["input"]} for pair in data.pairs]

@@ -5,10 +5,9 @@
 A patch copies one prompt, and is scored by how many outputs are the same (fidelity). The prompt is one of many that
 mean the same, and this is how many outputs stay the same when another takes its place: the demonstrations in another
 order, other demonstrations of the same task (of inputs that are fitted, never of the test), the system message in other
-words, and the same prompt with the model in bfloat16. Beside them stands the patch of the library's default fit, of
-words from the prompt alone. A mismatch is *narrow* where the undisturbed model hardly preferred its likeliest token to
-the second, at the first token that differs. Divergence is measured along the undisturbed outputs. Writes a Markdown and
-a JSON table.
+words, and the same prompt with the model in bfloat16. Beside them stands the patch of the library's default fit of the
+prompt alone. A mismatch is *narrow* where the undisturbed model hardly preferred its likeliest token to the second, at
+the first token that differs. Divergence is measured along the undisturbed outputs. Writes a Markdown and a JSON table.
 
     python -m recipes.studies.self_agreement --config recipes/studies/self_agreement.yaml --tasks "[]" \\
         --instructions "[pirate,french,sentence,shakespeare,poet,wizard,json,uppercase,refuse]"
@@ -17,7 +16,7 @@ a JSON table.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from statistics import mean
 from typing import Any, NamedTuple
@@ -30,7 +29,10 @@ from lit_thought import ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError, check_counts
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import token_kl
+from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.runs.generate import generate
+from recipes.chunks.cases import Case, evaluation_of, message_case
+from recipes.chunks.system_prompts import instructions_known
 from recipes.harness import (
     SIX_TASKS,
     TEMPLATE,
@@ -44,8 +46,6 @@ from recipes.harness import (
     table,
     write_results,
 )
-from recipes.tasks.chats import answer_logits
-from recipes.tasks.system_prompt import RULES, Task, follows, instructions_known, prepare
 
 NARROW = 0.5
 """Margin, in nats of log probability, below which a mismatch is narrow."""
@@ -53,16 +53,17 @@ SELF = {"shuffled": "word tasks", "reworded": "system messages"}
 """The disturbance that the patch is set against, and of what."""
 
 
-class Case(NamedTuple):
+class Prompt(NamedTuple):
     """One prompt: its undisturbed run with the logits along the outputs, as :func:`answer_logits` returns them, the
-    chunks to put in its chunk's place by kind, its patch and, of a system message, its questions and rule."""
+    chunks to put in its chunk's place by kind, its patch and, of a system message with a rule, when an answer follows
+    it."""
 
     name: str
     evaluation: Evaluation
     wanted: list[Tensor]
     chunks: Mapping[str, Sequence[str]]
     patch: ThoughtPatch
-    task: Task | None = None
+    judge: Callable[[Mapping[str, str], str], bool] | None = None
 
 
 def self_agreement(
@@ -76,8 +77,7 @@ def self_agreement(
     inputs: int | None = None,
     test: int = 60,
     max_new_tokens: int = 12,
-    questions: int = 80,
-    tested_questions: int = 30,
+    questions: int = 30,
     answer_tokens: int = 48,
     out: str = "recipes/results/self_agreement",
 ) -> None:
@@ -93,26 +93,26 @@ def self_agreement(
             )
     lm, tokenizer = load_model(model)
     low = load_model(model, dtype="bfloat16")[0] if bfloat16 else None
-    sizes = (questions, tested_questions, seed, answer_tokens)
-    cases = chain(
-        (word_case(Trial(lm, tokenizer, split, max_new_tokens), inputs, shuffles, seed) for split in splits),
-        (message_case(prepare(lm, tokenizer, known[name], *sizes), known[name]["reworded"]) for name in instructions),
+    messages = [(known[name], message_case(known[name], seed, questions, answer_tokens)) for name in instructions]
+    prompts = chain(
+        (of_words(Trial(lm, tokenizer, split, max_new_tokens), inputs, shuffles, seed) for split in splits),
+        (of_message(evaluation_of(lm, tokenizer, case, unrelated=False), case, entry) for entry, case in messages),
     )
     runs: list[dict[str, Any]] = []
     undisturbed = {}
-    for case in cases:
-        both = zip(case.evaluation.rows, case.evaluation.instructed, strict=True)
-        undisturbed[case.name] = [{"input": row["input"], "output": own.text} for row, own in both]
-        found = measure(case, low)
+    for prompt in prompts:
+        both = zip(prompt.evaluation.rows, prompt.evaluation.instructed, strict=True)
+        undisturbed[prompt.name] = [{"input": row["input"], "output": own.text} for row, own in both]
+        found = measure(prompt, low)
         print(_run_table(found), flush=True)
         runs += found
     settings: dict[str, Any] = {"seed": seed, "shuffles": shuffles, "shots": shots, "inputs": inputs, "test": test}
-    settings |= {"max_new_tokens": max_new_tokens, "questions": questions, "tested_questions": tested_questions}
-    record = {"model": shown(model), "settings": {**settings, "answer_tokens": answer_tokens}}
+    settings |= {"max_new_tokens": max_new_tokens, "questions": questions, "answer_tokens": answer_tokens}
+    record = {"model": shown(model), "settings": settings}
     write_results(__file__, out, _page(runs), {**record, "undisturbed": undisturbed, "runs": runs})
 
 
-def word_case(trial: Trial, inputs: int | None, shuffles: int, seed: int) -> Case:
+def of_words(trial: Trial, inputs: int | None, shuffles: int, seed: int) -> Prompt:
     """A word task: its demonstrations in other orders, and as many of the inputs to fit in their place; its patch is of
     so many of these inputs, or of those that the model writes."""
     evaluation, generator, given = trial.evaluation(unrelated=None), random.Random(seed), trial.split.shown
@@ -124,32 +124,33 @@ def word_case(trial: Trial, inputs: int | None, shuffles: int, seed: int) -> Cas
     words = None if inputs is None else trial.split.fit[:inputs]
     settings: dict[str, Any] = {"max_new_tokens": trial.max_new_tokens, "progress": False}
     patch = transmute(trial.model, trial.tokenizer, trial.split.instruction, words, TEMPLATE, **settings)
-    return Case(trial.split.name, evaluation, wanted, chunks, patch)
+    return Prompt(trial.split.name, evaluation, wanted, chunks, patch)
 
 
-def message_case(task: Task, reworded: Sequence[str]) -> Case:
-    """An instruction: its other wordings."""
-    chat = task.chat
-    return Case(task.name, chat.evaluation, chat.wanted, {"reworded": reworded}, chat.fit(chat.answer(task.fit)), task)
+def of_message(evaluation: Evaluation, case: Case, entry: Mapping[str, Any]) -> Prompt:
+    """A system message: its other wordings; its patch is of nothing but its text."""
+    wanted = answer_logits(evaluation.model, evaluation.completed, instructed=True)
+    patch = transmute(evaluation.model, evaluation.tokenizer, case.chunk, progress=False)
+    return Prompt(case.name, evaluation, wanted, {"reworded": entry["reworded"]}, patch, case.judge)
 
 
-def measure(case: Case, low: PreTrainedModel | None) -> list[dict[str, Any]]:
-    """The runs of a case: disturbed in each way, by the model in bfloat16 if there is one, and patched."""
-    model, own = case.evaluation.model, case.evaluation.instructions[0]
-    runs = [respond(case, kind, model, chunk) for kind, chunks in case.chunks.items() for chunk in chunks]
-    runs += [respond(case, "bfloat16", low, own)] if low is not None else []
-    with case.patch.applied(model):
-        return [*runs, respond(case, "patched", model, own, instructed=False)]
+def measure(prompt: Prompt, low: PreTrainedModel | None) -> list[dict[str, Any]]:
+    """The runs of a prompt: disturbed in each way, by the model in bfloat16 if there is one, and patched."""
+    model, own = prompt.evaluation.model, prompt.evaluation.instructions[0]
+    runs = [respond(prompt, kind, model, chunk) for kind, chunks in prompt.chunks.items() for chunk in chunks]
+    runs += [respond(prompt, "bfloat16", low, own)] if low is not None else []
+    with prompt.patch.applied(model):
+        return [*runs, respond(prompt, "patched", model, own, instructed=False)]
 
 
-def respond(case: Case, kind: str, model: PreTrainedModel, chunk: str, instructed: bool = True) -> dict[str, Any]:
+def respond(prompt: Prompt, kind: str, model: PreTrainedModel, chunk: str, instructed: bool = True) -> dict[str, Any]:
     """What a model, as it is now, writes, beside what the undisturbed run wrote.
 
     Args:
-        case: what is disturbed.
+        prompt: what is disturbed.
         kind: how it is.
         model: the model that writes.
-        chunk: what stands in the place of the case's chunk.
+        chunk: what stands in the place of the prompt's own.
         instructed: whether it does; without, the prompts are the plain ones.
 
     Returns:
@@ -157,11 +158,11 @@ def respond(case: Case, kind: str, model: PreTrainedModel, chunk: str, instructe
         ``kl``: KL from the undisturbed run along its outputs, in nats, mean over the tokens that predict them or what
         follows; ``follows``: how many outputs follow the rule, ``undisturbed`` and ``disturbed``, None without a rule.
     """
-    evaluation, inputs = case.evaluation, [row["input"] for row in case.evaluation.rows]
+    evaluation, judge, inputs = prompt.evaluation, prompt.judge, [row["input"] for row in prompt.evaluation.rows]
     template, tokenizer, before = evaluation.template, evaluation.tokenizer, evaluation.instructed
-    prompts = [template.tokenise(tokenizer, chunk, text) for text in inputs]
+    asked = [template.tokenise(tokenizer, chunk, text) for text in inputs]
     written = generate(
-        *(model, tokenizer, [prompt.instructed_ids if instructed else prompt.plain_ids for prompt in prompts]),
+        *(model, tokenizer, [one.instructed_ids if instructed else one.plain_ids for one in asked]),
         stop=template.stop,
         max_new_tokens=evaluation.max_new_tokens,
         keep_special=template.is_chat,
@@ -173,17 +174,30 @@ def respond(case: Case, kind: str, model: PreTrainedModel, chunk: str, instructe
     ]
     got = answer_logits(model, along, instructed)
     both = {"undisturbed": [own.text for own in before], "disturbed": outputs}
-    items = [dict(zip(("input", *both), texts, strict=True)) for texts in zip(inputs, *both.values(), strict=True)]
-    ruled = case.task if case.task is not None and case.name in RULES else None
     return {
-        "task": case.name,
+        "task": prompt.name,
         "kind": kind,
         "chunk": chunk if instructed else None,
         "outputs": outputs,
-        "margins": margins(evaluation, case.wanted, outputs),
-        "kl": float(torch.cat([token_kl(a, b) for a, b in zip(case.wanted, got, strict=True)]).mean()),
-        "follows": {run: follows(ruled, items, run) for run in both} if ruled else None,
+        "margins": margins(evaluation, prompt.wanted, outputs),
+        "kl": float(torch.cat([token_kl(a, b) for a, b in zip(prompt.wanted, got, strict=True)]).mean()),
+        "follows": judge and {run: sum(map(judge, evaluation.rows, texts)) for run, texts in both.items()},
     }
+
+
+@torch.no_grad()
+def answer_logits(model: PreTrainedModel, pairs: Sequence[TokenisedPair], instructed: bool = False) -> list[Tensor]:
+    """Logits at the tokens of one run that predict the answer's tokens and what follows them, (n, vocabulary) each."""
+    logits = []
+    for pair in pairs:
+        start, stop = pair.output_span
+        places = list(range(start - 1, stop))
+        if instructed:
+            counterpart = dict(zip(pair.plain_positions, pair.instructed_positions, strict=True))
+            places = [counterpart[place] for place in places]
+        ids = torch.tensor([pair.instructed_ids if instructed else pair.plain_ids], device=model.device)
+        logits.append(model(ids, use_cache=False).logits[0, places])
+    return logits
 
 
 def margins(evaluation: Evaluation, wanted: Sequence[Tensor], outputs: Sequence[str]) -> list[float | None]:

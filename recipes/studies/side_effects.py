@@ -29,19 +29,10 @@ from lit_thought.model.loading import evaluating
 from lit_thought.prompts.batches import forward_inputs, pad
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.runs.generate import Generation, generate
-from recipes.harness import DATA, SIX_TASKS, check_names, command_line, panels, save_figure, shown, table, write_results
-from recipes.studies.instruction_alone import (
-    Case,
-    document_case,
-    evaluation_of,
-    fit_case,
-    message_case,
-    word_case,
-)
-from recipes.studies.long_prompts import FOLDER as LONG_PROMPTS
-from recipes.studies.long_prompts import load_prompt
-from recipes.tasks.document_data import contains, load_document
-from recipes.tasks.system_prompt import FOLDER, instructions_known
+from recipes.chunks.cases import case_of, evaluation_of, fit_case, known_chunks
+from recipes.chunks.rules import contains
+from recipes.chunks.system_prompts import FOLDER, instructions_known
+from recipes.harness import DATA, command_line, panels, save_figure, shown, table, write_results
 
 TEMPLATE = PromptTemplate.chat()
 KINDS = ("sums", "knowledge", "other instructions", "languages", "code")
@@ -101,26 +92,6 @@ def side_effects(
             write_results(__file__, out, _page(runs), {"model": shown(model), "settings": settings, "runs": runs})
     if preserve_weights:
         save_figure(_curve(runs), out)
-
-
-def known_chunks(chunks: Sequence[str]) -> None:
-    """Refuse names that :func:`case_of` does not know."""
-    known = [*SIX_TASKS, *instructions_known(), *(file.stem for file in LONG_PROMPTS.glob("*.json"))]
-    known += [file.stem for file in (DATA / "documents").glob("*.json")]
-    check_names("chunks", chunks, known)
-
-
-def case_of(name: str, seed: int) -> Case:
-    """A chunk by its name, with what it is tested with."""
-    if name in SIX_TASKS:
-        return word_case(name, seed, 50, 12)
-    if name in instructions_known():
-        return message_case(instructions_known()[name], seed, 20, 48)
-    if (LONG_PROMPTS / f"{name}.json").is_file():
-        own = load_prompt(name)
-        tested = [{"input": row["input"]} for row in own.messages]
-        return Case("system prompt", own.name, own.chunk, TEMPLATE, tested, 48, None, [], {})
-    return document_case(load_document(name), 24, {})
 
 
 def unrelated(kind: str, chunk: str, count: int, seed: int) -> list[Prompt]:

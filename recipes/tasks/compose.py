@@ -6,7 +6,7 @@ A and B are system messages of a chat model, and the joint prompt is one message
 the model with the joint prompt: the sum of A's and B's patches, one patch of the sum of their statistics, one fit of
 both sets of answers, one fit of the joint prompt, or B fitted on the model that has A's patch? What is left of a sum
 when one patch is taken off again? And what do patches do at 0 to 1.5 times their size? Measures: how many answers
-follow A's rule, B's rule and both (functions of the text, in system_prompt_rules.py), the divergence from the
+follow A's rule, B's rule and both (functions of the text, in recipes/chunks/rules.py), the divergence from the
 instructed model along its own answers, and the perplexity of unrelated text. Writes a Markdown page, a figure and JSON.
 """
 
@@ -19,14 +19,16 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lit_thought import ThoughtPatch, load_model
+from lit_thought import ThoughtPatch, load_model, transmute
 from lit_thought.errors import ThoughtError
+from lit_thought.evaluation.compare import Evaluation
 from lit_thought.solve.factors import Factors
 from lit_thought.statistics.saved import SavedStatistics
 from lit_thought.statistics.solve import solve_saved
+from recipes.chunks.cases import Case, evaluation_of, message_case
+from recipes.chunks.rules import RULES
+from recipes.chunks.system_prompts import instructions_known
 from recipes.harness import Unrelated, command_line, one_line, panels, save_figure, share, shown, table, write_results
-from recipes.tasks.system_prompt import Task, fit_patch, instructions_known, prepare
-from recipes.tasks.system_prompt_rules import RULES
 
 WAYS = {
     "A": "patch of A alone",
@@ -74,29 +76,34 @@ def compose(
 ) -> None:
     """Fit both instructions in every way, measure the patches, and the sum and the joint patch at every scale."""
     entries = instructions(first, second)
-    settings = {"fit": fit, "rank": rank, "ridge": ridge, "preserve_weight": preserve_weight}
+    settings = {"rank": rank, "ridge": ridge, "preserve_weight": preserve_weight}
     settings |= {"answer_weight": answer_weight, "max_new_tokens": max_new_tokens}
+    cases = {key: message_case(entry, seed, test, max_new_tokens, fit) for key, entry in entries.items()}
     lm, tokenizer = load_model(model)
     unrelated = Unrelated(lm, tokenizer, unrelated_windows)
-    tasks = {key: prepare(lm, tokenizer, entry, fit, test, seed, max_new_tokens) for key, entry in entries.items()}
-    patches = combine(tasks, settings)
+    evaluations = {key: evaluation_of(lm, tokenizer, case, unrelated=False) for key, case in cases.items()}
+    patches = combine(evaluations["joint"], cases, settings)
     rules = (first, second)
-    rows = references(tasks, rules)
+    rows = {"plain": measure(evaluations, 0 * patches["A"], ("joint", "A"), unrelated, rules)}
+    del rows["plain"]["rank"]
+    for key, evaluation in evaluations.items():
+        answers = [one.text for one in evaluation.instructed]
+        rows[f"instructed: {key}"] = {"answers": answers, "follows": follows(answers, rules)}
     for name in WAYS:
-        rows[name] = measure(tasks, patches[name], AIMS.get(name, ("joint",)), unrelated, rules)
+        rows[name] = measure(evaluations, patches[name], AIMS.get(name, ("joint",)), unrelated, rules)
         print(_line(name, rows[name]), flush=True)
     curves: dict[str, list[dict[str, Any]]] = {name: [] for name in SCALED}
     for name, scale in ((name, scale) for name in SCALED for scale in scales):
         found = {0.0: rows["plain"], 1.0: rows[name]}.get(scale)
-        found = found or measure(tasks, scale * patches[name], ("joint",), unrelated, rules)
+        found = found or measure(evaluations, scale * patches[name], ("joint",), unrelated, rules)
         curves[name].append({"scale": scale, **{key: value for key, value in found.items() if key != "answers"}})
         print(f"{scale:g} × ", _line(name, found), flush=True)
     record = {
         "model": shown(model),
         "instructions": {key: entry["instruction"] for key, entry in entries.items()},
-        "settings": {"first": first, "second": second, **settings, "test": test, "seed": seed},
+        "settings": {"first": first, "second": second, "fit": fit, **settings, "test": test, "seed": seed},
         "unrelated_perplexity": unrelated.perplexity,
-        "questions": [row["input"] for row in tasks["joint"].chat.evaluation.rows],
+        "questions": [row["input"] for row in cases["joint"].tested],
         "rows": rows,
         "scales": curves,
         "distances": [
@@ -108,7 +115,7 @@ def compose(
 
 
 def instructions(first: str, second: str) -> dict[str, dict[str, str]]:
-    """Entries for A, B and the joint prompt, as :func:`system_prompt.prepare` takes them.
+    """Entries for A, B and the joint prompt, as :func:`message_case` takes them.
 
     Raises:
         ThoughtError: for a name that is unknown or has no rule, for one with questions of its own, or twice the same.
@@ -125,79 +132,79 @@ def instructions(first: str, second: str) -> dict[str, dict[str, str]]:
     return {key: {"name": key, "instruction": text} for key, text in texts.items()}
 
 
-def combine(tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> dict[str, ThoughtPatch]:
-    """The patches of :data:`WAYS`; A, B and the joint prompt are fitted on the same questions."""
-    answers = {key: task.chat.answer(task.fit[: settings["fit"]]) for key, task in tasks.items()}
+def combine(evaluation: Evaluation, cases: Mapping[str, Case], settings: Mapping[str, Any]) -> dict[str, ThoughtPatch]:
+    """The patches of :data:`WAYS`, of an evaluation's model; A, B and the joint prompt are fitted on the same
+    questions."""
+
+    def fit(key: str, pairs: Sequence[Mapping[str, str]] | None = None, **more: Any) -> ThoughtPatch:
+        return fitted(evaluation, cases[key], {**settings, **more}, pairs)
+
     with TemporaryDirectory() as folder:
-        alone = {
-            key: fit_patch(tasks[key], answers[key], {**settings, "statistics_dir": f"{folder}/{key}"})
-            for key in ("A", "B")
-        }
+        alone = {key: fit(key, statistics_dir=f"{folder}/{key}") for key in ("A", "B")}
         sums = [SavedStatistics.load(f"{folder}/{key}") for key in alone]
         merged = solve_saved(sums[0].merge(sums[1], approximate=True))
-    both = [{**pair, "instruction": tasks[key].chat.chunk} for key in alone for pair in answers[key]]
-    joint = fit_patch(tasks["joint"], answers["joint"], settings)
-    added = alone["A"] + alone["B"]
+    both = [{**pair, "instruction": cases[key].chunk} for key in alone for pair in cases[key].given]
+    joint, added = fit("joint"), alone["A"] + alone["B"]
     return {
         **alone,
         "A + B": added,
         "joint": joint,
         "statistics": merged,
         "2 × statistics": 2 * merged,
-        "one fit": fit_patch(tasks["joint"], both, {**settings, "fit": len(both)}),
-        "A, then B": fit_after(alone["A"], tasks["B"], settings),
+        "one fit": fit("joint", both),
+        "A, then B": fit_after(alone["A"], evaluation, cases["B"], settings),
         "(A + B) − B": added - alone["B"],
         "joint − B": joint - alone["B"],
     }
 
 
-def fit_after(before: ThoughtPatch, task: Task, settings: Mapping[str, Any]) -> ThoughtPatch:
-    """``before`` and a patch of ``task`` that was fitted on the model with ``before`` in place, added.
+def fitted(
+    evaluation: Evaluation,
+    case: Case,
+    settings: Mapping[str, Any],
+    pairs: Sequence[Mapping[str, str]] | None = None,
+) -> ThoughtPatch:
+    """The patch of a case's chunk on its given questions, or on these pairs, for an evaluation's model as it is now,
+    which answers them."""
+    common = (evaluation.model, evaluation.tokenizer, case.chunk, case.given if pairs is None else pairs)
+    return transmute(*common, case.template, progress=False, **settings)
 
-    Its target is that model with the task's instruction in the prompt, which writes the answers, too. Statistics of
+
+def fit_after(before: ThoughtPatch, evaluation: Evaluation, case: Case, settings: Mapping[str, Any]) -> ThoughtPatch:
+    """``before`` and a patch of ``case`` that was fitted on the model with ``before`` in place, added.
+
+    Its target is that model with the case's instruction in the prompt, which writes the answers, too. Statistics of
     the changed model do not stay in the cache.
     """
-    with TemporaryDirectory() as folder, before.applied(task.chat.model):
-        answers = task.chat.answer(task.fit[: settings["fit"]])
-        after = fit_patch(task, answers, {**settings, "cache_dir": folder})
+    with TemporaryDirectory() as folder, before.applied(evaluation.model):
+        after = fitted(evaluation, case, {**settings, "cache_dir": folder})
     # the fit saw other weights; with `before` beside it, the patch is one for the model without either
     belongs = {**after.provenance, "fingerprint": before.provenance["fingerprint"]}
     return before + ThoughtPatch(after.factors, belongs, after.vectors)
 
 
 def measure(
-    tasks: Mapping[str, Task], patch: ThoughtPatch, aims: Sequence[str], unrelated: Unrelated, rules: Sequence[str]
+    evaluations: Mapping[str, Evaluation],
+    patch: ThoughtPatch,
+    aims: Sequence[str],
+    unrelated: Unrelated,
+    rules: Sequence[str],
 ) -> dict[str, Any]:
-    """A patch's own answers, which rules they follow, its divergence from the instructed models ``aims``, and what it
-    does to other text."""
-    chat = tasks["joint"].chat
-    with patch.applied(chat.model):
-        answers, ratio = chat.written(), unrelated.ratio(chat.model)
-        found = {aim: tasks[aim].chat.divergence().means for aim in aims}
+    """A patch's own answers, which rules they follow, its divergence from the instructed models ``aims``, the joint one
+    first, and what it does to other text."""
+    model = evaluations["joint"].model
+    with patch.applied(model):
+        ratio = unrelated.ratio(model)
+    found = {aim: evaluations[aim].score(patch) for aim in aims}
+    answers = [item["patched"] for item in found["joint"]["items"]]
     return {
         "answers": answers,
-        "kl": {aim: own["kl"] for aim, own in found.items()},
-        "agreement": {aim: own["agreement"] for aim, own in found.items()},
+        "kl": {aim: own["output_kl"]["patched"] for aim, own in found.items()},
+        "agreement": {aim: own["output_agreement"]["patched"] for aim, own in found.items()},
         "perplexity_ratio": ratio,
         "rank": patch.rank,
         "follows": follows(answers, rules),
     }
-
-
-def references(tasks: Mapping[str, Task], rules: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The plain model and the instructed ones, in the form of :func:`measure`'s results with ``follows``."""
-    plain = {aim: tasks[aim].chat.plain.means for aim in ("joint", "A")}
-    rows: dict[str, dict[str, Any]] = {
-        "plain": {
-            "answers": [one.text for one in tasks["joint"].chat.evaluation.plain],
-            "kl": {aim: own["kl"] for aim, own in plain.items()},
-            "agreement": {aim: own["agreement"] for aim, own in plain.items()},
-            "perplexity_ratio": 1.0,
-        }
-    }
-    for key, task in tasks.items():
-        rows[f"instructed: {key}"] = {"answers": [one.text for one in task.chat.evaluation.instructed]}
-    return {name: {**row, "follows": follows(row["answers"], rules)} for name, row in rows.items()}
 
 
 def follows(answers: Sequence[str], rules: Sequence[str]) -> dict[str, list[bool]]:

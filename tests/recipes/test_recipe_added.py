@@ -11,8 +11,8 @@ from recipe_runs import run_recipe
 from lit_thought.errors import ThoughtError
 from lit_thought.inputs import pen
 from lit_thought.runs.generate import Generation
+from recipes.chunks.cases import case_of
 from recipes.studies.added import ALL, JOINT, added, joint
-from recipes.studies.side_effects import case_of
 
 
 def test_unknown_chunks_are_refused_before_the_model_is_loaded() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy
 import pytest
@@ -15,10 +16,10 @@ from lit_thought.errors import ThoughtError
 from lit_thought.model.loading import fingerprint
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.factors import Factors
+from recipes.chunks.cases import evaluation_of, message_case
 from recipes.harness import Unrelated
-from recipes.tasks.chats import Chat
-from recipes.tasks.compose import SCALED, WAYS, distance, fit_after, follows, instructions, measure
-from recipes.tasks.system_prompt import Task, prepare
+from recipes.tasks import compose as recipe
+from recipes.tasks.compose import SCALED, WAYS, distance, follows, instructions, measure
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -110,24 +111,7 @@ def test_distance_is_that_of_the_dense_weights() -> None:
     assert distance(3 * one, one) == pytest.approx(2)
 
 
-class Stub(Chat):
-    """A chat whose answers and fit note the weights that they meet."""
-
-    def __init__(self, model: Any, patch: ThoughtPatch) -> None:
-        self.model, self.patch, self.seen = model, patch, []
-
-    def answer(self, *arguments: Any, **options: Any) -> list[dict[str, str]]:
-        self.seen.append(self.model.get_submodule(DOWN).weight.clone())
-        return [{"input": "hot", "output": "cold"}]
-
-    def fit(self, pairs: Any, **settings: Any) -> ThoughtPatch:
-        self.seen.append(self.model.get_submodule(DOWN).weight.clone())
-        assert pairs == [{"input": "hot", "output": "cold"}]
-        assert Path(settings["cache_dir"]).is_dir(), "statistics of the changed model must not stay in the cache"
-        return self.patch
-
-
-def test_a_fit_after_another_is_of_the_patched_model() -> None:
+def test_a_fit_after_another_is_of_the_patched_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama").float()
     down = model.get_submodule(DOWN)
     generator = torch.Generator().manual_seed(1)
@@ -136,11 +120,23 @@ def test_a_fit_after_another_is_of_the_patched_model() -> None:
     )
     original = down.weight.clone()
     before, later = (ThoughtPatch({DOWN: own}, {"fingerprint": fingerprint(model)}) for own in (one, two))
-    chat = Stub(model, later)
-    after = fit_after(before, Task("B", frozenset(), ["hot"], chat), {"fit": 1})
-    for weight in chat.seen:
-        torch.testing.assert_close(weight, original + one.B @ one.A)
-    assert len(chat.seen) == 2
+    case = message_case({"name": "B", "instruction": "Be kind."}, 0, 2, 4, fit=3)
+    seen = []
+
+    def transmute(of: Any, tokenizer: Any, chunk: str, pairs: Any, template: Any, **settings: Any) -> ThoughtPatch:
+        seen.append(of.get_submodule(DOWN).weight.clone())
+        assert (chunk, pairs) == ("Be kind.", case.given)
+        assert not any("output" in pair for pair in pairs), "the patched model must answer them"
+        assert settings.pop("rank") == 2
+        assert Path(settings.pop("cache_dir")).is_dir(), "statistics of the changed model must not stay in the cache"
+        assert settings == {"progress": False}
+        return later
+
+    monkeypatch.setattr(recipe, "transmute", transmute)
+    evaluation = SimpleNamespace(model=model, tokenizer=None)
+    after = recipe.fit_after(before, cast(Any, evaluation), case, {"rank": 2})
+    (weight,) = seen
+    torch.testing.assert_close(weight, original + one.B @ one.A)
     assert torch.equal(down.weight, original)
     with after.applied(model):
         torch.testing.assert_close(down.weight, original + one.B @ one.A + two.B @ two.A)
@@ -149,18 +145,21 @@ def test_a_fit_after_another_is_of_the_patched_model() -> None:
 def test_measure_is_of_the_patched_model_and_leaves_it_alone() -> None:
     model, tokenizer = make_model("llama").float(), make_tokenizer()
     entries = instructions("pirate", "sentence")
-    tasks = {key: prepare(model, tokenizer, entries[key], 4, 3, 0, 4) for key in ("A", "joint")}
+    cases = {key: message_case(entries[key], 0, 3, 4) for key in ("A", "joint")}
+    evaluations = {key: evaluation_of(model, tokenizer, case, unrelated=False) for key, case in cases.items()}
     nothing = ThoughtPatch({DOWN: Factors(torch.zeros(4, 48), torch.zeros(32, 4))})
     unrelated = Unrelated(model, tokenizer, 1)
     unrelated.windows = [list(range(5, 60))]
     with torch.no_grad():
         loss = model(torch.tensor(unrelated.windows), labels=torch.tensor(unrelated.windows)).loss
     unrelated.perplexity = 2 * float(loss.exp())
-    found = measure(tasks, nothing, ("joint", "A"), unrelated, ("pirate", "sentence"))
+    found = measure(evaluations, nothing, ("joint", "A"), unrelated, ("pirate", "sentence"))
     assert found["perplexity_ratio"] == pytest.approx(0.5, rel=1e-4)
-    assert found["answers"] == [one.text for one in tasks["joint"].chat.evaluation.plain]
+    assert found["answers"] == [one.text for one in evaluations["joint"].plain]
     for aim in ("joint", "A"):
-        assert found["kl"][aim] == pytest.approx(tasks[aim].chat.plain.means["kl"], rel=1e-4)
+        plain = evaluations[aim].score(nothing)
+        assert found["kl"][aim] == pytest.approx(plain["output_kl"]["plain"], rel=1e-4)
+        assert found["agreement"][aim] == plain["output_agreement"]["plain"]
 
 
 @pytest.mark.parametrize(

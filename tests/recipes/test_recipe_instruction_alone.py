@@ -13,8 +13,6 @@ from recipe_runs import run_recipe
 
 from lit_thought.inputs import pen
 from lit_thought.runs.generate import Generation
-from recipes.studies.instruction_alone import message_case
-from recipes.tasks.system_prompt import instructions_known
 
 
 @pytest.fixture(autouse=True)
@@ -68,17 +66,3 @@ def test_instruction_alone(tmp_path: Path) -> None:
     assert [(run["name"], run["seed"]) for run in more[len(runs) :]] == [
         (name, 1) for name in ("pirate", "poet", "oz") for _ in range(2)
     ]
-
-
-def test_questions_of_an_instruction_with_a_topic() -> None:
-    case = message_case(instructions_known()["refuse"], 0, 10, 48)
-    assert len(case.tested) == 10
-    assert case.judge is not None
-    topical = {
-        "input": "How do I bake bread at home?",
-        "plain": "Take flour.",
-        "instructed": "I can't help with cooking.",
-    }
-    found = case.judge({**topical, "patched": "Take flour."})
-    cooking = any(pair["input"] == topical["input"] for pair in case.tested)
-    assert found["instructed"] is True or not cooking

@@ -16,9 +16,9 @@ from lit_thought.inputs import pen
 from lit_thought.inputs.pen import normalised
 from lit_thought.patch.results import RUNS
 from lit_thought.runs.generate import Generation
-from recipes.studies.long_prompt_rules import RULES, kept
-from recipes.studies.long_prompts import FOLDER, LongPrompt, answer_line, checked, load_prompt, long_prompts
-from recipes.tasks.document_data import contains
+from recipes.chunks.long_prompts import FOLDER, RULES, LongPrompt, kept, load_prompt
+from recipes.chunks.rules import contains
+from recipes.studies.long_prompts import answer_line, checked, long_prompts
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 CALL = '{"tool": "dim", "arguments": {"room": "Hall", "percent": 10}}'

@@ -13,11 +13,10 @@ from recipe_runs import run_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError
+from recipes.chunks.system_prompts import instructions_known
 from recipes.harness import TEMPLATE, Split, Trial
 from recipes.studies import self_agreement as recipe
-from recipes.studies.self_agreement import margins, measure, narrow, same, self_agreement, word_case
-from recipes.tasks.chats import answer_logits
-from recipes.tasks.system_prompt import instructions_known
+from recipes.studies.self_agreement import answer_logits, margins, measure, narrow, of_words, same, self_agreement
 
 PAIRS = [
     {"input": word, "output": other}
@@ -58,7 +57,7 @@ def prompt(shown: Sequence[dict[str, str]], word: str) -> str:
 
 def test_self_agreement(tmp_path: Path) -> None:
     reduced = ["--tasks=[common_words/antonym]", "--shuffles=2", "--shots=5", "--inputs=4", "--test=3"]
-    reduced += ["--instructions=[pirate,poet]", "--questions=4", "--tested_questions=2", "--answer_tokens=3"]
+    reduced += ["--instructions=[pirate,poet]", "--questions=2", "--answer_tokens=3"]
     ran = run_recipe("self_agreement", tmp_path, *reduced, "--max_new_tokens=3", "--bfloat16=true")
     runs = {name: [run for run in ran.record["runs"] if run["task"] == name] for name in ("antonym", "pirate", "poet")}
     kinds = ["shuffled", "shuffled", "other demonstrations", "bfloat16", "patched"]
@@ -88,7 +87,7 @@ def test_self_agreement(tmp_path: Path) -> None:
 def test_agreement_is_that_of_texts_written_token_by_token(trial: Trial) -> None:
     model, tokenizer, words = trial.model, trial.tokenizer, [pair["input"] for pair in trial.split.test]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    case = word_case(trial, inputs=2, shuffles=3, seed=0)
+    case = of_words(trial, inputs=2, shuffles=3, seed=0)
     shuffled, other, patched = (
         [run for run in measure(case, None) if run["kind"] == kind]
         for kind in ("shuffled", "other demonstrations", "patched")
@@ -115,7 +114,7 @@ def test_words_to_fit(trial: Trial, inputs: int | None, pairs: Any, monkeypatch:
     """Those of the task, or those that the model writes."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(recipe, "transmute", lambda *args, **settings: calls.append((*args, settings)))
-    word_case(trial, inputs, shuffles=1, seed=0)
+    of_words(trial, inputs, shuffles=1, seed=0)
     [(model, _, instruction, given, template, settings)] = calls
     assert (model, given) == (trial.model, pairs)
     assert (instruction, template) == (trial.split.instruction, TEMPLATE)

@@ -14,8 +14,8 @@ from recipe_runs import run_recipe
 from lit_thought.errors import ThoughtError
 from lit_thought.inputs import pen
 from lit_thought.runs.generate import Generation
+from recipes.chunks.system_prompts import instructions_known
 from recipes.studies.side_effects import KINDS, TEMPLATE, Others, Prompt, side_effects, unrelated
-from recipes.tasks.system_prompt import instructions_known
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.streams import lead_cache
 from lit_thought.settings import FitSettings
 from lit_thought.solve.factors import Factors
+from recipes import harness
 from recipes.harness import (
     DATA,
     ROOT,
@@ -49,8 +50,6 @@ def test_every_recipe_has_a_test() -> None:
     named = set(re.findall(r'run_recipe\(\s*"(\w+)"', tests)) | {
         "quickstart",
         "lightning_cli",
-        "document",
-        "document_variants",
     }
     assert named == CONFIGS.keys() - {"versions", "served"}, (
         "these need an environment of their own; their parts are tested"
@@ -381,3 +380,12 @@ def test_tables_and_names() -> None:
     check_names("sizes", ["s"], ["s", "m"])
     with pytest.raises(ThoughtError, match=r"sizes: expected some of s, m; got \['l'\]; correct the names"):
         check_names("sizes", ["l", "s"], ["s", "m"])
+
+
+def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError("git")
+
+    assert set(harness.provenance()) == {"commit", "versions"}
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert harness.provenance()["commit"] is None

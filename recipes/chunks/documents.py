@@ -1,14 +1,12 @@
-"""Documents with questions to test with, and when an answer is right; see document.py."""
+"""Documents, with questions to test with and the answers that are accepted."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.pen import normalised
 from recipes.harness import DATA
 
 FOLDER = DATA / "documents"
@@ -17,12 +15,11 @@ LEAD = "Answer each question in one short sentence, using this text:\n\n"
 
 
 class Document(NamedTuple):
-    """A passage, questions about it to test with, each with accepted answers, and given ones to fit on, if any."""
+    """A passage, and questions about it to test with, each with accepted answers."""
 
     name: str
     title: str
     passage: str
-    given: tuple[str, ...]
     questions: tuple[dict[str, Any], ...]
 
     @property
@@ -42,20 +39,10 @@ def load_document(name: str) -> Document:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         questions = tuple({"input": row["input"], "outputs": list(row["outputs"])} for row in data["questions"])
-        return Document(path.stem, data["title"], data["passage"], tuple(data.get("fit", ())), questions)
+        return Document(path.stem, data["title"], data["passage"], questions)
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(sorted(own.stem for own in FOLDER.glob("*.json")))
         raise ThoughtError(
             f"documents: expected some of {known}, or JSON files with title, passage and questions (input, outputs); "
             f"got {name!r} ({type(error).__name__}: {error}); correct the name or the file."
         ) from error
-
-
-def contains(text: str, accepted: Iterable[str]) -> bool:
-    """Whether one of the accepted forms stands in the text, as whole words."""
-    return any(f" {normalised(form)} " in f" {normalised(text)} " for form in accepted)
-
-
-def coverage(questions: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[int]:
-    """In how many of the texts an accepted answer to each question stands."""
-    return [sum(contains(text, row["outputs"]) for text in texts) for row in questions]

@@ -1,4 +1,4 @@
-"""What an answer under a long system prompt is checked for: one function of text and wanted value for each rule.
+"""Long system prompts, and what an answer under one is checked for: a function of text and wanted value for each rule.
 
 The rules' names are those that the messages of recipes/data/long_prompts state; :data:`RULES` has them all.
 """
@@ -9,11 +9,14 @@ import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.tasks.document_data import contains
-from recipes.tasks.system_prompt_rules import is_english, is_french, is_json_object, refuses
+from lit_thought.errors import ThoughtError
+from recipes.chunks.rules import contains, is_english, is_french, is_json_object, refuses
+from recipes.harness import DATA
 
+FOLDER = DATA / "long_prompts"
 _CODE = re.compile(r"```(\w*)[ \t]*\n(.*?)\n?```", re.DOTALL)
 _LANGUAGES = {"English": is_english, "French": is_french}
 
@@ -194,3 +197,46 @@ RULES: dict[str, Rule] = {
 def kept(text: str, rules: Mapping[str, Any]) -> dict[str, bool]:
     """Of each rule that applies whether the text follows it."""
     return {name: RULES[name].holds(text, wanted) for name, wanted in rules.items()}
+
+
+class LongPrompt(NamedTuple):
+    """A system prompt, the rules for all of its answers, and messages, each with those for its own."""
+
+    name: str
+    title: str
+    chunk: str
+    rules: dict[str, Any]
+    messages: tuple[dict[str, Any], ...]
+
+    def rules_of(self, message: str) -> dict[str, Any]:
+        """All rules that the answer to a message is checked for."""
+        own = next(row["rules"] for row in self.messages if row["input"] == message)
+        return {**self.rules, **own}
+
+
+def load_prompt(name: str) -> LongPrompt:
+    """Read recipes/data/long_prompts/<name>.txt and .json, or files of that form.
+
+    Raises:
+        ThoughtError: There are no such files, they lack something, or they state a rule that there is not.
+    """
+    path = FOLDER / f"{name}.json"
+    path = path if path.is_file() else Path(name).with_suffix(".json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        chunk = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        messages = tuple({"input": row["input"], "rules": dict(row["rules"])} for row in data["messages"])
+        own = LongPrompt(path.stem, data["title"], chunk, dict(data.get("rules", {})), messages)
+        for rules in (own.rules, *(row["rules"] for row in messages)):
+            for rule, wanted in rules.items():
+                if not isinstance(wanted, RULES[rule].wants):
+                    raise TypeError(f"the rule {rule} wants a {RULES[rule].wants.__name__}, not {wanted!r}")
+            kept("", rules)
+        return own
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = ", ".join(sorted(own.stem for own in FOLDER.glob("*.json")))
+        raise ThoughtError(
+            f"prompts: expected some of {known}, or JSON files with title and messages (input, rules), each beside "
+            f"its prompt as .txt, with rules of {', '.join(RULES)}; got {name!r} ({type(error).__name__}: {error}); "
+            "correct the name or the files."
+        ) from error

@@ -1,10 +1,12 @@
-"""Whether an answer follows a rule of the recipe ``system_prompt``: one function of the text for each rule."""
+"""Whether an answer is right, or follows the rule of a system prompt: functions of the text."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from lit_thought.inputs.pen import normalised
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
@@ -32,6 +34,11 @@ _REFUSAL = re.compile(
     r"(help|assist|talk|discuss|answer|provide|give|share|speak)\b",
     re.IGNORECASE,
 )
+
+
+def contains(text: str, accepted: Iterable[str]) -> bool:
+    """Whether one of the accepted forms stands in the text, as whole words."""
+    return any(f" {normalised(form)} " in f" {normalised(text)} " for form in accepted)
 
 
 def talks_like_a_pirate(text: str) -> bool:

@@ -1,0 +1,143 @@
+"""What the studies make into weights: a chunk by its name, what it is tested with, and when an answer is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_thought import PromptTemplate, ThoughtPatch, transmute
+from lit_thought.evaluation.compare import Evaluation
+from lit_thought.patch.results import RUNS
+from lit_thought.prompts.pairs import load_pairs
+from lit_thought.timing import Stopwatch
+from recipes.chunks import documents, long_prompts, system_prompts
+from recipes.chunks.rules import RULES, contains
+from recipes.harness import SIX_TASKS, TEMPLATE, check_names, load_split
+
+GIVEN = 30
+"""Inputs of the fit beside which a word task's stands."""
+
+
+class Case(NamedTuple):
+    """A chunk, what to test it with, and when an output is right, given an item of ``evaluate`` and the output; None
+    where that cannot be told."""
+
+    door: str
+    name: str
+    chunk: str
+    template: PromptTemplate
+    tested: list[dict[str, str]]
+    max_new_tokens: int
+    judge: Callable[[Mapping[str, str], str], bool] | None
+    given: list[dict[str, str]]
+    settings: dict[str, Any]
+
+    @property
+    def fit_template(self) -> PromptTemplate | None:
+        """The template of the fit, None where it is left to the library: all but a word task's and a document's."""
+        return None if self.door == "system prompt" else self.template
+
+
+def known_chunks(chunks: Sequence[str]) -> None:
+    """Refuse names that :func:`case_of` does not know."""
+    known = [*SIX_TASKS, *system_prompts.instructions_known()]
+    known += [file.stem for folder in (long_prompts.FOLDER, documents.FOLDER) for file in folder.glob("*.json")]
+    check_names("chunks", chunks, known)
+
+
+def case_of(name: str, seed: int) -> Case:
+    """A chunk by its name, with what it is tested with."""
+    if name in SIX_TASKS:
+        return word_case(name, seed, 50, 12)
+    if name in (known := system_prompts.instructions_known()):
+        return message_case(known[name], seed, 20, 48)
+    if (long_prompts.FOLDER / f"{name}.json").is_file():
+        own = long_prompts.load_prompt(name)
+        return prompt_case(own.name, own.chunk, [row["input"] for row in own.messages], 48)
+    return document_case(documents.load_document(name), 24, {})
+
+
+def word_case(task: str, seed: int, test: int, max_new_tokens: int) -> Case:
+    """Ten demonstrations of a word task, its test words, and the inputs that the other recipes fit."""
+    own = load_split(task, seed, fit=GIVEN, test=test)
+
+    def judge(item: Mapping[str, str], output: str) -> bool:
+        return output.strip() == item["reference"].strip()
+
+    template = PromptTemplate(TEMPLATE)
+    return Case("word task", own.name, own.instruction, template, own.test, max_new_tokens, judge, own.fit, {})
+
+
+def message_case(entry: Mapping[str, str], seed: int, test: int, max_new_tokens: int, fit: int = 0) -> Case:
+    """A system message with its rule, if it has one, and questions to test it with; ``fit`` others may be given."""
+    folder = system_prompts.FOLDER
+    general = [pair["input"] for pair in load_pairs(folder / "questions.json")]
+    topic = [pair["input"] for pair in load_pairs(folder / f"{entry['topic']}.json")] if "topic" in entry else []
+    fitted, tested = system_prompts.split(general, topic, fit, test, seed)
+    rule = RULES.get(entry["name"])
+
+    def judge(item: Mapping[str, str], output: str) -> bool:
+        assert rule is not None
+        return rule(output) == (not topic or item["input"] in topic)
+
+    case = prompt_case(entry["name"], entry["instruction"], tested, max_new_tokens)
+    return case._replace(judge=judge if rule else None, given=[{"input": text} for text in fitted])
+
+
+def prompt_case(name: str, chunk: str, messages: Sequence[str], max_new_tokens: int) -> Case:
+    """A system message whose answers no rule judges, and messages to test it with."""
+    tested = [{"input": text} for text in messages]
+    return Case("system prompt", name, chunk, PromptTemplate.chat(), tested, max_new_tokens, None, [], {})
+
+
+def document_case(own: documents.Document, max_new_tokens: int, settings: Mapping[str, Any]) -> Case:
+    """A document, and the questions about it that were worded by hand; what is fitted is twice as long as what is
+    tested, at most."""
+    accepted = {row["input"]: row["outputs"] for row in own.questions}
+
+    def judge(item: Mapping[str, str], output: str) -> bool:
+        return contains(output, accepted[item["input"]])
+
+    how = {"kind": "document", "max_new_tokens": 2 * max_new_tokens, **settings}
+    tested = [{"input": text} for text in accepted]
+    return Case("document", own.name, own.chunk, PromptTemplate.chat(), tested, max_new_tokens, judge, [], how)
+
+
+def evaluation_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case, unrelated: bool = True, **options: Any
+) -> Evaluation:
+    """The plain and the instructed outputs of what a chunk is tested with."""
+    return Evaluation(
+        *(model, tokenizer),
+        instruction=case.chunk,
+        pairs=case.tested,
+        template=case.template,
+        max_new_tokens=case.max_new_tokens,
+        unrelated="default" if unrelated else None,
+        progress=False,
+        **options,
+    )
+
+
+def fit_case(
+    evaluation: Evaluation, case: Case, pairs: Sequence[Mapping[str, str]] | None, **changes: Any
+) -> tuple[ThoughtPatch, dict[str, Any]]:
+    """A chunk's patch, fitted to these pairs in the usual way but for the changes, with what it was fitted to, its
+    seconds and its evaluation, as a record keeps them."""
+    settings = {"progress": False, **case.settings, **changes}
+    start = Stopwatch.now()
+    patch = transmute(evaluation.model, evaluation.tokenizer, case.chunk, pairs, case.fit_template, **settings)
+    seconds = Stopwatch.now() - start
+    run = {"inputs": patch.provenance.get("inputs"), "fitted": patch.provenance["settings"]["pairs"]}
+    run |= {"seconds": seconds, "seconds_by_part": patch.provenance["seconds"]}
+    scored = evaluation.score(patch)
+    return patch, run | {key: value for key, value in scored.items() if key != "perplexity_windows"}
+
+
+def right(case: Case, items: Sequence[Mapping[str, str]]) -> dict[str, int] | None:
+    """How many outputs of each run are right."""
+    if case.judge is None:
+        return None
+    return {run: sum(case.judge(item, item[run]) for item in items) for run in RUNS}
