@@ -44,7 +44,6 @@ SIX_TASKS = (
     "function_vectors/capitalize",
 )
 TEMPLATE = "Q: {input}\nA: {output}\n"
-_ONE_STEP: dict[str, Any] = {"sites": ("mlp_in",), "steps": 1, "step_size": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "both": {"sites": ("attn_out", "mlp_out")},
     "auto": {
@@ -56,23 +55,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "mlp_in": {"sites": ("mlp_in",)},
     "matrix": {"sites": ("mlp_in",), "parts": ("matrix",)},
     "vector": {"sites": ("mlp_in",), "parts": ("vector",)},
-    "mlp_in, 1 step": {**_ONE_STEP},
-    "matrix, 1 step": {**_ONE_STEP, "parts": ("matrix",)},
-    "vector, 1 step": {**_ONE_STEP, "parts": ("vector",)},
-    "mlp_in, teacher-forced": {**_ONE_STEP, "order": "teacher-forced"},
-    "mlp_in, blocks 15 to 29": {**_ONE_STEP, "blocks": tuple(range(15, 30))},
-    "mlp_in, block 20": {**_ONE_STEP, "blocks": (20,)},
-    "vector, block 20": {**_ONE_STEP, "blocks": (20,), "parts": ("vector",)},
-    "mlp_in, blocks 18 to 21": {**_ONE_STEP, "blocks": (18, 19, 20, 21)},
-    "mlp_in, 2 steps": {"sites": ("mlp_in",), "steps": 2, "step_size": 0.5},
-    "mlp_in, 3 batches": {"sites": ("mlp_in",), "steps": 3, "step_size": 0.5, "pairs_per_step": 10},
-    "mlp_in, 4 steps": {"sites": ("mlp_in",), "steps": 4, "step_size": 0.5},
-    "mlp_in, 4 short steps": {"sites": ("mlp_in",), "steps": 4, "step_size": 0.25},
-    "attn_out + mlp_in": {"sites": ("attn_out", "mlp_in"), "parts": ("matrix",)},
-    "all three": {"sites": ("attn_out", "mlp_in", "mlp_out"), "parts": ("matrix",)},
 }
 """What the recipes compare, as arguments of ``transmute``: our default, the same with settings chosen on pairs held
-back, its sites alone, the paper's site with thought matrix and thought vector together and apart, variants of it."""
+back, its sites alone, the paper's site with thought matrix and thought vector together and apart."""
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_a_recipe_is_shown_with_its_config(pages: dict[str, Html]) -> None:
     assert {
         "../source/recipes/studies/sweep.py.html",
         "../source/recipes/studies/theory.py.html",
-        "sweep_mlp_in.html",
+        "sweep_rank.html",
     } <= set(links)
 
 

@@ -31,7 +31,7 @@ def sweep(
     preserve_weights: Sequence[float] = (1.0, 3.0, 10.0),
     preserve_tokens: Sequence[int] = (9000,),
     ridges: Sequence[float] = (0.01, 0.03, 0.1),
-    answer_weights: Sequence[float] = (10.0,),
+    answer_weights: Sequence[float] = (30.0,),
     ranks: Sequence[int] = (16,),
 ) -> None:
     """Fit and score every combination of settings on every task and seed."""
