@@ -88,6 +88,20 @@ class _StopAtText(StoppingCriteria):
         return torch.tensor([_cut(text, self.stop)[1] for text in texts], device=input_ids.device)
 
 
+class _Report(StoppingCriteria):
+    """Stops nothing, and says after each token how many whole prompts the steps so far amount to, the most that the
+    batch may take being all of its own."""
+
+    def __init__(self, progress: Callable[[int], None], done: int, prompt_length: int, max_new_tokens: int) -> None:
+        self.progress, self.done = progress, done
+        self.prompt_length, self.max_new_tokens = prompt_length, max_new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        rows, length = input_ids.shape
+        self.progress(self.done + rows * (length - self.prompt_length) // self.max_new_tokens)
+        return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+
+
 def _cut(text: str, stop: str | None) -> tuple[str, bool]:
     """The text before ``stop``, which must follow something non-blank, and whether it was there."""
     blank = len(text) - len(text.lstrip())
@@ -169,7 +183,7 @@ def generate(
             runs one token of each.
         seed: seed of the sampling, where ``options`` switch it on; equal prompts are sampled independently. Or one for
             each prompt, with which equal prompts and seeds are sampled alike. The global generators are not used.
-        progress: called with the number of prompts done after each batch.
+        progress: called after each token with the number of prompts done, counting a batch in hand by its tokens.
         options: by transformers' names: do_sample, with temperature, top_k, top_p, min_p and typical_p (none unless
             given); eos_token_id, in the place of the model's; min_new_tokens, suppress_tokens, begin_suppress_tokens;
             repetition_penalty, no_repeat_ngram_size, bad_words_ids and sequence_bias, with which only prompts of one
@@ -224,8 +238,11 @@ def generate(
             cache = copy.deepcopy(lead)
             cache.batch_repeat_interleave(len(members))
             arguments |= cache_arguments(model, cache)
-        if stop:
-            arguments["stopping_criteria"] = StoppingCriteriaList([_StopAtText(tokenizer, ids.shape[1], stop)])
+        criteria: list[StoppingCriteria] = [_StopAtText(tokenizer, ids.shape[1], stop)] if stop else []
+        if progress is not None:
+            criteria.append(_Report(progress, len(results), ids.shape[1], max_new_tokens))
+        if criteria:
+            arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
         with _explained(options), _configured(model, config):
             output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, **arguments)
         for row, i in enumerate(members):

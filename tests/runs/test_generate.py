@@ -111,8 +111,11 @@ def test_more_are_written_at_once_than_batch_size_while_they_are_small(monkeypat
     def rows(count: int, longest: int = 1, batch_size: int = 8) -> list[int]:
         found: list[int] = []
         prompts = [LEAD + [20 + i] * longest for i in range(count)]
-        generate(model, SpellOut(), prompts, max_new_tokens=3, batch_size=batch_size, progress=found.append)
-        return np.diff([0, *found]).tolist()
+        with pytest.MonkeyPatch.context() as patch:
+            write = model.generate
+            patch.setattr(model, "generate", lambda **given: found.append(len(given["input_ids"])) or write(**given))
+            generate(model, SpellOut(), prompts, max_new_tokens=3, batch_size=batch_size)
+        return found
 
     assert rows(32) == [32]
     assert rows(33) == [17, 16]
@@ -357,9 +360,20 @@ def test_a_checkpoints_sampling_settings_do_not_make_it_sample(recwarn: pytest.W
 
 
 def test_progress_counts_prompts() -> None:
+    """After each token: of three that write four, 3/4 and 6/4 and 9/4 and 3 are done; the two others then likewise."""
     done: list[int] = []
-    generate(talkative("llama"), SpellOut(), PROMPTS, max_new_tokens=1, batch_size=1, progress=done.append)
-    assert done == [3, 5]
+    common = {"max_new_tokens": 4, "batch_size": 1, "options": {"min_new_tokens": 4}}
+    generate(talkative("llama"), SpellOut(), PROMPTS, progress=done.append, **common)
+    assert done == [0, 1, 2, 3, 3, 3, 4, 4, 5, 5]
+
+
+def test_progress_of_what_ends_early_comes_to_all() -> None:
+    model, done = talkative("llama"), []
+    (first,) = generate(model, SpellOut(), PROMPTS[:1], max_new_tokens=1)
+    options = {"eos_token_id": list(first.tokens)}
+    (ended,) = generate(model, SpellOut(), PROMPTS[:1], max_new_tokens=50, options=options, progress=done.append)
+    assert ended.finished
+    assert done == [0, 1]
 
 
 def test_the_model_is_left_as_it_was() -> None:
