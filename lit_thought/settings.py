@@ -124,8 +124,8 @@ class FitSettings:
         pairs_per_step: pairs that a step is solved from, the next ones each time; all pairs when left out.
         rank: rank of the patch: an integer, a fraction of explained energy in (0, 1), or None for full rank; left out
             ("usual"), 16, and 128 for a long instruction (kind).
-        ridge: λ ≥ 0, relative to the mean eigenvalue of the Gram matrix; left out, 0.03, and less for more answers
-            (:meth:`weighed`).
+        ridge: λ ≥ 0, relative to a weighted mean of the Gram matrix's eigenvalues, ‖Z‖² ÷ tr Z; left out, 0.03, and
+            less for more answers (:meth:`weighed`).
         answer_weight: weight of the output's tokens and the token before them, others weigh 1; left out, 30, and 100
             for mlp_in alone. For a long instruction (kind) their mean, of which each has the more the more the
             instruction changes it.
@@ -265,7 +265,7 @@ class FitSettings:
     def settled(self) -> FitSettings:
         """With what depends on the sites filled in, but for what depends on the answers, too (:meth:`weighed`).
 
-        What did best on held-back inputs of the word tasks (recipes/results/sweep*.md). A vector cannot tell inputs
+        What did best on held-back inputs of the word tasks (recipes/studies/sweep.py). A vector cannot tell inputs
         apart: at mlp_in alone it has to come from the tokens that matter, preservation can only shrink it, and it takes
         more than one step, since no block can undo what the others have added.
         """

@@ -134,7 +134,7 @@ def solve(
     Args:
         statistics: folder that fit wrote with --statistics_dir.
         out: folder to write the adapter to.
-        ridge: the ridge, relative to the mean eigenvalue of the Gram matrix; the fit's when left out.
+        ridge: the ridge, as for fit; the fit's when left out.
         rank: an integer, a fraction of explained energy in (0, 1), or full; the fit's when left out.
         preserve_weight: weight of the unrelated text against the pairs; the fit's when left out.
         step_size: how much of the (last) step's solution is added, in (0, 1]; the fit's when left out.

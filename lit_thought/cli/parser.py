@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -90,11 +91,17 @@ def command_parser(command: Command, usage: str | None = None) -> Any:
     for group in (*(_GROUPS[name] for name in own & _GROUPS.keys()), Output):
         parser.add_class_arguments(group, as_group=True)
     for action in parser._actions:
+        action.help = action.help and _as_typed(action.help)
         if isinstance(action.default, bool) and action.nargs is None:  # --overwrite is --overwrite true
             action.nargs, action.const = "?", True
         if hasattr(action, "_typehint"):
             _read_as_typed(action)
     return parser
+
+
+def _as_typed(text: str) -> str:
+    """What a docstring says of an argument, for a terminal: without references, and None as it is typed."""
+    return re.sub(r"\bNone\b", "null", re.sub(r"\s+\(:\w+:`[^`]+`[^()]*\)", "", text))
 
 
 def lists(parser: Any) -> set[str]:

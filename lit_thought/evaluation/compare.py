@@ -25,6 +25,7 @@ from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.card import number
 from lit_thought.patch.display import html_table
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.provenance import template_of
 from lit_thought.patch.results import RUNS, figures, items_text
 from lit_thought.patch.verdict import headline, warnings
 from lit_thought.prompts.alignment import TokenisedPair, check_context
@@ -58,7 +59,7 @@ def evaluate(
     *,
     instruction: str | None = None,
     pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = (),
-    template: str | PromptTemplate = DEFAULT_TEMPLATE,
+    template: str | PromptTemplate | None = None,
     check: Check | None = None,
     unrelated: TextSource | None = "default",
     perplexity_interval: float | None = 0.01,
@@ -78,7 +79,8 @@ def evaluate(
         model: the model the patch was made for, without the patch; left bit for bit as it was.
         tokenizer: its tokenizer.
         patch: a patch, or an adapter folder.
-        instruction, pairs, template: as in :func:`~lit_thought.fit.api.transmute`; outputs are the reference answers.
+        instruction, pairs: as in :func:`~lit_thought.fit.api.transmute`; outputs are the reference answers.
+        template: how they make a prompt; left out, the one that the patch was fitted with.
         check: a function of an output's text that says whether it is what it should be, such as
             ``lambda text: text.isupper()``; :mod:`lit_thought.evaluation.checks` has two.
         unrelated: text whose perplexity should not change: a text file, a list of texts, ``"default"`` (text
@@ -122,7 +124,8 @@ def evaluate(
         ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
 
     Raises:
-        ThoughtError: for bad input, such as another instruction than that of a patch that keeps a hash of it;
+        ThoughtError: for bad input, such as another instruction than that of a patch that keeps a hash of it, or no
+            template where the patch does not say which one it was fitted with;
             PatchError when the patch does not fit the model, UnsupportedModelError for what is none
             (:func:`~lit_thought.model.bare.bare_model`).
     """
@@ -131,13 +134,14 @@ def evaluate(
     check_instruction(patch.provenance, instruction, rows)
     model, tokenizer = bare_model(model), check_tokenizer(tokenizer)
     patch.validate(model)
+    chosen = template_of(patch.provenance) if template is None else template
     with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first
         result = Evaluation(
             model,
             tokenizer,
             instruction=instruction,
             pairs=rows,
-            template=template,
+            template=chosen,
             check=check,
             unrelated=unrelated,
             perplexity_interval=perplexity_interval,
@@ -174,7 +178,8 @@ class EvaluationResult(dict[str, Any]):
 
 
 class Evaluation:
-    """What does not depend on the patch, done once for several patches; the arguments are :func:`evaluate`'s.
+    """What does not depend on the patch, done once for several patches; the arguments are :func:`evaluate`'s, but for
+    the template, which is the default one where it is left out.
 
     Creating one writes the plain and the instructed outputs; the original model's losses on unrelated text are kept
     from one patch to the next.

@@ -92,7 +92,8 @@ class PairDataModule(LightningDataModule):
         with _about_val_pairs():
             self.val_pairs = load_pairs(val_pairs) if val_pairs is not None else []
             self.val_instructions = pair_instructions(self.val_pairs, instruction)
-        if template is None and self.given:
+        self._defaulted = template is None and bool(self.given)
+        if self._defaulted:
             template = DEFAULT_TEMPLATE
         self.given_template = None if template is None else PromptTemplate.parse(template)
         self._template = self.given_template
@@ -210,6 +211,16 @@ class PairDataModule(LightningDataModule):
         with _about_val_pairs():
             for index, (pair, instruction) in enumerate(zip(self.val_pairs, self.val_instructions, strict=True)):
                 check_context(self.template.tokenise(tokenizer, instruction, pair["input"]), limit, index, longest)
+
+    def is_no_chat(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A sentence where the template was left out, and is another than it would be without pairs; else empty."""
+        text = self.instruction or next(iter(self.instructions))
+        if not self._defaulted or not find_template(tokenizer, text, None).is_chat:
+            return ""
+        return (
+            f"The template is {DEFAULT_TEMPLATE!r}, since pairs are given and it is left out, so that prompts are no "
+            "chats. For those of the model's chat template, as without pairs, set it to chat."
+        )
 
     def saves_nothing(self) -> str:
         """A sentence where the prompts, tokenised, are no shorter without the chunk; else empty."""

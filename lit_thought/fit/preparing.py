@@ -292,7 +292,7 @@ class Preparation:
             write_inputs(data, model, tokenizer, show and first)
         with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
-            if first and (told := data.saves_nothing()):
+            for told in filter(None, (data.is_no_chat(tokenizer), data.saves_nothing()) if first else ()):
                 _log.warning(told)
             self._plan(len(data.missing) * data.longest(tokenizer))
             if data.missing and data.settings.generate and data.known is None:

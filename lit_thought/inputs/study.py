@@ -28,8 +28,8 @@ LISTED = 20
 """Questions asked for at once, ..."""
 LISTS = 8
 """... in as many samples of each wording in :data:`ASKING`."""
-ROUNDS = 8
-"""Most draws of questions about sentences."""
+ROUNDS, DRAWN = 8, 32
+"""Most draws of questions about sentences, and questions of a draw, or one about each sentence."""
 
 FORMS = (
     """Write a question that the text answers. The question says what it is about.
@@ -186,7 +186,7 @@ def _by_sentence(pen: Pen, document: str, subject: str, count: int, about: About
         wanting = [i for i, own in enumerate(kept) if len(own) < share]
         if not wanting or count <= 0:
             break
-        wanting *= -(-pen.batch_size // len(wanting))
+        wanting *= -(-DRAWN // len(wanting))
         form = FORMS[number % len(FORMS)]
         prompts = [pen.tokenizer(form.format(about=subject, sentence=parts[i]))["input_ids"] for i in wanting]
         for i, one in zip(wanting, pen.write(prompts, LONGEST, stop="\n", sampling=SAMPLING), strict=True):

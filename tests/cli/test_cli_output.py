@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,25 @@ def test_json_is_all_there_is_and_quiet_is_quiet(
     assert said.err == ""
     assert said.out.startswith("{\n")
     check(json.loads(said.out), clean)
+
+
+def test_inputs_ends_with_the_flags_to_fit_with(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fit with them is of what a fit without pairs would be of: kind and template are those that were found."""
+    words, _ = CASES["inputs"]
+    main(words)
+    said = capsys.readouterr().err.partition("Give them to fit with ")[2].strip()
+    assert shlex.split(said) == [
+        "--pairs",
+        "new.jsonl",
+        "--template",
+        "{input}\n{output}\n",
+        "--kind",
+        "demonstrations",
+    ]
+    main(["fit", "--out=new", "--model=model", LINES, *shlex.split(said), "--max_new_tokens=2", "--verdict=0"])
+    found = json.loads((clean / "new" / "thought.json").read_text())["provenance"]
+    assert found["settings"]["kind"] == "demonstrations"
+    assert found["template"]["text"] == "{input}\n{output}\n"
 
 
 def test_every_command_that_needs_no_network_is_tried() -> None:

@@ -42,6 +42,7 @@ def test_help_explains_every_flag_and_gives_an_example(name: str) -> None:
         assert not explanation.startswith("(type:"), f"a flag without explanation: --{flag}"
         flags[re.split(r"[ ,]", flag)[0]] = explanation
     assert set(COMMON) <= flags.keys()
+    assert not re.search(r":\w+:`|\bNone\b", text), "a terminal has no references, and a flag's None is null"
 
 
 def test_examples_can_be_parsed() -> None:

@@ -310,7 +310,7 @@ def test_batch_size_does_not_matter() -> None:
 def test_chat_prompts() -> None:
     model, tokenizer = readable(make_model()), make_tokenizer()
     patch = make_patch(model, template="chat", rank=4)
-    result = compare(model, tokenizer, patch, template="chat")
+    result = compare(model, tokenizer, patch)  # the patch's own template
     for text, item in zip(INPUTS, result["items"], strict=True):
         messages = [{"role": "user", "content": text}]
         system = {"role": "system", "content": INSTRUCTION}
@@ -320,6 +320,16 @@ def test_chat_prompts() -> None:
     assert result["kl"]["patched"] < result["kl"]["plain"]
     for name, value in own_text(model, tokenizer, patch, special=False).items():
         assert result["own_text"][name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_a_patch_that_does_not_say_its_template_needs_one() -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch = ThoughtPatch({"model.layers.1.mlp.down_proj": Factors(torch.zeros(4, 48), torch.zeros(32, 4))})
+    with pytest.raises(ThoughtError, match="template: the adapter does not say which one it was made with"):
+        compare(model, tokenizer, patch)
+    with pytest.raises(ThoughtError, match="template: the adapter does not say"):
+        compare(model, tokenizer, make_patch(model, rank=4) + make_patch(model, template="chat", rank=4))
+    assert all(item["patched"] == item["plain"] for item in compare(model, tokenizer, patch, template="chat")["items"])
 
 
 def test_own_text_counts_the_place_that_ends_an_output() -> None:
@@ -457,7 +467,7 @@ def _no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
     zeros = Factors(torch.zeros(1, 32), torch.zeros(32, 1))
-    patch = ThoughtPatch({"model.layers.0.self_attn.o_proj": zeros})
+    patch = ThoughtPatch({"model.layers.0.self_attn.o_proj": zeros}, {"template": PromptTemplate().to_dict()})
     foreign = ThoughtPatch(patch.factors, {"fingerprint": "of another model"})
     with pytest.raises(PatchError, match="this patch was made for"):
         compare(model, tokenizer, foreign)

@@ -162,6 +162,27 @@ def test_a_bad_value_of_an_option_is_refused_before_any_long_work(monkeypatch: p
         transmute(make_model(), TOKENIZER, INSTRUCTION, [{"input": "hot"}], generate={"do_sample": True, "top_p": 7})
 
 
+@pytest.mark.parametrize(
+    ("instruction", "template", "chats", "said"),
+    [
+        ("Jump.", None, True, True),
+        ("Jump.", "chat", True, False),
+        ("Jump.", "Q: {input}\nA: {output}\n", True, False),
+        ("Jump.", None, False, False),
+        (INSTRUCTION, None, True, False),  # a list in the default template's form
+    ],
+)
+def test_that_pairs_without_a_template_make_no_chats_is_said(
+    instruction: str, template: str | None, chats: bool, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer(chat=chats)
+    transmute(make_model(), tokenizer, instruction, PAIRS[:2], template, preserve=None, max_new_tokens=2)
+    assert ("The template is 'Q: {input}\\nA: {output}\\n', since pairs are given" in caplog.text) == said
+    own = [{**pair, "instruction": instruction} for pair in PAIRS[:2]]
+    assert bool(PairDataModule(own, None, template).is_no_chat(tokenizer)) == said
+    assert PairDataModule(None, "Jump.").is_no_chat(tokenizer) == ""
+
+
 def test_a_chunk_whose_tokens_are_not_saved_is_said() -> None:
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = (

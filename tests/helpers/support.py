@@ -167,7 +167,7 @@ class SupportTable:
         if missing or self.waiting:
             self.message = (
                 f"{self.path} was not written: {len(self.waiting)} tests did not run, and of {len(missing)} of "
-                f"{len(self.rows)} families the results are not complete. Run all of tests/test_families.py."
+                f"{len(self.rows)} families the results are not complete. Run all of tests/model/test_families.py."
             )
             return
         with atomic_file(self.path) as file:

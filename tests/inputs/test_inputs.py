@@ -233,6 +233,19 @@ def test_questions_about_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(f"Text: {sentence}\n" in prompt for prompt in script.prompts)
 
 
+def test_the_same_questions_about_a_document_in_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many are drawn at a time as were, whatever a batch holds."""
+
+    def written(batch_size: int) -> tuple[list[str], list[str]]:
+        script = Scripted(lambda prompt: f"What is number {len(script.prompts)} of the Harl bridge?")
+        monkeypatch.setattr(pens, "generate", script)
+        pen = Pen(tiny(), CHAT, batch_size=batch_size)
+        return write_questions(pen, PromptTemplate.chat(), DOCUMENT, "the Harl bridge", 30, Distinct()), script.prompts
+
+    usual = written(32)
+    assert written(3) == written(100) == usual
+
+
 @pytest.mark.parametrize(
     ("question", "wanted"),
     [
