@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 
 import pytest
 from recipe_runs import run_recipe
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs import pen
-from lit_thought.runs.generate import Generation
 from recipes.chunks.cases import case_of
 from recipes.studies.added import ALL, JOINT, added, joint
 
@@ -30,13 +27,8 @@ def test_all_chunks_in_one_prompt_are_asked_each_one_s_questions() -> None:
 
 
 @pytest.mark.slow
-def test_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    number = count()
-
-    def write(model: object, tokenizer: object, prompts: list, **options: object) -> list[Generation]:
-        return [Generation(f"What is the use of number {next(number)}?", True, ()) for _ in prompts]
-
-    monkeypatch.setattr(pen, "generate", write)
+@pytest.mark.usefixtures("_written")
+def test_added(tmp_path: Path) -> None:
     ran = run_recipe("added", tmp_path, "--chunks=[sentence,wizard]", "--fit={inputs: 6, max_new_tokens: 3}")
     runs = ran.record["runs"]
     total = "sum of the first 2"

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 from recipe_runs import run_recipe
 
-from lit_thought.inputs import pen
-from lit_thought.runs.generate import Generation
 
-
-@pytest.fixture(autouse=True)
-def _written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model writes no inputs that could be kept."""
-    numbers: Iterator[int] = count()
-
-    def write(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> list[Generation]:
-        return [Generation(f"is {next(numbers)} of Oz?", True) for _ in prompts]
-
-    monkeypatch.setattr(pen, "generate", write)
-
-
+@pytest.mark.usefixtures("_written")
 def test_instruction_alone(tmp_path: Path) -> None:
     rows = [{"input": "Who rules Oz?", "outputs": ["Ada"]}, {"input": "Where is Oz?", "outputs": ["here"]}]
     oz = {"title": "Oz", "passage": "Ada rules Oz. The city is green.", "questions": rows}

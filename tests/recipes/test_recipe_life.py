@@ -12,8 +12,6 @@ from recipe_runs import run_recipe
 from torch import nn
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs import pen
-from lit_thought.runs.generate import Generation
 from recipes.studies.life import WAYS, life, trained_on
 
 
@@ -46,13 +44,8 @@ def test_a_line_that_is_not_there_is_refused_before_the_model_is_loaded() -> Non
 
 
 @pytest.mark.slow
-def test_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = iter(range(10**6))
-
-    def write(model: object, tokenizer: object, prompts: list[object], **options: object) -> list[Generation]:
-        return [Generation(f"is {next(numbers)} of Oz?", True) for _ in prompts]
-
-    monkeypatch.setattr(pen, "generate", write)
+@pytest.mark.usefixtures("_written")
+def test_life(tmp_path: Path) -> None:
     rows = [{"input": "Who rules Oz?", "rules": {}}, {"input": "Where is Oz?", "rules": {}}]
     (tmp_path / "oz.json").write_text(json.dumps({"title": "Oz", "messages": rows}), encoding="utf-8")
     (tmp_path / "oz.txt").write_text("You are the guide of Oz. Ada rules it.\n", encoding="utf-8")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,8 @@ import pytest
 from recipe_runs import run_recipe
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs import pen
 from lit_thought.inputs.pen import normalised
 from lit_thought.patch.results import RUNS
-from lit_thought.runs.generate import Generation
 from recipes.chunks.long_prompts import FOLDER, RULES, LongPrompt, kept, load_prompt
 from recipes.chunks.rules import contains
 from recipes.studies.long_prompts import answer_line, checked, long_prompts
@@ -87,17 +83,6 @@ CASES: list[tuple[str, Any, list[str], list[str]]] = [
     ("uncommented", True, [CODE], [CODE.replace("0)", "0)  # the sum"), "no code"]),
     ("calls_none_of", ["abs", "print"], [CODE, "def f(): ..."], [CODE.replace("max", "print"), "def f(:"]),
 ]
-
-
-@pytest.fixture
-def _written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model writes no inputs that could be kept."""
-    numbers: Iterator[int] = count()
-
-    def write(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> list[Generation]:
-        return [Generation(f"is {next(numbers)} of Oz?", True) for _ in prompts]
-
-    monkeypatch.setattr(pen, "generate", write)
 
 
 @pytest.mark.parametrize(("rule", "wanted", "right", "wrong"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from recipe_runs import run_recipe
 from lit_thought import PairDataModule
 from lit_thought.errors import ThoughtError
 from lit_thought.fit.preparing import prepare_pairs
-from lit_thought.inputs import pen
-from lit_thought.runs.generate import Generation
 from recipes.studies.rivals import LONG, SHORT, page, rivals, trained
 
 
@@ -47,13 +44,8 @@ def test_a_chunk_without_a_rule_has_nothing_that_is_right() -> None:
 
 
 @pytest.mark.slow
-def test_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    number = count()
-
-    def write(model: object, tokenizer: object, prompts: list, **options: object) -> list[Generation]:
-        return [Generation(f"What is the use of number {next(number)}?", True, ()) for _ in prompts]
-
-    monkeypatch.setattr(pen, "generate", write)
+@pytest.mark.usefixtures("_written")
+def test_rivals(tmp_path: Path) -> None:
     ran = run_recipe(
         "rivals", tmp_path, "--chunks=[sentence]", "--rates=[0.01,0.001]", "--times=1.5", "--count=2",
         "--answer_tokens=3",

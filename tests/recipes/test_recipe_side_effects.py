@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,8 @@ from models import make_model, make_tokenizer
 from recipe_runs import run_recipe
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs import pen
-from lit_thought.runs.generate import Generation
 from recipes.chunks.system_prompts import instructions_known
 from recipes.studies.side_effects import KINDS, TEMPLATE, Others, Prompt, side_effects, unrelated
-
-
-@pytest.fixture(autouse=True)
-def _written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else writes the inputs of fits, for a tiny model cannot."""
-    number = count()
-
-    def write(model: object, tokenizer: object, prompts: list, **options: object) -> list[Generation]:
-        return [Generation(f"What is the use of number {next(number)}?", True, ()) for _ in prompts]
-
-    monkeypatch.setattr(pen, "generate", write)
 
 
 def test_prompts_are_of_five_kinds_and_leave_the_chunk_alone() -> None:
@@ -69,6 +55,7 @@ def test_agreement_is_that_of_single_passes() -> None:
     assert others.compared(None, None)["agreement"] == 1
 
 
+@pytest.mark.usefixtures("_written")
 def test_side_effects(tmp_path: Path) -> None:
     words = ("--chunks=[pirate]", "--preserve_weights=[1]", "--count=3", "--answer_tokens=4")
     ran = run_recipe("side_effects", tmp_path, *words, "--fit={inputs: 4, preserve_tokens: 50}")
