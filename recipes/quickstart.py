@@ -2,8 +2,8 @@
 
     python recipes/quickstart.py --config recipes/quickstart.yaml
 
-Fits the patch from 30 inputs without outputs, saves it as a PEFT adapter, loads that with PEFT alone, checks that
-it is the same model, and compares plain, instructed and patched on held-out words.
+Fits the patch from nothing but the demonstrations, saves it as a PEFT adapter, loads that with PEFT alone, checks that
+it is the same model, and compares plain, instructed and patched on words that were not fitted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from peft import PeftModel
 from lit_thought import evaluate, load_model, transmute
 from lit_thought.evaluation.compare import format_result
 from lit_thought.prompts.pairs import load_pairs
+from lit_thought.prompts.template import DEFAULT_TEMPLATE
 
 DATA = Path(__file__).parent / "data"
-TEMPLATE = "Q: {input}\nA: {output}\n"
 
 
 def quickstart(
@@ -37,7 +37,7 @@ def quickstart(
     Args:
         model: "smollm2" (the embedded default), a hub id or a local directory.
         task: a word task below recipes/data, or a JSON, JSONL or CSV file of input/output pairs.
-        seed: seed of the split into demonstrations, inputs to fit and test words.
+        seed: seed of the choice of demonstrations and test words.
         rank: rank of the adapter.
         test: most test words.
         out: folder to write the adapter to; a temporary one when left out.
@@ -47,12 +47,12 @@ def quickstart(
     file = DATA / f"{task}.json"
     pairs = load_pairs(file if file.is_file() else task)
     random.Random(seed).shuffle(pairs)
-    shown, unseen = pairs[:10], pairs[40 : 40 + test]
-    inputs = [{"input": pair["input"]} for pair in pairs[10:40]]
-    instruction = "".join(TEMPLATE.format(**pair) for pair in shown)
+    instruction = "".join(DEFAULT_TEMPLATE.format(**pair) for pair in pairs[:10])
 
-    print(f"Transmuting this instruction into weights, from {len(inputs)} inputs:\n\n{instruction}")
-    patch = transmute(lm, tokenizer, instruction, inputs, TEMPLATE, rank=rank, max_new_tokens=12)
+    print(f"Transmuting this instruction into weights; the model writes the inputs itself:\n\n{instruction}")
+    patch = transmute(lm, tokenizer, instruction, rank=rank, max_new_tokens=12)
+    fitted = {pair["input"] for pair in patch.provenance["inputs"]["pairs"]}
+    unseen = [pair for pair in pairs[10:] if pair["input"] not in fitted][:test]
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch) if out else Path(scratch) / "adapter"
@@ -69,7 +69,7 @@ def quickstart(
         print(f"Loaded by PEFT; largest difference of logits from the patched model: {difference:.1e}\n")
         lm = adapted.unload()
 
-    result = evaluate(lm, tokenizer, patch, instruction=instruction, pairs=unseen, template=TEMPLATE, max_new_tokens=12)
+    result = evaluate(lm, tokenizer, patch, instruction=instruction, pairs=unseen, max_new_tokens=12)
     print(format_result(result))
 
 

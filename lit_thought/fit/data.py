@@ -51,7 +51,8 @@ class PairDataModule(LightningDataModule):
             :class:`~lit_thought.prompts.template.PromptTemplate`; left out,
             :data:`~lit_thought.prompts.template.DEFAULT_TEMPLATE`, and where no pairs are given ``"chat"`` if the model
             has a chat template and the instruction is no list in the default template's form.
-        val_pairs: pairs to follow the fit with, step by step; nothing is fitted on them.
+        val_pairs: pairs to follow the fit with, step by step; nothing is fitted on them, and the model writes none of
+            their inputs.
         settings: answer_weight, batch_size, generate, inputs, kind, max_new_tokens and seed of
             :class:`~lit_thought.settings.FitSettings`.
 

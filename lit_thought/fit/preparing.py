@@ -103,6 +103,7 @@ def write_inputs(
             times=times,
             kind=settings.kind,
             given=data.given,
+            apart=data.val_pairs,
             seed=settings.seed,
             batch_size=settings.batch_size,
             advance=advance,

@@ -52,6 +52,7 @@ def write_pairs(
     times: float = 1.0,
     kind: Kind | None = None,
     given: Sequence[Mapping[str, str]] = (),
+    apart: Sequence[Mapping[str, str]] = (),
     seed: int = 0,
     batch_size: int = 32,
     advance: Callable[[int, int], None] | None = None,
@@ -68,6 +69,7 @@ def write_pairs(
         times: ... as often as this.
         kind: what the instruction is; found by its form when left out.
         given: pairs that are there already, which are not written again.
+        apart: pairs that are not to be fitted, and are not written either.
         seed: seed of all that is sampled.
         batch_size: prompts a batch.
         advance: called with how many are written, of how many.
@@ -91,7 +93,7 @@ def write_pairs(
     frame = chosen.frame(tokenizer, instruction)
     if not frame.instructed.strip():
         raise ThoughtError("template: there is nothing before {input} from which a model could write one; give pairs.")
-    taken = Distinct([*(pair["input"] for pair in given), *(one.input for one in shown)])
+    taken = Distinct([*(pair["input"] for pair in (*given, *apart)), *(one.input for one in shown)])
     pen = Pen(model, tokenizer, seed, batch_size)
     pairs: list[dict[str, str]] = []
     with evaluating(model):

@@ -81,7 +81,7 @@ def changes(
     seed: int,
 ) -> dict[str, tuple[ThoughtPatch, float]]:
     """Each method's change for a chunk, and its seconds from the completed pairs on."""
-    data = PairDataModule(None, case.chunk, case.fit_template, seed=seed, **case.settings)
+    data = PairDataModule(None, case.chunk, case.fit_template, val_pairs=case.tested, seed=seed, **case.settings)
     prepare_pairs(data, model, tokenizer)
     completed = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
     given = [{"input": pair["input"]} for pair in data.pairs]

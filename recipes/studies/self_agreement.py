@@ -123,6 +123,7 @@ def of_words(trial: Trial, inputs: int | None, shuffles: int, seed: int) -> Prom
     wanted = answer_logits(trial.model, evaluation.completed, instructed=True)
     words = None if inputs is None else trial.split.fit[:inputs]
     settings: dict[str, Any] = {"max_new_tokens": trial.max_new_tokens, "progress": False}
+    settings["val_pairs"] = trial.split.test  # so that the model writes none of them
     patch = transmute(trial.model, trial.tokenizer, trial.split.instruction, words, TEMPLATE, **settings)
     return Prompt(trial.split.name, evaluation, wanted, chunks, patch)
 
@@ -130,7 +131,7 @@ def of_words(trial: Trial, inputs: int | None, shuffles: int, seed: int) -> Prom
 def of_message(evaluation: Evaluation, case: Case, entry: Mapping[str, Any]) -> Prompt:
     """A system message: its other wordings; its patch is of nothing but its text."""
     wanted = answer_logits(evaluation.model, evaluation.completed, instructed=True)
-    patch = transmute(evaluation.model, evaluation.tokenizer, case.chunk, progress=False)
+    patch = transmute(evaluation.model, evaluation.tokenizer, case.chunk, val_pairs=case.tested, progress=False)
     return Prompt(case.name, evaluation, wanted, {"reworded": entry["reworded"]}, patch, case.judge)
 
 

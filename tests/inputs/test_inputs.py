@@ -306,6 +306,19 @@ def test_given_pairs_are_kept_and_topped_up() -> None:
     assert len(data.batches) > 0
 
 
+def test_validation_inputs_are_not_written(tmp_path: Path) -> None:
+    """Nothing is fitted on them, so that they tell what the patch does elsewhere."""
+    free = write_pairs(tiny(), TOKENIZER, LIST, PromptTemplate(LINES), total=6).pairs
+    val_pairs = [{"input": free[0]["input"].upper()}, {"input": free[3]["input"]}]
+    data = PairDataModule(None, LIST, LINES, inputs=6, val_pairs=val_pairs, max_new_tokens=3)
+    prepare_pairs(data, tiny(), TOKENIZER)
+    found = [pair["input"] for pair in data.pairs]
+    assert len(found) == 6
+    assert not set(map(normalised, found)) & {normalised(pair["input"]) for pair in val_pairs}
+    kept = [pair["input"] for pair in free if pair not in (free[0], free[3])]
+    assert found[: len(kept)] == kept
+
+
 def test_fit_of_nothing_but_an_instruction_leaves_the_model_and_says_what_it_wrote(tmp_path: Path) -> None:
     model = tiny()
     untouched = Untouched(model)

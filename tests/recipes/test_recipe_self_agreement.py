@@ -118,7 +118,7 @@ def test_words_to_fit(trial: Trial, inputs: int | None, pairs: Any, monkeypatch:
     [(model, _, instruction, given, template, settings)] = calls
     assert (model, given) == (trial.model, pairs)
     assert (instruction, template) == (trial.split.instruction, TEMPLATE)
-    assert settings == {"max_new_tokens": 4, "progress": False}
+    assert settings == {"max_new_tokens": 4, "progress": False, "val_pairs": trial.split.test}
 
 
 def test_margins_are_the_models_at_the_first_token_that_differs(trial: Trial) -> None:
