@@ -33,6 +33,7 @@ def test_instruction_alone(tmp_path: Path) -> None:
     assert [run["right"] is None for run in runs] == [run["name"] == "poet" for run in runs]
     for run in runs:
         assert run["seconds"] > 0
+        assert "validate" not in run["seconds_by_part"]
         if run["name"] != "antonym" or run["inputs"] is None:  # the words that a random model writes are no words
             assert run["output_kl"]["patched"] < run["output_kl"]["plain"]
     assert "## Word tasks" in ran.page
