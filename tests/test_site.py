@@ -191,7 +191,7 @@ def test_results_say_what_was_found(pages: dict[str, Html], hooks: Any) -> None:
     for name, sentence in said.items():
         assert sentence in page.text
         assert f"{name}.html" in page.links
-    assert {"compose.svg", "document.svg", "theory_kept.svg"} <= set(page.loaded)
+    assert {"compose.svg", "theory_kept.svg"} <= set(page.loaded)
 
 
 @pytest.mark.parametrize(
