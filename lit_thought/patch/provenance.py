@@ -110,7 +110,7 @@ _CHECKS: dict[str, Check] = {
     "template": _is(str, Mapping),
     "diagnostics": _layers,
     "history": lambda value: isinstance(value, list) and all(map(are_figures, value)),
-    "seconds": lambda value: are_figures(value, *value),
+    "seconds": lambda value: _OBJECT(value) and are_figures(value, *value),
     "memory": _memory,
     "scale": is_number,
     "truncated": _truncation,

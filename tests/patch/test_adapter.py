@@ -326,6 +326,7 @@ DAMAGE_OF_VECTORS = [
     (edit_tensors(lambda t: t.update({FIRST + "A.bias": torch.ones(5)})), "does not account for.*lora_A.bias"),
     (edit_config(bias="lora_only"), "bias='lora_only'"),
     (write("thought.json", '{"format_version": 1, "provenance": {"d_in": []}}'), "provenance\\['d_in'\\]"),
+    (write("thought.json", '{"format_version": 1, "provenance": {"seconds": 3}}'), "damaged: seconds is 3"),
 ]
 
 
