@@ -62,7 +62,6 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     from lit_thought.patch.results import of_adapter, write_result
     from lit_thought.prompts.instruction_hash import check_instruction
     from lit_thought.prompts.pairs import load_pairs, pair_instructions
-    from lit_thought.prompts.template import PromptTemplate
     from lit_thought.prompts.unrelated import load_texts
 
     if check is not None and check_schema is not None:
@@ -79,7 +78,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         text = read_instruction(instruction, instruction_file)
     elif isinstance(patch.provenance.get("instruction"), str):
         text = patch.provenance["instruction"]
-    chosen = template_of(patch.provenance) if template is None else PromptTemplate.parse(template)
+    chosen = template_of(patch.provenance, template)
     rows = load_pairs(pairs)
     check_instruction(patch.provenance, text, rows)
     pair_instructions(rows, text)

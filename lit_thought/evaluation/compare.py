@@ -134,7 +134,7 @@ def evaluate(
     check_instruction(patch.provenance, instruction, rows)
     model, tokenizer = bare_model(model), check_tokenizer(tokenizer)
     patch.validate(model)
-    chosen = template_of(patch.provenance) if template is None else template
+    chosen = template_of(patch.provenance, template)
     with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first
         result = Evaluation(
             model,

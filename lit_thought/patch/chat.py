@@ -143,7 +143,7 @@ class Chat:
         max_new_tokens: int = 256,
     ) -> None:
         check_counts(max_new_tokens=max_new_tokens)
-        self.template = template_of(patch.provenance) if template is None else PromptTemplate.parse(template)
+        self.template = template_of(patch.provenance, template)
         self.model, self.tokenizer = bare_model(model), check_tokenizer(tokenizer)
         validate(patch, self.model)
         self.patch, self.max_new_tokens = patch, max_new_tokens

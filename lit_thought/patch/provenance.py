@@ -161,12 +161,14 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     return check_provenance(thought.get("provenance", {}), THOUGHT)
 
 
-def template_of(provenance: Mapping[str, Any]) -> PromptTemplate:
-    """The template that a patch, or each part of a sum, was made with.
+def template_of(provenance: Mapping[str, Any], given: str | PromptTemplate | None = None) -> PromptTemplate:
+    """The template given; left out, the one that a patch, or each part of a sum, was made with.
 
     Raises:
         ThoughtError: where there is none, or several.
     """
+    if given is not None:
+        return PromptTemplate.parse(given)
     stored = [part.get("template") for part in summands(provenance)]
     if stored[0] is None or any(one != stored[0] for one in stored):
         raise ThoughtError("template: the adapter does not say which one it was made with. Give that one.")

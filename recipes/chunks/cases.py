@@ -125,13 +125,14 @@ def fit_case(
     evaluation: Evaluation, case: Case, pairs: Sequence[Mapping[str, str]] | None, **changes: Any
 ) -> tuple[ThoughtPatch, dict[str, Any]]:
     """A chunk's patch, fitted to these pairs in the usual way but for the changes, with what it was fitted to, its
-    seconds and its evaluation, as a record keeps them. What is tested are validation pairs, so that the model writes
-    none of it; the seconds are those without validation."""
-    settings = {"progress": False, "val_pairs": case.tested, **case.settings, **changes}
+    seconds and its evaluation, as a record keeps them. Where the model writes the inputs, what is tested are validation
+    pairs, so that it writes none of it; the seconds are those without validation."""
+    apart = {"val_pairs": case.tested} if pairs is None else {}
+    settings = {"progress": False, **apart, **case.settings, **changes}
     start = Stopwatch.now()
     patch = transmute(evaluation.model, evaluation.tokenizer, case.chunk, pairs, case.fit_template, **settings)
     parts = dict(patch.provenance["seconds"])
-    seconds = Stopwatch.now() - start - parts.pop("validate")
+    seconds = Stopwatch.now() - start - parts.pop("validate", 0.0)
     run = {"inputs": patch.provenance.get("inputs"), "fitted": patch.provenance["settings"]["pairs"]}
     run |= {"seconds": seconds, "seconds_by_part": parts}
     scored = evaluation.score(patch)
