@@ -25,6 +25,7 @@ ASKED = 8
 
 def added(
     model: str = "smollm2",
+    dtype: str = "float32",
     chunks: Sequence[str] = ("wizard", "sentence", "vasparr", "brindlemark"),
     seed: int = 0,
     fit: Mapping[str, Any] | None = None,
@@ -32,14 +33,17 @@ def added(
 ) -> None:
     """Fit every chunk, add the patches in turn, and test."""
     known_chunks(chunks)
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     cases = [case_of(name, seed) for name in chunks]
     evaluations = [evaluation_of(lm, tokenizer, case) for case in cases]
     together = joint(cases)
     whole = evaluation_of(lm, tokenizer, together)
     how = {"seed": seed, "progress": False, **(fit or {})}
     runs: list[dict[str, Any]] = []
-    record = {"model": shown(model), "settings": {"chunks": list(chunks), "seed": seed, "fit": dict(fit or {})}}
+    record = {
+        "model": shown(model),
+        "settings": {"dtype": dtype, "chunks": list(chunks), "seed": seed, "fit": dict(fit or {})},
+    }
 
     def note(name: str, case: Case, scored: Mapping[str, Any]) -> None:
         kept = {key: scored[key] for key in ("output_kl", "perplexity_ratio")}

@@ -36,6 +36,7 @@ from recipes.harness import (
 
 def instruction_alone(
     model: str = "smollm2",
+    dtype: str = "float32",
     tasks: Sequence[str] = SIX_TASKS,
     instructions: Sequence[str] = ("pirate", "french", "sentence", "shakespeare", "poet", "wizard", "json", "refuse"),
     documents: Sequence[str] = ("brindlemark", "velmora", "quillow", "great_fire", "harrowick", "kestrel_station"),
@@ -56,6 +57,7 @@ def instruction_alone(
     check_names("instructions", instructions, known)
     chosen = [load_document(name) for name in documents]
     settings = {
+        "dtype": dtype,
         "test": test,
         "questions": questions,
         "document_settings": dict(document_settings or {}),
@@ -65,7 +67,7 @@ def instruction_alone(
     }
     runs = earlier_runs(done, shown(model), settings)
     finished = {(run["door"], run["name"], run["seed"], run["fit"]) for run in runs}
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     for seed in seeds:
         cases = [word_case(task, seed, test, word_tokens) for task in tasks]
         cases += [message_case(known[name], seed, questions, answer_tokens) for name in instructions]

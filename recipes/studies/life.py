@@ -50,6 +50,7 @@ WAYS = {
 
 def life(
     model: str = "smollm2",
+    dtype: str = "float32",
     prompt: str = "shop_support",
     line: str = "Tools can be returned within 45 days",
     becomes: str = "Tools can be returned within 14 days",
@@ -71,12 +72,12 @@ def life(
         raise ThoughtError(f"line: expected a text that stands once in {prompt}; got {line!r}; correct it.")
     if not about or not tested or set(about) & set(tested):
         raise ThoughtError("about, tested: expected messages about the line, and others to test with; give both.")
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     how = {"max_new_tokens": answer_tokens, "seed": seed, "progress": False}
     written = write_pairs(lm, tokenizer, own.chunk, TEMPLATE, total=inputs, seed=seed).pairs
     pairs, few = [*written, *({"input": text} for text in about)], [{"input": text} for text in about]
     record: dict[str, Any] = {"model": shown(model), "prompt": prompt, "line": line, "becomes": becomes}
-    record["settings"] = {"inputs": inputs, "lora_rank": lora_rank, "test": test, "seed": seed}
+    record["settings"] = {"dtype": dtype, "inputs": inputs, "lora_rank": lora_rank, "test": test, "seed": seed}
     record["settings"]["answer_tokens"] = answer_tokens
     new = own.chunk.replace(line, becomes)
     patches, seconds = mended(lm, tokenizer, own.chunk, new, pairs, few, how)

@@ -45,6 +45,7 @@ WAYS = ("instructed", "prompt kept", "patched")
 
 def long_prompts(
     model: str = "smollm2",
+    dtype: str = "float32",
     prompts: Sequence[str] = (
         "shop_support",
         "ticket_labels",
@@ -67,10 +68,10 @@ def long_prompts(
     """Fit and test every prompt and seed."""
     check_counts(test=test, answer_tokens=answer_tokens, timed=timed)
     chosen = [load_prompt(name) for name in prompts]
-    settings = {"test": test, "answer_tokens": answer_tokens, "timed": timed, "fit": dict(fit or {})}
+    settings = {"dtype": dtype, "test": test, "answer_tokens": answer_tokens, "timed": timed, "fit": dict(fit or {})}
     runs = earlier_runs(done, shown(model), settings)
     finished = {(run["name"], run["seed"]) for run in runs}
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     for own in chosen:
         waiting = [seed for seed in seeds if (own.name, seed) not in finished]
         if not waiting:

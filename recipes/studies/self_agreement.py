@@ -68,6 +68,7 @@ class Prompt(NamedTuple):
 
 def self_agreement(
     model: str = "smollm2",
+    dtype: str = "float32",
     tasks: Sequence[str] = SIX_TASKS,
     instructions: Sequence[str] = (),
     seed: int = 0,
@@ -83,6 +84,8 @@ def self_agreement(
 ) -> None:
     """Disturb the prompt of every task and instruction, and fit it."""
     check_counts(shuffles=shuffles, shots=shots, **({} if inputs is None else {"inputs": inputs}))
+    if bfloat16 and dtype == "bfloat16":
+        raise ThoughtError("bfloat16: expected a dtype of more precision to compare it with; got dtype bfloat16.")
     known = instructions_known()
     check_names("instructions", instructions, known)
     splits = [load_split(task, seed, shots, max(inputs or shots, shots), test) for task in tasks]
@@ -91,7 +94,7 @@ def self_agreement(
             raise ThoughtError(
                 f"inputs: expected words of {split.name} left to test; got {inputs}; set fewer, or fewer shots."
             )
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     low = load_model(model, dtype="bfloat16")[0] if bfloat16 else None
     messages = [(known[name], message_case(known[name], seed, questions, answer_tokens)) for name in instructions]
     prompts = chain(
@@ -106,8 +109,14 @@ def self_agreement(
         found = measure(prompt, low)
         print(_run_table(found), flush=True)
         runs += found
-    settings: dict[str, Any] = {"seed": seed, "shuffles": shuffles, "shots": shots, "inputs": inputs, "test": test}
-    settings |= {"max_new_tokens": max_new_tokens, "questions": questions, "answer_tokens": answer_tokens}
+    settings: dict[str, Any] = {"dtype": dtype, "seed": seed, "shuffles": shuffles, "shots": shots}
+    settings |= {
+        "inputs": inputs,
+        "test": test,
+        "max_new_tokens": max_new_tokens,
+        "questions": questions,
+        "answer_tokens": answer_tokens,
+    }
     record = {"model": shown(model), "settings": settings}
     write_results(__file__, out, _page(runs), {**record, "undisturbed": undisturbed, "runs": runs})
 

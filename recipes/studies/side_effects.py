@@ -50,6 +50,7 @@ class Prompt(NamedTuple):
 
 def side_effects(
     model: str = "smollm2",
+    dtype: str = "float32",
     chunks: Sequence[str] = ("common_words/antonym", "sentence", "vasparr"),
     preserve_weights: Sequence[float] = (),
     count: int = 100,
@@ -61,9 +62,14 @@ def side_effects(
     """Fit every chunk, and compare the models on everything else."""
     check_counts(count=count, answer_tokens=answer_tokens)
     known_chunks(chunks)
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     runs: list[dict[str, Any]] = []
-    settings = {"preserve_weights": list(preserve_weights), "count": count, "answer_tokens": answer_tokens}
+    settings = {
+        "dtype": dtype,
+        "preserve_weights": list(preserve_weights),
+        "count": count,
+        "answer_tokens": answer_tokens,
+    }
     settings |= {"fit": dict(fit or {}), "seed": seed}
     others: dict[str, Others] = {}
     for name in chunks:

@@ -376,6 +376,17 @@ def test_progress_of_what_ends_early_comes_to_all() -> None:
     assert done == [0, 1]
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+def test_the_head_sees_tokens_without_gaps(prompts: list[list[int]]) -> None:
+    """With gaps, and weights that need no gradients, PyTorch multiplies by a copy of the weights for each row."""
+    model = talkative("llama").requires_grad_(False)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    generate(model, SpellOut(), prompts, max_new_tokens=3)
+    assert [x.stride() for x in seen] == [torch.empty(x.shape).stride() for x in seen]
+    assert [x.shape[:2] for x in seen] == [(len(prompts), 1)] * 3
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = talkative("llama")
     model.train()
