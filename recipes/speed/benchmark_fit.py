@@ -51,7 +51,7 @@ _WINDOWS = 8
 
 def benchmark(
     model: str = "smollm2",
-    dtype: str = "float32",
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
     device: str | None = None,
     task: str = "function_vectors/capitalize",
     pairs: Sequence[int] = (10, 30, 100, 300, 1000),
@@ -62,26 +62,27 @@ def benchmark(
     out: str = "recipes/results/benchmark_fit",
 ) -> None:
     """Time fits and bare forward passes in turn and print their ratio."""
-    lm, tokenizer = load_model(model, dtype=dtype, device=device)
-    rows = []
-    with tempfile.TemporaryDirectory() as cache:
-        preserved = None
-        for count, instruction in _cases(tokenizer, task, pairs, chunks, chunk_pairs):
-            inputs = _inputs(task, count)
-            data = PairDataModule(inputs, instruction, TEMPLATE, max_new_tokens=12)
-            start = time.perf_counter()
-            prepare_pairs(data, lm, tokenizer)
-            generating = time.perf_counter() - start
-            labelled = [{**pair, "output": text} for pair, text in zip(inputs, data.outputs, strict=True)]
+    rows, preserved = [], {}
+    for dtype in dtypes:
+        lm, tokenizer = load_model(model, dtype=dtype, device=device)
+        with tempfile.TemporaryDirectory() as cache:
+            for count, instruction in _cases(tokenizer, task, pairs, chunks, chunk_pairs):
+                inputs = _inputs(task, count)
+                data = PairDataModule(inputs, instruction, TEMPLATE, max_new_tokens=12)
+                start = time.perf_counter()
+                prepare_pairs(data, lm, tokenizer)
+                generating = time.perf_counter() - start
+                labelled = [{**pair, "output": text} for pair, text in zip(inputs, data.outputs, strict=True)]
 
-            settings = {"rank": rank, "cache_dir": cache}
-            run = partial(fit_once, lm, tokenizer, labelled, instruction, settings)
-            warm = run()
-            if preserved is None:
-                preserved = preservation_costs(lm, tokenizer, warm, repeats)
-            rows.append({"pairs": count, **side_by_side(lm, data, run, repeats), "generate_seconds": generating})
+                settings = {"rank": rank, "cache_dir": cache}
+                run = partial(fit_once, lm, tokenizer, labelled, instruction, settings)
+                warm = run()
+                if dtype not in preserved:
+                    preserved[dtype] = preservation_costs(lm, tokenizer, warm, repeats)
+                measured = side_by_side(lm, data, run, repeats)
+                rows.append({"dtype": dtype, "pairs": count, **measured, "generate_seconds": generating})
     environment, names = machine(lm.device), list(rows[0]["stages"])
-    head = ["pairs", "chunk tokens", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward"]
+    head = ["dtype", "pairs", "chunk tokens", "compared tokens", "bare forward, s", "fit, s", "fit ÷ forward"]
     head += [
         *(f"{name}, s" for name in names),
         "forward, statistics and solve: estimated ÷ measured",
@@ -90,7 +91,7 @@ def benchmark(
     ]
     lines = [
         [
-            *(row["pairs"], row["chunk_tokens"], row["compared_tokens"]),
+            *(row["dtype"], row["pairs"], row["chunk_tokens"], row["compared_tokens"]),
             *(f"{row[key]:.2f}" for key in ("bare_seconds", "fit_seconds", "ratio")),
             *(f"{row['stages'][name]:.2f}" for name in names),
             "–" if row["estimated_ratio"] is None else f"{row['estimated_ratio']:.2f}",
@@ -98,11 +99,12 @@ def benchmark(
         ]
         for row in rows
     ]
-    assert preserved is not None
-    page = f"{table(head, lines, left=0)}\nPreservation statistics, once per model: {preserved['seconds']:.1f} s, "
-    page += f"{preserved['ratio']:.2f} times the bare forward passes of their {preserved['tokens']:,} tokens. "
-    page += f"{environment}\n"
-    record = {"model": shown(model), "settings": {"dtype": dtype, "rank": rank, "task": task}, "rows": rows}
+    page = table(head, lines, left=1)
+    for dtype, costs in preserved.items():
+        page += f"\nPreservation statistics in {dtype}, once per model: {costs['seconds']:.1f} s, "
+        page += f"{costs['ratio']:.2f} times the bare forward passes of their {costs['tokens']:,} tokens.\n"
+    page += f"\n{environment}\n"
+    record = {"model": shown(model), "settings": {"rank": rank, "task": task}, "rows": rows}
     write_results(__file__, out, page, record | {"preservation": preserved, "environment": environment})
 
 

@@ -74,14 +74,15 @@ def life(
         raise ThoughtError("about, tested: expected messages about the line, and others to test with; give both.")
     lm, tokenizer = load_model(model, dtype=dtype)
     how = {"max_new_tokens": answer_tokens, "seed": seed, "progress": False}
-    written = write_pairs(lm, tokenizer, own.chunk, TEMPLATE, total=inputs, seed=seed).pairs
+    asked = {"line": tested, "else": [row["input"] for row in own.messages[:test]]}
+    apart = [{"input": text} for text in (*tested, *asked["else"])]
+    written = write_pairs(lm, tokenizer, own.chunk, TEMPLATE, total=inputs, seed=seed, apart=apart).pairs
     pairs, few = [*written, *({"input": text} for text in about)], [{"input": text} for text in about]
     record: dict[str, Any] = {"model": shown(model), "prompt": prompt, "line": line, "becomes": becomes}
     record["settings"] = {"dtype": dtype, "inputs": inputs, "lora_rank": lora_rank, "test": test, "seed": seed}
     record["settings"]["answer_tokens"] = answer_tokens
     new = own.chunk.replace(line, becomes)
     patches, seconds = mended(lm, tokenizer, own.chunk, new, pairs, few, how)
-    asked = {"line": tested, "else": [row["input"] for row in own.messages[:test]]}
 
     def evaluated(lm: PreTrainedModel, chunk: str, key: str) -> Evaluation:
         case = prompt_case(own.name, chunk, asked[key], answer_tokens)

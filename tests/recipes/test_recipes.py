@@ -222,12 +222,14 @@ def test_limits(tmp_path: Path) -> None:
 def test_benchmark_fit(tmp_path: Path) -> None:
     reduced = ["--pairs=[4]", "--chunks=[20]", "--chunk_pairs=3", "--repeats=1", "--rank=4"]
     ran = run_recipe("benchmark_fit", tmp_path, *reduced)
-    row, longer = ran.record["rows"]
+    row, longer, *others = ran.record["rows"]
+    assert [row["dtype"] for row in ran.record["rows"]] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert [other["compared_tokens"] > 0 for other in others] == [True, True]
     assert (row["pairs"], longer["pairs"]) == (4, 3)
     assert 20 <= longer["chunk_tokens"] < 30
     assert row["ratio"] > 0
     assert {"preserve", "prepare", "forward", "statistics", "solve", "save"} <= set(row["stages"])
-    kept = ran.record["preservation"]
+    kept = ran.record["preservation"]["float32"]
     assert kept["tokens"] == FitSettings().preserve_tokens
     assert kept["ratio"] == pytest.approx(kept["seconds"] / kept["bare_seconds"])
     assert f"{kept['ratio']:.2f} times the bare forward passes of their {kept['tokens']:,} tokens" in ran.page
