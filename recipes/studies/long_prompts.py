@@ -105,28 +105,29 @@ def checked(own: LongPrompt, items: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def query_seconds(evaluation: Evaluation, patch: ThoughtPatch, timed: int) -> dict[str, float]:
-    """Mean seconds of a query, answered alone, in each of the :data:`WAYS`, and seconds to read the prompt once."""
+    """Mean seconds of a query, answered alone, in each of the :data:`WAYS`, and seconds to read the prompt once, which
+    is what a query saves whose prompt's keys and values are kept."""
     prompts = evaluation.prompts[:timed]
     model, tokenizer = evaluation.model, evaluation.tokenizer
     instructed = [prompt.instructed_ids for prompt in prompts]
     shared = instructed[0][: common_prefix(instructed)]
 
-    def answer(ids: Sequence[Sequence[int]]) -> float:
+    def answer(ids: Sequence[int]) -> float:
         start = Stopwatch.now()
-        generate(model, tokenizer, ids, max_new_tokens=evaluation.max_new_tokens, batch_size=1)
+        generate(model, tokenizer, [ids], max_new_tokens=evaluation.max_new_tokens)
         return Stopwatch.now() - start
 
     spent: dict[str, list[float]] = {"instructed": [], "patched": []}
     for prompt in prompts:
-        spent["instructed"].append(answer([prompt.instructed_ids]))
+        spent["instructed"].append(answer(prompt.instructed_ids))
         with patch.applied(model):
-            spent["patched"].append(answer([prompt.plain_ids]))
+            spent["patched"].append(answer(prompt.plain_ids))
     start = Stopwatch.now()
     lead_cache(model, shared)
     reading = Stopwatch.now() - start
     return {
         "instructed": mean(spent["instructed"]),
-        "prompt kept": (answer(instructed) - reading) / len(prompts),
+        "prompt kept": mean(spent["instructed"]) - reading,
         "patched": mean(spent["patched"]),
         "reading": reading,
     }
