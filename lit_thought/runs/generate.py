@@ -286,7 +286,7 @@ def _dense_head(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the output embedding is given tokens that lie side by side.
 
     A first step gives it the last token of each prompt, a slice with gaps. Where no gradients are asked for, PyTorch
-    multiplies such a slice by a copy of the weights for each prompt: in bfloat16 on a CPU, most of a short output's time.
+    multiplies such a slice by a copy of the weights for each prompt: in bfloat16 on a CPU, the most of its time.
     """
 
     def close_gaps(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
