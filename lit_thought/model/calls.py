@@ -26,6 +26,7 @@ __all__ = [
     "find_decoder",
     "find_layers",
     "first_float",
+    "head_reads",
     "hidden_of",
     "recorded_calls",
     "unwrapped",
@@ -93,6 +94,22 @@ def find_layers(model: PreTrainedModel) -> list[nn.Module]:
             f"{count} modules (num_hidden_layers); expected one."
         )
     return list(outer[0])
+
+
+@contextmanager
+def head_reads(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the output embedding is given ``change`` of its input, wherever the model has one that it calls."""
+
+    def changed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(args[0]), *args[1:]) if args else args
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(changed) if head is not None else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def cache_arguments(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from lit_thought.errors import ThoughtError, did_you_mean
-from lit_thought.model.calls import cache_arguments
+from lit_thought.model.calls import cache_arguments, head_reads
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
 from lit_thought.runs.streams import lead_cache
@@ -243,7 +243,7 @@ def generate(
             criteria.append(_Report(progress, len(results), ids.shape[1], max_new_tokens))
         if criteria:
             arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
-        with _explained(options), _configured(model, config), _dense_head(model):
+        with _explained(options), _configured(model, config), head_reads(model, _without_gaps):
             output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, **arguments)
         for row, i in enumerate(members):
             new = output[row, ids.shape[1] :].tolist()
@@ -281,24 +281,13 @@ def _configured(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
         model.generation_config = had
 
 
-@contextmanager
-def _dense_head(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the output embedding is given tokens that lie side by side.
+def _without_gaps(x: Tensor) -> Tensor:
+    """Tokens side by side, as the output embedding is to have them.
 
     A first step gives it the last token of each prompt, a slice with gaps. Where no gradients are asked for, PyTorch
     multiplies such a slice by a copy of the weights for each prompt: in bfloat16 on a CPU, the most of its time.
     """
-
-    def close_gaps(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]) if args else args
-
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(close_gaps) if head is not None else None
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lit_thought.model.calls import cache_arguments
+from lit_thought.model.calls import cache_arguments, head_reads
 from lit_thought.prompts.batches import PairBatch, forward_inputs
 
 __all__ = ["batch_logits"]
@@ -44,18 +44,11 @@ def batch_logits(
         cache.batch_repeat_interleave(len(tokens.ids))
     inputs = forward_inputs(tokens.to(model.device), cache.get_seq_length())
 
-    def select(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args or args[0].shape[:-1] != inputs["input_ids"].shape:
-            return args
-        return (args[0].flatten(0, 1)[rows].unsqueeze(0), *args[1:])
+    def select(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[rows].unsqueeze(0) if x.shape[:-1] == inputs["input_ids"].shape else x
 
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(select) if head is not None else None
-    try:
+    with head_reads(model, select):
         logits: Tensor = model(**inputs, **cache_arguments(model, cache), use_cache=True).logits
-    finally:
-        if hook is not None:
-            hook.remove()
     if batch.lead is None and len(tokens.ids) == 1:
         leads[batch.index] = cache
     return logits[0] if logits.shape[:2] == (1, len(rows)) else logits.flatten(0, 1)[rows]

@@ -109,8 +109,11 @@ def self_agreement(
         found = measure(prompt, low)
         print(_run_table(found), flush=True)
         runs += found
-    settings: dict[str, Any] = {"dtype": dtype, "seed": seed, "shuffles": shuffles, "shots": shots}
-    settings |= {
+    settings = {
+        "dtype": dtype,
+        "seed": seed,
+        "shuffles": shuffles,
+        "shots": shots,
         "inputs": inputs,
         "test": test,
         "max_new_tokens": max_new_tokens,
