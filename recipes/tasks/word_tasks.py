@@ -13,8 +13,6 @@ fitted or shown: what the patch gets right there it cannot have copied. Writes a
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -31,9 +29,11 @@ from recipes.harness import (
     Trial,
     command_line,
     difference,
+    earlier_runs,
     equal,
     load_split,
     provenance,
+    runs_record,
     share,
     shown,
     table,
@@ -55,15 +55,11 @@ def word_tasks(
     done: Sequence[str] = (),
 ) -> None:
     """Fit and test every task, seed and choice of sites."""
-    lm, tokenizer = load_model(model)
-    runs: list[dict[str, Any]] = []
-    settings, versions = None, None
-    commits: list[str] = []
-    for record in (json.loads(Path(file).read_text(encoding="utf-8")) for file in done):
-        runs += record["runs"]
-        settings, versions = record["settings"], record["versions"]
-        commits.append(record["commit"])
+    settings = {"sites": list(sites), "rank": rank, "shots": shots, "fit": fit, "test": test}
+    settings["max_new_tokens"] = max_new_tokens
+    runs = earlier_runs(done, shown(model), settings)
     finished = {(run["task"], run["seed"]) for run in runs}
+    lm, tokenizer = load_model(model)
     for task, seed in product(tasks, seeds):
         if (Path(task).stem, seed) in finished:
             continue
@@ -75,27 +71,17 @@ def word_tasks(
             result = evaluation.score(patch)
             items = result.pop("items")
             about = {"task": trial.split.name, "seed": seed, "sites": where, "adapter_bytes": _size(patch)}
-            about["selection"] = patch.provenance.get("selection")
+            about |= {key: patch.provenance.get(key) for key in ("settings", "selection")}
             correct = {run: equal(items, run) for run in RUNS}
-            runs.append({**about, **result, "correct": correct, "left_out": left_out})
+            about |= {"correct": correct, "left_out": left_out, "commit": provenance()["commit"]}
+            runs.append({**about, **result})
             print(
                 f"{trial.split.name}, seed {seed}, {where}: accuracy {result['accuracy']['instructed']:.2f} → "
                 f"{result['accuracy']['patched']:.2f}, fidelity {result['fidelity']:.2f}, "
                 f"perplexity × {result['perplexity_ratio']:.3f}",
                 flush=True,
             )
-            commits.append(provenance()["commit"] or "unknown")
-            if settings is None or about["selection"] is None:
-                settings, versions = patch.provenance["settings"], patch.provenance["versions"]
-    record = {
-        "model": shown(model),
-        "commit": ", ".join(dict.fromkeys(commits)),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": {key: value for key, value in (settings or {}).items() if key != "sites"},
-        "versions": versions,
-        "runs": runs,
-    }
-    write_results(__file__, out, _page(runs, sites), record)
+    write_results(__file__, out, _page(runs, sites), runs_record(shown(model), settings, runs))
 
 
 def _left_out(trial: Trial) -> list[bool]:

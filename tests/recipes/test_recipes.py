@@ -40,7 +40,7 @@ from recipes.harness import (
 from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
 from recipes.studies.limits import FORMS
 from recipes.studies.moe import upcycle
-from recipes.tasks.word_tasks import _left_out
+from recipes.tasks.word_tasks import _left_out, word_tasks
 
 ANTONYMS = "--tasks=[common_words/antonym]"
 
@@ -124,11 +124,13 @@ def test_word_tasks(tmp_path: Path) -> None:
     assert "- both: mean fidelity" in ran.printed
     record = ran.record
     assert [run["sites"] for run in record["runs"]] == ["both", "attn_out", "mlp_out"]
-    assert record["settings"]["generated_outputs"] == 4, "labels must not be used"
+    assert {run["settings"]["generated_outputs"] for run in record["runs"]} == {4}, "labels must not be used"
     (tmp_path / "more").mkdir()
     more = run_recipe("word_tasks", tmp_path / "more", "--seeds=[0,1]", f"--done=[{ran.out}.json]", *reduced).record
     assert more["runs"][:3] == record["runs"]
     assert [run["seed"] for run in more["runs"]] == [0] * 3 + [1] * 3
+    with pytest.raises(ThoughtError, match=r"done: expected results of .*'rank': 5"):
+        word_tasks(model=str(models() / "llama"), rank=5, done=[f"{ran.out}.json"])
 
 
 def test_word_tasks_on_gemma(tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_word_tasks_with_settings_chosen(tmp_path: Path) -> None:
     reduced = [ANTONYMS, "--seeds=[0]", "--test=2", "--fit=8", "--max_new_tokens=3"]
     record = run_recipe("word_tasks_auto", tmp_path, *reduced).record
     default, auto = record["runs"]
-    assert (default["selection"], record["settings"]["rank"]) == (None, 16)
+    assert (default["selection"], default["settings"]["rank"]) == (None, 16)
     assert set(auto["selection"]["chosen"]) == {"ridge", "preserve_weight", "rank", "scale", "blocks"}
     assert auto["selection"]["held_back"] == [4, 8]
     assert len(auto["left_out"]) == len(auto["correct"]["patched"]) == 2
