@@ -2,8 +2,10 @@
 
 Three kinds of pairs:
 
-- *Questions* that the model writes: lists of them, with the document before it, and one about each sentence in turn,
-  after :data:`FORMS`, so that no part of the document goes without. The instructed model answers them.
+- *Questions* that the model writes: lists of them, with the document before it, and one for each word that says
+  something, after :data:`ASKING_FOR` or :data:`FORMS`, so that no part of the document goes without. The instructed
+  model answers them; those that it answers with nothing of the document are dropped, as are questions whose answers do
+  not come back in question answering (round-trip consistency: Alberti et al. 2019, arXiv 1906.05416).
 - *Requests* about the whole, answered by the instructed model: :data:`REQUESTS`.
 - The *text itself*, to be recited: each sentence told, and passages repeated after their first words.
 
@@ -13,78 +15,116 @@ The second and third are the reference texts that PatchKV (arXiv 2609.39329) fit
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from lit_thought.errors import ThoughtError
 from lit_thought.inputs.pen import Distinct, Pen, normalised
 from lit_thought.prompts.template import PromptTemplate
 
-__all__ = ["FORMS", "REQUESTS", "About", "find_subject", "recited", "repeated", "sentences", "write_questions"]
+__all__ = [
+    "ASKING_FOR",
+    "FORMS",
+    "REQUESTS",
+    "About",
+    "find_subject",
+    "recited",
+    "repeated",
+    "sentences",
+    "write_questions",
+]
 
 SAMPLING = {"temperature": 0.6, "top_k": 50}
 LONGEST = 24
-"""Words of a question, and tokens of one about a sentence; longer ones are dropped."""
+"""Words of a question, and tokens of one that asks for a word, and of its answer; longer questions are dropped."""
 LISTED = 20
 """Questions asked for at once, ..."""
 LISTS = 8
 """... in as many samples of each wording in :data:`ASKING`."""
 ROUNDS, DRAWN = 8, 32
-"""Most draws of questions about sentences, and questions of a draw, or one about each sentence."""
+"""Most rounds of questions that ask for a word, and how many a round draws at least, ..."""
+SPARE = 1.5
+"""... of those that are wanted, since many give the word away."""
+SHORT, STEM = 4, 5
+"""Letters of a word that says nothing by itself, and letters by which two words are taken for the same."""
+
+ASKING_FOR = (
+    'Text about {about}: "{sentence}"\n\nWrite a short question about {about} to which the answer is "{word}". Reply '
+    "with the question alone.",
+    "Text: {sentence}\nSomebody is curious about {about}. Which question would this person have to ask to hear of "
+    '"{word}"? Reply with the question alone, and name what it is about.',
+    '"{sentence}"\n\nA quiz about {about} has "{word}" as an answer. Write the question, which must not give the '
+    "answer away. Reply with the question alone.",
+)
+"""Requests for a question, put to the plain model."""
 
 FORMS = (
-    """Write a question that the text answers. The question says what it is about.
-
-About: Mars
-Text: It has two moons, which are called Phobos and Deimos.
-Question: How many moons does Mars have?
-
-About: the violin
-Text: The four strings are played with a bow of horsehair.
-Question: What is the bow of a violin made of?
+    """Write a question that has the answer. The question says what it is about and does not give the answer away.
 
 About: Marie Curie
 Text: In 1903 she received the Nobel Prize together with her husband Pierre.
-Question: Who shared the Nobel Prize with Marie Curie?
-
-About: {about}
-Text: {sentence}
-Question:""",
-    """Read the text. Then ask for one word or number in it.
-
-About: Marie Curie
-Text: She was born in Warsaw, the capital of Poland, in 1867.
-Question: In which year was Marie Curie born?
+Answer: Pierre
+Question: Who received the Nobel Prize together with Marie Curie?
 
 About: the camel
 Text: A thirsty camel can drink a hundred litres of water in ten minutes.
-Question: How much water can a camel drink at once?
+Answer: hundred
+Question: How many litres of water can a thirsty camel drink in ten minutes?
 
 About: Mars
 Text: Its red colour comes from rust, which covers the ground everywhere.
+Answer: rust
 Question: What gives Mars its red colour?
 
 About: {about}
 Text: {sentence}
+Answer: {word}
 Question:""",
-    """A visitor asks a guide about something, and the text has the answer.
+    """A visitor asks a guide about something, and the guide has the answer.
 
 About: the Eiffel Tower
 Text: It was built by Gustave Eiffel for the world fair of 1889 and weighs 10,100 tonnes.
-Question: Can you tell me who built the Eiffel Tower?
+Answer: 1889
+Question: Which year's world fair was the Eiffel Tower built for?
 
 About: the violin
-Text: The most famous maker of violins was Antonio Stradivari, who worked in Cremona.
-Question: I heard about a famous maker of violins. What was his name?
+Text: The four strings are played with a bow of horsehair.
+Answer: horsehair
+Question: What is the bow of a violin made of?
 
-About: the camel
-Text: Camels store fat in their humps, which they live on when there is no food.
-Question: What does a camel keep in its hump?
+About: Marie Curie
+Text: She was born in Warsaw, the capital of Poland, in 1867.
+Answer: Warsaw
+Question: I heard about Marie Curie. In which city was she born?
 
 About: {about}
 Text: {sentence}
+Answer: {word}
+Question:""",
+    """A teacher asks a pupil for one word of the text.
+
+About: the camel
+Text: Camels store fat in their humps, which they live on when there is no food.
+Answer: food
+Question: What is missing when a camel lives on the fat in its humps?
+
+About: the violin
+Text: The most famous maker of violins was Antonio Stradivari, who worked in Cremona.
+Answer: Stradivari
+Question: What was the name of the most famous maker of violins?
+
+About: Mars
+Text: It has two moons, which are called Phobos and Deimos.
+Answer: Deimos
+Question: What is the second moon of Mars called?
+
+About: {about}
+Text: {sentence}
+Answer: {word}
 Question:""",
 )
-"""Prompts for a question; the examples show how to name the subject where the text has only a pronoun."""
+"""Beginnings of the same for templates that are no chat's; the examples name the subject where the text has only a
+pronoun."""
 
 ASKING = (
     "Write twenty different short questions about {subject} that the text answers, one on each line. Each names what "
@@ -142,9 +182,12 @@ def find_subject(pen: Pen, document: str) -> str:
 def write_questions(
     pen: Pen, template: PromptTemplate, document: str, subject: str, count: int, taken: Distinct
 ) -> list[str]:
-    """Questions about a document, in the words of the model.
+    """Questions about a document, in the words of the model, whose answers between them say all of it.
 
-    Up to half of them come from lists, where the template is a chat's; of the others each sentence gets as many.
+    Up to half of them come from lists, where the template is a chat's. The others ask for a word of a sentence each (a
+    name, a number or a longer word), in every round for those that the fewest answers have had so far. A question is
+    kept if the instructed model's answer tells something (:meth:`About.told`): a question that gives its answer away,
+    or to which the document has none, is nothing to learn from.
 
     Returns:
         ``count`` at most.
@@ -154,57 +197,77 @@ def write_questions(
     """
     about = About(document, subject)
     kept: list[str] = []
+    told: Counter[str] = Counter()
+
+    def keep(questions: Iterable[str], most: int) -> None:
+        new = [one for one in questions if about.asks(one) and taken.new(one)]
+        prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in new]
+        for question, answer in zip(new, pen.write(prompts, LONGEST) if prompts else [], strict=True):
+            if len(kept) < most and (found := about.told(question, answer.text)):
+                kept.append(question)
+                told.update(found)
+
     if template.is_chat:
-        kept += _from_lists(pen, template, document, subject, count // 2, about, taken)
-    kept += _by_sentence(pen, document, subject, count - len(kept), about, taken)
+        keep(_listed(pen, template, document, subject, count // 2), count // 2)
+    words = [(part, word, stem) for part in sentences(document) for stem, word in about.words_of(part).items()]
+    asked: Counter[int] = Counter()
+    for number in range(ROUNDS):
+        wanted = count - len(kept)
+        if wanted <= 0:
+            break
+        rarest = sorted(range(len(words)), key=lambda i: told[words[i][2]] + asked[i])
+        chosen = rarest[: max(DRAWN, round(SPARE * wanted))]
+        asked.update(chosen)
+        prompts = [_asking_for(pen, template, document, subject, number, *words[i][:2]) for i in chosen]
+        drawn = pen.write(prompts, LONGEST, stop="\n", sampling=SAMPLING) if prompts else []
+        keep([one.text for one, i in zip(drawn, chosen, strict=True) if words[i][2] not in stems(one.text)], count)
     if not kept:
         raise ThoughtError(
-            "inputs: expected the model to write questions about the document, but it wrote none that name something "
-            "in it. Give pairs, or use a model that follows instructions."
+            "inputs: expected the model to write questions about the document and to answer them from it, but it did "
+            "not. Give pairs, or use a model that follows instructions."
         )
     return kept
 
 
-def _from_lists(
-    pen: Pen, template: PromptTemplate, document: str, subject: str, count: int, about: About, taken: Distinct
-) -> list[str]:
+def _listed(pen: Pen, template: PromptTemplate, document: str, subject: str, count: int) -> list[str]:
     asked = [wording.format(subject=subject) for _ in range(LISTS) for wording in ASKING]
     asked = asked[: max(len(ASKING), -(-2 * count // LISTED))] if count else []
     prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in asked]
-    kept: list[str] = []
-    for one in pen.write(prompts, LISTED * 16, sampling={"temperature": 0.9, "top_k": 50}) if prompts else []:
-        lines = [re.sub(r"^\W*(\d+[.):]\s*)?\W*", "", line.strip()).rstrip("*_ ") for line in one.text.splitlines()]
-        kept += [line for line in lines if about.asks(line) and taken.new(line)]
-    return kept[:count]
+    lists = pen.write(prompts, LISTED * 16, sampling={"temperature": 0.9, "top_k": 50}) if prompts else []
+    lines = [line.strip() for one in lists for line in one.text.splitlines()]
+    return [re.sub(r"^\W*(\d+[.):]\s*)?\W*", "", line).rstrip("*_ ") for line in lines]
 
 
-def _by_sentence(pen: Pen, document: str, subject: str, count: int, about: About, taken: Distinct) -> list[str]:
-    parts = sentences(document)
-    share = -(-count // len(parts))
-    kept: list[list[str]] = [[] for _ in parts]
-    for number in range(ROUNDS):
-        wanting = [i for i, own in enumerate(kept) if len(own) < share]
-        if not wanting or count <= 0:
-            break
-        wanting *= -(-DRAWN // len(wanting))
-        form = FORMS[number % len(FORMS)]
-        prompts = [pen.tokenizer(form.format(about=subject, sentence=parts[i]))["input_ids"] for i in wanting]
-        for i, one in zip(wanting, pen.write(prompts, LONGEST, stop="\n", sampling=SAMPLING), strict=True):
-            if len(kept[i]) < share and about.asks(one.text) and taken.new(one.text):
-                kept[i].append(one.text)
-    return [question for row in _rows(kept) for question in row][:count]
+def _asking_for(
+    pen: Pen, template: PromptTemplate, document: str, subject: str, number: int, part: str, word: str
+) -> Sequence[int]:
+    """The prompt for a question to which a word of a sentence is the answer, in one of the wordings."""
+    forms = ASKING_FOR if template.is_chat else FORMS
+    request = forms[number % len(forms)].format(about=subject, sentence=part, word=word)
+    if template.is_chat:
+        return template.tokenise(pen.tokenizer, document, request).plain_ids
+    ids: list[int] = pen.tokenizer(request)["input_ids"]
+    return ids
 
 
-def _rows(columns: Sequence[Sequence[str]]) -> Iterable[list[str]]:
-    """The first of each, the second of each, …"""
-    for number in range(max(map(len, columns), default=0)):
-        yield [own[number] for own in columns if number < len(own)]
+_WORD = re.compile(r"\w(?:[\w,.]*\w)?")
+
+
+def _stem(word: str) -> str:
+    """What of a word tells whether another is the same: its beginning, all of a number."""
+    plain = normalised(word)
+    return plain if re.search(r"\d", plain) else plain[:STEM]
+
+
+def stems(text: str) -> set[str]:
+    """The beginnings of a text's words."""
+    return {_stem(word) for word in _WORD.findall(text)}
 
 
 class About:
-    """Whether a question is about a document: it names the subject, or something of the document, and no other name.
+    """What is about a document.
 
-    Names are words with a capital that do not stand first; a word of the subject may have an ending.
+    Names are words with a capital that do not stand first in a sentence.
     """
 
     def __init__(self, document: str, subject: str) -> None:
@@ -213,9 +276,11 @@ class About:
         self.names = {word for word in later if word[0].isupper()}
         self.subject = tuple(word for word in normalised(subject).split() if len(word) > 3)
         self.words = {word.lower() for word in self.known if len(word) > 5}
+        self.stems, self.given = stems(f"{document} {subject}"), stems(subject)
 
     def asks(self, text: str) -> bool:
-        """Whether it is such a question, of 4 to :data:`LONGEST` words."""
+        """Whether it is a question about the document, of 4 to :data:`LONGEST` words: it names the subject (the words
+        may have an ending) or something of the document, and no other name."""
         words = re.findall(r"\w+", text)
         if not text.endswith("?") or not 4 <= len(words) <= LONGEST:
             return False
@@ -224,6 +289,31 @@ class About:
         named = bool(self.subject) and any(word.startswith(self.subject) for word in lower)
         told = named or not names.isdisjoint(self.names) or sum(word in self.words for word in lower) >= 2
         return names <= self.known and told
+
+    def words_of(self, text: str) -> dict[str, str]:
+        """Its words that say something, by their beginnings: names, numbers and words of more than :data:`SHORT`
+        letters, without the subject's."""
+        return {stem: word for stem, (word, _) in _saying(text).items() if stem not in self.given}
+
+    def told(self, question: str, answer: str) -> set[str]:
+        """The beginnings of the words with which an answer says something of the document that is not in its question;
+        none where it has a name or number that is not in the document, or fewer words of it than others."""
+        known = stems(question) | self.given
+        new = {stem: exact for stem, (_, exact) in _saying(answer).items() if stem not in known}
+        ours = {stem for stem in new if stem in self.stems}
+        foreign = any(exact for stem, exact in new.items() if stem not in ours)
+        return set() if foreign or len(new) > 2 * len(ours) else ours
+
+
+def _saying(text: str) -> dict[str, tuple[str, bool]]:
+    """By their beginnings the words that say something, each with whether it is a name or a number."""
+    found: dict[str, tuple[str, bool]] = {}
+    for part in re.split(r"(?<=[.!?:])\s+", text):
+        for place, word in enumerate(_WORD.findall(part)):
+            exact = bool(re.search(r"\d", word)) or (place > 0 and word[0].isupper())
+            if exact or len(word) > SHORT:
+                found.setdefault(_stem(word), (word, exact))
+    return found
 
 
 def recited(document: str, subject: str) -> list[dict[str, str]]:

@@ -209,15 +209,25 @@ def test_sentences_subject_and_what_is_recited() -> None:
         assert pair["output"].startswith(start[1])
 
 
+def asked_for(prompt: str) -> str | None:
+    """The word that a question is to ask for."""
+    found = re.search(r'(?:answer is|hear of|has) "([^"]+)"|Answer: (\S+)\nQuestion:$', prompt.split("<end>")[0])
+    return None if found is None else found[1] or found[2]
+
+
 def test_questions_about_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     lists = (
         "1. Who built the Harl bridge?\n2) **When was the bridge of Harl built?**\nWho built the Harl bridge\n"
-        "3. Who was Napoleon of France?\nWhy?\n- How many arches does the Harl bridge have?"
+        "3. Who was Napoleon of France?\nWhy?\n- How many arches does the Harl bridge have?\nIs this the Harl bridge?"
     )
     numbers = iter(range(10_000))
 
     def write(prompt: str) -> str:
-        return lists if "on each line" in prompt else f"What is number {next(numbers)} of the Harl bridge?"
+        if "on each line" in prompt:
+            return lists
+        if asked_for(prompt):
+            return f"What is number {next(numbers)} of the Harl bridge?"
+        return "It is." if "Is this the Harl bridge?" in prompt else "Ada Venn built it in 1871."
 
     script = Scripted(write)
     monkeypatch.setattr(pens, "generate", script)
@@ -227,17 +237,63 @@ def test_questions_about_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[:2] == ["Who built the Harl bridge?", "When was the bridge of Harl built?"]
     assert len(found) == len(set(found)) == 12
     assert sum("number" in text for text in found) == 10
-    for wording in ASKING:  # none of these either
+    for wording in ASKING:
         assert sum(wording.format(subject="the Harl bridge") in prompt for prompt in script.prompts) == 1
-    for sentence in sentences(DOCUMENT):  # none goes without
-        assert any(f"Text: {sentence}\n" in prompt for prompt in script.prompts)
+    answered = [prompt for prompt in script.prompts if not asked_for(prompt) and "on each line" not in prompt]
+    assert all(DOCUMENT.strip() in prompt for prompt in answered)
+    assert not any("Napoleon" in prompt or "How many arches" in prompt for prompt in answered)
+
+
+@pytest.mark.parametrize("template", [PromptTemplate.chat(), PromptTemplate()])
+def test_every_word_that_says_something_is_asked_for_until_an_answer_has_it(
+    template: PromptTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that no answer has had come first; a question with its answer in it is not kept, nor put to the model."""
+    order: list[str] = []
+
+    def write(prompt: str) -> str:
+        word = asked_for(prompt)
+        if word is not None:
+            order.append(word)
+            return f"What of {'1871' if word == '1871' else f'number {len(order)}'} has the Harl bridge?"
+        assert "1871" not in prompt.replace(DOCUMENT.strip(), "")
+        return "The keeper pays." if template.is_chat else "It was not built."
+
+    monkeypatch.setattr(pens, "generate", Scripted(write))
+    tokenizer = CHAT if template.is_chat else TOKENIZER
+    words = ["built", "Ada", "Venn", "1871", "arches", "stone", "crosses", "pence", "keeper", "lives", "northern"]
+    found = write_questions(Pen(tiny(), tokenizer), template, DOCUMENT, "the Harl bridge", 60, Distinct())
+    told = "keeper" if template.is_chat else "built"
+    assert len(found) == 60
+    assert order[:12] == [*words, "tower"]
+    assert order[12:24] == [word for word in order[:12] if word != told] + [told]
+
+
+def test_a_question_is_kept_for_what_its_answer_tells() -> None:
+    about = About(DOCUMENT, "the Harl bridge")
+    assert about.told("Who built the Harl bridge?", "It was Ada Venn in 1871.") == {"ada", "venn", "1871"}
+    assert about.told("Who built the Harl bridge?", "It was built by Venn from paper.") == {"venn"}
+    assert about.told("Was it built by Ada Venn?", "Ada Venn built the Harl bridge.") == set()  # nothing new
+    assert about.told("Who built the Harl bridge?", "Ada Venn built it in 1872.") == set()  # another number
+    assert about.told("Who built the Harl bridge?", "Ada Venn of London.") == set()  # another name
+    assert about.told("What is it?", "Sorry, stone things cannot answer questions.") == set()  # mostly other words
+    assert about.told("What is it?", "Certainly. Northern towers.") == {"north", "tower"}
+    assert about.words_of("Ada Venn built 9 arches of the Harl bridge.") == {
+        "venn": "Venn",
+        "built": "built",
+        "9": "9",
+        "arche": "arches",
+    }
 
 
 def test_the_same_questions_about_a_document_in_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many are drawn at a time as were, whatever a batch holds."""
 
     def written(batch_size: int) -> tuple[list[str], list[str]]:
-        script = Scripted(lambda prompt: f"What is number {len(script.prompts)} of the Harl bridge?")
+        def write(prompt: str) -> str:
+            return f"What is {len(script.prompts)} of the Harl bridge?" if asked_for(prompt) else "Ada Venn built it."
+
+        script = Scripted(write)
         monkeypatch.setattr(pens, "generate", script)
         pen = Pen(tiny(), CHAT, batch_size=batch_size)
         return write_questions(pen, PromptTemplate.chat(), DOCUMENT, "the Harl bridge", 30, Distinct()), script.prompts
