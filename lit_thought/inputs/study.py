@@ -4,8 +4,8 @@ Three kinds of pairs:
 
 - *Questions* that the model writes: lists of them, with the document before it, and one for each word that says
   something, after :data:`ASKING_FOR` or :data:`FORMS`, so that no part of the document goes without. The instructed
-  model answers them; those that it answers with nothing of the document are dropped, as are questions whose answers do
-  not come back in question answering (round-trip consistency: Alberti et al. 2019, arXiv 1906.05416).
+  model answers them; a question that it answers with nothing of the document is dropped (after the round-trip
+  consistency of Alberti et al. 2019, arXiv 1906.05416).
 - *Requests* about the whole, answered by the instructed model: :data:`REQUESTS`.
 - The *text itself*, to be recited: each sentence told, and passages repeated after their first words.
 
