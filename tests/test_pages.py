@@ -302,7 +302,7 @@ def test_the_readme_quotes_what_was_written() -> None:
     items = {}
     for study, name in (("words", "antonym"), ("system", "pirate")):
         record = json.loads((ROOT / f"recipes/results/instruction_alone_{study}.json").read_text("utf-8"))
-        (run,) = (run for run in record["runs"] if (run["name"], run["fit"]) == (name, "written"))
+        (run,) = (run for run in record["runs"] if (run["name"], run["fit"], run["seed"]) == (name, "written", 0))
         items |= {item["input"]: item for item in run["items"]}
     for row in quoted.splitlines():
         question, *answers = (cell.strip() for cell in row.strip("|").split(" | "))

@@ -229,7 +229,8 @@ def trade(figure: Figure) -> None:
 
 def idea() -> str:
     """A prompt of demonstrations and a query, token by token, and the same query with an adapter."""
-    (run,) = (run for run in _read("instruction_alone_words")["runs"] if (run["name"], run["fit"]) == ("antonym", FIT))
+    runs = _read("instruction_alone_words")["runs"]
+    (run,) = (run for run in runs if (run["name"], run["fit"], run["seed"]) == ("antonym", FIT, 0))
     before, after = (round(run["prompt_tokens"][which]) for which in ("instructed", "plain"))
     (item,) = (item for item in run["items"] if item["input"] == "happy")
     first = load_split("common_words/antonym", run["seed"]).shown
