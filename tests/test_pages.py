@@ -26,13 +26,13 @@ from models import make_model, make_tokenizer
 from patches import make_vectors, uneven
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from written import Written
 
 import lit_thought
 from lit_thought import ThoughtPatch
 from lit_thought.cli import COMMANDS, main
 from lit_thought.inputs import pen
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
-from lit_thought.runs.generate import Generation
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -107,14 +107,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _words_for_tiny_models(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They write no inputs that could be kept."""
+    """About the document of the tutorial."""
     if "smollm2" not in request.fixturenames:
-        monkeypatch.setattr(pen, "generate", written)
-
-
-def written(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> list[Generation]:
-    """Short enough for a list of words, and about the document of the tutorial."""
-    return [Generation(f"is {i} of Orrin?", True) for i in range(len(prompts))]
+        monkeypatch.setattr(pen, "generate", Written("Orrin"))
 
 
 @pytest.fixture
