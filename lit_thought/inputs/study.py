@@ -37,6 +37,8 @@ __all__ = [
 SAMPLING = {"temperature": 0.6, "top_k": 50}
 LONGEST = 24
 """Words of a question, and tokens of one that asks for a word, and of its answer; longer questions are dropped."""
+GUESSES = 8
+"""Samples of what a document is about, where the likeliest cannot be."""
 LISTED = 20
 """Questions asked for at once, ..."""
 LISTS = 8
@@ -169,14 +171,20 @@ def sentences(text: str) -> list[str]:
 
 
 def find_subject(pen: Pen, document: str) -> str:
-    """What a document is about, in a few words: its heading where it has one, else what the model says."""
+    """What a document is about, in a few words: its heading where it has one, else what the model says of it, at first
+    greedily, then in samples, until all names in that are in the document; "the text" where they never are."""
     head, _, rest = document.strip().partition("\n")
     heading = head.lstrip("# ").strip()
     if rest.strip() and len(heading.split()) <= 10 and heading[-1:] not in ".!?:":
         return heading
-    text = " ".join(sentences(document)[:4])
-    prompt = pen.tokenizer(SUBJECT.format(text=text))["input_ids"]
-    return pen.write([prompt], 16, stop="\n")[0].text.strip(" .") or "the text"
+    prompt = pen.tokenizer(SUBJECT.format(text=" ".join(sentences(document))))["input_ids"]
+    known = set(re.findall(r"\w+", document))
+    for draws, sampling in ((1, None), (GUESSES, SAMPLING)):
+        for one in pen.write([prompt] * draws, 16, stop="\n", sampling=sampling):
+            said = one.text.strip(" .")
+            if said and {word for word in re.findall(r"\w+", said) if word[0].isupper()} <= known:
+                return said
+    return "the text"
 
 
 def write_questions(

@@ -209,6 +209,21 @@ def test_sentences_subject_and_what_is_recited() -> None:
         assert pair["output"].startswith(start[1])
 
 
+def test_the_subject_has_no_name_that_the_document_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest first, then samples; the whole document is before the question."""
+    text = DOCUMENT.partition("\n\n")[2]
+    guesses = ["Marie Curie", "", "the bridge of London", " the bridge of Harl. ", *["the toll"] * 5]
+    script = Scripted(guesses)
+    monkeypatch.setattr(pens, "generate", script)
+    assert find_subject(Pen(tiny(), TOKENIZER), text) == "the bridge of Harl"
+    assert all("northern tower" in prompt for prompt in script.prompts)
+    assert [bool(asked["options"]) for asked in script.asked] == [False, True]
+    monkeypatch.setattr(pens, "generate", Scripted(["the toll"]))
+    assert find_subject(Pen(tiny(), TOKENIZER), text) == "the toll"
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "Mars"))
+    assert find_subject(Pen(tiny(), TOKENIZER), text) == "the text"
+
+
 def asked_for(prompt: str) -> str | None:
     """The word that a question is to ask for."""
     found = re.search(r'(?:answer is|hear of|has) "([^"]+)"|Answer: (\S+)\nQuestion:$', prompt.split("<end>")[0])
