@@ -73,6 +73,8 @@ class Pen:
             ends: tokens that do, besides the model's own.
             sampling: options of :func:`~lit_thought.runs.generate.generate`; greedy when left out.
         """
+        if not prompts:
+            return []
         own = range(len(prompts)) if is_sharded(self.model) else share(range(len(prompts)))
         options: dict[str, Any] = {"do_sample": True, **sampling} if sampling is not None else {}
         if ends:

@@ -34,6 +34,7 @@ __all__ = [
     "write_questions",
 ]
 
+_WORD = re.compile(r"\w(?:[\w,.]*\w)?")
 SAMPLING = {"temperature": 0.6, "top_k": 50}
 LONGEST = 24
 """Words of a question, and tokens of one that asks for a word, and of its answer; longer questions are dropped."""
@@ -182,7 +183,7 @@ def find_subject(pen: Pen, document: str) -> str:
     for draws, sampling in ((1, None), (GUESSES, SAMPLING)):
         for one in pen.write([prompt] * draws, 16, stop="\n", sampling=sampling):
             said = one.text.strip(" .")
-            if said and {word for word in re.findall(r"\w+", said) if word[0].isupper()} <= known:
+            if said and _names(re.findall(r"\w+", said)) <= known:
                 return said
     return "the text"
 
@@ -190,7 +191,7 @@ def find_subject(pen: Pen, document: str) -> str:
 def write_questions(
     pen: Pen, template: PromptTemplate, document: str, subject: str, count: int, taken: Distinct
 ) -> list[str]:
-    """Questions about a document, in the words of the model, whose answers between them say all of it.
+    """Questions about a document, in the words of the model, whose answers between them are to say all of it.
 
     Up to half of them come from lists, where the template is a chat's. The others ask for a word of a sentence each (a
     name, a number or a longer word), in every round for those that the fewest answers have had so far. A question is
@@ -210,7 +211,7 @@ def write_questions(
     def keep(questions: Iterable[str], most: int) -> None:
         new = [one for one in questions if about.asks(one) and taken.new(one)]
         prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in new]
-        for question, answer in zip(new, pen.write(prompts, LONGEST) if prompts else [], strict=True):
+        for question, answer in zip(new, pen.write(prompts, LONGEST), strict=True):
             if len(kept) < most and (found := about.told(question, answer.text)):
                 kept.append(question)
                 told.update(found)
@@ -227,8 +228,8 @@ def write_questions(
         chosen = rarest[: max(DRAWN, round(SPARE * wanted))]
         asked.update(chosen)
         prompts = [_asking_for(pen, template, document, subject, number, *words[i][:2]) for i in chosen]
-        drawn = pen.write(prompts, LONGEST, stop="\n", sampling=SAMPLING) if prompts else []
-        keep([one.text for one, i in zip(drawn, chosen, strict=True) if words[i][2] not in stems(one.text)], count)
+        drawn = pen.write(prompts, LONGEST, stop="\n", sampling=SAMPLING)
+        keep([one.text for one, i in zip(drawn, chosen, strict=True) if words[i][2] not in _stems(one.text)], count)
     if not kept:
         raise ThoughtError(
             "inputs: expected the model to write questions about the document and to answer them from it, but it did "
@@ -241,7 +242,7 @@ def _listed(pen: Pen, template: PromptTemplate, document: str, subject: str, cou
     asked = [wording.format(subject=subject) for _ in range(LISTS) for wording in ASKING]
     asked = asked[: max(len(ASKING), -(-2 * count // LISTED))] if count else []
     prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in asked]
-    lists = pen.write(prompts, LISTED * 16, sampling={"temperature": 0.9, "top_k": 50}) if prompts else []
+    lists = pen.write(prompts, LISTED * 16, sampling={"temperature": 0.9, "top_k": 50})
     lines = [line.strip() for one in lists for line in one.text.splitlines()]
     return [re.sub(r"^\W*(\d+[.):]\s*)?\W*", "", line).rstrip("*_ ") for line in lines]
 
@@ -258,7 +259,9 @@ def _asking_for(
     return ids
 
 
-_WORD = re.compile(r"\w(?:[\w,.]*\w)?")
+def _names(words: Iterable[str]) -> set[str]:
+    """Those with a capital."""
+    return {word for word in words if word[0].isupper()}
 
 
 def _stem(word: str) -> str:
@@ -267,7 +270,7 @@ def _stem(word: str) -> str:
     return plain if re.search(r"\d", plain) else plain[:STEM]
 
 
-def stems(text: str) -> set[str]:
+def _stems(text: str) -> set[str]:
     """The beginnings of a text's words."""
     return {_stem(word) for word in _WORD.findall(text)}
 
@@ -281,10 +284,10 @@ class About:
     def __init__(self, document: str, subject: str) -> None:
         self.known = {*re.findall(r"\w+", f"{document} {subject}"), "I"}
         later = [word for part in sentences(document) for word in re.findall(r"\w+", part)[1:]]
-        self.names = {word for word in later if word[0].isupper()}
+        self.names = _names(later)
         self.subject = tuple(word for word in normalised(subject).split() if len(word) > 3)
         self.words = {word.lower() for word in self.known if len(word) > 5}
-        self.stems, self.given = stems(f"{document} {subject}"), stems(subject)
+        self.stems, self.given = _stems(f"{document} {subject}"), _stems(subject)
 
     def asks(self, text: str) -> bool:
         """Whether it is a question about the document, of 4 to :data:`LONGEST` words: it names the subject (the words
@@ -292,7 +295,7 @@ class About:
         words = re.findall(r"\w+", text)
         if not text.endswith("?") or not 4 <= len(words) <= LONGEST:
             return False
-        names = {word for word in words[1:] if word[0].isupper()}
+        names = _names(words[1:])
         lower = [word.lower() for word in words]
         named = bool(self.subject) and any(word.startswith(self.subject) for word in lower)
         told = named or not names.isdisjoint(self.names) or sum(word in self.words for word in lower) >= 2
@@ -306,9 +309,9 @@ class About:
     def told(self, question: str, answer: str) -> set[str]:
         """The beginnings of the words with which an answer says something of the document that is not in its question;
         none where it has a name or number that is not in the document, or fewer words of it than others."""
-        known = stems(question) | self.given
+        known = _stems(question) | self.given
         new = {stem: exact for stem, (_, exact) in _saying(answer).items() if stem not in known}
-        ours = {stem for stem in new if stem in self.stems}
+        ours = new.keys() & self.stems
         foreign = any(exact for stem, exact in new.items() if stem not in ours)
         return set() if foreign or len(new) > 2 * len(ours) else ours
 

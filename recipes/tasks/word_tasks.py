@@ -55,8 +55,14 @@ def word_tasks(
     done: Sequence[str] = (),
 ) -> None:
     """Fit and test every task, seed and choice of sites."""
-    settings = {"sites": list(sites), "rank": rank, "shots": shots, "fit": fit, "test": test}
-    settings["max_new_tokens"] = max_new_tokens
+    settings = {
+        "sites": list(sites),
+        "rank": rank,
+        "shots": shots,
+        "fit": fit,
+        "test": test,
+        "max_new_tokens": max_new_tokens,
+    }
     runs = earlier_runs(done, shown(model), settings)
     finished = {(run["task"], run["seed"]) for run in runs}
     lm, tokenizer = load_model(model)
