@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PromptTemplate, ThoughtPatch, transmute
 from lit_thought.evaluation.compare import Evaluation
+from lit_thought.inputs.write import write_pairs
 from lit_thought.patch.results import RUNS
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.timing import Stopwatch
@@ -137,6 +138,28 @@ def fit_case(
     run |= {"seconds": seconds, "seconds_by_part": parts}
     scored = evaluation.score(patch)
     return patch, run | {key: value for key, value in scored.items() if key != "perplexity_windows"}
+
+
+def fit_in_parts(
+    evaluation: Evaluation, case: Case, count: int, seed: int, **changes: Any
+) -> tuple[ThoughtPatch, dict[str, Any]]:
+    """The same of a document that is cut into parts at its paragraphs: each part is written about, and stands before
+    what was written about it, alone; the statistics of all of them are added."""
+    start = Stopwatch.now()
+    pairs = [
+        {**pair, "instruction": part}
+        for part in documents.cut(case.chunk, count)
+        for pair in write_pairs(
+            *(evaluation.model, evaluation.tokenizer, part, case.template),
+            kind="document",
+            apart=case.tested,
+            seed=seed,
+        ).pairs
+    ]
+    writing = Stopwatch.now() - start
+    patch, run = fit_case(evaluation, case, pairs, seed=seed, **changes)
+    by_part = {**run["seconds_by_part"], "write": writing}
+    return patch, run | {"seconds": writing + run["seconds"], "seconds_by_part": by_part}
 
 
 def right(case: Case, items: Sequence[Mapping[str, str]]) -> dict[str, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,3 +47,15 @@ def load_document(name: str) -> Document:
             f"documents: expected some of {known}, or JSON files with title, passage and questions (input, outputs); "
             f"got {name!r} ({type(error).__name__}: {error}); correct the name or the file."
         ) from error
+
+
+def cut(chunk: str, parts: int) -> list[str]:
+    """A document's chunk in parts of about as many words, cut between paragraphs; what leads to the passage stands
+    before each. There are fewer where there are fewer paragraphs."""
+    lead, *paragraphs = chunk.split("\n\n")
+    ends = list(accumulate(len(one.split()) for one in paragraphs))
+    groups: dict[int, list[str]] = {}
+    for one, end in zip(paragraphs, ends, strict=True):
+        middle = end - len(one.split()) / 2
+        groups.setdefault(int(parts * middle / ends[-1]), []).append(one)
+    return ["\n\n".join([lead, *group]) for group in groups.values()]

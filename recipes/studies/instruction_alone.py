@@ -4,7 +4,8 @@
 
 Every chunk goes through ``transmute(model, tokenizer, chunk)``: lists of demonstrations (the six word tasks), system
 messages, documents. Each is tested on what was never fitted: words, questions, and questions about the document that
-were worded by hand. Beside a word task's patch stands one of thirty given inputs, on the same words. The figures are
+were worded by hand. Beside a word task's patch stands one of thirty given inputs, on the same words; beside a
+document's, with ``--parts``, one for which each part of it was alone in the prompt of its own pairs. The figures are
 those of ``evaluate``: along the instructed model's outputs and along the patched model's own; and the seconds from the
 instruction to the patch, by part. Writes a Markdown and a JSON table after every fit; ``--done`` takes these over.
 """
@@ -17,7 +18,15 @@ from typing import Any
 
 from lit_thought import load_model
 from lit_thought.patch.results import RUNS
-from recipes.chunks.cases import document_case, evaluation_of, fit_case, message_case, right, word_case
+from recipes.chunks.cases import (
+    document_case,
+    evaluation_of,
+    fit_case,
+    fit_in_parts,
+    message_case,
+    right,
+    word_case,
+)
 from recipes.chunks.documents import load_document
 from recipes.chunks.system_prompts import instructions_known
 from recipes.harness import (
@@ -42,6 +51,7 @@ def instruction_alone(
     documents: Sequence[str] = ("brindlemark", "velmora", "quillow", "great_fire", "harrowick", "kestrel_station"),
     seeds: Sequence[int] = (0,),
     counts: Sequence[int] = (),
+    parts: Sequence[int] = (),
     test: int = 100,
     questions: int = 30,
     word_tokens: int = 12,
@@ -73,15 +83,17 @@ def instruction_alone(
         cases += [message_case(known[name], seed, questions, answer_tokens) for name in instructions]
         cases += [document_case(own, document_tokens, document_settings or {}) for own in chosen]
         for case in cases:
-            fits: list[tuple[str, Any, dict[str, Any]]] = [("written", None, {})]
-            fits += [(f"written, {count}", None, {"inputs": count}) for count in counts]
-            fits += [(f"given, {len(case.given)}", case.given, {})] if case.given else []
+            fits: list[tuple[str, Any, dict[str, Any]]] = [("written", fit_case, {"pairs": None})]
+            fits += [(f"written, {count}", fit_case, {"pairs": None, "inputs": count}) for count in counts]
+            fits += [(f"given, {len(case.given)}", fit_case, {"pairs": case.given})] if case.given else []
+            if case.door == "document":
+                fits += [(f"written, {count} parts", fit_in_parts, {"count": count}) for count in parts]
             waiting = [own for own in fits if (case.door, case.name, seed, own[0]) not in finished]
             if not waiting:
                 continue
             evaluation = evaluation_of(lm, tokenizer, case, unrelated)
-            for name, pairs, changes in waiting:
-                _, measured = fit_case(evaluation, case, pairs, seed=seed, **changes)
+            for name, fit, changes in waiting:
+                _, measured = fit(evaluation, case, seed=seed, **changes)
                 run = {"door": case.door, "name": case.name, "seed": seed, "fit": name}
                 run |= {"right": right(case, measured["items"]), "tested": len(case.tested)}
                 runs.append({**run, **measured, "commit": provenance()["commit"]})

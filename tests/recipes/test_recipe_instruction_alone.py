@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from recipe_runs import run_recipe
 
+from recipes.chunks.documents import cut
+
 
 @pytest.mark.usefixtures("_written")
 def test_instruction_alone(tmp_path: Path) -> None:
     rows = [{"input": "Who rules Oz?", "outputs": ["Ada"]}, {"input": "Where is Oz?", "outputs": ["here"]}]
-    oz = {"title": "Oz", "passage": "Ada rules Oz. The city is green.", "questions": rows}
+    oz = {"title": "Oz", "passage": "Ada rules Oz.\n\nThe city of Oz is green.", "questions": rows}
     (tmp_path / "oz.json").write_text(json.dumps(oz))
     reduced = [
         "--tasks=[common_words/antonym]",
@@ -20,16 +22,17 @@ def test_instruction_alone(tmp_path: Path) -> None:
         f"--documents=[{tmp_path / 'oz.json'}]",
     ]
     reduced += ["--test=3", "--questions=2", "--word_tokens=3", "--answer_tokens=3", "--document_tokens=3"]
-    reduced += ["--unrelated=false", "--counts=[6]", "--document_settings={rank: 4}"]
+    reduced += ["--unrelated=false", "--counts=[6]", "--parts=[2]", "--document_settings={rank: 4}"]
     ran = run_recipe("instruction_alone", tmp_path, *reduced)
     runs = ran.record["runs"]
     assert [(run["name"], run["fit"]) for run in runs] == [
         *[("antonym", fit) for fit in ("written", "written, 6", "given, 30")],
         *[(name, fit) for name in ("pirate", "poet", "oz") for fit in ("written", "written, 6")],
+        ("oz", "written, 2 parts"),
     ]
     assert [run["fitted"] for run in runs if run["fit"] == "written, 6"] == [6] * 4
     kinds = [run["inputs"] and run["inputs"]["kind"] for run in runs]
-    assert kinds == ["demonstrations"] * 2 + [None] + ["system"] * 4 + ["document"] * 2
+    assert kinds == ["demonstrations"] * 2 + [None] + ["system"] * 4 + ["document"] * 2 + [None]
     assert [run["right"] is None for run in runs] == [run["name"] == "poet" for run in runs]
     for run in runs:
         assert run["seconds"] > 0
@@ -49,5 +52,17 @@ def test_instruction_alone(tmp_path: Path) -> None:
     more = run_recipe("instruction_alone", tmp_path / "more", *reduced).record["runs"]
     assert more[: len(runs)] == runs
     assert [(run["name"], run["seed"]) for run in more[len(runs) :]] == [
-        (name, 1) for name in ("pirate", "poet", "oz") for _ in range(2)
+        *[(name, 1) for name in ("pirate", "poet", "oz") for _ in range(2)],
+        ("oz", 1),
     ]
+
+
+def test_cut() -> None:
+    """Every paragraph is in one part, in order, and what leads to the passage before each."""
+    chunk = "Use this:\n\none two three four five\n\nsix\n\nseven\n\neight nine ten"
+    assert cut(chunk, 1) == [chunk]
+    halves = ["Use this:\n\none two three four five", "Use this:\n\nsix\n\nseven\n\neight nine ten"]
+    assert cut(chunk, 2) == halves
+    every = [f"Use this:\n\n{part}" for part in ("one two three four five", "six\n\nseven", "eight nine ten")]
+    assert cut(chunk, 3) == every
+    assert len(cut(chunk, 9)) == 4
