@@ -38,8 +38,8 @@ _WORD = re.compile(r"\w(?:[\w,.]*\w)?")
 SAMPLING = {"temperature": 0.6, "top_k": 50}
 LONGEST = 24
 """Words of a question, and tokens of one that asks for a word, and of its answer; longer questions are dropped."""
-GUESSES = 8
-"""Samples of what a document is about, where the likeliest cannot be."""
+OPENING, GUESSES = 4, 8
+"""Sentences at a document's beginning; samples of what it is about, where the likeliest cannot be."""
 LISTED = 20
 """Questions asked for at once, ..."""
 LISTS = 8
@@ -172,19 +172,23 @@ def sentences(text: str) -> list[str]:
 
 
 def find_subject(pen: Pen, document: str) -> str:
-    """What a document is about, in a few words: its heading where it has one, else what the model says of it, at first
-    greedily, then in samples, until all names in that are in the document; "the text" where they never are."""
+    """What a document is about, in a few words: its heading where it has one, else what the model says of all of it, or
+    of its beginning, at first greedily, then in samples, until all names in that are in the document; of several those
+    words which are in more of its sentences; "the text" where there are none."""
     head, _, rest = document.strip().partition("\n")
     heading = head.lstrip("# ").strip()
     if rest.strip() and len(heading.split()) <= 10 and heading[-1:] not in ".!?:":
         return heading
-    prompt = pen.tokenizer(SUBJECT.format(text=" ".join(sentences(document))))["input_ids"]
+    parts = sentences(document)
+    views = (parts, parts[:OPENING])
+    prompts = [pen.tokenizer(SUBJECT.format(text=" ".join(view)))["input_ids"] for view in views]
     known = set(re.findall(r"\w+", document))
+    often = Counter(stem for part in parts for stem in _stems(part))
     for draws, sampling in ((1, None), (GUESSES, SAMPLING)):
-        for one in pen.write([prompt] * draws, 16, stop="\n", sampling=sampling):
-            said = one.text.strip(" .")
-            if said and _names(re.findall(r"\w+", said)) <= known:
-                return said
+        said = [one.text.strip(" .") for one in pen.write(prompts * draws, 16, stop="\n", sampling=sampling)]
+        true = [one for one in said if one and _names(re.findall(r"\w+", one)) <= known]
+        if true:
+            return max(true, key=lambda one: sum(often[stem] for stem in _saying(f"the {one}")))
     return "the text"
 
 

@@ -210,18 +210,30 @@ def test_sentences_subject_and_what_is_recited() -> None:
 
 
 def test_the_subject_has_no_name_that_the_document_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The likeliest first, then samples; the whole document is before the question."""
+    """The likeliest first, then samples."""
     text = DOCUMENT.partition("\n\n")[2]
-    guesses = ["Marie Curie", "", "the bridge of London", " the bridge of Harl. ", *["the toll"] * 5]
+    guesses = ["Marie Curie", "", "the bridge of London", " the bridge of Harl. ", *["the toll"] * 14]
     script = Scripted(guesses)
     monkeypatch.setattr(pens, "generate", script)
     assert find_subject(Pen(tiny(), TOKENIZER), text) == "the bridge of Harl"
     assert all("northern tower" in prompt for prompt in script.prompts)
     assert [bool(asked["options"]) for asked in script.asked] == [False, True]
-    monkeypatch.setattr(pens, "generate", Scripted(["the toll"]))
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "the toll"))
     assert find_subject(Pen(tiny(), TOKENIZER), text) == "the toll"
     monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "Mars"))
     assert find_subject(Pen(tiny(), TOKENIZER), text) == "the text"
+
+
+def test_the_subject_is_what_more_sentences_are_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is asked of all of a document and of its beginning alone."""
+    text = DOCUMENT.partition("\n\n")[2] + " Two queens of Oz came in 1900. The Harl bridge was painted for them."
+    said = {True: "the queens of Oz", False: "the bridge over the Harl"}
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: said["1900" in prompt]))
+    assert find_subject(Pen(tiny(), TOKENIZER), text) == "the bridge over the Harl"
+    said = {True: "Harl", False: "the keeper"}
+    assert find_subject(Pen(tiny(), TOKENIZER), text) == "Harl"
+    said = {True: "nine arches", False: "grey stone"}
+    assert find_subject(Pen(tiny(), TOKENIZER), text) == "nine arches"
 
 
 def asked_for(prompt: str) -> str | None:
