@@ -94,8 +94,8 @@ def prompt_case(name: str, chunk: str, messages: Sequence[str], max_new_tokens: 
 
 
 def document_case(own: documents.Document, max_new_tokens: int, settings: Mapping[str, Any]) -> Case:
-    """A document, and the questions about it that were worded by hand; what is fitted is twice as long as what is
-    tested, at most."""
+    """A document, and the questions about it that were worded by hand; the answers that are fitted are twice as long as
+    those that are tested, at most."""
     accepted = {row["input"]: row["outputs"] for row in own.questions}
 
     def judge(item: Mapping[str, str], output: str) -> bool:
@@ -103,7 +103,8 @@ def document_case(own: documents.Document, max_new_tokens: int, settings: Mappin
 
     how = {"kind": "document", "max_new_tokens": 2 * max_new_tokens, **settings}
     tested = [{"input": text} for text in accepted]
-    return Case("document", own.name, own.chunk, PromptTemplate.chat(), tested, max_new_tokens, judge, [], how)
+    given = [{"input": text} for text in own.given]
+    return Case("document", own.name, own.chunk, PromptTemplate.chat(), tested, max_new_tokens, judge, given, how)
 
 
 def evaluation_of(

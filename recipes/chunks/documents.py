@@ -16,12 +16,13 @@ LEAD = "Answer each question in one short sentence, using this text:\n\n"
 
 
 class Document(NamedTuple):
-    """A passage, and questions about it to test with, each with accepted answers."""
+    """A passage, and questions about it: to test with, each with accepted answers, and to fit on."""
 
     name: str
     title: str
     passage: str
     questions: tuple[dict[str, Any], ...]
+    given: tuple[str, ...] = ()
 
     @property
     def chunk(self) -> str:
@@ -40,7 +41,7 @@ def load_document(name: str) -> Document:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         questions = tuple({"input": row["input"], "outputs": list(row["outputs"])} for row in data["questions"])
-        return Document(path.stem, data["title"], data["passage"], questions)
+        return Document(path.stem, data["title"], data["passage"], questions, tuple(data.get("given", ())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(sorted(own.stem for own in FOLDER.glob("*.json")))
         raise ThoughtError(

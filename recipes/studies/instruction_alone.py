@@ -5,9 +5,10 @@
 Every chunk goes through ``transmute(model, tokenizer, chunk)``: lists of demonstrations (the six word tasks), system
 messages, documents. Each is tested on what was never fitted: words, questions, and questions about the document that
 were worded by hand. Beside a word task's patch stands one of thirty given inputs, on the same words; beside a
-document's, with ``--parts``, one for which each part of it was alone in the prompt of its own pairs. The figures are
-those of ``evaluate``: along the instructed model's outputs and along the patched model's own; and the seconds from the
-instruction to the patch, by part. Writes a Markdown and a JSON table after every fit; ``--done`` takes these over.
+document's one of given questions, where its file has some, alone and with others, and, with ``--parts``, one for which
+each part of it was alone in the prompt of its own pairs. The figures are those of ``evaluate``: along the instructed
+model's outputs and along the patched model's own; and the seconds from the instruction to the patch, by part. Writes a
+Markdown and a JSON table after every fit; ``--done`` takes these over.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ from recipes.harness import (
     table,
     write_results,
 )
+
+BESIDE = 1.5
+"""Pairs for one given question about a document, where the others are written."""
 
 
 def instruction_alone(
@@ -85,8 +89,10 @@ def instruction_alone(
         for case in cases:
             fits: list[tuple[str, Any, dict[str, Any]]] = [("written", fit_case, {"pairs": None})]
             fits += [(f"written, {count}", fit_case, {"pairs": None, "inputs": count}) for count in counts]
+            more = {"pairs": case.given, "inputs": round(BESIDE * len(case.given))}
             fits += [(f"given, {len(case.given)}", fit_case, {"pairs": case.given})] if case.given else []
             if case.door == "document":
+                fits += [(f"given, {len(case.given)}, and written", fit_case, more)] if case.given else []
                 fits += [(f"written, {count} parts", fit_in_parts, {"count": count}) for count in parts]
             waiting = [own for own in fits if (case.door, case.name, seed, own[0]) not in finished]
             if not waiting:

@@ -159,5 +159,6 @@ def test_the_documents_answer_their_questions() -> None:
         own = load_document(name)
         asked = [normalised(row["input"]) for row in own.questions]
         assert len(set(asked)) == len(asked) >= 12
+        assert not set(asked) & {normalised(text) for text in own.given}
         for row in own.questions:
             assert contains(own.passage, row["outputs"]), row

@@ -14,7 +14,12 @@ from recipes.chunks.documents import cut
 @pytest.mark.usefixtures("_written")
 def test_instruction_alone(tmp_path: Path) -> None:
     rows = [{"input": "Who rules Oz?", "outputs": ["Ada"]}, {"input": "Where is Oz?", "outputs": ["here"]}]
-    oz = {"title": "Oz", "passage": "Ada rules Oz.\n\nThe city of Oz is green.", "questions": rows}
+    oz = {
+        "title": "Oz",
+        "passage": "Ada rules Oz.\n\nThe city of Oz is green.",
+        "questions": rows,
+        "given": ["Is Oz green?", "Who is Ada?"],
+    }
     (tmp_path / "oz.json").write_text(json.dumps(oz))
     reduced = [
         "--tasks=[common_words/antonym]",
@@ -28,11 +33,12 @@ def test_instruction_alone(tmp_path: Path) -> None:
     assert [(run["name"], run["fit"]) for run in runs] == [
         *[("antonym", fit) for fit in ("written", "written, 6", "given, 30")],
         *[(name, fit) for name in ("pirate", "poet", "oz") for fit in ("written", "written, 6")],
+        *[("oz", fit) for fit in ("given, 2", "given, 2, and written")],
         ("oz", "written, 2 parts"),
     ]
     assert [run["fitted"] for run in runs if run["fit"] == "written, 6"] == [6] * 4
     kinds = [run["inputs"] and run["inputs"]["kind"] for run in runs]
-    assert kinds == ["demonstrations"] * 2 + [None] + ["system"] * 4 + ["document"] * 2 + [None]
+    assert kinds == ["demonstrations"] * 2 + [None] + ["system"] * 4 + ["document"] * 2 + [None, "document", None]
     assert [run["right"] is None for run in runs] == [run["name"] == "poet" for run in runs]
     for run in runs:
         assert run["seconds"] > 0
@@ -53,7 +59,7 @@ def test_instruction_alone(tmp_path: Path) -> None:
     assert more[: len(runs)] == runs
     assert [(run["name"], run["seed"]) for run in more[len(runs) :]] == [
         *[(name, 1) for name in ("pirate", "poet", "oz") for _ in range(2)],
-        ("oz", 1),
+        *[("oz", 1)] * 3,
     ]
 
 
