@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 from lit_thought import load_model
+from lit_thought.errors import check_counts
 from lit_thought.patch.results import RUNS
 from recipes.chunks.cases import (
     document_case,
@@ -69,6 +70,8 @@ def instruction_alone(
     """Fit and test every chunk and seed."""
     known = instructions_known()
     check_names("instructions", instructions, known)
+    for count in parts:
+        check_counts(parts=count)
     chosen = [load_document(name) for name in documents]
     settings = {
         "dtype": dtype,

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from recipe_runs import run_recipe
 
+from lit_thought import ThoughtError
 from recipes.chunks.documents import cut
+from recipes.studies.instruction_alone import instruction_alone
 
 
 @pytest.mark.usefixtures("_written")
@@ -61,6 +63,11 @@ def test_instruction_alone(tmp_path: Path) -> None:
         *[(name, 1) for name in ("pirate", "poet", "oz") for _ in range(2)],
         *[("oz", 1)] * 3,
     ]
+
+
+def test_parts_are_checked_before_any_work() -> None:
+    with pytest.raises(ThoughtError, match=r"parts must be .* got 0"):
+        instruction_alone(model="nowhere", parts=[2, 0])
 
 
 def test_cut() -> None:
