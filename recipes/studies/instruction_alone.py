@@ -92,10 +92,12 @@ def instruction_alone(
         for case in cases:
             fits: list[tuple[str, Any, dict[str, Any]]] = [("written", fit_case, {"pairs": None})]
             fits += [(f"written, {count}", fit_case, {"pairs": None, "inputs": count}) for count in counts]
-            more = {"pairs": case.given, "inputs": round(BESIDE * len(case.given))}
-            fits += [(f"given, {len(case.given)}", fit_case, {"pairs": case.given})] if case.given else []
+            if case.given:
+                fits.append((f"given, {len(case.given)}", fit_case, {"pairs": case.given}))
+            if case.given and case.door == "document":
+                more = {"pairs": case.given, "inputs": round(BESIDE * len(case.given))}
+                fits.append((f"given, {len(case.given)}, and written", fit_case, more))
             if case.door == "document":
-                fits += [(f"given, {len(case.given)}, and written", fit_case, more)] if case.given else []
                 fits += [(f"written, {count} parts", fit_in_parts, {"count": count}) for count in parts]
             waiting = [own for own in fits if (case.door, case.name, seed, own[0]) not in finished]
             if not waiting:
