@@ -17,6 +17,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "cache_folder",
+    "check_apart",
     "check_output_folder",
     "check_version",
     "default_cache_dir",
@@ -57,6 +59,18 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ELSEWHERE),
 }
 """What to do where the system cannot write."""
+
+
+def check_apart(**folders: str | os.PathLike[str] | None) -> None:
+    """Refuse folders, by the arguments that name them, of which one is another or holds it; None is no folder.
+
+    Raises:
+        ThoughtError: naming the two.
+    """
+    places = {name: expanded(path, name).resolve() for name, path in folders.items() if path is not None}
+    for (name, one), (other, two) in combinations(places.items(), 2):
+        if one == two or one in two.parents or two in one.parents:
+            raise ThoughtError(f"{name} and {other} must be folders of their own, neither in the other.")
 
 
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path") -> Path:

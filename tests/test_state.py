@@ -139,7 +139,7 @@ def test_the_users_own_switches_stay(tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.set_float32_matmul_precision("high")
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")
     try:
-        with unchanged(model, TOKENIZER), torch.no_grad():
+        with torch.no_grad(), unchanged(model, TOKENIZER):
             fitted(model, tmp_path)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -60,13 +61,16 @@ def converse(talk: Chat) -> list[dict[str, Any]]:
 def _lines(live: bool) -> Iterator[str]:
     """What the user says, line by line, blank ones left out."""
     if live:
-        import readline  # noqa: F401  # input() then edits the line, and remembers
+        with suppress(ImportError):  # there is none on Windows
+            import readline  # noqa: F401  # input() then edits the line, and remembers
 
     while True:
         try:
             line = input("\n> " if live else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ThoughtError(f"standard input: expected UTF-8 text, one question a line; {error}.") from None
         if line.strip():
             yield line.strip()
 

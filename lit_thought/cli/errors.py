@@ -75,7 +75,7 @@ def as_typed(message: str, flags: Collection[str]) -> str:
         return re.sub(rf"\b({name})\b", lambda word: f"--{names[word[1]]}", match[0])
 
     message = re.sub(rf"^({name})(?=: | must | is | and \w+ exclude )", alone, message)
-    message = re.sub(rf"(?<=\band )({name})(?= exclude )|(?<=[Ll]eave )({name})(?= out\b)", alone, message)
+    message = re.sub(rf"(?<=\band )({name})(?= exclude | must )|(?<=[Ll]eave )({name})(?= out\b)", alone, message)
     message = re.sub(rf"(?P<before>^|[\s;:,])(?P<name>{name})=(?P<value>{_VALUE})", flag_of, message)
     words = "|".join(flag for flag in flags if "_" in flag) or "$^"  # no other word looks like these
     message = re.sub(rf"(?<![\w./'\"=-])({words})(?!\.?\w|['\"=(/])", r"--\1", message)

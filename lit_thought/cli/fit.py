@@ -51,15 +51,16 @@ def fit(
         verdict: on how many inputs the patched model is compared with the plain and the instructed one at the end: of
             val_pairs, else new ones that the model writes where it wrote those of the fit, else the last ones of the
             fit; 0 for no comparison.
-        overwrite: replace the folder if it exists.
+        overwrite: replace the folder, and that of statistics_dir, if they exist.
         progress: show progress bars.
         loading: the model.
         settings: of the fit.
     """
     from lit_thought.errors import ThoughtError
-    from lit_thought.files import check_output_folder
+    from lit_thought.files import check_apart, check_output_folder
 
     check_output_folder(out, overwrite)
+    check_apart(statistics_dir=settings.get("statistics_dir"), resume_dir=settings.get("resume_dir"), out=out)
     if isinstance(verdict, bool) or verdict < 0:
         raise ThoughtError(f"verdict must be a whole number of 0 or more; got {verdict!r}.")
     text = read_instruction(instruction, instruction_file)
@@ -76,8 +77,9 @@ def fit(
         model, tokenizer = loading.load()
         return model, tokenizer
 
+    options = {"val_pairs": val_pairs, "overwrite": overwrite, "progress": progress, **settings}
     try:
-        patch = transmute(load, None, text, pairs, template, val_pairs=val_pairs, progress=progress, **settings)
+        patch = transmute(load, None, text, pairs, template, **options)
     except KeyboardInterrupt:
         say(_how_to_go_on(settings.get("resume_dir")))
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import ipaddress
 import json
+import re
 import threading
 from contextlib import suppress
 from http import HTTPStatus
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_for_us(self) -> bool:
         """Whether the request names this server, rather than a site whose name was made to lead here."""
-        host = self.headers.get("Host", "").rpartition(":")[0].strip("[]")
+        host = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]")
         fits = not self.server.local or host == "localhost" or _is_local(host)
         if not fits:
             self._fail(HTTPStatus.FORBIDDEN, "This page is served to this machine alone.")

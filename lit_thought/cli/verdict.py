@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import evaluate
 from lit_thought.inputs.write import write_pairs
 from lit_thought.patch.chat import Answer, Answers
@@ -38,8 +40,9 @@ def compared(
     count: int,
     settings: Mapping[str, Any],
     progress: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """What :func:`~lit_thought.evaluation.compare.evaluate` finds on ``count`` inputs; as ``inputs``, whose they are.
+    None where there are none.
 
     Args:
         model, tokenizer, instruction, pairs, val_pairs, settings: those of the fit.
@@ -53,13 +56,19 @@ def compared(
     if val_pairs is not None:
         rows = load_pairs(val_pairs)[:count]
     elif written is not None and instruction is not None:
-        old, whose = written.get("pairs", []), "other inputs, written anew"
+        old = [*(load_pairs(pairs) if pairs is not None else []), *written.get("pairs", [])]
+        whose = "other inputs, written anew" if "pairs" in written else "inputs written anew, perhaps as for the fit"
         total = len(old) + (2 if written["kind"] == "document" else 1) * count  # of a document half are questions
         options: dict[str, Any] = {"kind": written["kind"], "given": old, "seed": settings["seed"] + 1}
-        rows = write_pairs(model, tokenizer, instruction, template, total=total, **options).pairs[:count]
+        if settings["batch_size"] is not None:
+            options["batch_size"] = settings["batch_size"]
+        with suppress(ThoughtError):  # that the model has no more to ask is no reason to fail
+            rows = write_pairs(model, tokenizer, instruction, template, total=total, **options).pairs[:count]
     if not rows:
-        of_fit = load_pairs(pairs) if pairs is not None else written["pairs"] if written is not None else []
+        of_fit = load_pairs(pairs) if pairs is not None else written.get("pairs", []) if written is not None else []
         rows, whose = of_fit[-count:], "inputs of the fit itself"
+    if not rows:
+        return None
     found = evaluate(
         *(model, tokenizer, patch),
         instruction=instruction,

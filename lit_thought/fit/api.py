@@ -30,6 +30,7 @@ def transmute(
     template: str | PromptTemplate | None = None,
     *,
     val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> ThoughtPatch:
@@ -51,6 +52,7 @@ def transmute(
             as many as ``inputs`` says; see :class:`~lit_thought.fit.data.PairDataModule`.
         template: how instruction, input and output make a prompt; see there, too.
         val_pairs: pairs to follow the fit with, step by step (in the patch's provenance, as history).
+        overwrite: replace ``statistics_dir`` if it exists.
         progress: show progress bars.
         settings: those of :class:`~lit_thought.settings.FitSettings`. blocks, rank, ridge, scale and preserve_weight
             can be ``"auto"``: chosen on a quarter of the pairs, held back first (:mod:`lit_thought.selection`); the
@@ -69,7 +71,9 @@ def transmute(
     """
     chosen = FitSettings(**settings)
     auto, options = chosen.auto, chosen.options(data=False)
-    callback = ThoughtCallback(**{name: value for name, value in options.items() if name not in auto})
+    callback = ThoughtCallback(
+        overwrite=overwrite, **{name: value for name, value in options.items() if name not in auto}
+    )
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
         check_auto(auto, data.expected, options)
@@ -85,7 +89,7 @@ def transmute(
     if auto:
         selection = select_settings(module, data, auto, seed=chosen.seed, progress=progress, **options)
         data.known, told["selection"] = selection.outputs, selection.provenance
-        callback = ThoughtCallback(**selection.settings)
+        callback = ThoughtCallback(overwrite=overwrite, **selection.settings)
     if patch is None:
         patch = fit(module, data, callback, progress=progress)
     patch.provenance |= told

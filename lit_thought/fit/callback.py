@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import check_output_folder
+from lit_thought.files import check_apart, check_output_folder
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.module import ThoughtModule
@@ -28,7 +28,6 @@ from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings
 from lit_thought.statistics.distributed import rank_and_size
 from lit_thought.statistics.resume import UnfinishedFit
-from lit_thought.statistics.saved import check_statistics_folder
 from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
 from lit_thought.statistics.stage_file import KeptStage
 from lit_thought.timing import Stopwatch
@@ -82,7 +81,8 @@ class ThoughtCallback(Callback):
         if output_dir is not None:
             check_output_folder(output_dir, overwrite, "output_dir")
         if chosen.statistics_dir is not None:
-            check_statistics_folder(chosen.statistics_dir, output_dir, chosen.resume_dir, overwrite)
+            check_output_folder(chosen.statistics_dir, overwrite, "statistics_dir")
+        check_apart(statistics_dir=chosen.statistics_dir, resume_dir=chosen.resume_dir, output_dir=output_dir)
         self.output_dir, self.overwrite = output_dir, overwrite
         self._forget()
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from lightning.pytorch import Trainer
 
 from lit_thought.fit.callback import ThoughtCallback
@@ -39,7 +40,8 @@ def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, 
         )
         handler = signal.getsignal(signal.SIGINT)
         try:
-            trainer.fit(module, datamodule=data)
+            with torch.set_grad_enabled(torch.is_grad_enabled()):  # which Lightning leaves on
+                trainer.fit(module, datamodule=data)
         except SystemExit as stop:  # what Lightning makes of Ctrl-C, with the signal ignored from then on
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise

@@ -93,6 +93,7 @@ def grow(
         new = set(indices) & set(data.missing) - {i for i, _, _ in outputs}
         outputs += write_outputs(data, model, tokenizer, progress, sorted(new))
         own, how = part_of(data, indices, outputs), callback()
+        own.val_pairs, own.val_instructions = data.val_pairs, data.val_instructions
         patch = fit(module, own, how, progress)
         if measure is None:
             texts = how.preserved.texts or load_texts("default", "preserve", "preserve")

@@ -37,6 +37,8 @@ def continue_list(
     Yields:
         New inputs, ``count`` at most: fewer where the model repeats itself.
     """
+    if count <= 0:
+        return
     longest = 3 * max(len(one.input) for one in shown)
     tokens = 4 + 2 * max(len(pen.tokenizer(one.input)["input_ids"]) for one in shown)
     order, chance, poor = list(range(len(shown))), random.Random(pen.seed), 0

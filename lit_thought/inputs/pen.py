@@ -18,9 +18,17 @@ __all__ = ["Distinct", "Pen", "normalised"]
 
 
 def normalised(text: str) -> str:
-    """Words and numbers in lower case, one space between them; no comma in 1,000; a text without any as it is."""
+    """Words and numbers in lower case, with their signs (-5, 3+4, C#) and one space between them; no comma in 1,000; a
+    text without any as it is."""
     plain = re.sub(r"(?<=\d),(?=\d)", "", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(re.findall(r"\w+", plain)) or text.strip()
+    signs = {match.start() for match in re.finditer(r"(?<!\w)-(?=\d)|(?<=\w)#|[*/](?=\d)", plain)}
+    kept = (one if i in signs or _is_said(one) else " " for i, one in enumerate(plain))
+    return " ".join("".join(kept).split()) or text.strip()
+
+
+def _is_said(character: str) -> bool:
+    """Whether it belongs to a word (vowel signs of Indian scripts are marks), or is a sign of mathematics."""
+    return character.isalnum() or character == "_" or unicodedata.category(character)[:1] == "M" or character in "+<=>"
 
 
 class Distinct:

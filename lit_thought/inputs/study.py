@@ -208,6 +208,8 @@ def write_questions(
     Raises:
         ThoughtError: when the model writes none that can be kept.
     """
+    if count <= 0:
+        return []
     about = About(document, subject)
     kept: list[str] = []
     told: Counter[str] = Counter()

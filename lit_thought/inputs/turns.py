@@ -55,8 +55,9 @@ def write_turns(pen: Pen, template: PromptTemplate, instruction: str, count: int
         for before in (frame.instructed, frame.plain):
             texts = [before + (f"{'' if chat else ' '}{one}" if one else "") for one in openings]
             prompts = [pen.tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
-            drawn = pen.write(prompts, LONGEST, stop=stop, ends=ends, sampling=SAMPLING)
-            for opening, one in zip(openings, drawn, strict=True):
+            begun = [i for i, ids in enumerate(prompts) if ids]  # nothing can be written after nothing
+            drawn = pen.write([prompts[i] for i in begun], LONGEST, stop=stop, ends=ends, sampling=SAMPLING)
+            for opening, one in zip([openings[i] for i in begun], drawn, strict=True):
                 joint = "" if one.text[:1] in ",.;:?!'’" else " "
                 text = f"{opening}{joint}{one.text}".strip()
                 if one.finished and one.text and _is_sound(text) and taken.new(text):

@@ -14,7 +14,7 @@ from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
 from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, sentences, write_questions
 from lit_thought.inputs.turns import write_turns
-from lit_thought.model.loading import evaluating
+from lit_thought.model.loading import context_window, evaluating
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.settings import Kind
 
@@ -26,6 +26,8 @@ PER_SENTENCE = 8
 """Questions about each sentence of a document, likewise; half as many about each of a long system prompt, ..."""
 MOST = 300
 """... and most of them."""
+ROOM = 64
+"""Tokens that an input and the answer to it need."""
 
 
 class Written(NamedTuple):
@@ -78,8 +80,8 @@ def write_pairs(
         The pairs, fewer where the model repeats itself.
 
     Raises:
-        ThoughtError: when the template has no place to write an input at, or nothing can be kept of what the model
-            writes.
+        ThoughtError: when the template has no place to write an input at, the instruction leaves no room in the
+            context window, or nothing can be kept of what the model writes.
     """
     chosen = find_template(tokenizer, instruction, template)
     kind = find_kind(tokenizer, instruction, chosen) if kind is None else kind
@@ -93,14 +95,20 @@ def write_pairs(
     frame = chosen.frame(tokenizer, instruction)
     if not frame.instructed.strip():
         raise ThoughtError("template: there is nothing before {input} from which a model could write one; give pairs.")
+    limit, length = context_window(model), len(tokenizer(frame.instructed, verbose=False)["input_ids"])
+    if length + ROOM > limit:
+        raise ThoughtError(
+            f"instruction: expected room for its prompt and {ROOM} tokens more in the model's context window of "
+            f"{limit} tokens, but the prompt has {length}; shorten it, or use a model with a longer window."
+        )
     taken = Distinct([*(pair["input"] for pair in (*given, *apart)), *(one.input for one in shown)])
     pen = Pen(model, tokenizer, seed, batch_size)
     pairs: list[dict[str, str]] = []
     with evaluating(model):
         if kind == "document":
-            pairs = _study(pen, chosen, instruction, total, times, len(given), taken)
+            pairs = _study(pen, chosen, instruction, total, times, given, apart, taken)
         else:
-            count = (round(times * ENOUGH[kind]) if total is None else total) - len(given)
+            count = max((round(times * ENOUGH[kind]) if total is None else total) - len(given), 0)
             if kind == "demonstrations":
                 texts = continue_list(pen, chosen, instruction, shown, count, taken)
             elif is_long(tokenizer, instruction):
@@ -142,16 +150,26 @@ def _brief(
 
 
 def _study(
-    pen: Pen, template: PromptTemplate, document: str, total: int | None, times: float, given: int, taken: Distinct
+    pen: Pen,
+    template: PromptTemplate,
+    document: str,
+    total: int | None,
+    times: float,
+    given: Sequence[Mapping[str, str]],
+    apart: Sequence[Mapping[str, str]],
+    taken: Distinct,
 ) -> list[dict[str, str]]:
     """Questions, requests and the text itself: of a number that is asked for, half are questions at least."""
     subject = find_subject(pen, document)
-    text = [*recited(document, subject), *repeated(document, subject)]
-    others = [{"input": one.format(subject=subject)} for one in REQUESTS] + text
+    there = [{name: pair[name] for name in ("input", "output") if name in pair} for pair in (*given, *apart)]
+    inputs = {pair["input"] for pair in there}
+    others = [{"input": one} for wording in REQUESTS if (one := wording.format(subject=subject)) not in inputs]
+    others += [one for one in (*recited(document, subject), *repeated(document, subject)) if one not in there]
     if total is None:
         count = round(times * min(MOST, PER_SENTENCE * len(sentences(document))))
     else:
-        others = others[: (total - given) // 2]
-        count = total - given - len(others)
+        wanted = max(total - len(given), 0)
+        others = others[: wanted // 2]
+        count = wanted - len(others)
     questions = write_questions(pen, template, document, subject, count, taken)
     return [{"input": one} for one in questions] + others

@@ -26,7 +26,6 @@ import torch
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import (
     atomic_folder,
-    check_output_folder,
     check_version,
     expanded,
     own_file,
@@ -43,7 +42,6 @@ __all__ = [
     "FORMAT_VERSION",
     "SavedStatistics",
     "StatisticsWriter",
-    "check_statistics_folder",
 ]
 
 FORMAT_VERSION = 1
@@ -54,19 +52,6 @@ MANIFEST = "manifest.json"
 
 class _AbortedError(Exception):
     """Ends the writer's temporary folder."""
-
-
-def check_statistics_folder(folder: Any, output_dir: Any, resume_dir: Any, overwrite: bool) -> None:
-    """Refuse, before anything runs, a folder for statistics that would fail at the end.
-
-    Raises:
-        ThoughtError: when it cannot be written, or holds or lies in one of the others.
-    """
-    place = check_output_folder(folder, overwrite, "statistics_dir")
-    for name, given in (("output_dir", output_dir), ("resume_dir", resume_dir)):
-        other = None if given is None else expanded(given, name).resolve()
-        if other is not None and (place == other or place in other.parents or other in place.parents):
-            raise ThoughtError(f"statistics_dir and {name} must be folders of their own, neither in the other.")
 
 
 class StatisticsWriter:

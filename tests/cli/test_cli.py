@@ -142,6 +142,11 @@ def test_a_verdict_on_inputs_that_are_written_anew(files: Path, capsys: pytest.C
     assert found["inputs"] == "other inputs, written anew"
     assert found["pairs"] == 2
     assert not {item["input"] for item in found["items"]} & {pair["input"] for pair in fitted}
+    sums = [f"--statistics_dir={files / 'sums'}", "--store_instruction=false"]
+    for number in range(2):  # the second replaces both folders
+        main([*arguments, *sums, "--inputs=3", "--verdict=2", "--max_new_tokens=4", "--json", "--overwrite"])
+        found = json.loads(capsys.readouterr().out)["verdict"]
+        assert found["inputs"] == "inputs written anew, perhaps as for the fit", number
     main([*arguments, "--inputs=3", "--verdict=0", "--max_new_tokens=4", "--json", "--overwrite"])
     assert json.loads(capsys.readouterr().out)["verdict"] is None
 

@@ -44,6 +44,16 @@ def test_a_pipe_gets_plain_text(
     assert DEMONSTRATIONS in err
 
 
+def test_a_pipe_of_another_encoding_is_refused(
+    adapter: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["chat", str(adapter), "--model", str(files / "model")])
+    assert stopped.value.code == 2
+    assert "standard input: expected UTF-8 text" in capsys.readouterr().err
+
+
 def test_json(adapter: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("fox\n"))
     main(["chat", f"--adapter={adapter}", f"--model={files / 'model'}", "--max_new_tokens=4", "--json"])

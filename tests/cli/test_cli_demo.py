@@ -91,6 +91,12 @@ def test_refused(method: str, path: str, body: Any, headers: dict[str, str], sta
     assert server.chat.history == []
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "localhost:80", "[::1]:8000"])
+def test_this_machine_by_any_of_its_names(host: str, server: DemoServer) -> None:
+    """Browsers leave port 80 out."""
+    assert request(server, "GET", "/", None, Host=host)[0] == 200
+
+
 @pytest.mark.parametrize("values", [{"message": " "}, {}, {"message": "fox", "scale": "x"}, {"message": ["fox"]}, [1]])
 def test_a_message_that_cannot_be_asked_is_explained(values: Any, server: DemoServer) -> None:
     status, body = request(server, "POST", "/ask", values)

@@ -458,6 +458,9 @@ def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) 
         ([*FIT, "--instruction=x", "--rank=0"], "got 0. Use null for full rank."),
         ([*FIT, "--instruction=x", "--val_pairs=no.json"], "error: --val_pairs: expected a file, but there is none"),
         ([*FIT, "--instruction=x", "--statistics_dir=full"], "error: --statistics_dir full is a folder"),
+        ([*FIT, "--instruction=x", "--statistics_dir=new/sums"],
+         "--statistics_dir and --out must be folders of their own"),
+        ([*FIT, "--instruction=x", "--resume_dir=new"], "--resume_dir and --out must be folders of their own"),
         (["fit", "--out=new"], "error: --instruction must be a text that is not empty, for which the model writes "
          "inputs; got none."),
         (["evaluate", "nothing", "--pairs=pairs.jsonl"], "error: --adapter nothing is not a folder; expected"),

@@ -363,6 +363,9 @@ def test_a_document_without_questions_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_normalised() -> None:
     assert normalised("  Is 1,000 More?!") == normalised("is 1000 more") == "is 1000 more"
     assert normalised("…?") == "…?"
+    for some in (("3+4", "3-4", "3*4"), ("5", "-5"), ("C", "C#", "C++"), ("की", "को", "के"), ("ที่", "ทุ่")):
+        assert len(set(map(normalised, some))) == len(some)
+    assert normalised("the well-known, 1990-1995") == normalised("The well known 1990 – 1995.")
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
@@ -530,6 +533,7 @@ def test_half_of_what_is_written_for_a_long_system_prompt_are_questions(
     """Four about each sentence; turns in their place where the model writes none."""
     text = "You answer about the bridge of Harl. " + "It has an arch of stone and no toll at all. " * 2 + "word " * 160
     assert len(sentences(text)) == 4
+    monkeypatch.setattr(write, "context_window", lambda model: 1000)
     seen: list[tuple[str, int]] = []
 
     def questions(pen: Any, template: Any, document: str, subject: str, count: int, taken: Any) -> list[str]:
@@ -553,6 +557,39 @@ def test_half_of_what_is_written_for_a_long_system_prompt_are_questions(
 
     monkeypatch.setattr(write, "write_questions", none)
     assert len(write.write_pairs(tiny(), CHAT, text, total=total).pairs) == turns + asked
+
+
+def test_a_document_s_requests_and_sentences_are_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "write_questions", lambda *args: [])
+    every = write_pairs(tiny(), CHAT, DOCUMENT, kind="document").pairs
+    assert len(every) == 12
+    answered = [{**every[0], "output": "an answer"}, *every[1:3], every[8]]
+    new = write_pairs(tiny(), CHAT, DOCUMENT, kind="document", given=answered, apart=every[4:6]).pairs
+    assert new == [every[3], *every[6:8], *every[9:]]
+
+
+@pytest.mark.parametrize("total", [1, 2])
+@pytest.mark.parametrize(("text", "kind"), [(LIST, "demonstrations"), ("Be kind.", "system"), (DOCUMENT, "document")])
+def test_enough_given_pairs_leave_nothing_to_write(
+    text: str, kind: Any, total: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pens, "generate", lambda *args, **options: pytest.fail("nothing is to be written"))
+    monkeypatch.setattr(write, "find_subject", lambda pen, document: "the bridge")
+    given = [{"input": "one"}, {"input": "two"}]
+    written = write_pairs(tiny(), TOKENIZER, text, PromptTemplate(LINES), total=total, kind=kind, given=given)
+    assert written.pairs == []
+
+
+def test_no_room_for_an_input_is_said_before_any_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pens, "generate", lambda *args, **options: pytest.fail("the model runs"))
+    with pytest.raises(ThoughtError, match=r"instruction: expected room for its prompt and 64 tokens more .* of 256"):
+        transmute(tiny(), TOKENIZER, "hot " * 200, progress=False, preserve=None)
+
+
+def test_turns_where_nothing_stands_before_the_input() -> None:
+    options: dict[str, Any] = {"template": PromptTemplate("{input}\n{output}"), "total": 3, "kind": "system"}
+    assert TOKENIZER("")["input_ids"] == []
+    assert len(write_pairs(tiny(), TOKENIZER, "Be kind.\n", **options).pairs) <= 3
 
 
 # --- how many -------------------------------------------------------------------------------------------------
@@ -593,6 +630,12 @@ def test_inputs_are_doubled_as_long_as_that_helps(
     written = patch.provenance["inputs"]["pairs"]
     again = transmute(tiny(), TOKENIZER, LIST, written, LINES, max_new_tokens=3, preserve=None, progress=False)
     assert distance(patch, again) < 1e-5
+
+
+def test_growth_is_followed_on_validation_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = grown(monkeypatch, [0.5, 0.6], val_pairs=[{"input": "up", "output": "down"}]).provenance["history"]
+    assert [one["step"] for one in history] == [0, 1]
+    assert history[1]["output_kl"] < history[0]["output_kl"]
 
 
 def test_growth_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
