@@ -18,7 +18,7 @@ from lit_thought.model.loading import fingerprint_with, no_bars
 from lit_thought.patch.adapter import write_adapter
 from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import THOUGHT, thought_text
-from lit_thought.patch.weights import applied, apply, original_weights, validate
+from lit_thought.patch.weights import applied, apply, check_absent, original_weights, validate
 
 __all__ = ["VLLM_RANKS", "check_matrices_only", "export_adapter", "export_merged"]
 
@@ -80,7 +80,8 @@ def export_merged(
             if its weights, as float32, are the ones the patch was made for.
 
     Raises:
-        PatchError: if the patch does not fit the model (see ``ThoughtPatch.validate``), or the model cannot hold it.
+        PatchError: if the patch does not fit the model (see ``ThoughtPatch.validate``) or is on it already, or the model
+            cannot hold it.
         ThoughtError: if ``folder`` cannot be written.
     """
     if dtype not in (None, torch.float64, torch.float32, *_HALVES):
@@ -88,6 +89,7 @@ def export_merged(
             f"dtype={dtype}; expected a floating-point dtype of 16 bits or more, or None for the model's own."
         )
     model = bare_model(model)
+    check_absent(patch, model)  # a copy of the model would not know
     with atomic_folder(folder, overwrite) as out, uncompiled(model), no_bars():
         validate(patch, model, check and not _made_for_float32(patch, model))
         _check_mergeable(patch, model)

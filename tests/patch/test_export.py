@@ -394,6 +394,15 @@ def test_vectors_are_merged_where_there_are_biases(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+def test_a_patch_that_is_on_the_model_is_not_merged_twice(stored: torch.dtype | None, tmp_path: Path) -> None:
+    model = make_model("llama", torch.float32)
+    patch = uneven(model)
+    with patch.applied(model), pytest.raises(PatchError, match="applied to the model already"):
+        export_merged(patch, model, tmp_path / "out", dtype=stored)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     from quantised import quantise_
 
