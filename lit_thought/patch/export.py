@@ -66,7 +66,7 @@ def export_merged(
 ) -> None:
     """Write the model with the patch in its weights, as safetensors that transformers and any server load.
 
-    ``W + B A`` is computed in float32 (float64 for float64 weights) and rounded to the stored dtype; all other weights
+    ``W + B A`` is computed in float32 (float64 from or to float64 weights) and rounded to the stored dtype; all other weights
     are those of the model. Its provenance is in ``thought.json``. The model itself stays as it is.
 
     Args:
@@ -74,7 +74,8 @@ def export_merged(
         model: the base, with plain weights; patches that are on it now are written, too.
         folder: where; with ``overwrite`` a folder there is replaced as a whole.
         tokenizer: saved beside the model, if given.
-        dtype: of the stored weights; the model's own if None. Another one takes room for a copy of the model.
+        dtype: of the stored weights; the model's own if None. Another one takes room for a copy of the model in
+            float32.
         overwrite: allow ``folder`` to exist and hold files.
         check: refuse a model with another fingerprint than the one the patch was made for. One in half precision passes
             if its weights, as float32, are the ones the patch was made for.
@@ -97,7 +98,8 @@ def export_merged(
             with applied(patch, model, check=False):
                 model.save_pretrained(out)
         else:
-            merged = copy.deepcopy(model)
+            wide = torch.promote_types(torch.promote_types(model.dtype, dtype), torch.float32)
+            merged = copy.deepcopy(model).to(wide)  # type: ignore[arg-type]
             apply(patch, merged, check=False)
             merged.to(dtype)  # type: ignore[arg-type]
             if not all(bool(torch.isfinite(value).all()) for value in merged.parameters()):

@@ -394,6 +394,26 @@ def test_vectors_are_merged_where_there_are_biases(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("own", "stored", "least"),
+    [(torch.bfloat16, torch.float32, 0.9), (torch.float16, torch.bfloat16, 0.99), (torch.bfloat16, torch.float16, 0.99)],
+)
+def test_sums_are_not_rounded_to_the_dtype_that_is_left(
+    own: torch.dtype, stored: torch.dtype, least: float, tmp_path: Path
+) -> None:
+    """A patch that the model's own dtype would lose much of, against NumPy's sum in float64."""
+    model = make_model("llama", own)
+    patch = 1e-3 * uneven(model)
+    export_merged(patch, model, tmp_path / "out", dtype=stored)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for path, change in patch.factors.items():
+        weight = model.get_submodule(path).weight.detach().double().numpy()
+        wanted = torch.from_numpy(weight + change.B.double().numpy() @ change.A.double().numpy())
+        # but for a few at a rounding boundary
+        assert (found[f"{path}.weight"] == wanted.to(stored)).double().mean() > least
+    assert model.dtype == own
+
+
 @pytest.mark.parametrize("stored", [None, torch.bfloat16])
 def test_a_patch_that_is_on_the_model_is_not_merged_twice(stored: torch.dtype | None, tmp_path: Path) -> None:
     model = make_model("llama", torch.float32)
