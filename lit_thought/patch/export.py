@@ -96,14 +96,14 @@ def export_merged(
         _check_mergeable(patch, model)
         if dtype is None or dtype == model.dtype:
             with applied(patch, model, check=False):
+                _check_finite(model)
                 model.save_pretrained(out)
         else:
             wide = torch.promote_types(torch.promote_types(model.dtype, dtype), torch.float32)
             merged = copy.deepcopy(model).to(wide)  # type: ignore[arg-type]
             apply(patch, merged, check=False)
             merged.to(dtype)  # type: ignore[arg-type]
-            if not all(bool(torch.isfinite(value).all()) for value in merged.parameters()):
-                raise PatchError(f"dtype={dtype} cannot hold the merged model: a value overflows. Leave dtype out.")
+            _check_finite(merged)
             merged.save_pretrained(out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
@@ -148,6 +148,15 @@ def _made_for_float32(patch: Change, model: PreTrainedModel) -> bool:
     if not made_for or model.dtype not in _HALVES:
         return False
     return bool(fingerprint_with(model, original_weights(model), torch.float32) == made_for)
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Refuse a sum that its dtype has no number for."""
+    if not all(bool(torch.isfinite(value).all()) for value in model.parameters()):
+        raise PatchError(
+            f"dtype={model.dtype} cannot hold the merged model: a value overflows. Pass one of a larger range, "
+            "torch.float32 or torch.bfloat16, or scale the patch down."
+        )
 
 
 def _check_mergeable(patch: Change, model: PreTrainedModel) -> None:

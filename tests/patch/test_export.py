@@ -435,6 +435,12 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     export_merged(patch, make_model("llama", torch.float32, seed=1), tmp_path / "unchecked", check=False)
     with pytest.raises(PatchError, match=r"float16 cannot hold the merged model"):
         export_merged(1e8 * patch, model, tmp_path / "out", dtype=torch.float16)
+    half = make_model("llama", torch.float16)
+    before = snapshot(half)
+    with pytest.raises(PatchError, match=r"float16 cannot hold the merged model.*overflows\. Pass .*float32"):
+        export_merged(1e8 * patch, half, tmp_path / "out", check=False)
+    assert same(half, before)
+    assert not (tmp_path / "out").exists()
     quantise_(model, "8bit")
     with pytest.raises(PatchError, match=r"quantised weight cannot hold the patch.*peft and gguf"):
         export_merged(patch, model, tmp_path / "out", check=False)
