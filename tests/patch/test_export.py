@@ -491,6 +491,21 @@ def test_the_command_writes_every_format(files: Path, capsys: pytest.CaptureFixt
     assert names == ["direction.1", "direction.2"]
 
 
+@pytest.mark.parametrize("fitted", [torch.float32, torch.bfloat16])
+def test_the_command_merges_into_another_dtype_than_the_bases(fitted: torch.dtype, tmp_path: Path) -> None:
+    """A base that is stored in float32, with a patch that was fitted on it in the one or the other dtype."""
+    base = make_model("llama", torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    patch = uneven(base.to(fitted))
+    patch.save_adapter(tmp_path / "adapter")
+    options = [f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'out'}", "--dtype=bfloat16"]
+    main(["export", str(tmp_path / "adapter"), "--format=merged", *options])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    with patch.applied(base, check=False):
+        assert all(torch.equal(value, base.state_dict()[name].bfloat16()) for name, value in found.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
