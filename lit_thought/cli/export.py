@@ -70,7 +70,10 @@ def export(
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
 
-    patch = ThoughtPatch.load(adapter_folder(adapter, argument="adapter"))
+    place = adapter_folder(adapter, argument="adapter")
+    if format in ("peft", "merged"):
+        check_output_folder(out, overwrite, adapter=place)
+    patch = ThoughtPatch.load(place)
     if format == "control-vector":
         check_vectors(patch)
     stored = torch.float32 if dtype is None else getattr(torch, dtype)
@@ -79,7 +82,6 @@ def export(
     elif format == "gguf":
         export_gguf(patch, out, model_type, stored, overwrite)
     elif loading is not None and format == "merged":
-        check_output_folder(out, overwrite)
         base, tokenizer = loading.load()
         if dtype is not None and patch.provenance.get("fingerprint") == fingerprint_with(base, {}, stored):
             base = base.to(stored)  # as the fit had it
