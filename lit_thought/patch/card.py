@@ -199,7 +199,8 @@ def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
     marks = [i for i in _outside_fences(lines) if lines[i] in (_BEGIN, _END)]
     if [lines[i] for i in marks[:2]] == [_BEGIN, _END]:
         place = marks[0]
-        del lines[place : marks[1] + 2]  # and the blank line after it
+        end = marks[1] + 1
+        del lines[place : end + (lines[end : end + 1] == [""])]  # and the blank line after it, where there is one
     else:
         place = next((i for i in _outside_fences(lines) if lines[i] == _USE), len(lines))
     section = [] if evaluation is None else [_BEGIN, *_results(evaluation), _END, ""]
