@@ -204,7 +204,13 @@ class Change:
         return self + -other if isinstance(other, Change) else NotImplemented
 
     def padded(self, rank: int) -> Self:
-        """The same change with factors that are all of one ``rank``, filled up with zeros."""
+        """The same change with factors that are all of one ``rank``, filled up with zeros.
+
+        Raises:
+            PatchError: if ``rank`` is less than the patch's.
+        """
+        if rank < self.rank:
+            raise PatchError(f"rank={rank}; expected at least the patch's, {self.rank}. Cut it first: patch.truncate(rank).")
         return type(self)(
             {path: value.padded(rank) for path, value in self.factors.items()}, self.provenance, self.vectors
         )

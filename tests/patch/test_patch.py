@@ -290,6 +290,8 @@ def test_algebra_refuses_nonsense() -> None:
     wide = ThoughtPatch({patch.targets[0]: Factors(torch.ones(1, 5), torch.ones(4, 1))})
     with pytest.raises(PatchError, match="4 by 5 in the other"):
         patch + wide
+    with pytest.raises(PatchError, match=r"rank=1; expected at least the patch's, 2\. Cut it first: patch\.truncate"):
+        patch.padded(1)
     for factor in (float("nan"), float("inf")):
         with pytest.raises(PatchError, match="finite"):
             factor * patch
