@@ -90,6 +90,8 @@ def model_card(patch: Change) -> str:
     ]
     for summand in every:
         lines += _instruction(summand)
+    if len(every) == 1 and every[0].get("scale") not in (None, 1):
+        lines += [f"It is the change that was fitted, times {every[0]['scale']:g}.", ""]
     if file is not None:
         lines += [
             f"The base that it was fitted on is what the GGUF file `{file}` holds: quantised weights, unpacked. With "
