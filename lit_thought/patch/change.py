@@ -210,7 +210,9 @@ class Change:
             PatchError: if ``rank`` is less than the patch's.
         """
         if rank < self.rank:
-            raise PatchError(f"rank={rank}; expected at least the patch's, {self.rank}. Cut it first: patch.truncate(rank).")
+            raise PatchError(
+                f"rank={rank}; expected at least the patch's, {self.rank}. Cut it first: patch.truncate(rank)."
+            )
         return type(self)(
             {path: value.padded(rank) for path, value in self.factors.items()}, self.provenance, self.vectors
         )
@@ -241,7 +243,7 @@ class Change:
             reduced[path] = Factors(root[:, None] * (v_t[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root)
         before = (self.provenance.get("truncated") or {}).get("relative_error", 0.0) ** 2
         share = lost / whole if whole > 0 else 0.0
-        # what a cut takes off is orthogonal to what it leaves, so that squares add: of the first ΔW, 1 - before was left
+        # what a cut takes off is orthogonal to what it leaves, so squares add: of the first ΔW, 1 - before was left
         truncated = {"rank": rank, "relative_error": math.sqrt(before + (1 - before) * share)}
         return type(self)(reduced, {**self.provenance, "truncated": truncated}, self.vectors)
 

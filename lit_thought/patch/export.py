@@ -66,23 +66,23 @@ def export_merged(
 ) -> None:
     """Write the model with the patch in its weights, as safetensors that transformers and any server load.
 
-    ``W + B A`` is computed in float32 (float64 from or to float64 weights) and rounded to the stored dtype; all other weights
-    are those of the model. Its provenance is in ``thought.json``. The model itself stays as it is.
+    ``W + B A`` is computed in float32 (float64 from or to float64 weights) and rounded to the stored dtype; all other
+    weights are those of the model. Its provenance is in ``thought.json``. The model itself stays as it is.
 
     Args:
         patch: what to add. Vectors only at layers that have a bias.
         model: the base, with plain weights; patches that are on it now are written, too.
         folder: where; with ``overwrite`` a folder there is replaced as a whole.
         tokenizer: saved beside the model, if given.
-        dtype: of the stored weights; the model's own if None. Another one takes room for a copy of the model in
-            float32.
+        dtype: of the stored weights; the model's own if None. Another one takes room for a copy of the model
+            in float32.
         overwrite: allow ``folder`` to exist and hold files.
         check: refuse a model with another fingerprint than the one the patch was made for. One in half precision passes
             if its weights, as float32, are the ones the patch was made for.
 
     Raises:
-        PatchError: if the patch does not fit the model (see ``ThoughtPatch.validate``) or is on it already, or the model
-            cannot hold it.
+        PatchError: if the patch does not fit the model (see ``ThoughtPatch.validate``) or is on it already, or the
+            model cannot hold it.
         ThoughtError: if ``folder`` cannot be written.
     """
     if dtype not in (None, torch.float64, torch.float32, *_HALVES):
@@ -102,7 +102,7 @@ def export_merged(
             wide = torch.promote_types(torch.promote_types(model.dtype, dtype), torch.float32)
             merged = copy.deepcopy(model).to(wide)  # type: ignore[arg-type]
             apply(patch, merged, check=False)
-            merged.to(dtype)  # type: ignore[arg-type]
+            merged.to(dtype)
             _check_finite(merged)
             merged.save_pretrained(out)
         if tokenizer is not None:

@@ -462,7 +462,8 @@ def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) 
          "inputs; got none."),
         (["evaluate", "nothing", "--pairs=pairs.jsonl"], "error: --adapter nothing is not a folder; expected"),
         (["evaluate", "full", "--pairs=pairs.jsonl", "--out=full"], "or pass --overwrite to"),
-        *[([*command, f"--out={out}", "--overwrite"], f"--out {out} with --overwrite would delete the adapter 'full/deep'.")
+        *[([*command, f"--out={out}", "--overwrite"],
+           f"--out {out} with --overwrite would delete the adapter 'full/deep'.")
           for command in (["evaluate", "full/deep", "--pairs=pairs.jsonl"], ["export", "full/deep"],
                           ["export", "full/deep", "--format=merged"]) for out in ("full", "full/deep")],
         (["evaluate", "full", "--pairs=pairs.jsonl", "--samples=-1"], "error: --samples must be a whole number of 0"),

@@ -396,7 +396,11 @@ def test_vectors_are_merged_where_there_are_biases(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("own", "stored", "least"),
-    [(torch.bfloat16, torch.float32, 0.9), (torch.float16, torch.bfloat16, 0.99), (torch.bfloat16, torch.float16, 0.99)],
+    [
+        (torch.bfloat16, torch.float32, 0.9),
+        (torch.float16, torch.bfloat16, 0.99),
+        (torch.bfloat16, torch.float16, 0.99),
+    ],
 )
 def test_sums_are_not_rounded_to_the_dtype_that_is_left(
     own: torch.dtype, stored: torch.dtype, least: float, tmp_path: Path

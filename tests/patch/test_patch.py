@@ -343,7 +343,9 @@ def test_truncate_again() -> None:
         for rank in ranks:
             cut = (-0.5 * cut).truncate(rank)
         scale = (-0.5) ** len(ranks)
-        lost = sum(float((whole[path] - v.delta(torch.float64) / scale).square().sum()) for path, v in cut.factors.items())
+        lost = sum(
+            float((whole[path] - v.delta(torch.float64) / scale).square().sum()) for path, v in cut.factors.items()
+        )
         assert cut.provenance["truncated"] == {
             "rank": min(ranks),
             "relative_error": pytest.approx((lost / norm) ** 0.5, rel=1e-5),
