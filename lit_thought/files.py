@@ -73,16 +73,19 @@ def check_apart(**folders: str | os.PathLike[str] | None) -> None:
             raise ThoughtError(f"{name} and {other} must be folders of their own, neither in the other.")
 
 
-def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path") -> Path:
-    """Check, before any long work, that an output folder can be written at ``path``, which messages call ``argument``.
+def check_output_folder(
+    path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path", adapter: Path | None = None
+) -> Path:
+    """Check, before any long work, that an output folder can be written at ``path``, which messages call ``argument``;
+    and, where an ``adapter`` is read for it, that this would stay.
 
     Returns:
         The folder with ``~`` and links resolved.
 
     Raises:
         ThoughtError: if ``path`` is a file, a non-empty folder without ``overwrite``, a folder that must
-            never be replaced (the working or home folder, or one above them), or lies where nothing can be
-            written.
+            never be replaced (the working or home folder, the adapter's, or one above them), or lies where nothing
+            can be written.
     """
     folder = _resolve(path)
     if folder.exists() and not folder.is_dir():
@@ -99,6 +102,12 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, a
                     f"{argument}={str(path)!r} with overwrite=True would delete the working or home folder. "
                     "Choose a folder of its own for the output."
                 )
+        kept = None if adapter is None else adapter.resolve()
+        if kept is not None and (folder == kept or folder in kept.parents):
+            raise ThoughtError(
+                f"{argument}={str(path)!r} with overwrite=True would delete the adapter {str(adapter)!r}. "
+                "Choose a folder of its own for the output."
+            )
     _check_parent(path, folder, argument)
     return folder
 

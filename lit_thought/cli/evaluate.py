@@ -69,9 +69,9 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     wanted = matches(check) if check is not None else follows(check_schema) if check_schema is not None else None
     if samples < 0:
         raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples}.")
-    if out is not None:
-        check_output_folder(out, overwrite)
     place = adapter_folder(adapter, argument="adapter")
+    if out is not None:
+        check_output_folder(out, overwrite, adapter=place)
     patch = ThoughtPatch.load(place)
     text = None
     if instruction is not None or instruction_file is not None:

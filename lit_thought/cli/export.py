@@ -55,21 +55,25 @@ def export(
     for name, value in unused.items():
         if value is not None:
             raise ThoughtError(f"{name}={value!r} has no use for the format {format}. Leave it out.")
-    as_stored: Dtype | None = "auto" if format == "merged" else None
+    load_as: Dtype | None = "auto" if format == "merged" else dtype
     loading = None
     if with_base:
         options = (revision, gguf_file, None, trust_remote_code)
-        loading = Loading(model or "smollm2", dtype or as_stored, None, *options)
+        loading = Loading(model or "smollm2", load_as, None, *options)
     import torch
 
     from lit_thought.files import atomic_file, check_output_folder
+    from lit_thought.model.loading import fingerprint_with
     from lit_thought.patch.control_vector import check_vectors
     from lit_thought.patch.export import export_adapter, export_merged
     from lit_thought.patch.export_gguf import export_gguf
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
 
-    patch = ThoughtPatch.load(adapter_folder(adapter, argument="adapter"))
+    place = adapter_folder(adapter, argument="adapter")
+    if format in ("peft", "merged"):
+        check_output_folder(out, overwrite, adapter=place)
+    patch = ThoughtPatch.load(place)
     if format == "control-vector":
         check_vectors(patch)
     stored = torch.float32 if dtype is None else getattr(torch, dtype)
@@ -78,9 +82,10 @@ def export(
     elif format == "gguf":
         export_gguf(patch, out, model_type, stored, overwrite)
     elif loading is not None and format == "merged":
-        check_output_folder(out, overwrite)
         base, tokenizer = loading.load()
-        export_merged(patch, base, out, tokenizer, overwrite=overwrite)
+        if dtype is not None and patch.provenance.get("fingerprint") == fingerprint_with(base, {}, stored):
+            base = base.to(stored)  # as the fit had it
+        export_merged(patch, base, out, tokenizer, None if dtype is None else stored, overwrite)
     elif loading is not None:
         with atomic_file(out, overwrite) as file:  # checks its path first
             base, _ = loading.load()

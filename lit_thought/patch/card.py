@@ -90,6 +90,8 @@ def model_card(patch: Change) -> str:
     ]
     for summand in every:
         lines += _instruction(summand)
+    if len(every) == 1 and every[0].get("scale") not in (None, 1):
+        lines += [f"It is the change that was fitted, times {every[0]['scale']:g}.", ""]
     if file is not None:
         lines += [
             f"The base that it was fitted on is what the GGUF file `{file}` holds: quantised weights, unpacked. With "
@@ -199,7 +201,8 @@ def with_results(card: str, evaluation: Mapping[str, Any] | None) -> str:
     marks = [i for i in _outside_fences(lines) if lines[i] in (_BEGIN, _END)]
     if [lines[i] for i in marks[:2]] == [_BEGIN, _END]:
         place = marks[0]
-        del lines[place : marks[1] + 2]  # and the blank line after it
+        end = marks[1] + 1
+        del lines[place : end + (lines[end : end + 1] == [""])]  # and the blank line after it, where there is one
     else:
         place = next((i for i in _outside_fences(lines) if lines[i] == _USE), len(lines))
     section = [] if evaluation is None else [_BEGIN, *_results(evaluation), _END, ""]

@@ -204,7 +204,15 @@ class Change:
         return self + -other if isinstance(other, Change) else NotImplemented
 
     def padded(self, rank: int) -> Self:
-        """The same change with factors that are all of one ``rank``, filled up with zeros."""
+        """The same change with factors that are all of one ``rank``, filled up with zeros.
+
+        Raises:
+            PatchError: if ``rank`` is less than the patch's.
+        """
+        if rank < self.rank:
+            raise PatchError(
+                f"rank={rank}; expected at least the patch's, {self.rank}. Cut it first: patch.truncate(rank)."
+            )
         return type(self)(
             {path: value.padded(rank) for path, value in self.factors.items()}, self.provenance, self.vectors
         )
@@ -212,11 +220,14 @@ class Change:
     def truncate(self, rank: int) -> Self:
         """Each target's nearest change of at most ``rank``, in the Frobenius norm (computed in float64).
 
-        Targets of lower rank stay as they are, and so do vectors. The provenance gains ``truncated``: the rank and the
-        relative error ‖ΔW − ΔW_rank‖ / ‖ΔW‖ over all targets.
+        Targets of lower rank stay as they are, and so do vectors. Where one is cut, the provenance gains ``truncated``:
+        the rank and the relative error ‖ΔW − ΔW_rank‖ / ‖ΔW‖ over all targets. Of a patch that was cut before, ΔW is
+        what it was before the first cut.
         """
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise PatchError(f"rank={rank!r}; expected a whole number of at least 1.")
+        if self.rank <= rank:
+            return type(self)(self.factors, self.provenance, self.vectors)
         reduced, lost, whole = {}, 0.0, 0.0
         for path, value in self.factors.items():
             # ΔW = B A = Q_b (R_b R_aᵀ) Q_aᵀ, so the SVD of the small matrix in the middle is that of ΔW
@@ -230,8 +241,10 @@ class Change:
             lost += float(s[rank:].square().sum())
             root = s[:rank].sqrt()
             reduced[path] = Factors(root[:, None] * (v_t[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root)
-        error = math.sqrt(lost / whole) if whole > 0 else 0.0
-        truncated = {"rank": rank, "relative_error": error}
+        before = (self.provenance.get("truncated") or {}).get("relative_error", 0.0) ** 2
+        share = lost / whole if whole > 0 else 0.0
+        # what a cut takes off is orthogonal to what it leaves, so squares add: of the first ΔW, 1 - before was left
+        truncated = {"rank": rank, "relative_error": math.sqrt(before + (1 - before) * share)}
         return type(self)(reduced, {**self.provenance, "truncated": truncated}, self.vectors)
 
 

@@ -18,7 +18,7 @@ from lit_thought.model.loading import fingerprint_with, no_bars
 from lit_thought.patch.adapter import write_adapter
 from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import THOUGHT, thought_text
-from lit_thought.patch.weights import applied, apply, original_weights, validate
+from lit_thought.patch.weights import applied, apply, check_absent, original_weights, validate
 
 __all__ = ["VLLM_RANKS", "check_matrices_only", "export_adapter", "export_merged"]
 
@@ -66,21 +66,23 @@ def export_merged(
 ) -> None:
     """Write the model with the patch in its weights, as safetensors that transformers and any server load.
 
-    ``W + B A`` is computed in float32 (float64 for float64 weights) and rounded to the stored dtype; all other weights
-    are those of the model. Its provenance is in ``thought.json``. The model itself stays as it is.
+    ``W + B A`` is computed in float32 (float64 from or to float64 weights) and rounded to the stored dtype; all other
+    weights are those of the model. Its provenance is in ``thought.json``. The model itself stays as it is.
 
     Args:
         patch: what to add. Vectors only at layers that have a bias.
         model: the base, with plain weights; patches that are on it now are written, too.
         folder: where; with ``overwrite`` a folder there is replaced as a whole.
         tokenizer: saved beside the model, if given.
-        dtype: of the stored weights; the model's own if None. Another one takes room for a copy of the model.
+        dtype: of the stored weights; the model's own if None. Another one takes room for a copy of the model
+            in float32.
         overwrite: allow ``folder`` to exist and hold files.
         check: refuse a model with another fingerprint than the one the patch was made for. One in half precision passes
             if its weights, as float32, are the ones the patch was made for.
 
     Raises:
-        PatchError: if the patch does not fit the model (see ``ThoughtPatch.validate``), or the model cannot hold it.
+        PatchError: if the patch does not fit the model (see ``ThoughtPatch.validate``) or is on it already, or the
+            model cannot hold it.
         ThoughtError: if ``folder`` cannot be written.
     """
     if dtype not in (None, torch.float64, torch.float32, *_HALVES):
@@ -88,18 +90,20 @@ def export_merged(
             f"dtype={dtype}; expected a floating-point dtype of 16 bits or more, or None for the model's own."
         )
     model = bare_model(model)
+    check_absent(patch, model)  # a copy of the model would not know
     with atomic_folder(folder, overwrite) as out, uncompiled(model), no_bars():
         validate(patch, model, check and not _made_for_float32(patch, model))
         _check_mergeable(patch, model)
         if dtype is None or dtype == model.dtype:
             with applied(patch, model, check=False):
+                _check_finite(model)
                 model.save_pretrained(out)
         else:
-            merged = copy.deepcopy(model)
+            wide = torch.promote_types(torch.promote_types(model.dtype, dtype), torch.float32)
+            merged = copy.deepcopy(model).to(wide)  # type: ignore[arg-type]
             apply(patch, merged, check=False)
-            merged.to(dtype)  # type: ignore[arg-type]
-            if not all(bool(torch.isfinite(value).all()) for value in merged.parameters()):
-                raise PatchError(f"dtype={dtype} cannot hold the merged model: a value overflows. Leave dtype out.")
+            merged.to(dtype)
+            _check_finite(merged)
             merged.save_pretrained(out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
@@ -144,6 +148,15 @@ def _made_for_float32(patch: Change, model: PreTrainedModel) -> bool:
     if not made_for or model.dtype not in _HALVES:
         return False
     return bool(fingerprint_with(model, original_weights(model), torch.float32) == made_for)
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Refuse a sum that its dtype has no number for."""
+    if not all(bool(torch.isfinite(value).all()) for value in model.parameters()):
+        raise PatchError(
+            f"dtype={model.dtype} cannot hold the merged model: a value overflows. Pass one of a larger range, "
+            "torch.float32 or torch.bfloat16, or scale the patch down."
+        )
 
 
 def _check_mergeable(patch: Change, model: PreTrainedModel) -> None:

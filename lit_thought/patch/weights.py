@@ -32,7 +32,7 @@ from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import beneath
 from lit_thought.solve.factors import Factors
 
-__all__ = ["applied", "apply", "has_change", "made_for", "original_weights", "remove", "validate"]
+__all__ = ["applied", "apply", "check_absent", "has_change", "made_for", "original_weights", "remove", "validate"]
 
 
 Additions = Mapping[str, Factors | Tensor]
@@ -55,6 +55,16 @@ def has_change(model: nn.Module, change: Change) -> bool:
     """Whether this very change is on ``model`` now."""
     state = _STATES.get(model)
     return state is not None and any(other is change for other, _ in state.changes)
+
+
+def check_absent(change: Change, model: nn.Module) -> None:
+    """Refuse a change that is on ``model`` now.
+
+    Raises:
+        PatchError: if it is.
+    """
+    if isinstance(model, nn.Module) and has_change(model, change):
+        raise PatchError("this patch is applied to the model already. Remove it first, or apply 2 * patch.")
 
 
 def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
@@ -108,8 +118,7 @@ def validate(change: Change, model: nn.Module, check: bool = True) -> None:
 def apply(change: Change, model: nn.Module, check: bool = True) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.apply_`. A failure midway takes all of it back."""
     model = unwrap(model)
-    if isinstance(model, nn.Module) and has_change(model, change):
-        raise PatchError("this patch is applied to the model already. Remove it first, or apply 2 * patch.")
+    check_absent(change, model)
     validate(change, model, check)
     state, additions = _STATES.get(model) or _State(), _additions(change)
     layers = _find_weights(model, additions)

@@ -465,6 +465,10 @@ def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) 
          "inputs; got none."),
         (["evaluate", "nothing", "--pairs=pairs.jsonl"], "error: --adapter nothing is not a folder; expected"),
         (["evaluate", "full", "--pairs=pairs.jsonl", "--out=full"], "or pass --overwrite to"),
+        *[([*command, f"--out={out}", "--overwrite"],
+           f"--out {out} with --overwrite would delete the adapter 'full/deep'.")
+          for command in (["evaluate", "full/deep", "--pairs=pairs.jsonl"], ["export", "full/deep"],
+                          ["export", "full/deep", "--format=merged"]) for out in ("full", "full/deep")],
         (["evaluate", "full", "--pairs=pairs.jsonl", "--samples=-1"], "error: --samples must be a whole number of 0"),
         (["report", "nothing"], "error: --adapter nothing is not a folder; expected"),
         (["solve", "nothing", "--out=new"], "error: --statistics nothing is not a folder; expected"),
@@ -482,6 +486,8 @@ def test_failing_commands_speak_of_flags(
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
     Path("full/file").touch()
+    Path("full/deep").mkdir()
+    Path("full/deep/file").touch()
     Path("taken.safetensors").touch()
     Path("pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
     line = fails(words, capsys)

@@ -154,6 +154,15 @@ def test_inputs_that_the_model_wrote_are_told(written: Path) -> None:
         assert "Fitted to 30 inputs, 28 of which the model wrote" in (written / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("factor", [1, -0.5])
+def test_a_scale_is_told(factor: float, tmp_path: Path) -> None:
+    (factor * make_patch(2)).save_adapter(tmp_path / "one")
+    write_report(tmp_path / "one")
+    for page in ("report.html", "report.md"):
+        text = (tmp_path / "one" / page).read_text(encoding="utf-8")
+        assert ("The patch is the change that was fitted, times -0.5." in text) == (factor != 1)
+
+
 def test_summands_are_told_apart(tmp_path: Path) -> None:
     total = make_patch(2, instruction="One.") + 0.5 * make_patch(2, instruction="Two.", diagnostics={})
     total.save_adapter(tmp_path / "sum")

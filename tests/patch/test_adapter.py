@@ -109,6 +109,8 @@ def test_card(tmp_path: Path) -> None:
         card = (tmp_path / "local" / "README.md").read_text()
         assert "base_model" not in card
         assert place not in card
+    assert "that was fitted, times" not in card
+    assert "It is the change that was fitted, times -0.5.\n" in model_card(-0.5 * local)
     (local + ThoughtPatch(factors) * 0.5).truncate(1).save_adapter(tmp_path / "sum")
     card = (tmp_path / "sum" / "README.md").read_text()
     assert "### Part 2, times 0.5" in card

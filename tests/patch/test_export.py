@@ -394,6 +394,39 @@ def test_vectors_are_merged_where_there_are_biases(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("own", "stored", "least"),
+    [
+        (torch.bfloat16, torch.float32, 0.9),
+        (torch.float16, torch.bfloat16, 0.99),
+        (torch.bfloat16, torch.float16, 0.99),
+    ],
+)
+def test_sums_are_not_rounded_to_the_dtype_that_is_left(
+    own: torch.dtype, stored: torch.dtype, least: float, tmp_path: Path
+) -> None:
+    """A patch that the model's own dtype would lose much of, against NumPy's sum in float64."""
+    model = make_model("llama", own)
+    patch = 1e-3 * uneven(model)
+    export_merged(patch, model, tmp_path / "out", dtype=stored)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for path, change in patch.factors.items():
+        weight = model.get_submodule(path).weight.detach().double().numpy()
+        wanted = torch.from_numpy(weight + change.B.double().numpy() @ change.A.double().numpy())
+        # but for a few at a rounding boundary
+        assert (found[f"{path}.weight"] == wanted.to(stored)).double().mean() > least
+    assert model.dtype == own
+
+
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+def test_a_patch_that_is_on_the_model_is_not_merged_twice(stored: torch.dtype | None, tmp_path: Path) -> None:
+    model = make_model("llama", torch.float32)
+    patch = uneven(model)
+    with patch.applied(model), pytest.raises(PatchError, match="applied to the model already"):
+        export_merged(patch, model, tmp_path / "out", dtype=stored)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     from quantised import quantise_
 
@@ -406,6 +439,12 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     export_merged(patch, make_model("llama", torch.float32, seed=1), tmp_path / "unchecked", check=False)
     with pytest.raises(PatchError, match=r"float16 cannot hold the merged model"):
         export_merged(1e8 * patch, model, tmp_path / "out", dtype=torch.float16)
+    half = make_model("llama", torch.float16)
+    before = snapshot(half)
+    with pytest.raises(PatchError, match=r"float16 cannot hold the merged model.*overflows\. Pass .*float32"):
+        export_merged(1e8 * patch, half, tmp_path / "out", check=False)
+    assert same(half, before)
+    assert not (tmp_path / "out").exists()
     quantise_(model, "8bit")
     with pytest.raises(PatchError, match=r"quantised weight cannot hold the patch.*peft and gguf"):
         export_merged(patch, model, tmp_path / "out", check=False)
@@ -454,6 +493,21 @@ def test_the_command_writes_every_format(files: Path, capsys: pytest.CaptureFixt
     main(["export", str(files / "steering"), "--format=control-vector", base, f"--out={files / 'steer.gguf'}"])
     names = [tensor.name for tensor in gguf.GGUFReader(files / "steer.gguf").tensors]
     assert names == ["direction.1", "direction.2"]
+
+
+@pytest.mark.parametrize("fitted", [torch.float32, torch.bfloat16])
+def test_the_command_merges_into_another_dtype_than_the_bases(fitted: torch.dtype, tmp_path: Path) -> None:
+    """A base that is stored in float32, with a patch that was fitted on it in the one or the other dtype."""
+    base = make_model("llama", torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    patch = uneven(base.to(fitted))
+    patch.save_adapter(tmp_path / "adapter")
+    options = [f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'out'}", "--dtype=bfloat16"]
+    main(["export", str(tmp_path / "adapter"), "--format=merged", *options])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    with patch.applied(base, check=False):
+        assert all(torch.equal(value, base.state_dict()[name].bfloat16()) for name, value in found.items())
 
 
 @pytest.mark.parametrize(

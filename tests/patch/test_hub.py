@@ -276,6 +276,9 @@ def test_a_header_keeps_what_others_wrote() -> None:
         with_results(with_results(theirs, evaluation), None).split()
         == theirs.replace("a: [1, 2]", "").replace("novel:\n", "novel:\n  a:\n  - 1\n  - 2").split()
     )
+    edited = with_results(theirs, evaluation).replace("<!-- end of results -->\n", "<!-- end of results -->\nMine.")
+    assert "\nMine." in with_results(edited, evaluation)
+    assert "\nMine." in with_results(edited, None)
     assert with_metadata("# No header\n", {"license": "mit"}) == "---\nlicense: mit\n---\n# No header\n"
     assert with_metadata("---\nlicense: mit\n---\n# No header\n", {"license": None}) == "# No header\n"
     for bad in ("---\n- a list\n---\n", "---\na: [\n---\n", "---\n1: 2\n---\n"):

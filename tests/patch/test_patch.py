@@ -290,6 +290,8 @@ def test_algebra_refuses_nonsense() -> None:
     wide = ThoughtPatch({patch.targets[0]: Factors(torch.ones(1, 5), torch.ones(4, 1))})
     with pytest.raises(PatchError, match="4 by 5 in the other"):
         patch + wide
+    with pytest.raises(PatchError, match=r"rank=1; expected at least the patch's, 2\. Cut it first: patch\.truncate"):
+        patch.padded(1)
     for factor in (float("nan"), float("inf")):
         with pytest.raises(PatchError, match="finite"):
             factor * patch
@@ -327,6 +329,27 @@ def test_truncate_is_the_best_of_its_rank(rank: int) -> None:
     assert said["rank"] == rank
     assert said["relative_error"] == pytest.approx(np.sqrt(lost / whole), abs=1e-9)
     assert (0 * patch).truncate(1).provenance["truncated"]["relative_error"] == 0.0
+
+
+def test_truncate_again() -> None:
+    """The error is that against the first patch, by dense matrices; where nothing is cut the record stays."""
+    model = make_model("llama")
+    patch = make_patch(model, 1, rank=5) + make_patch(model, 2, rank=4, every=2)
+    assert patch.truncate(9).provenance == patch.provenance
+    whole = {path: value.delta(torch.float64) for path, value in patch.factors.items()}
+    norm = sum(float(value.square().sum()) for value in whole.values())
+    for ranks in ((6, 3), (6, 4, 2), (4, 4, 8)):
+        cut = patch
+        for rank in ranks:
+            cut = (-0.5 * cut).truncate(rank)
+        scale = (-0.5) ** len(ranks)
+        lost = sum(
+            float((whole[path] - v.delta(torch.float64) / scale).square().sum()) for path, v in cut.factors.items()
+        )
+        assert cut.provenance["truncated"] == {
+            "rank": min(ranks),
+            "relative_error": pytest.approx((lost / norm) ** 0.5, rel=1e-5),
+        }
 
 
 def test_a_patch_owns_its_numbers() -> None:
@@ -531,7 +554,7 @@ def test_algebra_of_vectors() -> None:
 
     alone = a.only_vectors()
     assert not alone.factors
-    assert alone.truncate(3).provenance["truncated"] == {"rank": 3, "relative_error": 0.0}
+    assert alone.truncate(3).provenance == alone.provenance
     assert (alone + a.without_vectors()).targets == (*a.factors, *(p for p in a.vectors if p not in a.factors))
     with pytest.raises(PatchError, match=r"vectors of 'model.* have 32 and 7 entries"):
         alone + ThoughtPatch({}, None, {alone.targets[0]: torch.ones(7)})
