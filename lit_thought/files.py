@@ -96,18 +96,15 @@ def check_output_folder(
                 f"{argument}={str(path)!r} is a folder that is not empty. Choose another path, or pass "
                 "overwrite=True to replace the whole folder."
             )
-        for precious in (Path.cwd(), Path.home()):
-            if folder == precious or folder in precious.parents:
+        precious = dict.fromkeys((Path.cwd(), Path.home()), "the working or home folder")
+        if adapter is not None:
+            precious.setdefault(adapter.resolve(), f"the adapter {str(adapter)!r}")
+        for place, what in precious.items():
+            if folder == place or folder in place.parents:
                 raise ThoughtError(
-                    f"{argument}={str(path)!r} with overwrite=True would delete the working or home folder. "
+                    f"{argument}={str(path)!r} with overwrite=True would delete {what}. "
                     "Choose a folder of its own for the output."
                 )
-        kept = None if adapter is None else adapter.resolve()
-        if kept is not None and (folder == kept or folder in kept.parents):
-            raise ThoughtError(
-                f"{argument}={str(path)!r} with overwrite=True would delete the adapter {str(adapter)!r}. "
-                "Choose a folder of its own for the output."
-            )
     _check_parent(path, folder, argument)
     return folder
 

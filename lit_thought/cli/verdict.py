@@ -50,13 +50,14 @@ def compared(
         count: how many inputs.
         progress: show progress bars.
     """
-    known = patch.provenance
+    known, given = patch.provenance, load_pairs(pairs) if pairs is not None else []
     template, written = PromptTemplate.from_dict(known["template"]), known.get("inputs")
+    new = [] if written is None else written.get("pairs", [])
     rows, whose = [], "validation inputs"
     if val_pairs is not None:
         rows = load_pairs(val_pairs)[:count]
     elif written is not None and instruction is not None:
-        old = [*(load_pairs(pairs) if pairs is not None else []), *written.get("pairs", [])]
+        old = [*given, *new]
         whose = "other inputs, written anew" if "pairs" in written else "inputs written anew, perhaps as for the fit"
         total = len(old) + (2 if written["kind"] == "document" else 1) * count  # of a document half are questions
         options: dict[str, Any] = {"kind": written["kind"], "given": old, "seed": settings["seed"] + 1}
@@ -65,8 +66,7 @@ def compared(
         with suppress(ThoughtError):  # that the model has no more to ask is no reason to fail
             rows = write_pairs(model, tokenizer, instruction, template, total=total, **options).pairs[:count]
     if not rows:
-        of_fit = load_pairs(pairs) if pairs is not None else written.get("pairs", []) if written is not None else []
-        rows, whose = of_fit[-count:], "inputs of the fit itself"
+        rows, whose = (given or new)[-count:], "inputs of the fit itself"
     if not rows:
         return None
     found = evaluate(
