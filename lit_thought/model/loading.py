@@ -130,11 +130,12 @@ def load_model(
 
 
 def model_name(model: nn.Module) -> str:
-    """The name to record for ``model``: the hub id or directory it was loaded from; "" if it has none."""
+    """The name to record for ``model``: the hub id it was loaded from, or the directory or file, from the root on, so that it
+    is not taken for a hub id elsewhere; "" if it has none."""
     config = getattr(model, "config", None)
     for name in (getattr(model, "name_or_path", None), getattr(config, "_name_or_path", None)):
         if isinstance(name, str) and name:
-            return name
+            return os.path.abspath(name) if os.path.exists(name) else name
     return ""
 
 
@@ -368,9 +369,21 @@ def as_device(device: str | torch.device | None) -> torch.device | None:
         target = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ThoughtError(f"device={device!r} is no device; expected e.g. 'cpu' or 'cuda:0'.") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ThoughtError(f"device={device!r}, but torch sees no CUDA device. Pass device='cpu'.")
+    if target.type == "meta":
+        raise ThoughtError(f"device={device!r} holds no values; expected e.g. 'cpu' or 'cuda:0'.")
+    if not _is_there(target):
+        raise ThoughtError(f"device={device!r}, but torch sees no such device here. Pass e.g. device='cpu'.")
     return target
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):
+        return False
+    return True
 
 
 def context_window(model: PreTrainedModel) -> int:

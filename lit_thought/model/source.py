@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,12 @@ def find_source(name: str, gguf_file: str | None, revision: str | None) -> Sourc
     if gguf_file is None:
         if name.strip() and path.is_file() and (path.suffix.lower() == ".gguf" or _starts_as_gguf(path)):
             _check_gguf(path, name)
-            return Source(str(path.absolute().parent), str(path.absolute()), name)
+            return Source(str(path.absolute().parent), str(path.absolute()), os.path.abspath(path))
         return Source(_check_location(name, revision), None, name)
     recorded = f"{name} ({gguf_file})"
     if path.is_dir():
         _check_gguf(path / gguf_file, name)
+        recorded = f"{os.path.abspath(path)} ({gguf_file})"
         return Source(str(path.absolute()), str((path / gguf_file).absolute()), recorded)
     if path.is_file():
         raise ThoughtError(f"name={name!r} is a file, and so gguf_file={gguf_file!r} has no place. Leave it out.")

@@ -68,14 +68,15 @@ class ThoughtPatch(Change):
             check: refuse a model with another fingerprint than the one the patch was made for.
 
         Raises:
-            PatchError: see ``validate``; also if this very patch is applied already.
+            PatchError: see ``validate``; also if this patch, or its equal, is applied already.
         """
         weights.apply(self, model, check)
 
     def remove_(self, model: nn.Module) -> None:
         """Take the patch off again. Weights and biases are then, bit for bit, as if it had never been applied.
 
-        Patches applied before or after it stay on, in their order.
+        Patches applied before or after it stay on, in their order. Its equal does as well as the patch itself, such as
+        the same adapter loaded once more.
 
         Raises:
             PatchError: if this patch is not applied to ``model``.

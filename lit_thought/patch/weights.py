@@ -52,9 +52,13 @@ _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
 
 
 def has_change(model: nn.Module, change: Change) -> bool:
-    """Whether this very change is on ``model`` now."""
+    """Whether this change, or one equal to it, such as its adapter loaded once more, is on ``model`` now."""
     state = _STATES.get(model)
-    return state is not None and any(other is change for other, _ in state.changes)
+    return state is not None and any(_equal(other, change) for other, _ in state.changes)
+
+
+def _equal(one: Change, other: Change) -> bool:
+    return one is other or (one.targets == other.targets and one.nbytes == other.nbytes and one.digest == other.digest)
 
 
 def check_absent(change: Change, model: nn.Module) -> None:
@@ -64,7 +68,9 @@ def check_absent(change: Change, model: nn.Module) -> None:
         PatchError: if it is.
     """
     if isinstance(model, nn.Module) and has_change(model, change):
-        raise PatchError("this patch is applied to the model already. Remove it first, or apply 2 * patch.")
+        raise PatchError(
+            "this patch, or its equal, is applied to the model already. Remove it first, or apply 2 * patch."
+        )
 
 
 def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
@@ -142,8 +148,8 @@ def remove(change: Change, model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or not has_change(model, change):
         raise PatchError("this patch is not applied to this model, so there is nothing to remove.")
     state = _STATES[model]
-    mine = next(additions for other, additions in state.changes if other is change)
-    rest = [(other, additions) for other, additions in state.changes if other is not change]
+    mine = next(additions for other, additions in state.changes if _equal(other, change))
+    rest = [(other, additions) for other, additions in state.changes if not _equal(other, change)]
     _rebuild(_find_weights(model, mine), state.originals, [additions for _, additions in rest])
     used = {name for _, additions in rest for name in additions}
     if rest:

