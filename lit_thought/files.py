@@ -74,18 +74,18 @@ def check_apart(**folders: str | os.PathLike[str] | None) -> None:
 
 
 def check_output_folder(
-    path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path", adapter: Path | None = None
+    path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path", **read: str | os.PathLike[str]
 ) -> Path:
     """Check, before any long work, that an output folder can be written at ``path``, which messages call ``argument``;
-    and, where an ``adapter`` is read for it, that this would stay.
+    and that what is ``read`` for it, such as ``adapter`` or ``model``, would stay, where that lies here.
 
     Returns:
         The folder with ``~`` and links resolved.
 
     Raises:
         ThoughtError: if ``path`` is a file, a non-empty folder without ``overwrite``, a folder that must
-            never be replaced (the working or home folder, the adapter's, or one above them), or lies where nothing
-            can be written.
+            never be replaced (the working or home folder, what is read, or one above them), or lies where nothing can
+            be written.
     """
     folder = _resolve(path)
     if folder.exists() and not folder.is_dir():
@@ -97,8 +97,8 @@ def check_output_folder(
                 "overwrite=True to replace the whole folder."
             )
         precious = dict.fromkeys((Path.cwd(), Path.home()), "the working or home folder")
-        if adapter is not None:
-            precious.setdefault(adapter.resolve(), f"the adapter {str(adapter)!r}")
+        for name, source in read.items():
+            precious.setdefault(_resolve(source), f"the {name} {os.fspath(source)!r}")
         for place, what in precious.items():
             if folder == place or folder in place.parents:
                 raise ThoughtError(

@@ -59,7 +59,7 @@ def fit(
     from lit_thought.errors import ThoughtError
     from lit_thought.files import check_apart, check_output_folder
 
-    check_output_folder(out, overwrite)
+    check_output_folder(out, overwrite, **loading.read)
     check_apart(statistics_dir=settings.get("statistics_dir"), resume_dir=settings.get("resume_dir"), out=out)
     if isinstance(verdict, bool) or verdict < 0:
         raise ThoughtError(f"verdict must be a whole number of 0 or more; got {verdict!r}.")
@@ -154,9 +154,9 @@ def solve(
     """
     from lit_thought.files import check_output_folder
 
-    check_output_folder(out, overwrite)
     options = (dtype, device, revision, gguf_file, None, trust_remote_code)
     loading = None if model is None else Loading(model, *options)
+    check_output_folder(out, overwrite, statistics=statistics, **(loading.read if loading is not None else {}))
     from lit_thought.statistics.saved import SavedStatistics
     from lit_thought.statistics.solve import solve_saved
 

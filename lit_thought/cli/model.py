@@ -46,6 +46,11 @@ class Loading:
 
         find_source(self.model, self.gguf_file, self.revision)
 
+    @property
+    def read(self) -> dict[str, str]:
+        """What :func:`~lit_thought.files.check_output_folder` is to keep: the model, where that is no name of ours."""
+        return {} if self.model == "smollm2" else {"model": self.model}
+
     def flags(self) -> str:
         """What of this is not as it is when left out, as one types it, for a command that is to load the same model."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -21,6 +21,7 @@ from lit_thought.fit.provenance import costs
 from lit_thought.fit.strategy import check_epochs, check_trainer
 from lit_thought.fit.validation import log_figures
 from lit_thought.model.blocks import JOINT, find_blocks
+from lit_thought.model.loading import model_name
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Observation, StreamRunner
@@ -125,6 +126,8 @@ class ThoughtCallback(Callback):
                 'inputs="auto" is chosen before the fit: call transmute, or give a number, or leave it out for the '
                 "usual one."
             )
+        if self.output_dir is not None and (name := model_name(pl_module.model)):
+            check_output_folder(self.output_dir, self.overwrite, "output_dir", model=name)
         check_trainer(trainer)
         blocks, settings = find_blocks(pl_module.model), self.settings
         check_blocks(settings.blocks, len(blocks))

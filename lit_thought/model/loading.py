@@ -130,8 +130,8 @@ def load_model(
 
 
 def model_name(model: nn.Module) -> str:
-    """The name to record for ``model``: the hub id it was loaded from, or the directory or file, from the root on, so that it
-    is not taken for a hub id elsewhere; "" if it has none."""
+    """The name to record for ``model``: the hub id it was loaded from, or the directory or file, from the root on, so
+    that it is not taken for a hub id elsewhere; "" if it has none."""
     config = getattr(model, "config", None)
     for name in (getattr(model, "name_or_path", None), getattr(config, "_name_or_path", None)):
         if isinstance(name, str) and name:

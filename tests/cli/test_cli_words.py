@@ -469,6 +469,11 @@ def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) 
            f"--out {out} with --overwrite would delete the adapter 'full/deep'.")
           for command in (["evaluate", "full/deep", "--pairs=pairs.jsonl"], ["export", "full/deep"],
                           ["export", "full/deep", "--format=merged"]) for out in ("full", "full/deep")],
+        *[([*command, f"--out={out}", "--overwrite", "--model=base/model"],
+           f"--out {out} with --overwrite would delete the model 'base/model'.")
+          for command in ([*FIT, "--instruction=x"], ["evaluate", "full", "--pairs=pairs.jsonl"],
+                          ["export", "full", "--format=merged"], ["solve", "full"]) for out in ("base", "base/model")],
+        (["solve", "full", "--out=full", "--overwrite"], "would delete the statistics 'full'."),
         (["evaluate", "full", "--pairs=pairs.jsonl", "--samples=-1"], "error: --samples must be a whole number of 0"),
         (["report", "nothing"], "error: --adapter nothing is not a folder; expected"),
         (["solve", "nothing", "--out=new"], "error: --statistics nothing is not a folder; expected"),
@@ -488,6 +493,8 @@ def test_failing_commands_speak_of_flags(
     Path("full/file").touch()
     Path("full/deep").mkdir()
     Path("full/deep/file").touch()
+    Path("base/model").mkdir(parents=True)
+    Path("base/model/config.json").touch()
     Path("taken.safetensors").touch()
     Path("pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
     line = fails(words, capsys)

@@ -896,6 +896,15 @@ def test_output_dir_holds_the_patch_at_the_end(tmp_path: Path) -> None:
     assert loaded.provenance == patch.provenance
 
 
+def test_output_dir_is_not_the_models_own(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    model = type(make_model()).from_pretrained(tmp_path / "base")
+    thought = ThoughtCallback(preserve=None, output_dir=tmp_path / "base", overwrite=True)
+    with pytest.raises(ThoughtError, match=r"output_dir=.* with overwrite=True would delete the model"):
+        fit(ThoughtModule(model, TOKENIZER), make_data(), thought, progress=False)
+    assert (tmp_path / "base" / "config.json").exists()
+
+
 # --- generated outputs -------------------------------------------------------------------------------------
 
 

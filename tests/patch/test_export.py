@@ -364,6 +364,15 @@ def test_half_precision_stays_and_sums_are_rounded_once(stored: torch.dtype | No
     assert not (tmp_path / "other").exists()
 
 
+def test_the_models_own_folder_is_not_replaced(tmp_path: Path) -> None:
+    make_model("llama", torch.float32).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    with pytest.raises(ThoughtError, match=r"folder=.* with overwrite=True would delete the model"):
+        export_merged(uneven(model), model, tmp_path / "base", overwrite=True)
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     model = make_model("gpt2", torch.float32)
     assert model.lm_head.weight is model.transformer.wte.weight
