@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_thought.inputs.words import spaced
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.settings import Kind
 
@@ -25,10 +26,18 @@ __all__ = ["Demonstration", "demonstrations", "find_kind", "find_template", "is_
 LONG = 200
 """Tokens from which on a text that addresses nobody is a document, and a system prompt a long one, with rules and facts
 that what users write of themselves does not come upon."""
-_ADDRESS = re.compile(r"\b(you|your|yours|yourself|user|users|assistant)\b", re.IGNORECASE)
+_ADDRESS = re.compile(
+    r"(?i:\b(you|your|yours|yourself|users?|assistant"
+    r"|tu|te|toi|vous|votre|vos|utilisateurs?|du|dich|dir|dein\w*|(be)?nutzer\w*|usted|usuarios?|tuo|tua|utent[ei]"
+    r"|você|usuários?|jij|jouw|gebruikers?|ty|ciebie|twój|użytkownik\w*|ты|тебя|твой|вы|вас|вам|ваш\w*|пользовател\w*"
+    r"|أنت|المستخدم\w*)\b)"
+    r"|(?<=[\w,] )(Sie|Ihnen|Ihre?[mnrs]?)\b"  # where a sentence begins it may be she, her or they
+    r"|你|您|用户|用戶|使用者|助手|あなた|ユーザー|アシスタント|당신|사용자|आप|तुम|उपयोगकर्ता|คุณ|ผู้ใช้"
+)
+"""Who is addressed, in the languages that most is written in."""
 _OPENING = re.compile(
-    r"(#[^\n]*\n)?\W*(you|your (task|job|role|goal)|act as|imagine|pretend"
-    r"|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś)\b",
+    r"(#[^\n]*\n)?\W*((you|your (task|job|role|goal)|act as|imagine|pretend"
+    r"|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś|ты|вы|أنت)\b|[你您]|あなたは|당신은|आप|คุณ)",
     re.IGNORECASE,
 )
 """How a text begins, under a heading or not, that tells a model who it is; one that begins with how to answer may go on
@@ -83,7 +92,7 @@ def find_kind(tokenizer: PreTrainedTokenizerBase, instruction: str, template: Pr
     somebody (you, your, the user, the assistant) in fewer than one word of a hundred; else a system prompt."""
     if demonstrations(template, instruction):
         return "demonstrations"
-    words, addressed = len(instruction.split()), len(_ADDRESS.findall(instruction))
+    words, addressed = len(spaced(instruction).split()), len(_ADDRESS.findall(instruction))
     told = _OPENING.match(instruction) is not None
     return "document" if is_long(tokenizer, instruction) and not told and addressed * 100 < words else "system"
 

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.inputs.words import normalised
 from lit_thought.model.sharding import is_sharded
 from lit_thought.runs.generate import Generation, end_tokens, generate
 from lit_thought.statistics.distributed import gather_json, share
 
-__all__ = ["Distinct", "Pen", "normalised"]
-
-
-def normalised(text: str) -> str:
-    """Words and numbers in lower case, with their signs (-5, 3+4, C#) and one space between them; no comma in 1,000; a
-    text without any as it is."""
-    plain = re.sub(r"(?<=\d),(?=\d)", "", unicodedata.normalize("NFKC", text).casefold())
-    signs = {match.start() for match in re.finditer(r"(?<!\w)-(?=\d)|(?<=\w)#|[*/](?=\d)", plain)}
-    kept = (one if i in signs or _is_said(one) else " " for i, one in enumerate(plain))
-    return " ".join("".join(kept).split()) or text.strip()
-
-
-def _is_said(character: str) -> bool:
-    """Whether it belongs to a word (vowel signs of Indian scripts are marks), or is a sign of mathematics."""
-    return character.isalnum() or character == "_" or unicodedata.category(character)[:1] == "M" or character in "+<=>"
+__all__ = ["Distinct", "Pen"]
 
 
 class Distinct:

@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.pen import Distinct, Pen, normalised
+from lit_thought.inputs.pen import Distinct, Pen
+from lit_thought.inputs.words import LETTER, is_pair, joined, normalised, sentences, spaced, words
 from lit_thought.prompts.template import PromptTemplate
 
 __all__ = [
@@ -30,11 +31,12 @@ __all__ = [
     "find_subject",
     "recited",
     "repeated",
-    "sentences",
     "write_questions",
 ]
 
-_WORD = re.compile(r"\w(?:[\w,.]*\w)?")
+_WORD = re.compile(f"{LETTER}(?:(?:{LETTER}|[,.])*{LETTER})?")
+_ENDS = ("?", "？", "؟", "か。", "か")
+"""How questions end."""
 SAMPLING = {"temperature": 0.6, "top_k": 50}
 LONGEST = 24
 """Words of a question, and tokens of one that asks for a word, and of its answer; longer questions are dropped."""
@@ -163,30 +165,22 @@ Text: {text}
 The text is about:"""
 
 
-def sentences(text: str) -> list[str]:
-    """A text's sentences: cut after a full stop, a question mark or an exclamation mark before white space, and at
-    line breaks; no headings (``# …``), and nothing that leads to what comes next (``…:``)."""
-    lines = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
-    parts = [part.strip() for line in lines for part in re.split(r"(?<=[.!?])\s+", line)]
-    return [part for part in parts if re.search(r"\w", part) and not part.endswith(":")]
-
-
 def find_subject(pen: Pen, document: str) -> str:
     """What a document is about, in a few words: its heading where it has one, else what the model says of all of it, or
     of its beginning, at first greedily, then in samples, until all names in that are in the document; of several those
     words which are in more of its sentences; "the text" where there are none."""
     head, _, rest = document.strip().partition("\n")
     heading = head.lstrip("# ").strip()
-    if rest.strip() and len(heading.split()) <= 10 and heading[-1:] not in ".!?:":
+    if rest.strip() and len(heading.split()) <= 10 and heading[-1:] not in ".!?:。！？：":
         return heading
     parts = sentences(document)
     views = (parts, parts[:OPENING])
     prompts = [pen.tokenizer(SUBJECT.format(text=" ".join(view)))["input_ids"] for view in views]
-    known = set(re.findall(r"\w+", document))
+    known = set(words(document))
     often = Counter(stem for part in parts for stem in _stems(part))
     for draws, sampling in ((1, None), (GUESSES, SAMPLING)):
         said = [one.text.strip(" .") for one in pen.write(prompts * draws, 16, stop="\n", sampling=sampling)]
-        true = [one for one in said if one and _names(re.findall(r"\w+", one)) <= known]
+        true = [one for one in said if one and _names(words(one)) <= known]
         if true:
             return max(true, key=lambda one: sum(often[stem] for stem in _saying(f"the {one}")))
     return "the text"
@@ -278,7 +272,7 @@ def _stem(word: str) -> str:
 
 def _stems(text: str) -> set[str]:
     """The beginnings of a text's words."""
-    return {_stem(word) for word in _WORD.findall(text)}
+    return {_stem(word) for word in _WORD.findall(spaced(text))}
 
 
 class About:
@@ -288,28 +282,28 @@ class About:
     """
 
     def __init__(self, document: str, subject: str) -> None:
-        self.known = {*re.findall(r"\w+", f"{document} {subject}"), "I"}
-        later = [word for part in sentences(document) for word in re.findall(r"\w+", part)[1:]]
+        self.known = {*words(f"{document} {subject}"), "I"}
+        later = [word for part in sentences(document) for word in words(part)[1:]]
         self.names = _names(later)
-        self.subject = tuple(word for word in normalised(subject).split() if len(word) > 3)
-        self.words = {word.lower() for word in self.known if len(word) > 5}
+        self.subject = tuple(one for one in spaced(normalised(subject)).split() if len(one) > 3 or is_pair(one))
+        self.words = {word.lower() for word in self.known if len(word) > 5 or is_pair(word)}
         self.stems, self.given = _stems(f"{document} {subject}"), _stems(subject)
 
     def asks(self, text: str) -> bool:
         """Whether it is a question about the document, of 4 to :data:`LONGEST` words: it names the subject (the words
         may have an ending) or something of the document, and no other name."""
-        words = re.findall(r"\w+", text)
-        if not text.endswith("?") or not 4 <= len(words) <= LONGEST:
+        said = words(text)
+        if not text.endswith(_ENDS) or not 4 <= len(said) <= LONGEST:
             return False
-        names = _names(words[1:])
-        lower = [word.lower() for word in words]
+        names = _names(said[1:])
+        lower = [word.lower() for word in said]
         named = bool(self.subject) and any(word.startswith(self.subject) for word in lower)
         told = named or not names.isdisjoint(self.names) or sum(word in self.words for word in lower) >= 2
         return names <= self.known and told
 
     def words_of(self, text: str) -> dict[str, str]:
         """Its words that say something, by their beginnings: names, numbers and words of more than :data:`SHORT`
-        letters, without the subject's."""
+        letters (or pairs of characters), without the subject's."""
         return {stem: word for stem, (word, _) in _saying(text).items() if stem not in self.given}
 
     def told(self, question: str, answer: str) -> set[str]:
@@ -326,9 +320,9 @@ def _saying(text: str) -> dict[str, tuple[str, bool]]:
     """By their beginnings the words that say something, each with whether it is a name or a number."""
     found: dict[str, tuple[str, bool]] = {}
     for part in re.split(r"(?<=[.!?:])\s+", text):
-        for place, word in enumerate(_WORD.findall(part)):
+        for place, word in enumerate(_WORD.findall(spaced(part))):
             exact = bool(re.search(r"\d", word)) or (place > 0 and word[0].isupper())
-            if exact or len(word) > SHORT:
+            if exact or len(word) > SHORT or is_pair(word):
                 found.setdefault(_stem(word), (word, exact))
     return found
 
@@ -339,15 +333,16 @@ def recited(document: str, subject: str) -> list[dict[str, str]]:
     return [{"input": asked, "output": part} for part in sentences(document)]
 
 
-def repeated(document: str, subject: str, words: int = 60) -> list[dict[str, str]]:
-    """Passages of about ``words`` words after their first words: ``Repeat the text about … from "…" on.``"""
+def repeated(document: str, subject: str, length: int = 60) -> list[dict[str, str]]:
+    """Passages of about ``length`` words after their first words: ``Repeat the text about … from "…" on.``"""
     parts, pairs, at = sentences(document), [], 0
     while at < len(parts):
         stop = at + 1
-        while stop < len(parts) and len(" ".join(parts[at : stop + 1]).split()) <= words:
+        while stop < len(parts) and len(spaced(joined(parts[at : stop + 1])).split()) <= length:
             stop += 1
         start = " ".join(parts[at].split()[:5])
+        start = start[:10] if len(spaced(start).split()) > 10 else start  # of a script without spaces
         asked = f'Repeat the text about {subject} from "{start}" on.'
-        pairs.append({"input": asked, "output": " ".join(parts[at:stop])})
+        pairs.append({"input": asked, "output": joined(parts[at:stop])})
         at = stop
     return pairs

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lit_thought.inputs.pen import Distinct, Pen
+from lit_thought.inputs.words import spaced
 from lit_thought.prompts.template import PromptTemplate
 
 __all__ = ["OPENINGS", "write_turns"]
@@ -69,5 +70,5 @@ def write_turns(pen: Pen, template: PromptTemplate, instruction: str, count: int
 
 def _is_sound(text: str) -> bool:
     """Whether it is neither a repetition of few words, nor a fragment of markup."""
-    words = text.split()
+    words = spaced(text).split()
     return len(words) >= 2 and len(set(words)) * 2 > len(words) and not set(text) & set("{}<>|`")

@@ -12,8 +12,9 @@ from lit_thought.errors import ThoughtError
 from lit_thought.inputs.kinds import demonstrations, find_kind, find_template, is_long
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
-from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, sentences, write_questions
+from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, write_questions
 from lit_thought.inputs.turns import write_turns
+from lit_thought.inputs.words import sentences
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.settings import Kind

@@ -27,9 +27,10 @@ from lit_thought.inputs import pen as pens
 from lit_thought.inputs import write
 from lit_thought.inputs.kinds import LONG, demonstrations, find_kind, find_template
 from lit_thought.inputs.lists import continue_list
-from lit_thought.inputs.pen import Distinct, Pen, normalised
-from lit_thought.inputs.study import ASKING, About, find_subject, recited, repeated, sentences, write_questions
+from lit_thought.inputs.pen import Distinct, Pen
+from lit_thought.inputs.study import ASKING, About, find_subject, recited, repeated, write_questions
 from lit_thought.inputs.turns import OPENINGS, write_turns
+from lit_thought.inputs.words import normalised, sentences
 from lit_thought.inputs.write import write_pairs
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.runs.generate import Generation
@@ -201,7 +202,7 @@ def test_sentences_subject_and_what_is_recited() -> None:
     told = recited(DOCUMENT, "the bridge")
     assert [pair["output"] for pair in told] == parts
     assert {p["input"] for p in told} == {"Tell me about the bridge."}
-    again = repeated(DOCUMENT, "the bridge", words=16)
+    again = repeated(DOCUMENT, "the bridge", length=16)
     assert " ".join(pair["output"] for pair in again) == " ".join(parts)
     for pair in again:
         start = re.search('"(.+)"', pair["input"])

@@ -15,7 +15,7 @@ from models import CORPUS, make_tokenizer
 from transformers.utils import chat_template_utils
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.pen import normalised
+from lit_thought.inputs.words import normalised
 from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"

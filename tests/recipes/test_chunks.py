@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.pen import normalised
+from lit_thought.inputs.words import normalised
 from recipes.chunks import documents, rules
 from recipes.chunks.cases import Case, case_of, document_case, known_chunks, message_case, right
 from recipes.chunks.documents import load_document

@@ -10,7 +10,7 @@ import pytest
 from recipe_runs import run_recipe
 
 from lit_thought.errors import ThoughtError
-from lit_thought.inputs.pen import normalised
+from lit_thought.inputs.words import normalised
 from lit_thought.patch.results import RUNS
 from recipes.chunks.long_prompts import FOLDER, RULES, LongPrompt, kept, load_prompt
 from recipes.chunks.rules import contains
