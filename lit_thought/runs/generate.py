@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections import Counter
@@ -34,6 +33,7 @@ from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.model.calls import cache_arguments, head_reads
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
+from lit_thought.runs.room import with_room
 from lit_thought.runs.streams import lead_cache
 
 __all__ = ["Generation", "check_options", "end_tokens", "generate"]
@@ -54,6 +54,8 @@ _NEVER = ("suppress_tokens", "begin_suppress_tokens")
 """Tokens that are not to be written, a model's own as its end tokens are."""
 _OTHERS = ("eos_token_id", "min_new_tokens", *_NEVER, "logits_processor")
 _SUPPORTED = ("do_sample", *_WARPERS, *_READING, *_OTHERS)
+STRETCH = 8
+"""Tokens after which the prompts that have come to an end leave a batch."""
 _WIDER, _CACHED, _READ = 4, 2**30, 2**12
 """How many times ``batch_size`` prompts are continued at once at most: a step runs one token of each, which leaves a
 processor idle where a pass over as many whole prompts does not. While the batch's keys and values take no more than so
@@ -89,8 +91,8 @@ class _StopAtText(StoppingCriteria):
 
 
 class _Report(StoppingCriteria):
-    """Stops nothing, and says after each token how many whole prompts the steps so far amount to, the most that the
-    batch may take being all of its own."""
+    """Stops nothing, and says after each token how many whole prompts the steps so far amount to, the most that a
+    prompt may take being all of its own."""
 
     def __init__(self, progress: Callable[[int], None], done: int, prompt_length: int, max_new_tokens: int) -> None:
         self.progress, self.done = progress, done
@@ -118,6 +120,10 @@ class _Sampler(LogitsProcessor):
     def __init__(self, warpers: LogitsProcessorList, seeds: Sequence[int]) -> None:
         self.warpers = warpers
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows."""
+        self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         total = self.warpers(cast(Any, input_ids), cast(Any, scores)).double().softmax(-1).cumsum(-1)
@@ -166,8 +172,9 @@ def generate(
 ) -> list[Generation]:
     """Continue token prompts, greedily unless ``options`` say otherwise.
 
-    The tokens that all prompts begin with are run once; each batch continues from a copy of their KV cache. Where the
-    model is sharded, all processes must continue the same prompts together.
+    The tokens that all prompts begin with are run once; each batch continues from a copy of their KV cache, and prompts
+    that have come to an end leave it every :data:`STRETCH` tokens. Where the model is sharded, all processes must
+    continue the same prompts together.
 
     What is written depends on the model's weights, the tokens at which it ends or which it must not write, and the
     arguments here; nothing else counts of its ``generation_config``, which a checkpoint or the caller may have set to
@@ -221,8 +228,7 @@ def generate(
     with _explained(options):
         ends = _as_set(given["eos_token_id"]) if "eos_token_id" in given else end_tokens(model, tokenizer)
         never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
-        meant = {**never, **given, "eos_token_id": sorted(ends) or None}
-        config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **meant)
+        meant = {"do_sample": False, "pad_token_id": pad_id, **never, **given, "eos_token_id": sorted(ends) or None}
         acting = [name for name, value in shaping.items() if value is not None and value != _NEUTRAL.get(name)]
         warpers = LogitsProcessorList([_WARPERS[name](shaping[name]) for name in acting])
     for members in batches:
@@ -230,32 +236,62 @@ def generate(
         ahead = torch.tensor([list(prompts[0][:shared])], dtype=torch.long, device=device)
         ids = torch.cat([ahead.expand(len(members), -1), rest.ids], dim=1)
         mask = torch.cat([torch.ones_like(ids[:, :shared]), rest.mask.long()], dim=1)
-        arguments: dict[str, Any] = {"generation_config": config, "synced_gpus": is_sharded(model)}
-        processors = [*own, _Sampler(warpers, [seeds[i] for i in members])] if sampled else own
-        if processors:
+        start, written = ids.shape[1], 0
+        sampler = _Sampler(warpers, [seeds[i] for i in members]) if sampled else None
+        arguments: dict[str, Any] = {"synced_gpus": is_sharded(model)}
+        if processors := [*own, *([sampler] if sampler is not None else [])]:
             arguments["logits_processor"] = LogitsProcessorList(processors)
+        cache = None
         if lead is not None:
-            cache = copy.deepcopy(lead)
-            cache.batch_repeat_interleave(len(members))
+            cache = with_room(lead, len(members), rest.ids.shape[1] + max_new_tokens)
             arguments |= cache_arguments(model, cache)
-        criteria: list[StoppingCriteria] = [_StopAtText(tokenizer, ids.shape[1], stop)] if stop else []
-        if progress is not None:
-            criteria.append(_Report(progress, len(results), ids.shape[1], max_new_tokens))
-        if criteria:
-            arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
-        with _explained(options), _configured(model, config), head_reads(model, _without_gaps):
-            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, **arguments)
-        for row, i in enumerate(members):
-            new = output[row, ids.shape[1] :].tolist()
-            ended = next((k for k, token in enumerate(new) if token in ends), None)
-            text, stopped = _cut(text_of(new[:ended]), stop)
-            count = len(new) if ended is None else ended + 1
-            if stopped:  # what comes after the stop string is padding
-                count = next(k for k in range(1, count + 1) if _cut(text_of(new[:k]), stop)[1])
-            results[i] = Generation(text.strip(), stopped or ended is not None, tuple(new[:count]))
+        while members:
+            length = max_new_tokens - written if cache is None else min(STRETCH, max_new_tokens - written)
+            criteria: list[StoppingCriteria] = [_StopAtText(tokenizer, start, stop)] if stop else []
+            if progress is not None:
+                criteria.append(_Report(progress, len(results), start, max_new_tokens))
+            if criteria:
+                arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
+            with _explained(options):
+                config = GenerationConfig(**_stretch(meant, written, length))
+                with _configured(model, config), head_reads(model, _without_gaps):
+                    output = cast(Any, model).generate(
+                        input_ids=ids, attention_mask=mask, generation_config=config, **arguments
+                    )
+            written += length
+            read = [_read(new, ends, stop, text_of) for new in output[:, start:].tolist()]
+            results |= {
+                i: one for i, one in zip(members, read, strict=True) if one.finished or written == max_new_tokens
+            }
+            going = [row for row, i in enumerate(members) if i not in results]
+            members = [members[row] for row in going]
+            if cache is None or not members:
+                break
+            mask = torch.cat([mask, torch.ones_like(output[:, ids.shape[1] :])], dim=1)[going]
+            ids = output[going]
+            cache.batch_select_indices(torch.tensor(going, device=device))
+            if sampler is not None:
+                sampler.keep(going)
         if progress is not None:
             progress(len(results))
     return [results[i] for i in range(len(prompts))]
+
+
+def _stretch(options: Mapping[str, Any], written: int, length: int) -> dict[str, Any]:
+    """Options for ``length`` tokens after as many that are written."""
+    least = min((options.get("min_new_tokens") or 0) - written, length)
+    there = {**options, "max_new_tokens": length, "min_new_tokens": least if least > 0 else None}
+    return {**there, "begin_suppress_tokens": None} if written else there
+
+
+def _read(new: list[int], ends: set[int], stop: str | None, text_of: Callable[[list[int]], str]) -> Generation:
+    """What a row's new tokens say up to its end, after which comes padding."""
+    ended = next((k for k, token in enumerate(new) if token in ends), None)
+    text, stopped = _cut(text_of(new[:ended]), stop)
+    count = len(new) if ended is None else ended + 1
+    if stopped:
+        count = next(k for k in range(1, count + 1) if _cut(text_of(new[:k]), stop)[1])
+    return Generation(text.strip(), stopped or ended is not None, tuple(new[:count]))
 
 
 def _seeds(prompts: Sequence[Sequence[int]], seed: int | Sequence[int]) -> list[int]:

@@ -23,7 +23,10 @@ from transformers import (
 )
 
 from lit_thought.errors import ThoughtError
+from lit_thought.model.calls import cache_arguments
 from lit_thought.runs.generate import Generation, generate
+from lit_thought.runs.room import with_room
+from lit_thought.runs.streams import lead_cache
 
 LEAD = [5, 17, 300, 8, 9, 44, 60, 61, 62, 63, 64, 65]  # longer than mistral's window of 8
 REST = [[11, 12, 13], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53], [200], [31, 32, 33, 34], [11, 12]]
@@ -211,6 +214,45 @@ def test_rows_stop_by_themselves() -> None:
     assert len(steps) < 6
 
 
+def test_rows_that_have_come_to_an_end_leave_the_batch() -> None:
+    """Every eighth token: of five prompts that end after 1, 9, 10, 20 and never."""
+    model, sizes = talkative("llama"), []
+    written = [one.tokens for one in generate(model, SpellOut(), PROMPTS, max_new_tokens=30)]
+    ends = [tokens[i] for tokens, i in zip(written, (0, 8, 9, 19), strict=False)]
+    lengths = [next((i + 1 for i, token in enumerate(tokens) if token in ends), 30) for tokens in written]
+    assert len(set(lengths)) > 2
+    handle = model.register_forward_hook(
+        lambda module, args, kwargs, out: sizes.append(len(out.logits)), with_kwargs=True
+    )
+    found = generate(model, SpellOut(), PROMPTS, max_new_tokens=30, options={"eos_token_id": ends})
+    handle.remove()
+    assert [one.tokens for one in found] == [tokens[:n] for tokens, n in zip(written, lengths, strict=True)]
+    steps = sizes[-max(lengths) :]
+    assert steps == [sum(n > 8 * (i // 8) for n in lengths) for i in range(max(lengths))]
+
+
+def test_a_batchs_cache_is_written_in_place() -> None:
+    model = make_model("llama")
+    cache = with_room(lead_cache(model, LEAD), 3, 4)
+    alone = lead_cache(model, LEAD)
+    alone.batch_repeat_interleave(3)
+    tokens = torch.tensor([[11, 12], [13, 14], [15, 16]])
+    places = [layer.keys.data_ptr() for layer in cache.layers]
+    with torch.no_grad():
+        for ids in (tokens, tokens[:, :1]):
+            assert torch.equal(
+                model(ids, **cache_arguments(model, cache)).logits, model(ids, **cache_arguments(model, alone)).logits
+            )
+        assert [layer.keys.data_ptr() for layer in cache.layers] == places
+        assert cache.get_seq_length() == len(LEAD) + 3
+        for each in (cache, alone):
+            each.batch_select_indices(torch.tensor([0, 2]))
+        ids = tokens[:2, :1]
+        assert torch.equal(
+            model(ids, **cache_arguments(model, cache)).logits, model(ids, **cache_arguments(model, alone)).logits
+        )
+
+
 def random_states() -> tuple:
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
@@ -326,6 +368,7 @@ OPTIONS = [
     {"suppress_tokens": [3, 4]},
     {"begin_suppress_tokens": [3, 4]},
     {"min_new_tokens": 5},
+    {"min_new_tokens": 12},
     {"eos_token_id": 11},
     {"eos_token_id": [11, 12, 13], "repetition_penalty": 1.4},
 ]
@@ -341,12 +384,12 @@ def test_options_do_in_batches_what_they_do_to_one_prompt_alone(options: dict, b
     model.generation_config = GenerationConfig(eos_token_id=[1, 40, 41, 50])
     expected = []
     for prompt in PROMPTS:
-        given = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 1, "eos_token_id": ends, **options}
+        given = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 1, "eos_token_id": ends, **options}
         new = model.generate(torch.tensor([prompt]), **given)[0, len(prompt) :].tolist()
         stop = next((i for i, token in enumerate(new) if token in (ends if isinstance(ends, list) else [ends])), None)
         whole = new if stop is None else new[: stop + 1]
         expected.append(Generation(" ".join(map(str, new[:stop])), stop is not None, tuple(whole)))
-    found = generate(model, SpellOut(), PROMPTS, max_new_tokens=10, batch_size=batch_size, options=options)
+    found = generate(model, SpellOut(), PROMPTS, max_new_tokens=20, batch_size=batch_size, options=options)
     assert found == expected
 
 
