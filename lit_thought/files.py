@@ -74,7 +74,7 @@ def check_apart(**folders: str | os.PathLike[str] | None) -> None:
 
 
 def check_output_folder(
-    path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path", **read: str | os.PathLike[str]
+    path: str | os.PathLike[str], overwrite: bool = False, argument: str = "path", **read: str | os.PathLike[str] | None
 ) -> Path:
     """Check, before any long work, that an output folder can be written at ``path``, which messages call ``argument``;
     and that what is ``read`` for it, such as ``adapter`` or ``model``, would stay, where that lies here.
@@ -98,7 +98,8 @@ def check_output_folder(
             )
         precious = dict.fromkeys((Path.cwd(), Path.home()), "the working or home folder")
         for name, source in read.items():
-            precious.setdefault(_resolve(source), f"the {name} {os.fspath(source)!r}")
+            if source is not None and (place := _resolve(source)).exists():  # of the hub, or a name of ours, it is not
+                precious.setdefault(place, f"the {name.replace('_', ' ')} {os.fspath(source)!r}")
         for place, what in precious.items():
             if folder == place or folder in place.parents:
                 raise ThoughtError(

@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ def parameters(config: Path) -> dict[str, str]:
 def command_line(recipe: Callable[..., None]) -> None:
     """Run a recipe with its parameters from the command line; --help says what the YAML file beside it does."""
     about = parameters(Path(inspect.getfile(recipe)).with_suffix(".yaml"))
+    provenance()  # of the code that runs, whatever is committed meanwhile
     recipe.__doc__ = "\n    ".join([f"{recipe.__doc__}\n\nArgs:", *(f"{name}: {text}" for name, text in about.items())])
     jsonargparse.auto_cli(recipe, as_positional=False)
 
@@ -275,7 +277,7 @@ def earlier_runs(files: Iterable[str], model: str, settings: Mapping[str, Any]) 
                 f"done: expected results of {model} with {dict(settings)}; {file} is of {record['model']} with "
                 f"{record['settings']}; leave it out, or set the same."
             )
-        runs += record["runs"]
+        runs += [run for run in record["runs"] if run not in runs]
     return runs
 
 
@@ -285,8 +287,10 @@ def runs_record(model: str, settings: Mapping[str, Any], runs: Sequence[Mapping[
     return {"model": model, "settings": dict(settings), "runs": list(runs), "commit": commits}
 
 
+@cache
 def provenance() -> dict[str, Any]:
-    """For a record: ``commit``, what git calls the checkout, or None without git, and ``versions``.
+    """For a record: ``commit``, what git calls the checkout when the recipe starts, or None without git, and
+    ``versions``.
 
     Changed files make it dirty, but for results, of which one recipe writes some after another.
     """

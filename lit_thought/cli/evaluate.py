@@ -71,7 +71,9 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples}.")
     place = adapter_folder(adapter, argument="adapter")
     if out is not None:
-        check_output_folder(out, overwrite, adapter=place, **loading.read)
+        check_output_folder(
+            out, overwrite, **loading.read, adapter=place, pairs=pairs, instruction_file=instruction_file
+        )
     patch = ThoughtPatch.load(place)
     text = None
     if instruction is not None or instruction_file is not None:

@@ -59,7 +59,9 @@ def fit(
     from lit_thought.errors import ThoughtError
     from lit_thought.files import check_apart, check_output_folder
 
-    check_output_folder(out, overwrite, **loading.read)
+    check_output_folder(
+        out, overwrite, **loading.read, pairs=pairs, val_pairs=val_pairs, instruction_file=instruction_file
+    )
     check_apart(statistics_dir=settings.get("statistics_dir"), resume_dir=settings.get("resume_dir"), out=out)
     if isinstance(verdict, bool) or verdict < 0:
         raise ThoughtError(f"verdict must be a whole number of 0 or more; got {verdict!r}.")

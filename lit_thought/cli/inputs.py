@@ -55,12 +55,14 @@ def inputs(
     text = read_instruction(instruction, instruction_file)
     from lit_thought.fit.data import PairDataModule
     from lit_thought.fit.preparing import write_inputs
+    from lit_thought.model.blocks import find_blocks
 
     wanted = "auto" if inputs is None else inputs  # so that pairs that are given are topped up
     settings: dict[str, Any] = {"inputs": wanted, "kind": kind, "seed": seed, "batch_size": batch_size}
     data = PairDataModule(pairs, text, template, **settings)
     with atomic_file(out, overwrite) as file:  # checks its path first
         lm, tokenizer = loading.load()
+        find_blocks(lm)  # a model without any is none that a fit takes
         with timed("the inputs"):
             write_inputs(data, lm, tokenizer, progress)
         rows = [json.dumps(pair, ensure_ascii=False) for pair in data.pairs]

@@ -78,6 +78,8 @@ def transmute(
     if auto:
         check_auto(auto, data.expected, options)
     module = ThoughtModule(model, tokenizer)
+    if auto or chosen.inputs == "auto":  # else the fit does, before anything is written
+        callback.check(module, data)
     told: dict[str, Any] = {}
     patch: ThoughtPatch | None = None
     if data.to_write and chosen.inputs == "auto":

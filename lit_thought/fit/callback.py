@@ -21,10 +21,10 @@ from lit_thought.fit.provenance import costs
 from lit_thought.fit.strategy import check_epochs, check_trainer
 from lit_thought.fit.validation import log_figures
 from lit_thought.model.blocks import JOINT, find_blocks
-from lit_thought.model.loading import model_name
+from lit_thought.model.loading import model_place
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.batches import PairBatch
-from lit_thought.runs.runner import Observation, StreamRunner
+from lit_thought.runs.runner import Observation, Stage, StreamRunner
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings
 from lit_thought.statistics.distributed import rank_and_size
@@ -85,6 +85,7 @@ class ThoughtCallback(Callback):
             check_output_folder(chosen.statistics_dir, overwrite, "statistics_dir")
         check_apart(statistics_dir=chosen.statistics_dir, resume_dir=chosen.resume_dir, output_dir=output_dir)
         self.output_dir, self.overwrite = output_dir, overwrite
+        self._reloads: int | None = None  # the trainer's own, while its loaders are made anew for each step
         self._forget()
 
     def _forget(self) -> None:
@@ -126,22 +127,33 @@ class ThoughtCallback(Callback):
                 'inputs="auto" is chosen before the fit: call transmute, or give a number, or leave it out for the '
                 "usual one."
             )
-        if self.output_dir is not None and (name := model_name(pl_module.model)):
-            check_output_folder(self.output_dir, self.overwrite, "output_dir", model=name)
         check_trainer(trainer)
-        blocks, settings = find_blocks(pl_module.model), self.settings
-        check_blocks(settings.blocks, len(blocks))
-        _, stages = chosen_stages(blocks, settings, data.is_long(pl_module.tokenizer))
+        stages = self.check(pl_module, data)
         check_epochs(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
-        if settings.pairs_per_step is not None and settings.pairs_per_step > data.expected:
-            raise ThoughtError(
-                f"pairs_per_step={settings.pairs_per_step} is more than the {data.expected} pairs there are. "
-                "Leave it out to use all of them in every step."
-            )
+        if self.steps > 1 and self.settings.pairs_per_step is not None:
+            self._reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # each step has its own batches
+
+    def check(self, module: ThoughtModule, data: PairDataModule) -> list[Stage]:
+        """Refuse settings that do not go with a model and its data, before anything is written for them.
+
+        Returns:
+            The stages of a step.
+
+        Raises:
+            ThoughtError: naming the setting; of its class UnsupportedModelError for a model without known blocks.
+        """
+        settings = self.settings
+        for argument, folder in (("output_dir", self.output_dir), ("statistics_dir", settings.statistics_dir)):
+            if folder is not None:
+                check_output_folder(folder, self.overwrite, argument, model=model_place(module.model))
+        blocks = find_blocks(module.model)
+        check_blocks(settings.blocks, len(blocks))
+        _, stages = chosen_stages(blocks, settings, data.is_long(module.tokenizer))
+        data.check_step(settings.pairs_per_step, module.tokenizer)
         if settings.rank != "usual":
             check_rank(settings.rank, largest_rank(blocks, stages))
-        if self.steps > 1 and settings.pairs_per_step is not None:
-            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # each step has its own batches
+        return stages
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -310,6 +322,8 @@ class ThoughtCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the sums and the cached matrices; statistics that were not completed are not left behind."""
         self._sums = None
+        if self._reloads is not None:
+            trainer.reload_dataloaders_every_n_epochs, self._reloads = self._reloads, None  # type: ignore[attr-defined]
         if self._ready is not None:
             self._ready.close()
 

@@ -155,6 +155,21 @@ class PairDataModule(LightningDataModule):
         usual = min(ENOUGH.values())
         return len(self.pairs) if not self.to_write else wanted if isinstance(wanted, int) else usual
 
+    def check_step(self, count: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse more pairs in a step than there are, or will be, where that is known yet.
+
+        Raises:
+            ThoughtError: naming ``pairs_per_step``.
+        """
+        there: int | None = self.expected
+        if self.to_write and not isinstance(self.settings.inputs, int):
+            there = None if self.is_long(tokenizer) else ENOUGH.get(self.form(tokenizer) or "")
+        if count is not None and there is not None and count > there:
+            raise ThoughtError(
+                f"pairs_per_step={count} is more than the {there} pairs there are. Leave it out to use all of them in "
+                "every step."
+            )
+
     @property
     def template(self) -> PromptTemplate:
         """How instruction, input and output make a prompt.

@@ -291,6 +291,7 @@ class Preparation:
                 data.restore(self.unfinished.inputs)
         with self.stopwatch("write"):
             write_inputs(data, model, tokenizer, show and first)
+        data.check_step(settings.pairs_per_step, tokenizer)  # which the model may have written fewer of
         with self.stopwatch("prepare"):
             data.tokenise(tokenizer, limit)
             for told in filter(None, (data.is_no_chat(tokenizer), data.saves_nothing()) if first else ()):

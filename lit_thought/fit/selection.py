@@ -185,6 +185,8 @@ def select_settings(
     check_auto(names, data.expected, settings)
     started = time.perf_counter()
     given = {name: value for name, value in settings.items() if name not in names}
+    ours = {name: value for name, value in given.items() if name not in OF_THE_LAST_FIT}
+    ThoughtCallback(**ours).check(module, data)
     model, tokenizer = module.model, module.tokenizer
     write_inputs(data, model, tokenizer, progress)
     check_auto(names, len(data.pairs), settings)
@@ -193,7 +195,6 @@ def select_settings(
     outputs = write_outputs(data, model, tokenizer, progress)
     with tempfile.TemporaryDirectory(prefix="lit-thought-") as root:
         folder = Path(root) / "statistics" if set(names) & set(_SOLVED) else None
-        ours = {name: value for name, value in given.items() if name not in OF_THE_LAST_FIT}
         callback = ThoughtCallback(**ours, statistics_dir=folder)
         patch = fit(module, part_of(data, rest, outputs), callback, progress)
         texts = callback.preserved.texts or load_texts("default", "preserve", "preserve")

@@ -28,16 +28,17 @@ LONG = 200
 that what users write of themselves does not come upon."""
 _ADDRESS = re.compile(
     r"(?i:\b(you|your|yours|yourself|users?|assistant"
-    r"|tu|te|toi|vous|votre|vos|utilisateurs?|du|dich|dir|dein\w*|(be)?nutzer\w*|usted|usuarios?|tuo|tua|utent[ei]"
-    r"|você|usuários?|jij|jouw|gebruikers?|ty|ciebie|twój|użytkownik\w*|ты|тебя|твой|вы|вас|вам|ваш\w*|пользовател\w*"
-    r"|أنت|المستخدم\w*)\b)"
+    r"|vous|votre|vos|utilisateurs?|dich|dein\w*|(be)?nutzer\w*|usted|usuarios?|utent[ei]|você|usuários?|jij|jouw"
+    r"|gebruikers?|użytkownik\w*|ты|тебя|твой|вы|вас|вам|ваш\w*|пользовател\w*|أنت|المستخدم\w*)\b)"
     r"|(?<=[\w,] )(Sie|Ihnen|Ihre?[mnrs]?)\b"  # where a sentence begins it may be she, her or they
-    r"|你|您|用户|用戶|使用者|助手|あなた|ユーザー|アシスタント|당신|사용자|आप|तुम|उपयोगकर्ता|คุณ|ผู้ใช้"
+    r"|你|您|用户|用戶|使用者|助手|あなた|ユーザー|アシスタント|당신|사용자|ผู้ใช้|คุณ(?!ภาพ|สมบัติ|ค่า|ธรรม|ลักษณะ)"
+    r"|(?<![\u0900-\u097f])(आप|आपको|तुम|उपयोगकर्ता)(?![\u0900-\u097f])"
 )
-"""Who is addressed, in the languages that most is written in."""
+"""Who is addressed, in the languages that most is written in; no words that mean something else in another of them."""
 _OPENING = re.compile(
     r"(#[^\n]*\n)?\W*((you|your (task|job|role|goal)|act as|imagine|pretend"
-    r"|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś|ты|вы|أنت)\b|[你您]|あなたは|당신은|आप|คุณ)",
+    r"|tu es|vous êtes|du bist|sie sind|eres|sei un|você é|jij bent|jesteś|ты|вы|أنت)\b"
+    r"|[你您](是|的任务|将)|あなたは|당신은|คุณ(คือ|เป็น)|आप(?![\u0900-\u097f]))",
     re.IGNORECASE,
 )
 """How a text begins, under a heading or not, that tells a model who it is; one that begins with how to answer may go on

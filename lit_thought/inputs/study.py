@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 _WORD = re.compile(f"{LETTER}(?:(?:{LETTER}|[,.])*{LETTER})?")
-_ENDS = ("?", "？", "؟", "か。", "か")
-"""How questions end."""
+_ENDS = re.compile("([?？؟\u037e]|か。?|(?<=[\u0370-\u03ff\u1f00-\u1fff]);)$")
+"""How questions end, the Greek ones with what looks like a semicolon."""
 SAMPLING = {"temperature": 0.6, "top_k": 50}
 LONGEST = 24
 """Words of a question, and tokens of one that asks for a word, and of its answer; longer questions are dropped."""
@@ -171,7 +171,8 @@ def find_subject(pen: Pen, document: str) -> str:
     words which are in more of its sentences; "the text" where there are none."""
     head, _, rest = document.strip().partition("\n")
     heading = head.lstrip("# ").strip()
-    if rest.strip() and len(heading.split()) <= 10 and heading[-1:] not in ".!?:。！？：":
+    short = len(heading.split()) <= 10 and len(spaced(heading).split()) <= 30
+    if rest.strip() and short and heading[-1:] not in ".!?:。！？：":
         return heading
     parts = sentences(document)
     views = (parts, parts[:OPENING])
@@ -293,7 +294,7 @@ class About:
         """Whether it is a question about the document, of 4 to :data:`LONGEST` words: it names the subject (the words
         may have an ending) or something of the document, and no other name."""
         said = words(text)
-        if not text.endswith(_ENDS) or not 4 <= len(said) <= LONGEST:
+        if not _ENDS.search(text) or not 4 <= len(said) <= LONGEST:
             return False
         names = _names(said[1:])
         lower = [word.lower() for word in said]

@@ -8,15 +8,19 @@ from collections.abc import Iterable
 
 __all__ = ["LETTER", "is_pair", "joined", "normalised", "sentences", "spaced", "words"]
 
-LETTER = "[\\w\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0e31-\u0e4e]"
+LETTER = (
+    "[\\w\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0e31-\u0e4e\u0eb1-\u0ece"
+    "\u102b-\u103e\u1056-\u109d\u17b4-\u17d3]"
+)
 """Pattern of what belongs to a word: ``\\w``, and the accents and vowel signs that it leaves out."""
 _WORD = re.compile(f"{LETTER}+")
 _UNSPACED = re.compile(
-    "[\u0e01-\u0e4e\u0e80-\u0eff\u1000-\u104f\u1780-\u17d3\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "[\u0e01-\u0e4e\u0e80-\u0eff\u1000-\u1049\u1780-\u17d3\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
     "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
 """A run of a script without spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
-_END = re.compile("(?<=[.!?؟।۔])\\s+|(?<=[。！？])(?![」』”’）])\\s*|(?<=[。！？][」』”’）])\\s*")
+_FULL = re.compile("[。！？][」』”’）]?$")
+_END = re.compile("(?<=[.!?؟।۔])\\s+|(?<=[。！？។။])(?![。！？」』”’）])\\s*|(?<=[。！？][」』”’）])\\s*")
 """Between sentences."""
 
 
@@ -42,7 +46,7 @@ def words(text: str) -> list[str]:
 
 def joined(parts: Iterable[str]) -> str:
     """Sentences one after the other, with a space between them unless the first ends with a full-width sign."""
-    return re.sub("(?<=[。！？」』]) ", "", " ".join(parts))
+    return "".join(f"{one}{'' if _FULL.search(one) else ' '}" for one in parts).strip()
 
 
 def normalised(text: str) -> str:

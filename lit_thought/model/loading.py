@@ -40,6 +40,7 @@ __all__ = [
     "fingerprint",
     "load_model",
     "model_name",
+    "model_place",
     "no_bars",
     "unpacked_from",
 ]
@@ -137,6 +138,12 @@ def model_name(model: nn.Module) -> str:
         if isinstance(name, str) and name:
             return os.path.abspath(name) if os.path.exists(name) else name
     return ""
+
+
+def model_place(model: nn.Module) -> str | None:
+    """The directory or file that ``model`` was loaded from, where that is here."""
+    place = model_name(model).partition(" (")[0]
+    return place if place and os.path.exists(place) else None
 
 
 def unpacked_from(model: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder, check_output_folder
 from lit_thought.model.bare import bare_model, uncompiled
 from lit_thought.model.layers import sits_beside
-from lit_thought.model.loading import fingerprint_with, model_name, no_bars
+from lit_thought.model.loading import fingerprint_with, model_place, no_bars
 from lit_thought.patch.adapter import write_adapter
 from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import THOUGHT, thought_text
@@ -91,8 +91,7 @@ def export_merged(
         )
     model = bare_model(model)
     check_absent(patch, model)  # a copy of the model would not know
-    if name := model_name(model):
-        check_output_folder(folder, overwrite, "folder", model=name)
+    check_output_folder(folder, overwrite, "folder", model=model_place(model))
     with atomic_folder(folder, overwrite) as out, uncompiled(model), no_bars():
         validate(patch, model, check and not _made_for_float32(patch, model))
         _check_mergeable(patch, model)

@@ -269,9 +269,10 @@ def generate(
                 break
             mask = torch.cat([mask, torch.ones_like(output[:, ids.shape[1] :])], dim=1)[going]
             ids = output[going]
-            cache.batch_select_indices(torch.tensor(going, device=device))
-            if sampler is not None:
-                sampler.keep(going)
+            if len(going) < len(read):
+                cache.batch_select_indices(torch.tensor(going, device=device))
+                if sampler is not None:
+                    sampler.keep(going)
         if progress is not None:
             progress(len(results))
     return [results[i] for i in range(len(prompts))]

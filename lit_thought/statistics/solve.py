@@ -29,7 +29,7 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.provenance import fitted_on
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import check_solve_settings
-from lit_thought.solve.least_squares import Prior
+from lit_thought.solve.least_squares import COARSE_RIDGE, Prior
 from lit_thought.solve.sums import Statistics
 from lit_thought.statistics.preserve_file import Preservation
 from lit_thought.statistics.saved import SavedStatistics
@@ -98,7 +98,7 @@ def solve_saved(
         chosen |= {"preserve_file": file.digest, "preserve_tokens": file.manifest["tokens"]}
     settings = _settings(chosen)
     changed = [name for name, value in chosen.items() if value != fitted.get(name)]
-    coupled = saved.coupling() if changed else None
+    coupled = _coarse(saved, chosen["ridge"]) or (saved.coupling() if changed else None)
     if coupled is not None and not approximate:
         raise ThoughtError(
             f"another {', '.join(changed)} than the fit's would change the sums of these statistics too: {coupled}. "
@@ -122,6 +122,15 @@ def solve_saved(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return solved.patch(provenance)
+
+
+def _coarse(saved: SavedStatistics, ridge: float) -> str | None:
+    """Why the sums are too coarse for a ridge, if they are."""
+    fitted = saved.manifest.settings["ridge"]
+    summed = any("matrix" in head.parts and head.tokens > head.d_in for head in saved.heads)  # else they are rows
+    if not summed or not ridge < COARSE_RIDGE <= fitted:
+        return None
+    return f"fits at a ridge of {COARSE_RIDGE:g} or more, as this one at {fitted:g}, multiply in the model's own dtype"
 
 
 @torch.no_grad()

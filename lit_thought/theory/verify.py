@@ -97,7 +97,7 @@ class ExactReport:
     @property
     def agrees(self) -> bool:
         """Whether the patched run's logits are the instructed run's but for rounding: their relative error is at most
-        √ε of the model's dtype."""
+        √ε of the model's dtype (and a number: logits that overflow agree with nothing)."""
         return self.patched.relative <= self.bound
 
     @property
@@ -220,14 +220,15 @@ def _sizes(block: Block, patch: TokenPatches, residuals: Tensor) -> dict[str, fl
 def _logit_errors(got: Tensor | None, wanted: Tensor | None) -> LogitErrors:
     assert got is not None
     assert wanted is not None
-    absolute = relative = 0.0
+    errors: list[tuple[float, float]] = []
     agree, kl = 0, 0.0
     for logits, reference in zip(got.split(_ROWS), wanted.split(_ROWS), strict=True):
         logits, reference = logits.double(), reference.double()
-        absolute = max(absolute, float((logits - reference).abs().max()))
-        relative = max(relative, _relative_error(logits, reference))
+        errors.append((float((logits - reference).abs().max()), _relative_error(logits, reference)))
         agree += int((logits.argmax(-1) == reference.argmax(-1)).sum())
         kl += float(token_kl(reference, logits).sum())
+    # unlike Python's, NaN where there is one
+    absolute, relative = torch.tensor(errors, dtype=torch.float64).max(0).values.tolist()
     return LogitErrors(absolute, relative, agree / len(wanted), kl / len(wanted))
 
 

@@ -129,7 +129,7 @@ def fit_case(
     """A chunk's patch, fitted to these pairs in the usual way but for the changes, with what it was fitted to, its
     seconds and its evaluation, as a record keeps them. Where the model writes the inputs, what is tested are validation
     pairs, so that it writes none of it; the seconds are those without validation."""
-    apart = {"val_pairs": case.tested} if pairs is None else {}
+    apart = {"val_pairs": case.tested} if pairs is None or "inputs" in changes else {}
     settings = {"progress": False, **apart, **case.settings, **changes}
     start = Stopwatch.now()
     patch = transmute(evaluation.model, evaluation.tokenizer, case.chunk, pairs, case.fit_template, **settings)

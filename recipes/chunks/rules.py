@@ -62,7 +62,7 @@ def is_english(text: str) -> bool:
     three words or fewer without any of either language is English, too."""
     french, english, words = _function_words(text)
     if french == english == 0:
-        return words <= 3
+        return 0 < words <= 3
     return english >= french and english >= words / 10
 
 

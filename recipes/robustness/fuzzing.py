@@ -101,7 +101,8 @@ def _fuzz_kind(kind: Kind, name: str, count: int, seed: int, root: Path) -> Tall
         restore(example, files)
         change = kind.spoil(example, draw)
         before = _listing(root)
-        end = ending(lambda: kind.read(example))
+        with mock.patch.object(tempfile, "tempdir", str(root)):
+            end = ending(lambda: kind.read(example))
         tally.tried += 1
         tally.changes[change.split(":")[0]] += 1
         about = {"number": number, "change": change, "end": end}
@@ -148,11 +149,10 @@ def _limited(seconds: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(folder: Path) -> Iterator[None]:
-    """No warnings, nothing on the console, temporary files where they would be seen."""
+    """No warnings, nothing on the console, a cache that is nobody's."""
     folder.mkdir(parents=True, exist_ok=True)
     with (
         warnings.catch_warnings(),
-        mock.patch.object(tempfile, "tempdir", str(folder)),
         mock.patch.dict(os.environ, {"LIT_THOUGHT_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}),
         mock.patch.object(constants, "HF_HUB_OFFLINE", True),
     ):

@@ -96,11 +96,14 @@ def summary(tallies: Mapping[str, Tally], outcomes: Sequence[Outcome], seconds: 
             *(lambda own: len(own.escaped), lambda own: len(own.left)),
         )
     )
+    killed = [outcome.fine for outcome in outcomes if outcome.unchanged is None]
+    others = [outcome.fine for outcome in outcomes if outcome.unchanged is not None]
     return (
         f"{tried:,} malformed inputs: {refused:,} refused with the library's own error, {read:,} without harm, "
-        f"{escaped} in another exception, {left} left a file behind. {len(outcomes)} faults: "
-        f"{sum(outcome.fine for outcome in outcomes)} left the model bit for bit as it was, without hooks, and no "
-        f"partial output. All of it took {seconds:.0f} s of one core.\n"
+        f"{escaped} in another exception, {left} left a file behind. {len(outcomes)} faults: {sum(others)} of "
+        f"{len(others)} left the model bit for bit as it was, without hooks, and no partial output; after "
+        f"{sum(killed)} of {len(killed)} killed processes there is no partial output, and the next fit has the same "
+        f"patch. All of it took {seconds:.0f} s of one core.\n"
     )
 
 

@@ -208,7 +208,7 @@ def methods(figure: Figure) -> None:
 @chart
 def trade(figure: Figure) -> None:
     """What preservation weight and ridge trade: KL on held-back words against unrelated perplexity."""
-    runs = [run for run in _read("sweep") if run["sites"] == "both" and run["rank"] == 16]
+    runs = [run for run in _read("sweep")["rows"] if run["sites"] == "both" and run["rank"] == 16]
     axes = figure.subplots()
     markers = dict(zip(sorted({run["ridge"] for run in runs}), "osD^v", strict=False))
     for number, (ridge, marker) in enumerate(markers.items()):

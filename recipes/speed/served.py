@@ -54,7 +54,8 @@ FITTED, WRITTEN = 8, 24
 
 
 ENGINES = ("vllm", "llama.cpp")
-BASE = "__base__"
+BASE, KEPT = "__base__", "__kept__"
+"""No adapter; the same, and what was read of a prompt's beginning is kept for the next."""
 """PEFT's name for the model without an adapter."""
 
 
@@ -75,7 +76,7 @@ class Server:
         address: host and port.
         path: where a completion is asked for.
         options: what every request says.
-        wishes: what a request says besides to have an adapter, by the adapter's name, or :data:`BASE` for none.
+        wishes: what a request says besides to have an adapter, by the adapter's name, :data:`BASE` or :data:`KEPT`.
         length: the request's name for the number of tokens.
         started: seconds that it took.
         version: of the engine.
@@ -141,7 +142,7 @@ def served(
             base.load_adapter(str(Path(place) / name), adapter_name=name)
         cases = {
             "plain": (plain, [BASE] * requests),
-            "instructed, prefix cached": (instructed, [BASE] * requests),
+            "instructed, prefix cached": (instructed, [KEPT] * requests),
             "patched, 1 adapter": (plain, names[:1] * requests),
             f"patched, {adapters} adapters": (plain, turns),
         }
@@ -244,12 +245,13 @@ def compare(
     answers: Sequence[Served],
     tie: float,
 ) -> dict[str, Any]:
-    """How many answers are PEFT's to the token, up to its end; of the others, by how many nats PEFT's model prefers its
-    own token where they part."""
-    margins = []
+    """How many answers are PEFT's to the token, up to its end; of the others that are no shorter, by how many nats
+    PEFT's model prefers its own token where they part."""
+    margins, short = [], 0
     for prompt, adapter, own, answer in zip(prompts, adapters, wanted, answers, strict=True):
         other = answer.tokens[: len(own)]
         at = agrees_for(own, other)
+        short += at == len(other) < len(own)
         if at < len(other):
             if adapter != BASE:
                 model.set_adapter(adapter)
@@ -257,10 +259,8 @@ def compare(
                 logits = model(torch.tensor([[*prompt, *own[:at]]])).logits[0, -1].double()
             margins.append(float(logits[own[at]] - logits[other[at]]))
     near = sum(margin <= tie for margin in margins)
-    count = len(wanted)
-    return {"answers": count, "equal": count - len(margins), "near_ties": near, "others": len(margins) - near} | {
-        "margins": sorted(margins)
-    }
+    equal, others = len(wanted) - len(margins) - short, len(margins) - near + short
+    return {"answers": len(wanted), "equal": equal, "near_ties": near, "others": others, "margins": sorted(margins)}
 
 
 @contextmanager
@@ -302,7 +302,7 @@ def vllm_server(vllm: str, model: str, dtype: str, adapters: dict[str, Path], lo
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/version", timeout=5) as answer:
                 version = json.load(answer)["version"]
             options = {"stream": True, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-            wishes = {BASE: {"model": model}, **{name: {"model": name} for name in adapters}}
+            wishes = {BASE: {"model": model}, KEPT: {"model": model}, **{name: {"model": name} for name in adapters}}
             spent = time.perf_counter() - start
             yield Server(("127.0.0.1", port), "/v1/completions", options, wishes, "max_tokens", spent, version)
         finally:
@@ -340,11 +340,11 @@ def llama_cpp_server(
     while not _is_up(port):
         time.sleep(0.1)
 
-    def wish(scales: Mapping[str, float]) -> dict[str, Any]:
+    def wish(scales: Mapping[str, float], kept: bool = False) -> dict[str, Any]:
         chosen = [{"id": i, "scale": scales.get(name, 0.0)} for i, name in enumerate(adapters)]
-        return {"lora": chosen, "cache_prompt": not scales}  # what is kept of a prompt is of the scales it was read at
+        return {"lora": chosen, "cache_prompt": kept}  # what is kept of a prompt is of the scales that it was read at
 
-    wishes = {BASE: wish({}), **{name: wish({name: 1.0}) for name in adapters}}
+    wishes = {BASE: wish({}), KEPT: wish({}, kept=True), **{name: wish({name: 1.0}) for name in adapters}}
     wishes |= {name: wish({next(iter(adapters)): scale}) for name, scale in scaled.items()}
     options = {"stream": True, "temperature": 0, "ignore_eos": True, "return_tokens": True}
     spent = time.perf_counter() - start

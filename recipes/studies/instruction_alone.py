@@ -83,6 +83,8 @@ def instruction_alone(
         "document_tokens": document_tokens,
     }
     runs = earlier_runs(done, shown(model), settings)
+    if runs:  # together, also where nothing is left to do
+        write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
     finished = {(run["door"], run["name"], run["seed"], run["fit"]) for run in runs}
     lm, tokenizer = load_model(model, dtype=dtype)
     for seed in seeds:

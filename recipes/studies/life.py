@@ -73,11 +73,12 @@ def life(
     if not about or not tested or set(about) & set(tested):
         raise ThoughtError("about, tested: expected messages about the line, and others to test with; give both.")
     lm, tokenizer = load_model(model, dtype=dtype)
-    how = {"max_new_tokens": answer_tokens, "seed": seed, "progress": False}
+    how: dict[str, Any] = {"max_new_tokens": answer_tokens, "seed": seed, "progress": False}
     asked = {"line": tested, "else": [row["input"] for row in own.messages[:test]]}
     apart = [{"input": text} for text in (*tested, *asked["else"])]
-    written = write_pairs(lm, tokenizer, own.chunk, TEMPLATE, total=inputs, seed=seed, apart=apart).pairs
-    pairs, few = [*written, *({"input": text} for text in about)], [{"input": text} for text in about]
+    written = write_pairs(lm, tokenizer, own.chunk, TEMPLATE, total=inputs, seed=seed, apart=apart)
+    how["kind"] = written.kind
+    pairs, few = [*written.pairs, *({"input": text} for text in about)], [{"input": text} for text in about]
     record: dict[str, Any] = {"model": shown(model), "prompt": prompt, "line": line, "becomes": becomes}
     record["settings"] = {"dtype": dtype, "inputs": inputs, "lora_rank": lora_rank, "test": test, "seed": seed}
     record["settings"]["answer_tokens"] = answer_tokens

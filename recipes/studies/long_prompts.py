@@ -70,6 +70,8 @@ def long_prompts(
     chosen = [load_prompt(name) for name in prompts]
     settings = {"dtype": dtype, "test": test, "answer_tokens": answer_tokens, "timed": timed, "fit": dict(fit or {})}
     runs = earlier_runs(done, shown(model), settings)
+    if runs:  # together, also where nothing is left to do
+        write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
     finished = {(run["name"], run["seed"]) for run in runs}
     lm, tokenizer = load_model(model, dtype=dtype)
     for own in chosen:

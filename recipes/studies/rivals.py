@@ -24,14 +24,14 @@ to the change, side by side in one run. Writes a Markdown and a JSON table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_thought import PairDataModule, ThoughtPatch, load_model, transmute
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, ThoughtPatch, load_model
 from lit_thought.errors import check_counts
 from lit_thought.evaluation.compare import Evaluation
+from lit_thought.fit.fitting import fit as fitted
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.timing import Stopwatch
@@ -83,9 +83,13 @@ def changes(
     """Each method's change for a chunk, and its seconds from the completed pairs on."""
     data = PairDataModule(None, case.chunk, case.fit_template, val_pairs=case.tested, seed=seed, **case.settings)
     prepare_pairs(data, model, tokenizer)
-    completed = [{**pair, "output": text} for pair, text in zip(data.pairs, data.outputs, strict=True)]
     given = [{"input": pair["input"]} for pair in data.pairs]
-    fit = partial(transmute, model, tokenizer, case.chunk, completed, data.template, progress=False, seed=seed)
+
+    def fit(kind: str | None = None, **settings: Any) -> ThoughtPatch:
+        own = PairDataModule(data.pairs, case.chunk, data.template, kind=kind, seed=seed)
+        own.known = data.written  # with whether each came to an end
+        return fitted(ThoughtModule(model, tokenizer), own, ThoughtCallback(**settings), progress=False)
+
     methods: dict[str, Callable[[], ThoughtPatch]] = {
         "lit_thought": lambda: fit(kind=data.kind),
         "least squares alone": lambda: fit(sites=("mlp_out",), preserve=None, rank=None),
@@ -94,7 +98,7 @@ def changes(
     }
     found = {name: timed(method) for name, method in methods.items()}
     budget = found["lit_thought"][1]
-    cut = max(1, len(completed) // 5)
+    cut = max(1, len(data.pairs) // 5)
     held, pairs = data.tokenised[:cut], data.tokenised[cut:]
     tried = [(trained(model, pairs, held, rate, budget, seed), rate) for rate in rates]
     (short, seconds, _), rate = min(tried, key=lambda one: one[0][2])
@@ -105,9 +109,10 @@ def changes(
 
 
 def timed(method: Callable[[], ThoughtPatch]) -> tuple[ThoughtPatch, float]:
-    """A method's change and its seconds."""
+    """A method's change and its seconds, without those of unrelated text's statistics, which serve every fit."""
     start = Stopwatch.now()
-    return method(), Stopwatch.now() - start
+    patch = method()
+    return patch, Stopwatch.now() - start - patch.provenance.get("seconds", {}).get("preserve", 0.0)
 
 
 def trained(

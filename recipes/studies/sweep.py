@@ -66,8 +66,9 @@ def sweep(
         + [f"{row[key]:.4f}" for key in ("perplexity_ratio", "worst_perplexity_ratio")]
         for row in rows
     ]
+    settings = {"tasks": list(tasks), "seeds": list(seeds)}
     page = table([*NAMES, "fidelity", "output KL", "perplexity ×", "worst ×"], lines)
-    write_results(__file__, out, page, {"model": shown(model), "rows": rows})
+    write_results(__file__, out, page, {"model": shown(model), "settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -473,6 +473,11 @@ def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) 
            f"--out {out} with --overwrite would delete the model 'base/model'.")
           for command in ([*FIT, "--instruction=x"], ["evaluate", "full", "--pairs=pairs.jsonl"],
                           ["export", "full", "--format=merged"], ["solve", "full"]) for out in ("base", "base/model")],
+        *[([*command, "--out=data", "--overwrite"], f"--out data with --overwrite would delete the {what} 'data/")
+          for command, what in (
+              (["fit", "--pairs=data/pairs.jsonl", "--instruction=x"], "pairs"),
+              (["fit", "--instruction_file=data/x.txt"], "instruction file"),
+              (["evaluate", "full", "--pairs=data/pairs.jsonl"], "pairs"))],
         (["solve", "full", "--out=full", "--overwrite"], "would delete the statistics 'full'."),
         (["evaluate", "full", "--pairs=pairs.jsonl", "--samples=-1"], "error: --samples must be a whole number of 0"),
         (["report", "nothing"], "error: --adapter nothing is not a folder; expected"),
@@ -495,6 +500,9 @@ def test_failing_commands_speak_of_flags(
     Path("full/deep/file").touch()
     Path("base/model").mkdir(parents=True)
     Path("base/model/config.json").touch()
+    Path("data").mkdir()
+    for name in ("pairs.jsonl", "x.txt"):
+        Path("data", name).write_text('{"input": "hot", "output": "cold"}\n')
     Path("taken.safetensors").touch()
     Path("pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
     line = fails(words, capsys)

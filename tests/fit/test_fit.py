@@ -298,6 +298,20 @@ def test_settings_that_depend_on_the_sites(sites: tuple[str, ...] | None, expect
     assert identical(own, transmute(model, TOKENIZER, rank=4, **common, **dict(zip(names, expected, strict=True))))
 
 
+def test_pairs_of_a_step_are_told_by_what_will_be_written() -> None:
+    """120 turns for a short system prompt; of a document nobody knows yet."""
+    for kind, count, most in (("system", 121, 120), ("demonstrations", 101, 100)):
+        data = PairDataModule(None, INSTRUCTION, kind=kind)
+        with pytest.raises(ThoughtError, match=f"pairs_per_step={count} is more than the {most} pairs"):
+            data.check_step(count, TOKENIZER)
+        data.check_step(most, TOKENIZER)
+    data = PairDataModule(None, INSTRUCTION, kind="document")
+    data.check_step(1000, TOKENIZER)
+    data.add([{"input": "x"}] * 7, PromptTemplate("Q: {input}\nA: {output}\n"), "document")
+    with pytest.raises(ThoughtError, match="more than the 7 pairs"):
+        data.check_step(8, TOKENIZER)
+
+
 def test_each_step_takes_the_next_pairs() -> None:
     model = make_model()
     few = make_patch(model, pairs_per_step=2)
@@ -896,11 +910,12 @@ def test_output_dir_holds_the_patch_at_the_end(tmp_path: Path) -> None:
     assert loaded.provenance == patch.provenance
 
 
-def test_output_dir_is_not_the_models_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["output_dir", "statistics_dir"])
+def test_no_output_replaces_the_model(name: str, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "base")
     model = type(make_model()).from_pretrained(tmp_path / "base")
-    thought = ThoughtCallback(preserve=None, output_dir=tmp_path / "base", overwrite=True)
-    with pytest.raises(ThoughtError, match=r"output_dir=.* with overwrite=True would delete the model"):
+    thought = ThoughtCallback(preserve=None, overwrite=True, **{name: tmp_path / "base"})
+    with pytest.raises(ThoughtError, match=rf"{name}=.* with overwrite=True would delete the model"):
         fit(ThoughtModule(model, TOKENIZER), make_data(), thought, progress=False)
     assert (tmp_path / "base" / "config.json").exists()
 

@@ -164,6 +164,14 @@ def test_a_trainer_fits_twice() -> None:
         assert identical(ours.patch, make_patch(make_model(seed=seed), rank=2))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_keeps_its_own_settings() -> None:
+    ours = ThoughtCallback(**SETTINGS, steps=2, pairs_per_step=2)
+    trainer = Trainer(max_epochs=-1, accelerator="cpu", callbacks=[ours], logger=False, enable_progress_bar=False)
+    trainer.fit(ThoughtModule(make_model(), TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION))
+    assert trainer.reload_dataloaders_every_n_epochs == 0
+
+
 def test_of_a_fit_lightning_gives_no_advice_on_training() -> None:
     before = list(warnings.filters)
     with warnings.catch_warnings(record=True) as said:

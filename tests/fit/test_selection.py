@@ -15,11 +15,12 @@ from fits import INSTRUCTION, TEXTS, Untouched, distance, identical, readable
 from models import make_model, make_tokenizer
 from scipy.special import log_softmax
 from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
 
 from lit_thought.cli import main
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.held_back import HeldBack
-from lit_thought.fit import selection
+from lit_thought.fit import growing, selection
 from lit_thought.fit.api import transmute
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
@@ -308,6 +309,34 @@ def test_bad_settings_are_refused_before_the_model_is_loaded(settings: dict[str,
 
     with pytest.raises(ThoughtError, match=message):
         transmute(load, None, INSTRUCTION, **{"pairs": PAIRS, **settings})
+
+
+MAMBA = MambaConfig(vocab_size=512, hidden_size=16, num_hidden_layers=2, state_size=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": "auto", "blocks": [99]}, "blocks"),
+        ({"ridge": "auto", "rank": 10**6}, "rank"),
+        ({"pairs": None, "inputs": "auto", "blocks": [99]}, "blocks"),
+        ({"scale": "auto", "model": MambaForCausalLM(MAMBA)}, "Mamba"),
+        ({"pairs": None, "inputs": "auto", "model": MambaForCausalLM(MAMBA)}, "Mamba"),
+    ],
+)
+def test_what_a_model_does_not_have_is_refused_before_anything_is_written(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("written")
+
+    monkeypatch.setattr(selection, "write_outputs", write)
+    monkeypatch.setattr(growing, "write_inputs", write)
+    given: dict[str, Any] = {"pairs": [{"input": str(i)} for i in range(9)], "template": "Q: {input}\nA: {output}\n"}
+    given |= settings
+    model = given.pop("model", None) or make_model("llama")
+    with pytest.raises(ThoughtError, match=message):
+        transmute(model, TOKENIZER, INSTRUCTION, **given)
 
 
 @pytest.mark.parametrize("name", ["ridge", "rank", "preserve_weight", "blocks"])

@@ -119,8 +119,11 @@ def test_applying_twice_and_removing_what_is_not_there() -> None:
 def test_the_same_adapter_loaded_again_is_the_same_patch(tmp_path: Path) -> None:
     model = make_model("llama")
     before, patch = snapshot(model), make_patch(model)
+    backwards = dict(reversed(patch.factors.items()))
+    patch = ThoughtPatch(backwards, patch.provenance, patch.vectors)
     patch.save_adapter(tmp_path / "adapter")
     again = ThoughtPatch.load(tmp_path / "adapter")
+    assert again.targets != patch.targets
     patch.apply_(model)
     once = snapshot(model)
     with pytest.raises(PatchError, match="its equal, is applied to the model already"):

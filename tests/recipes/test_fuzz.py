@@ -5,6 +5,7 @@ A smaller number of the cases of recipes/robustness/scorecard.py, other ones, an
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,6 +44,7 @@ def test_spoilt_copies(name: str, tmp_path: Path) -> None:
         (lambda folder: {}["x"], "KeyError: 'x'"),
         (lambda folder: (_ for _ in ()).throw(ThoughtError("")), "refused without a message"),
         (lambda folder: (folder / "left").touch(), "read"),
+        (lambda folder: tempfile.mkdtemp(), "read"),
     ],
 )
 def test_what_escapes_and_what_is_left_is_told(read: Any, expected: str, tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def test_the_page_counts_and_names_what_went_wrong() -> None:
     ]
     found = summary(tallies, outcomes, 60)
     assert "15 malformed inputs: 10 refused with the library's own error, 4 without harm, 1 in another exc" in found
-    assert "5 faults: 1 left the model" in found
+    assert "5 faults: 1 of 3 left the model" in found
+    assert "after 0 of 2 killed processes" in found
     assert "| pairs | 10 | 6 | 3 | 1 | 0 |" in malformed_part(tallies)
     assert "all kinds together: bytes 9, value 6." in malformed_part(tallies)
     page = faults_part(outcomes)

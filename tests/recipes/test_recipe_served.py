@@ -102,6 +102,9 @@ def test_answers_are_compared_with_those_of_each_rows_own_adapter(tmp_path: Path
     same = [Served([*own, 0, 0], 0.1, 0.2) for own in wanted]  # what comes after the end does not count
     found = compare(both, prompts, whose, wanted, same, 0.05)
     assert (found["equal"], found["near_ties"], found["others"]) == (3, 0, 0)
+    less = [Served([], 0.1, 0.2), Served(wanted[1][:-1], 0.1, 0.2), same[2]]
+    found = compare(both, prompts, whose, wanted, less, 0.05)
+    assert (found["equal"], found["near_ties"], found["others"], found["margins"]) == (1, 0, 2, [])
     both.set_adapter("two")
     logits = both(torch.tensor([[*prompts[1], *wanted[1][:1]]])).logits[0, -1].double()
     worst = int(logits.argmin())

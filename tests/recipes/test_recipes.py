@@ -392,4 +392,7 @@ def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert set(harness.provenance()) == {"commit", "versions"}
     monkeypatch.setattr(subprocess, "run", missing)
+    assert harness.provenance()["commit"] is not None  # the one that the recipe started with
+    harness.provenance.cache_clear()
     assert harness.provenance()["commit"] is None
+    harness.provenance.cache_clear()

@@ -293,6 +293,21 @@ def test_coupled_statistics_need_a_new_fit(name: str) -> None:
     assert solve_saved(saved, ridge=1e-2, rank=4).provenance["approximate"] is None  # those of the fit, spelled out
 
 
+def test_sums_of_narrow_products_are_not_solved_at_a_ridge_that_needs_more() -> None:
+    model = make_model()
+    many = [{"input": f"word{i} and word{i + 1}", "output": f"{i}"} for i in range(20)]
+    fitted(model, pairs=many, **EXACT)
+    assert all(head.tokens > head.d_in for head in reread().heads)
+    with pytest.raises(ThoughtError, match=r"another ridge than .*0\.001 or more, as this one at 0\.01, multiply"):
+        solve_saved(reread(), ridge=1e-6)
+    assert "multiply" in solve_saved(reread(), ridge=1e-6, approximate=True).provenance["approximate"]
+    assert solve_saved(reread(), ridge=1e-3).provenance["approximate"] is None
+    wanted = fitted(model, "fine", many, **{**EXACT, "ridge": 1e-4})
+    assert distance(solve_saved(reread("fine"), ridge=1e-6), wanted) > 0
+    fitted(model, "rows", PAIRS[:1], **EXACT)
+    assert solve_saved(reread("rows"), ridge=1e-6).provenance["approximate"] is None
+
+
 def test_settings_out_of_range_are_refused(exact: ThoughtPatch) -> None:
     for settings, message in (
         ({"ridge": -1}, "ridge must be"),

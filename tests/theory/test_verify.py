@@ -135,6 +135,17 @@ def test_narrower_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     assert 0 < report.patched.relative <= tolerance < report.plain.relative
 
 
+def test_logits_that_overflow_agree_with_nothing() -> None:
+    model = make_model("llama")
+    model.lm_head.weight.data[3, 3] = math.nan
+    report = verify_exact(model, make_tokenizer(), INSTRUCTION, TEXT)
+    assert math.isnan(report.patched.absolute)
+    assert math.isnan(report.patched.relative)
+    assert not report.agrees
+    assert "do not agree" in format_report(report)
+    assert report.to_dict()["patched"]["relative"] is None
+
+
 def test_as_json_and_as_a_table() -> None:
     report = verify_exact(make_model("llama"), make_tokenizer(), INSTRUCTION, TEXT)
     stored = json.loads(json.dumps(report.to_dict(), allow_nan=False))
