@@ -24,6 +24,7 @@ to the change, side by side in one run. Writes a Markdown and a JSON table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.timing import Stopwatch
 from recipes.chunks.cases import Case, case_of, evaluation_of, known_chunks, right
-from recipes.harness import METHODS, command_line, nearer, one_line, shown, table, write_results
+from recipes.harness import METHODS, command_line, one_line, shown, table, write_results
 from recipes.studies.baselines import steering
 from recipes.studies.distillation import distil, distillation_loss, student_logits, teach
 from recipes.studies.side_effects import Others, unrelated
@@ -47,11 +48,11 @@ LONG, SHORT = "LoRA distillation, longer", "LoRA distillation, as long"
 def rivals(
     model: str = "smollm2",
     chunks: Sequence[str] = ("common_words/antonym", "sentence", "vasparr"),
-    rates: Sequence[float] = (1e-3, 3e-3),
+    rates: Sequence[float] = (1e-3, 3e-3, 1e-2),
     times: float = 5.0,
     count: int = 40,
     answer_tokens: int = 32,
-    seed: int = 0,
+    seeds: Sequence[int] = (0, 1, 2),
     out: str = "recipes/results/rivals",
 ) -> None:
     """Make and test every change for every chunk."""
@@ -59,16 +60,21 @@ def rivals(
     known_chunks(chunks)
     lm, tokenizer = load_model(model)
     runs: list[dict[str, Any]] = []
-    settings = {"rates": list(rates), "times": times, "count": count, "answer_tokens": answer_tokens, "seed": seed}
-    for name in chunks:
+    settings = {"rates": list(rates), "times": times, "count": count, "answer_tokens": answer_tokens}
+    for name, seed in product(chunks, seeds):
         case = case_of(name, seed)
         others = Others(lm, tokenizer, unrelated("other instructions", name, count, seed), answer_tokens)
         evaluation = evaluation_of(lm, tokenizer, case)
         instructed = others.compared(case.chunk, None)["agreement"]
-        for method, (patch, seconds) in changes(lm, tokenizer, case, rates, times, seed).items():
+        for method, (patch, seconds, rate) in changes(lm, tokenizer, case, rates, times, seed).items():
             scored = figures(evaluation, case, patch)
-            scored |= {"others": others.compared(None, patch)["agreement"], "others_instructed": instructed}
-            runs.append({"chunk": name, "method": method, "seconds": seconds, "tested": len(case.tested), **scored})
+            scored |= {
+                "rate": rate,
+                "others": others.compared(None, patch)["agreement"],
+                "others_instructed": instructed,
+            }
+            about = {"chunk": name, "seed": seed, "method": method, "tested": len(case.tested)}
+            runs.append({**about, "seconds": seconds, **scored})
             write_results(__file__, out, page(runs), {"model": shown(model), "settings": settings, "runs": runs})
 
 
@@ -79,8 +85,8 @@ def changes(
     rates: Sequence[float],
     times: float,
     seed: int,
-) -> dict[str, tuple[ThoughtPatch, float]]:
-    """Each method's change for a chunk, and its seconds from the completed pairs on."""
+) -> dict[str, tuple[ThoughtPatch, float, float | None]]:
+    """Each method's change for a chunk, its seconds from the completed pairs on, and the learning rate it came to."""
     data = PairDataModule(None, case.chunk, case.fit_template, val_pairs=case.tested, seed=seed, **case.settings)
     prepare_pairs(data, model, tokenizer)
     given = [{"input": pair["input"]} for pair in data.pairs]
@@ -96,15 +102,16 @@ def changes(
         "thought vectors": lambda: fit(**METHODS["vector"]),
         "steering": lambda: steering(model, tokenizer, case.chunk, given, data.template),
     }
-    found = {name: timed(method) for name, method in methods.items()}
+    found: dict[str, tuple[ThoughtPatch, float, float | None]]
+    found = {name: (*timed(method), None) for name, method in methods.items()}
     budget = found["lit_thought"][1]
     cut = max(1, len(data.pairs) // 5)
     held, pairs = data.tokenised[:cut], data.tokenised[cut:]
     tried = [(trained(model, pairs, held, rate, budget, seed), rate) for rate in rates]
     (short, seconds, _), rate = min(tried, key=lambda one: one[0][2])
-    found[f"{SHORT} ({rate:g})"] = short, seconds
+    found[SHORT] = short, seconds, rate
     patch, seconds, _ = trained(model, pairs, held, rate, times * budget, seed)
-    found[f"{LONG} ({rate:g})"] = patch, seconds
+    found[LONG] = patch, seconds, rate
     return found
 
 
@@ -163,29 +170,43 @@ HEAD += ["other instructions: tokens that stay", "rank", "seconds"]
 
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each chunk, and where each rival is the better choice."""
+    """A table for each chunk: of several seeds the mean of each figure, and the least and the most of it."""
     parts = []
     for chunk in dict.fromkeys(run["chunk"] for run in runs):
         own = [run for run in runs if run["chunk"] == chunk]
-        counts = own[0]["right"]
+        first = [run for run in own if run["method"] == own[0]["method"]]
         said = ""
-        if counts:
-            said = f"The instructed model has {counts['instructed']} of {own[0]['tested']} right, the plain one "
-            said += f"{counts['plain']}. "
-        said += f"With the chunk in the prompt, {own[0]['others_instructed']:.3f} of the tokens under other system "
+        if own[0]["right"]:
+            right, plain = (spread([run["right"][key] for run in first]) for key in ("instructed", "plain"))
+            said = f"The instructed model has {right} of {own[0]['tested']} right, the plain one {plain}. "
+        others = spread([run["others_instructed"] for run in first], ".3f")
+        said += f"With the chunk in the prompt, {others} of the tokens under other system messages stay."
+        if len(first) > 1:
+            said += f" Of {len(first)} seeds, the mean (the least to the most)."
         rows = []
-        for run in own:
-            kl, kl_own = run["output_kl"], run["own_kl"]
-            cells = [
-                run["method"],
-                nearer(kl),
-                None if kl_own is None else f"{kl_own:.3f}",
-            ]
-            cells += [f"{run['fidelity']:.2f}", run["right"]["patched"] if run["right"] else None]
-            cells += [f"{run['perplexity_ratio']:.4f}", f"{run['others']:.3f}", run["rank"], f"{run['seconds']:.0f}"]
-            rows.append(cells)
-        parts.append(f"## {one_line(chunk, 60)}\n\n{said}messages stay.\n\n{table(HEAD, rows)}")
+        for method in dict.fromkeys(run["method"] for run in own):
+            same = [run for run in own if run["method"] == method]
+            rates = sorted({run["rate"] for run in same if run["rate"] is not None})
+            cells = [f"{method} ({', '.join(f'{rate:g}' for rate in rates)})" if rates else method]
+            cells.append(spread([1 - run["output_kl"]["patched"] / run["output_kl"]["plain"] for run in same], ".1%"))
+            cells.append(spread([run["own_kl"] for run in same], ".3f"))
+            cells.append(spread([run["fidelity"] for run in same], ".2f"))
+            cells.append(spread([run["right"] and run["right"]["patched"] for run in same]))
+            cells += [spread([run["perplexity_ratio"] for run in same], ".4f")]
+            cells += [spread([run["others"] for run in same], ".3f"), spread([run["rank"] for run in same])]
+            rows.append([*cells, spread([run["seconds"] for run in same], ".0f")])
+        parts.append(f"## {one_line(chunk, 60)}\n\n{said}\n\n{table(HEAD, rows)}")
     return "\n".join(parts)
+
+
+def spread(values: Sequence[float | None], form: str = "g") -> str:
+    """The mean of some figures, and the least and the most of them where they differ; – where one is missing."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    shown = [f"{value:{form}}" for value in (sum(known) / len(known), min(known), max(known))]
+    shown[0] = f"{sum(known) / len(known):.1f}" if form == "g" and shown[1] != shown[2] else shown[0]
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 if __name__ == "__main__":

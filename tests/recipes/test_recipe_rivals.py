@@ -38,16 +38,35 @@ def test_unknown_chunks_are_refused_before_the_model_is_loaded() -> None:
 def test_a_chunk_without_a_rule_has_nothing_that_is_right() -> None:
     run = {"chunk": "poet", "method": "lit_thought", "tested": 20, "right": None, "own_kl": 0.1, "fidelity": 0.5}
     run |= {"output_kl": {"plain": 0.4, "patched": 0.1}, "perplexity_ratio": 1.0, "rank": 16, "seconds": 2.0}
-    found = page([{**run, "others": 0.9, "others_instructed": 0.8}]).splitlines()
+    run |= {"others": 0.9, "others_instructed": 0.8, "rate": None}
+    found = page([run]).splitlines()
     assert found[2] == "With the chunk in the prompt, 0.800 of the tokens under other system messages stay."
     assert found[-1] == "| lit_thought | 75.0% | 0.100 | 0.50 | – | 1.0000 | 0.900 | 16 | 2 |"
+
+
+def test_of_several_seeds_there_are_the_mean_and_the_ends() -> None:
+    run = {"chunk": "json", "method": SHORT, "tested": 20, "own_kl": 0.1, "fidelity": 0.5, "rank": 16, "others": 0.9}
+    run |= {"others_instructed": 0.8, "perplexity_ratio": 1.0}
+    runs = [
+        {**run, "output_kl": {"plain": 1.0, "patched": kl}, "right": {"plain": 0, "instructed": 9, "patched": n}}
+        | {"seconds": seconds, "rate": rate}
+        for kl, n, seconds, rate in ((0.1, 7, 5.0, 0.001), (0.2, 8, 5.2, 0.01), (0.3, 8, 9.0, 0.001))
+    ]
+    found = page(runs).splitlines()
+    assert found[2].startswith("The instructed model has 9 of 20 right, the plain one 0. With the chunk")
+    assert found[2].endswith("Of 3 seeds, the mean (the least to the most).")
+    cells = [cell.strip() for cell in found[-1].strip("|").split("|")]
+    assert cells[0] == f"{SHORT} (0.001, 0.01)"
+    assert cells[1] == "80.0% (70.0% to 90.0%)"
+    assert cells[4] == "7.7 (7 to 8)"
+    assert cells[-1] == "6 (5 to 9)"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_written")
 def test_rivals(tmp_path: Path) -> None:
     ran = run_recipe(
-        "rivals", tmp_path, "--chunks=[sentence]", "--rates=[0.01,0.001]", "--times=1.5", "--count=2",
+        "rivals", tmp_path, "--chunks=[sentence]", "--seeds=[0]", "--rates=[0.01,0.001]", "--times=1.5", "--count=2",
         "--answer_tokens=3",
     )  # fmt: skip
     runs = {run["method"].partition(" (")[0]: run for run in ran.record["runs"]}
