@@ -5,10 +5,10 @@
 Eight prompts of 500 to 3,200 tokens, as products have them, each with thirty messages that say what their answers are
 to be checked for (recipes/data/long_prompts). A patch is fitted on the prompt alone, and plain, instructed and patched
 answers are checked by the same rules. Beside them stand the figures of ``evaluate``, what a query costs, measured side
-by side on the same messages (with the prompt read for each query, and with the patch; where the prompt's keys and values
-are kept it is the former without one reading of the prompt), and what making the patch costs against one pass over what
-it was fitted to: the prompt once, and all inputs after it. Writes a Markdown and a JSON table after every fit;
-``--done`` takes these over.
+by side on the same messages (with the prompt read for each query, and with the patch; where the prompt's keys and
+values are kept it is the former without one reading of the prompt), and what making the patch costs against one pass
+over what it was fitted to: the prompt once, and all inputs after it. Writes a Markdown and a JSON table after every
+fit; ``--done`` takes these over.
 """
 
 from __future__ import annotations
