@@ -213,15 +213,23 @@ def one_line(text: str, longest: int) -> str:
     return " ".join(text.split()).replace("|", "\\|")[:longest]
 
 
-def share(hits: Sequence[bool], digits: int = 2) -> str:
-    """A share with its 95 % interval (Wilson), for a table."""
-    low, high = wilson(sum(hits), len(hits))
+def share(hits: Sequence[bool], digits: int = 2, once: Sequence[bool] | None = None) -> str:
+    """A share with its 95 % interval (Wilson), for a table. Where an item is among the hits more than once, as it may
+    be of several seeds, the interval is of those that ``once`` marks."""
+    apart = [hit for hit, kept in zip(hits, once, strict=True) if kept] if once is not None else hits
+    low, high = wilson(sum(apart), len(apart))
     return f"{sum(hits) / len(hits):.{digits}f} ({low:.2f} to {high:.2f})"
 
 
-def difference(after: Sequence[bool], before: Sequence[bool], digits: int = 2) -> str:
-    """The difference of two shares of the same items with its 95 % interval (Newcombe), for a table."""
-    value, low, high = paired_difference(after, before)
+def difference(
+    after: Sequence[bool], before: Sequence[bool], digits: int = 2, once: Sequence[bool] | None = None
+) -> str:
+    """The difference of two shares of the same items with its 95 % interval (Newcombe), for a table; ``once`` as for
+    :func:`share`."""
+    value = (sum(after) - sum(before)) / len(after)
+    kept = [True] * len(after) if once is None else once
+    apart = [[hit for hit, own in zip(hits, kept, strict=True) if own] for hits in (after, before)]
+    _, low, high = paired_difference(*apart)
     return f"{value:+.{digits}f} ({low:+.2f} to {high:+.2f})"
 
 

@@ -13,7 +13,7 @@ fitted or shown: what the patch gets right there it cannot have copied. Writes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -80,6 +80,7 @@ def word_tasks(
             about |= {key: patch.provenance.get(key) for key in ("settings", "selection")}
             correct = {run: equal(items, run) for run in RUNS}
             about |= {"correct": correct, "left_out": left_out, "commit": provenance()["commit"]}
+            about["words"] = [pair["input"] for pair in trial.split.test]
             runs.append({**about, **result})
             print(
                 f"{trial.split.name}, seed {seed}, {where}: accuracy {result['accuracy']['instructed']:.2f} → "
@@ -114,7 +115,17 @@ def _size(patch: ThoughtPatch) -> int:
         return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
-def _on_left_out(own: Sequence[dict[str, Any]], correct: dict[str, list[bool]]) -> str:
+def _first(words: Iterable[str]) -> list[bool]:
+    """Whether each word is there for the first time: seeds may test the same one, and these are not independent."""
+    seen: set[str] = set()
+    found = []
+    for word in words:
+        found.append(word not in seen)
+        seen.add(word)
+    return found
+
+
+def _on_left_out(own: Sequence[dict[str, Any]], correct: dict[str, list[bool]], once: Sequence[bool]) -> str:
     """Accuracy of the instructed and the patched run on words left out, the latter with its interval; how many."""
     there = [one for run in own for one in run["left_out"]]
     if not any(there):
@@ -122,7 +133,8 @@ def _on_left_out(own: Sequence[dict[str, Any]], correct: dict[str, list[bool]]) 
     instructed, patched = (
         [hit for hit, left in zip(correct[k], there, strict=True) if left] for k in ("instructed", "patched")
     )
-    return f"{mean(instructed):.3f}, {share(patched, 3)}, {sum(there)}"
+    apart = [first for first, left in zip(once, there, strict=True) if left]
+    return f"{mean(instructed):.3f}, {share(patched, 3, apart if any(apart) else None)}, {sum(there)}"
 
 
 def _page(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
@@ -141,12 +153,16 @@ def _page(runs: list[dict[str, Any]], sites: Sequence[str]) -> str:
         ratios[where][task] = ratio
         fidelities[where].append(fidelity)
         correct = {k: [one for run in own for one in run["correct"][k]] for k in RUNS}
-        cells = [task, where, f"{accuracy['plain']:.3f}", f"{accuracy['instructed']:.3f}", share(correct["patched"], 3)]
-        cells += [f"{ratio:.3f}", difference(correct["patched"], correct["instructed"], 3), _on_left_out(own, correct)]
+        once = _first(word for run in own for word in run["words"])
+        cells = [task, where, f"{accuracy['plain']:.3f}", f"{accuracy['instructed']:.3f}"]
+        cells += [share(correct["patched"], 3, once), f"{ratio:.3f}"]
+        cells.append(difference(correct["patched"], correct["instructed"], 3, once))
+        cells.append(_on_left_out(own, correct, once))
         cells += [f"{fidelity:.3f}", f"{mean(run['output_kl']['patched'] for run in own):.3f}"]
         cells += [f"{mean(perplexity):.4f} ({max(perplexity):.4f})", f"{own[0]['adapter_bytes'] / 1e6:.2f} MB"]
         rows.append(cells)
     lines = [table([*head, "perplexity × (worst)", "adapter"], rows, left=2)]
+    lines.append("Intervals are of each word once, though several seeds may test it.\n")
     for where in sites:
         strong = {task: ratio for task, ratio in ratios[where].items() if task != "english-french"}
         line = f"- {where}: mean fidelity {mean(fidelities[where]):.3f}"

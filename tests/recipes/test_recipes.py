@@ -32,15 +32,17 @@ from recipes.harness import (
     Trial,
     check_names,
     demonstrations,
+    difference,
     load_split,
     parameters,
     patch_difference,
+    share,
     table,
 )
 from recipes.speed.benchmark_inference import Case, measure, with_adapter, write
 from recipes.studies.limits import FORMS
 from recipes.studies.moe import upcycle
-from recipes.tasks.word_tasks import _left_out, word_tasks
+from recipes.tasks.word_tasks import _first, _left_out, word_tasks
 
 ANTONYMS = "--tasks=[common_words/antonym]"
 
@@ -384,6 +386,15 @@ def test_tables_and_names() -> None:
     check_names("sizes", ["s"], ["s", "m"])
     with pytest.raises(ThoughtError, match=r"sizes: expected some of s, m; got \['l'\]; correct the names"):
         check_names("sizes", ["l", "s"], ["s", "m"])
+
+
+def test_intervals_are_of_each_word_once() -> None:
+    hits, before, words = [True, True, False, True], [False, True, False, False], ["a", "b", "c", "a"]
+    once = _first(words)
+    assert once == [True, True, True, False]
+    assert share(hits, 3, once) == f"0.750 {share(hits[:3], 3).split(' ', 1)[1]}"
+    assert difference(hits, before, 3, once) == f"+0.500 {difference(hits[:3], before[:3], 3).split(' ', 1)[1]}"
+    assert share(hits) != share(hits, 2, once)
 
 
 def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
