@@ -80,7 +80,7 @@ def preservation(
     device = next(model.parameters()).device
     sizes = site_sizes(blocks, sites)
     manifest = _manifest(model, windows, sizes, identity, directions)
-    file = entry_of(cache_dir, json.dumps(manifest, sort_keys=True))
+    file = entry_of(cache_dir, json.dumps(_key(manifest), sort_keys=True))
     found = _valid(file, device, manifest, sizes)
     cached = found is not None
     if is_sharded(model):
@@ -107,7 +107,7 @@ def cached_file(
 ) -> Path:
     """Where :func:`preservation`, whose arguments these are, keeps what it computes, whether it is there or not."""
     manifest = _manifest(bare_model(model), windows, site_sizes(blocks, sites), identity, directions)
-    return entry_of(cache_dir, json.dumps(manifest, sort_keys=True))
+    return entry_of(cache_dir, json.dumps(_key(manifest), sort_keys=True))
 
 
 def entry_of(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
@@ -152,6 +152,11 @@ def _manifest(
         "sites": [list(there) for there in sizes],
         "directions": directions,
     }
+
+
+def _key(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells these statistics from others: a model that has moved is the same."""
+    return {name: value for name, value in manifest.items() if name != "model"}
 
 
 @torch.inference_mode()
@@ -202,5 +207,5 @@ def _valid(
         found.check_numbers()
     except (OSError, ThoughtError):
         return None
-    same = all(found.manifest[name] == value for name, value in manifest.items())
+    same = all(found.manifest[name] == value for name, value in _key(manifest).items())
     return found if same and found.sizes == list(sizes) else None

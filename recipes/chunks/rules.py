@@ -59,10 +59,10 @@ def is_french(text: str) -> bool:
 
 def is_english(text: str) -> bool:
     """English function words make up a tenth of the words or more, and are no fewer than the French ones; a text of
-    three words or fewer without any of either language is English, too."""
+    three words or fewer without any of either language is English, too, if it says anything."""
     french, english, words = _function_words(text)
     if french == english == 0:
-        return 0 < words <= 3
+        return words <= 3 and bool(text.strip())
     return english >= french and english >= words / 10
 
 

@@ -36,7 +36,7 @@ CASES: list[tuple[str, Any, list[str], list[str]]] = [
         "language",
         "English",
         ["It is here.", "A first visit takes 30 minutes.", "7:30", "Oona Tressel"],
-        ["Il est dans la cour.", "Die Karte kostet hier 8 Euro."],
+        ["Il est dans la cour.", "Die Karte kostet hier 8 Euro.", " "],
     ),
     ("language", "French", ["Il est dans la cour."], ["It is in the yard.", "7:30"]),
     ("refuses", True, ["I cannot discuss that here."], ["Take two.", ""]),

@@ -168,6 +168,9 @@ def test_second_time_comes_from_the_cache_without_a_forward(tmp_path: Path) -> N
     first, cached = make(model, tmp_path, progress=steps.append)
     assert (cached, steps) == (False, [1, 2, 3])
     assert count_blocks(make_model(), tmp_path) == (True, 0)  # the same model, loaded again
+    moved = make_model()
+    moved.name_or_path = "elsewhere/tiny"
+    assert count_blocks(moved, tmp_path) == (True, 0)
     again, cached = make(model, tmp_path, batch_size=1)
     assert cached
     assert_close(grams(again), grams(first), tol=0)
