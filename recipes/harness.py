@@ -32,6 +32,7 @@ from lit_thought.fit.provenance import versions
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.solve.intervals import paired_difference, wilson
+from lit_thought.timing import Stopwatch
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
@@ -216,7 +217,7 @@ def one_line(text: str, longest: int) -> str:
 def share(hits: Sequence[bool], digits: int = 2, once: Sequence[bool] | None = None) -> str:
     """A share with its 95 % interval (Wilson), for a table. Where an item is among the hits more than once, as it may
     be of several seeds, the interval is of those that ``once`` marks."""
-    apart = [hit for hit, kept in zip(hits, once, strict=True) if kept] if once is not None else hits
+    apart = _marked(hits, once)
     low, high = wilson(sum(apart), len(apart))
     return f"{sum(hits) / len(hits):.{digits}f} ({low:.2f} to {high:.2f})"
 
@@ -227,10 +228,19 @@ def difference(
     """The difference of two shares of the same items with its 95 % interval (Newcombe), for a table; ``once`` as for
     :func:`share`."""
     value = (sum(after) - sum(before)) / len(after)
-    kept = [True] * len(after) if once is None else once
-    apart = [[hit for hit, own in zip(hits, kept, strict=True) if own] for hits in (after, before)]
-    _, low, high = paired_difference(*apart)
+    _, low, high = paired_difference(_marked(after, once), _marked(before, once))
     return f"{value:+.{digits}f} ({low:+.2f} to {high:+.2f})"
+
+
+def _marked(hits: Sequence[bool], once: Sequence[bool] | None) -> Sequence[bool]:
+    return hits if once is None else [hit for hit, kept in zip(hits, once, strict=True) if kept]
+
+
+def timed(method: Callable[[], ThoughtPatch]) -> tuple[ThoughtPatch, float]:
+    """A method's change and its seconds, without those of unrelated text's statistics, which serve every fit."""
+    start = Stopwatch.now()
+    patch = method()
+    return patch, Stopwatch.now() - start - patch.provenance.get("seconds", {}).get("preserve", 0.0)
 
 
 def panels(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:

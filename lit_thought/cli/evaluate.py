@@ -72,7 +72,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     place = adapter_folder(adapter, argument="adapter")
     if out is not None:
         check_output_folder(
-            out, overwrite, **loading.read, adapter=place, pairs=pairs, instruction_file=instruction_file
+            out, overwrite, model=loading.place, adapter=place, pairs=pairs, instruction_file=instruction_file
         )
     patch = ThoughtPatch.load(place)
     text = None

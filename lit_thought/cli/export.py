@@ -72,7 +72,7 @@ def export(
 
     place = adapter_folder(adapter, argument="adapter")
     if format in ("peft", "merged"):
-        check_output_folder(out, overwrite, adapter=place, **(loading.read if loading is not None else {}))
+        check_output_folder(out, overwrite, adapter=place, model=None if loading is None else loading.place)
     patch = ThoughtPatch.load(place)
     if format == "control-vector":
         check_vectors(patch)

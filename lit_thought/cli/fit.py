@@ -60,7 +60,7 @@ def fit(
     from lit_thought.files import check_apart, check_output_folder
 
     check_output_folder(
-        out, overwrite, **loading.read, pairs=pairs, val_pairs=val_pairs, instruction_file=instruction_file
+        out, overwrite, model=loading.place, pairs=pairs, val_pairs=val_pairs, instruction_file=instruction_file
     )
     check_apart(statistics_dir=settings.get("statistics_dir"), resume_dir=settings.get("resume_dir"), out=out)
     if isinstance(verdict, bool) or verdict < 0:
@@ -158,7 +158,7 @@ def solve(
 
     options = (dtype, device, revision, gguf_file, None, trust_remote_code)
     loading = None if model is None else Loading(model, *options)
-    check_output_folder(out, overwrite, statistics=statistics, **(loading.read if loading is not None else {}))
+    check_output_folder(out, overwrite, statistics=statistics, model=None if loading is None else loading.place)
     from lit_thought.statistics.saved import SavedStatistics
     from lit_thought.statistics.solve import solve_saved
 

@@ -47,9 +47,9 @@ class Loading:
         find_source(self.model, self.gguf_file, self.revision)
 
     @property
-    def read(self) -> dict[str, str]:
-        """What :func:`~lit_thought.files.check_output_folder` is to keep: the model, where that is no name of ours."""
-        return {} if self.model == "smollm2" else {"model": self.model}
+    def place(self) -> str | None:
+        """Where the model is, for :func:`~lit_thought.files.check_output_folder` to keep; None for the embedded one."""
+        return None if self.model == "smollm2" else self.model
 
     def flags(self) -> str:
         """What of this is not as it is when left out, as one types it, for a command that is to load the same model."""

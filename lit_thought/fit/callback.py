@@ -79,12 +79,9 @@ class ThoughtCallback(Callback):
             )
         self.settings: Any = chosen.settled()  # FitSettings; Any, since its types allow for "auto" and for None
         self.preserved = PreservationSource(chosen.preserve)
-        if output_dir is not None:
-            check_output_folder(output_dir, overwrite, "output_dir")
-        if chosen.statistics_dir is not None:
-            check_output_folder(chosen.statistics_dir, overwrite, "statistics_dir")
-        check_apart(statistics_dir=chosen.statistics_dir, resume_dir=chosen.resume_dir, output_dir=output_dir)
         self.output_dir, self.overwrite = output_dir, overwrite
+        self._check_folders()
+        check_apart(statistics_dir=chosen.statistics_dir, resume_dir=chosen.resume_dir, output_dir=output_dir)
         self._reloads: int | None = None  # the trainer's own, while its loaders are made anew for each step
         self._forget()
 
@@ -144,9 +141,7 @@ class ThoughtCallback(Callback):
             ThoughtError: naming the setting; of its class UnsupportedModelError for a model without known blocks.
         """
         settings = self.settings
-        for argument, folder in (("output_dir", self.output_dir), ("statistics_dir", settings.statistics_dir)):
-            if folder is not None:
-                check_output_folder(folder, self.overwrite, argument, model=model_place(module.model))
+        self._check_folders(model_place(module.model))
         blocks = find_blocks(module.model)
         check_blocks(settings.blocks, len(blocks))
         _, stages = chosen_stages(blocks, settings, data.is_long(module.tokenizer))
@@ -154,6 +149,12 @@ class ThoughtCallback(Callback):
         if settings.rank != "usual":
             check_rank(settings.rank, largest_rank(blocks, stages))
         return stages
+
+    def _check_folders(self, model: str | None = None) -> None:
+        """Refuse outputs that cannot be written, or would replace the model at this place."""
+        for name, folder in (("output_dir", self.output_dir), ("statistics_dir", self.settings.statistics_dir)):
+            if folder is not None:
+                check_output_folder(folder, self.overwrite, name, model=model)
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

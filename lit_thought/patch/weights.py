@@ -53,8 +53,13 @@ _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
 
 def has_change(model: nn.Module, change: Change) -> bool:
     """Whether this change, or one equal to it, such as its adapter loaded once more, is on ``model`` now."""
+    return _there(model, change) is not None
+
+
+def _there(model: nn.Module, change: Change) -> Change | None:
+    """The change on ``model`` that is this one or equal to it."""
     state = _STATES.get(model)
-    return state is not None and any(_equal(other, change) for other, _ in state.changes)
+    return next((other for other, _ in state.changes if _equal(other, change)), None) if state is not None else None
 
 
 def _equal(one: Change, other: Change) -> bool:
@@ -146,11 +151,12 @@ def apply(change: Change, model: nn.Module, check: bool = True) -> None:
 def remove(change: Change, model: nn.Module) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.remove_`. The other changes stay, in their order."""
     model = unwrap(model)
-    if not isinstance(model, nn.Module) or not has_change(model, change):
+    there = _there(model, change) if isinstance(model, nn.Module) else None
+    if there is None:
         raise PatchError("this patch is not applied to this model, so there is nothing to remove.")
     state = _STATES[model]
-    mine = next(additions for other, additions in state.changes if _equal(other, change))
-    rest = [(other, additions) for other, additions in state.changes if not _equal(other, change)]
+    mine = next(additions for other, additions in state.changes if other is there)
+    rest = [(other, additions) for other, additions in state.changes if other is not there]
     _rebuild(_find_weights(model, mine), state.originals, [additions for _, additions in rest])
     used = {name for _, additions in rest for name in additions}
     if rest:

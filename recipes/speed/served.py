@@ -54,9 +54,10 @@ FITTED, WRITTEN = 8, 24
 
 
 ENGINES = ("vllm", "llama.cpp")
-BASE, KEPT = "__base__", "__kept__"
-"""No adapter; the same, and what was read of a prompt's beginning is kept for the next."""
+BASE = "__base__"
 """PEFT's name for the model without an adapter."""
+KEPT = "__kept__"
+"""Ours for the same, where what was read of a prompt's beginning is kept for the next."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ Writes a Markdown and a JSON table.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import mean
@@ -35,6 +34,7 @@ from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.theory import apply_token_patches, best_block, thought_vectors, token_patches, vector_patch
+from lit_thought.timing import Stopwatch
 from recipes.harness import (
     METHODS,
     SIX_TASKS,
@@ -47,6 +47,7 @@ from recipes.harness import (
     share,
     shown,
     table,
+    timed,
     write_results,
 )
 from recipes.studies.distillation import distil
@@ -87,13 +88,13 @@ def baselines(
             "lit_thought": partial(patch, **METHODS["both"]),
         }
         for name in (*methods, "token-exact"):
-            start = time.perf_counter()
-            found = methods[name]() if name in methods else None
-            scored = token_exact(evaluation) if found is None else None
-            seconds = time.perf_counter() - start
-            if found is not None:  # unrelated text's statistics serve every fit
-                seconds -= found.provenance.get("seconds", {}).get("preserve", 0.0)
-            scored = scored or _scored(evaluation.score(found))
+            if name in methods:
+                found, seconds = timed(methods[name])
+                scored = _scored(evaluation.score(found))
+            else:
+                start = Stopwatch.now()
+                scored = token_exact(evaluation)
+                seconds = Stopwatch.now() - start
             runs.append({"task": trial.split.name, "method": name, "seconds": seconds, **scored})
             accuracy = mean(scored["correct"])
             print(f"{trial.split.name}, {name}: accuracy {accuracy:.2f}, KL {scored['output_kl']:.3f}", flush=True)

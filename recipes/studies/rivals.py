@@ -35,9 +35,8 @@ from lit_thought.evaluation.compare import Evaluation
 from lit_thought.fit.fitting import fit as fitted
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.timing import Stopwatch
 from recipes.chunks.cases import Case, case_of, evaluation_of, known_chunks, right
-from recipes.harness import METHODS, command_line, one_line, shown, table, write_results
+from recipes.harness import METHODS, command_line, one_line, shown, table, timed, write_results
 from recipes.studies.baselines import steering
 from recipes.studies.distillation import distil, distillation_loss, student_logits, teach
 from recipes.studies.side_effects import Others, unrelated
@@ -115,13 +114,6 @@ def changes(
     return found
 
 
-def timed(method: Callable[[], ThoughtPatch]) -> tuple[ThoughtPatch, float]:
-    """A method's change and its seconds, without those of unrelated text's statistics, which serve every fit."""
-    start = Stopwatch.now()
-    patch = method()
-    return patch, Stopwatch.now() - start - patch.provenance.get("seconds", {}).get("preserve", 0.0)
-
-
 def trained(
     model: PreTrainedModel,
     pairs: Sequence[TokenisedPair],
@@ -169,6 +161,19 @@ HEAD = ["method", "KL, down by", "KL along its own text", "same output", "right"
 HEAD += ["other instructions: tokens that stay", "rank", "seconds"]
 
 
+FIGURES: list[tuple[Callable[[Mapping[str, Any]], float | None], str]] = [
+    (lambda run: 1 - run["output_kl"]["patched"] / run["output_kl"]["plain"], ".1%"),
+    (lambda run: run["own_kl"], ".3f"),
+    (lambda run: run["fidelity"], ".2f"),
+    (lambda run: run["right"] and run["right"]["patched"], "g"),
+    (lambda run: run["perplexity_ratio"], ".4f"),
+    (lambda run: run["others"], ".3f"),
+    (lambda run: run["rank"], "g"),
+    (lambda run: run["seconds"], ".0f"),
+]
+"""What a run says under :data:`HEAD`, and how it is written."""
+
+
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """A table for each chunk: of several seeds the mean of each figure, and the least and the most of it."""
     parts = []
@@ -188,13 +193,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
             same = [run for run in own if run["method"] == method]
             rates = sorted({run["rate"] for run in same if run["rate"] is not None})
             cells = [f"{method} ({', '.join(f'{rate:g}' for rate in rates)})" if rates else method]
-            cells.append(spread([1 - run["output_kl"]["patched"] / run["output_kl"]["plain"] for run in same], ".1%"))
-            cells.append(spread([run["own_kl"] for run in same], ".3f"))
-            cells.append(spread([run["fidelity"] for run in same], ".2f"))
-            cells.append(spread([run["right"] and run["right"]["patched"] for run in same]))
-            cells += [spread([run["perplexity_ratio"] for run in same], ".4f")]
-            cells += [spread([run["others"] for run in same], ".3f"), spread([run["rank"] for run in same])]
-            rows.append([*cells, spread([run["seconds"] for run in same], ".0f")])
+            rows.append([*cells, *(spread([figure(run) for run in same], form) for figure, form in FIGURES)])
         parts.append(f"## {one_line(chunk, 60)}\n\n{said}\n\n{table(HEAD, rows)}")
     return "\n".join(parts)
 
