@@ -110,7 +110,7 @@ def _how_to_go_on(folder: str | None) -> str:
     """What an interrupted fit leaves."""
     if folder is None:
         return "Nothing was kept. With --resume_dir FOLDER, the same command goes on where it was interrupted."
-    return f"The finished layers are in {folder}: the same command, --resume_dir included, goes on from there."
+    return f"The finished stages are in {folder}: the same command, --resume_dir included, goes on from there."
 
 
 def solve(
@@ -143,7 +143,8 @@ def solve(
         preserve_weight: weight of the unrelated text against the pairs; the fit's when left out.
         step_size: how much of the (last) step's solution is added, in (0, 1]; the fit's when left out.
         preserve: file of preservation statistics to use instead of the cache (lit-thought preserve).
-        approximate: allow other settings where sums depend on the patches that the fit solved before them.
+        approximate: allow other settings where sums depend on the patches that the fit solved before them, or are too
+            coarse for the ridge.
         cache_dir: where the fit kept its preservation statistics ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).
         model: the model of the fit, needed for matrices at mlp_in alone: smollm2, a hub id, a local directory or a
             .gguf file.

@@ -73,7 +73,7 @@ class Inspection:
         preservation_bytes: the preservation statistics on disk.
         adapter_bytes: the adapter in float32.
         seconds: estimates by phase: forward, statistics, solve, and
-            preservation, which comes once per model.
+            preservation, which comes once per model and kind of fit.
     """
 
     model: str
@@ -255,7 +255,8 @@ def format_inspection(found: Inspection) -> str:
         "model's own pace.",
         f"Memory above the model: statistics and solve {format_bytes(found.statistics_bytes)} (one site at a time), "
         f"streams {format_bytes(found.streams_bytes)}. Adapter: {format_bytes(found.adapter_bytes)}.",
-        f"Preservation statistics, once per model: about {format_duration(found.seconds['preservation'])}, "
+        "Preservation statistics, once per model and kind of fit: about "
+        f"{format_duration(found.seconds['preservation'])}, "
         f"{format_bytes(found.preservation_bytes)} on disk.",
     ]
     return "\n".join(lines)

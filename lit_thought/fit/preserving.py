@@ -91,7 +91,8 @@ class PreservationSource:
         if file.exists():
             return f"Statistics of unrelated text: in {file.parent}."
         tokens, chats = sum(map(len, windows)), " and chats" if asked.chats else ""
-        return f"First, once per model, {tokens:,} tokens of unrelated text{chats} go through it, for {file.parent}."
+        through = f"{tokens:,} tokens of unrelated text{chats} go through it, for {file.parent}."
+        return f"First, once per model and kind of fit, {through}"
 
     def load(self, trainer: Trainer, asked: Asked, show: bool) -> tuple[Preservation | None, bool | None]:
         """The model's preservation statistics, and whether they came from the cache; all processes call this together.

@@ -1,4 +1,4 @@
-"""Mean Gram matrices of unrelated text through the original model, computed once per model and kept on disk.
+"""Mean Gram matrices of unrelated text through the original model, once per model and kind of fit, and kept on disk.
 
 They are the preservation term of the solve (Z₀ in :mod:`lit_thought.solve.least_squares`): inputs on which a patched
 layer should go on doing what it did. They are summed in one pass in the compact form in which they are kept
@@ -127,7 +127,11 @@ def site_sizes(blocks: Sequence[Block], sites: Sequence[str]) -> list[dict[str, 
 def preservation_bar(blocks: int, show: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar, and what to call with the number of blocks done."""
     with tqdm(
-        total=blocks, desc="Preservation statistics (once per model)", unit="block", disable=not show, leave=False
+        total=blocks,
+        desc="Preservation statistics (once per model and kind of fit)",
+        unit="block",
+        disable=not show,
+        leave=False,
     ) as bar:
         yield lambda done: bar.update(done - bar.n) and None
 

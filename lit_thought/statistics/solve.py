@@ -2,7 +2,8 @@
 
 The sums Z and C of a stage hold all that its solve needs: any ridge λ, rank, preservation weight ρ and step size η can
 be tried on them. That gives what a new fit would wherever a stage's sums do not depend on patches, which
-:meth:`~lit_thought.statistics.saved.SavedStatistics.coupling` looks into; elsewhere a stage's sums stay those that were
+:meth:`~lit_thought.statistics.saved.SavedStatistics.coupling` looks into, and the ridge is not below 0.001 where that
+of the fit was not (its rows were then multiplied in their own precision); elsewhere a stage's sums stay those that were
 taken behind the patches of the original fit.
 """
 
@@ -71,7 +72,7 @@ def solve_saved(
         cache_dir: where the fit kept its entry; :func:`~lit_thought.files.default_cache_dir` when left
             out.
         model: the fit's model, for statistics of a matrix at mlp_in (whose change is W Δ); otherwise not needed.
-        approximate: solve at other settings where the statistics are coupled, too.
+        approximate: solve at other settings where the statistics are coupled, or too coarse for the ridge, too.
 
     Returns:
         The patch. Its provenance is the fit's, without its history and with the new settings; ``approximate`` in it

@@ -163,4 +163,4 @@ def test_an_interrupted_fit_says_how_to_go_on(
         main([*fit_arguments(files), *([] if folder is None else [f"--resume_dir={files / folder}"])])
     err = capsys.readouterr().err
     assert ("With --resume_dir FOLDER, the same command goes on" in err) == (folder is None)
-    assert (f"The finished layers are in {files / 'half done'}" in err) == (folder is not None)
+    assert (f"The finished stages are in {files / 'half done'}" in err) == (folder is not None)

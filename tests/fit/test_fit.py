@@ -777,7 +777,9 @@ def test_the_line_before_a_fit_says_where_preservation_statistics_are(
         make_patch(make_model("llama", torch.float32), **options)
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("This fit takes")]
         said.append(line.partition("besides the model. ")[2])
-    first = f"First, once per model, 30 tokens of unrelated text go through it, for {tmp_path / 'kept'}."
+    first = (
+        f"First, once per model and kind of fit, 30 tokens of unrelated text go through it, for {tmp_path / 'kept'}."
+    )
     assert said == [first, f"Statistics of unrelated text: in {tmp_path / 'kept'}."]
 
 
