@@ -4,11 +4,10 @@
 
 For each task and seed, the first 10 pairs of a shuffle are the instruction, the next 30 inputs are fitted (their
 outputs are not used: the instructed model writes its own), and up to 100 others are the test. Both sites together are
-compared with either alone. Intervals are of 95 % (Wilson; of differences on the same words, Newcombe), over the words
-of all seeds together. A word is *left out* where the first token of its answer is no token of any output that was
-fitted or shown: what the patch gets right there it cannot have copied. Writes a Markdown and a JSON table.
-
-    python -m recipes.tasks.word_tasks --config recipes/tasks/word_tasks_auto.yaml    # beside settings "auto"
+compared with either alone, and with both at settings that are chosen on pairs held back (`auto`). Intervals are of
+95 % (Wilson; of differences on the same words, Newcombe), over the words of all seeds together. A word is *left out*
+where the first token of its answer is no token of any output that was fitted or shown: what the patch gets right there
+it cannot have copied. Writes a Markdown and a JSON table.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def word_tasks(
     model: str = "smollm2",
     tasks: Sequence[str] = SIX_TASKS,
     seeds: Sequence[int] = (0, 1, 2),
-    sites: Sequence[str] = ("both", "attn_out", "mlp_out"),
+    sites: Sequence[str] = ("both", "attn_out", "mlp_out", "auto"),
     rank: int = 16,
     shots: int = 10,
     fit: int = 30,

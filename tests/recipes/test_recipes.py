@@ -121,16 +121,21 @@ def test_lightning_cli(tmp_path: Path) -> None:
 
 
 def test_word_tasks(tmp_path: Path) -> None:
-    reduced = [ANTONYMS, "--test=2", "--fit=4", "--max_new_tokens=3", "--rank=4"]
+    reduced = [ANTONYMS, "--test=2", "--fit=8", "--max_new_tokens=3", "--rank=4"]
     ran = run_recipe("word_tasks", tmp_path, "--seeds=[0]", *reduced)
     assert "- both: mean fidelity" in ran.printed
     record = ran.record
-    assert [run["sites"] for run in record["runs"]] == ["both", "attn_out", "mlp_out"]
-    assert {run["settings"]["generated_outputs"] for run in record["runs"]} == {4}, "labels must not be used"
+    assert [run["sites"] for run in record["runs"]] == ["both", "attn_out", "mlp_out", "auto"]
+    assert {run["settings"]["generated_outputs"] for run in record["runs"]} == {8}, "labels must not be used"
+    default, *_, auto = record["runs"]
+    assert (default["selection"], default["settings"]["rank"]) == (None, 4)
+    assert set(auto["selection"]["chosen"]) == {"ridge", "preserve_weight", "rank", "scale", "blocks"}
+    assert auto["selection"]["held_back"] == [4, 8]
+    assert len(auto["left_out"]) == len(auto["correct"]["patched"]) == 2
     (tmp_path / "more").mkdir()
     more = run_recipe("word_tasks", tmp_path / "more", "--seeds=[0,1]", f"--done=[{ran.out}.json]", *reduced).record
-    assert more["runs"][:3] == record["runs"]
-    assert [run["seed"] for run in more["runs"]] == [0] * 3 + [1] * 3
+    assert more["runs"][:4] == record["runs"]
+    assert [run["seed"] for run in more["runs"]] == [0] * 4 + [1] * 4
     with pytest.raises(ThoughtError, match=r"done: expected results of .*'rank': 5"):
         word_tasks(model=str(models() / "llama"), rank=5, done=[f"{ran.out}.json"])
 
@@ -139,16 +144,6 @@ def test_word_tasks_on_gemma(tmp_path: Path) -> None:
     reduced = [ANTONYMS, "--seeds=[0]", "--test=2", "--fit=4", "--max_new_tokens=3", "--rank=4"]
     (result,) = run_recipe("word_tasks_gemma", tmp_path, *reduced, model="gemma").record["runs"]
     assert result["output_kl"]["patched"] < result["output_kl"]["plain"]
-
-
-def test_word_tasks_with_settings_chosen(tmp_path: Path) -> None:
-    reduced = [ANTONYMS, "--seeds=[0]", "--test=2", "--fit=8", "--max_new_tokens=3"]
-    record = run_recipe("word_tasks_auto", tmp_path, *reduced).record
-    default, auto = record["runs"]
-    assert (default["selection"], default["settings"]["rank"]) == (None, 16)
-    assert set(auto["selection"]["chosen"]) == {"ridge", "preserve_weight", "rank", "scale", "blocks"}
-    assert auto["selection"]["held_back"] == [4, 8]
-    assert len(auto["left_out"]) == len(auto["correct"]["patched"]) == 2
 
 
 def test_words_left_out_have_answers_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
