@@ -37,6 +37,7 @@ __all__ = [
     "check_apart",
     "check_output_folder",
     "check_version",
+    "check_writable",
     "default_cache_dir",
     "expanded",
     "is_own_file",
@@ -62,14 +63,16 @@ _REMEDIES = {
 
 
 def check_apart(**folders: str | os.PathLike[str] | None) -> None:
-    """Refuse folders, by the arguments that name them, of which one is another or holds it; None is no folder.
+    """Refuse folders, by the arguments that name them, of which one is another or holds it; None is no folder, and
+    ``cache_dir`` may hold others.
 
     Raises:
         ThoughtError: naming the two.
     """
     places = {name: expanded(path, name).resolve() for name, path in folders.items() if path is not None}
     for (name, one), (other, two) in combinations(places.items(), 2):
-        if one == two or one in two.parents or two in one.parents:
+        held = (one in two.parents and name != "cache_dir") or (two in one.parents and other != "cache_dir")
+        if one == two or held:
             raise ThoughtError(f"{name} and {other} must be folders of their own, neither in the other.")
 
 
@@ -90,8 +93,8 @@ def check_output_folder(
     folder = _resolve(path)
     if folder.exists() and not folder.is_dir():
         raise ThoughtError(f"{argument}={str(path)!r} is a file; expected a folder. Choose another path.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
+    if folder.is_dir():
+        if not overwrite and any(folder.iterdir()):
             raise ThoughtError(
                 f"{argument}={str(path)!r} is a folder that is not empty. Choose another path, or pass "
                 "overwrite=True to replace the whole folder."
@@ -103,11 +106,20 @@ def check_output_folder(
         for place, what in precious.items():
             if folder == place or folder in place.parents:
                 raise ThoughtError(
-                    f"{argument}={str(path)!r} with overwrite=True would delete {what}. "
+                    f"{argument}={str(path)!r}{' with overwrite=True' if overwrite else ''} would delete {what}. "
                     "Choose a folder of its own for the output."
                 )
     _check_parent(path, folder, argument)
     return folder
+
+
+def check_writable(path: str | os.PathLike[str], argument: str) -> None:
+    """Refuse a folder, there or to be made, in which nothing can be written.
+
+    Raises:
+        ThoughtError: naming ``argument``.
+    """
+    _check_parent(path, _resolve(path) / "file", argument)
 
 
 @contextmanager
@@ -210,14 +222,15 @@ def _replace_folder(new: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(new, folder)
         return
-    old = _sibling(folder, "old")
-    os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except BaseException:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    old = _sibling(folder, f"{_HOST}.old")
+    with _locked(folder):
+        os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except BaseException:
+            os.rename(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _resolve(path: str | os.PathLike[str], follow: bool = True) -> Path:
@@ -254,13 +267,16 @@ def _lock(handle: int) -> bool:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove this machine's temporary folders for ``folder`` whose process is gone."""
-    name = temporary_of(re.escape(folder.name), _HOST, "tmp")
+    """Remove this machine's temporary folders for ``folder`` whose process is gone; a folder that one had put aside
+    and not replaced is put back."""
+    name = temporary_of(re.escape(folder.name), _HOST, "(tmp|old)")
     with suppress(OSError):
         for found in [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)]:
             if found.is_dir() and not found.is_symlink():
                 with _locked(found) as free:
-                    if free:
+                    if free and found.suffix == ".old" and not folder.exists():
+                        os.rename(found, folder)
+                    elif free:
                         shutil.rmtree(found, ignore_errors=True)
 
 
@@ -385,7 +401,7 @@ def read_json(file: Path) -> Any:
     """
     if not file.is_file():
         raise FileNotFoundError("there is no such file")
-    return parse_json(file.read_text(encoding="utf-8"))
+    return parse_json(file.read_text(encoding="utf-8-sig"))  # some editors write a mark first
 
 
 def _cause(error: BaseException) -> str:

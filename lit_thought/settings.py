@@ -223,6 +223,8 @@ class FitSettings:
         if type(self.preserve_tokens) is not int or self.preserve_tokens < 2:
             raise ThoughtError(f"preserve_tokens must be a whole number of 2 or more; got {self.preserve_tokens!r}.")
         self._check_generate()
+        if type(self.seed) is not int:
+            raise ThoughtError(f"seed must be a whole number; got {self.seed!r:.60}.")
         check_counts(batch_size=self.batch_size)
         place = {True: "cpu", False: "device"}[self.offload] if isinstance(self.offload, bool) else self.offload
         if place not in OFFLOAD:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from system import limited, posix
 
-from lit_thought import transmute
+from lit_thought import files, transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.files import atomic_file, atomic_folder
 
@@ -163,3 +163,29 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
         file.write_text("new")
     assert (tmp_path / "precious.txt").read_text() == "mine"
     assert (tmp_path / "out.txt").read_text() == "new"
+
+
+def test_the_working_folder_is_not_replaced_even_if_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ThoughtError, match="would delete the working or home folder"), atomic_folder("."):
+        pass
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_what_a_killed_process_had_put_aside_is_put_back_or_removed(replaced: bool, tmp_path: Path) -> None:
+    aside = tmp_path / f".made.{'0' * 12}.{files._HOST}.old"
+    aside.mkdir()
+    (aside / "old").touch()
+    if replaced:
+        (tmp_path / "made").mkdir()
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "made", overwrite=True):
+        raise KeyError
+    assert [file.name for file in tmp_path.rglob("*")] == (["made"] if replaced else ["made", "old"])
+
+
+def test_a_cache_may_hold_outputs_and_not_the_other_way(tmp_path: Path) -> None:
+    files.check_apart(out=tmp_path / "a" / "b", cache_dir=tmp_path / "a")
+    for inner in ("a", "a/b"):
+        with pytest.raises(ThoughtError, match="out and cache_dir must be folders of their own"):
+            files.check_apart(out=tmp_path / "a", cache_dir=tmp_path / inner)

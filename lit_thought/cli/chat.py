@@ -20,7 +20,8 @@ def chat(
     """Talk to a model: each message is answered plain, instructed and patched, side by side.
 
     In a terminal the answers appear as they are written, with what the patched model says otherwise than the instructed
-    one marked; /help lists the commands. From a pipe, each line is a message, and the answers are plain text.
+    one marked; /help lists the commands. From a pipe, each line is a message, or with a slash a command, and the
+    answers are plain text.
 
     Example: lit-thought chat antonym/
     Example: echo "How do I bake bread?" | lit-thought chat pirate/
@@ -34,11 +35,13 @@ def chat(
         loading: the model.
     """
     from lit_thought.cli.conversation import converse
+    from lit_thought.patch.chat import check_chat
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
 
     text = read_instruction(instruction, instruction_file)
     patch = ThoughtPatch.load(adapter_folder(adapter, argument="adapter"))
+    check_chat(patch, text, template, max_new_tokens)
     model, tokenizer = loading.load()
     talk = patch.chat(model, tokenizer, instruction=text, template=template, max_new_tokens=max_new_tokens)
     if talk.instruction is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             something is wrong.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of an encoding that may lack letters, as in pipes on Windows
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     trace = any(word in ("--traceback", "--traceback=true") for word in given)
     flags: Collection[str] = ()

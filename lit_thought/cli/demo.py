@@ -41,6 +41,7 @@ def demo(
         loading: the model.
     """
     from lit_thought.cli.server import DemoServer
+    from lit_thought.patch.chat import check_chat
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
 
@@ -49,6 +50,7 @@ def demo(
     text = read_instruction(instruction, instruction_file)
     folder = Path(adapter_folder(adapter, argument="adapter"))
     patch = ThoughtPatch.load(folder)
+    check_chat(patch, text, template, max_new_tokens)
     try:
         server = DemoServer((host, port), folder)
     except OSError as error:

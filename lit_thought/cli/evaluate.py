@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, check_counts
 
 __all__ = ["evaluate_adapter", "report"]
 
@@ -55,7 +55,8 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     """
     from lit_thought.evaluation.checks import follows, matches
     from lit_thought.evaluation.compare import evaluate, format_result
-    from lit_thought.files import check_output_folder
+    from lit_thought.evaluation.perplexity import check_interval
+    from lit_thought.files import check_apart, check_output_folder
     from lit_thought.patch.hub import adapter_folder
     from lit_thought.patch.patch import ThoughtPatch
     from lit_thought.patch.provenance import template_of
@@ -71,9 +72,10 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples}.")
     place = adapter_folder(adapter, argument="adapter")
     if out is not None:
-        check_output_folder(
-            out, overwrite, model=loading.place, adapter=place, pairs=pairs, instruction_file=instruction_file
-        )
+        read = {"model": loading.place, "adapter": place, "pairs": pairs, "instruction_file": instruction_file}
+        read |= {"check_schema": check_schema, "unrelated": None if unrelated == "default" else unrelated}
+        check_apart(cache_dir=cache_dir, out=out)
+        check_output_folder(out, overwrite, "out", **read)
     patch = ThoughtPatch.load(place)
     text = None
     if instruction is not None or instruction_file is not None:
@@ -86,6 +88,8 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     pair_instructions(rows, text)
     if unrelated is not None:
         load_texts(unrelated, "evaluate", "unrelated")
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_interval(perplexity_interval)
     lm, tokenizer = loading.load()
     with timed("comparing the three models"):
         result = evaluate(
@@ -108,7 +112,7 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
     if out is not None:
         try:
             write_result(signed, out, overwrite)
-        except OSError:
+        except (OSError, ThoughtError):
             print(table)  # what took long is not lost with the disk
             raise
         say(f"Wrote result.json and items.jsonl to {out}")
@@ -133,6 +137,7 @@ def report(adapter: str, evaluation: str | None = None, out: str | None = None, 
     place = adapter if out is None else out
     say(f"Wrote report.html, report.md and report.json to {place}")
     if written["evaluation"] is None:
-        say(f"There is no evaluation yet; lit-thought evaluate --out {adapter}/evaluation makes one.")
+        command = f"lit-thought evaluate {adapter} --pairs … --out {adapter}/evaluation"
+        say(f"There is no evaluation yet; {command} makes one.")
     files = [f"{place.rstrip('/')}/report.{suffix}" for suffix in ("html", "md", "json")]
     return Result({"files": files, "report": written})

@@ -47,7 +47,8 @@ def export(
         model_type: the base's architecture, such as llama, for gguf; what the adapter says when left out.
         overwrite: replace what is at OUT.
     """
-    source = {"model": model, "revision": revision, "gguf_file": gguf_file}
+    source: dict[str, Any] = {"model": model, "revision": revision, "gguf_file": gguf_file}
+    source["trust_remote_code"] = trust_remote_code or None
     with_base = format in ("merged", "control-vector")
     unused: dict[str, Any] = {} if with_base else dict(source)
     unused |= {} if format == "peft" else {"rank": rank}

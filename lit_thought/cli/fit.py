@@ -59,10 +59,13 @@ def fit(
     from lit_thought.errors import ThoughtError
     from lit_thought.files import check_apart, check_output_folder
 
-    check_output_folder(
-        out, overwrite, model=loading.place, pairs=pairs, val_pairs=val_pairs, instruction_file=instruction_file
-    )
-    check_apart(statistics_dir=settings.get("statistics_dir"), resume_dir=settings.get("resume_dir"), out=out)
+    read = {"model": loading.place, "pairs": pairs, "val_pairs": val_pairs, "instruction_file": instruction_file}
+    read["preserve"] = None if settings["preserve"] == "default" else settings["preserve"]
+    folders = {name: settings[name] for name in ("statistics_dir", "resume_dir", "cache_dir")} | {"out": out}
+    check_apart(**folders)
+    for name in ("out", "statistics_dir"):
+        if folders[name] is not None:
+            check_output_folder(folders[name], overwrite, name, **read)
     if isinstance(verdict, bool) or verdict < 0:
         raise ThoughtError(f"verdict must be a whole number of 0 or more; got {verdict!r}.")
     text = read_instruction(instruction, instruction_file)
@@ -83,7 +86,7 @@ def fit(
     try:
         patch = transmute(load, None, text, pairs, template, **options)
     except KeyboardInterrupt:
-        say(_how_to_go_on(settings.get("resume_dir")))
+        say(_how_to_go_on(settings["resume_dir"]))
         raise
     seconds, selection = patch.provenance["seconds"], patch.provenance.get("selection")
     growth = patch.provenance.get("growth")
@@ -110,7 +113,9 @@ def _how_to_go_on(folder: str | None) -> str:
     """What an interrupted fit leaves."""
     if folder is None:
         return "Nothing was kept. With --resume_dir FOLDER, the same command goes on where it was interrupted."
-    return f"The finished stages are in {folder}: the same command, --resume_dir included, goes on from there."
+    if not any(Path(folder).expanduser().glob("fit.json")):
+        return "Nothing was finished, so nothing was kept."
+    return f"What was finished is in {folder}: the same command, --resume_dir included, goes on from there."
 
 
 def solve(
@@ -155,11 +160,18 @@ def solve(
         trust_remote_code: run code that a hub model brings along.
         overwrite: replace the folder if it exists.
     """
-    from lit_thought.files import check_output_folder
+    from lit_thought.errors import ThoughtError
+    from lit_thought.files import check_apart, check_output_folder
 
+    unused = {"dtype": dtype, "revision": revision, "gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+    for name, value in unused.items() if model is None else ():
+        if value:
+            raise ThoughtError(f"{name}={value!r} has no use without --model, which is then not loaded. Leave it out.")
     options = (dtype, device, revision, gguf_file, None, trust_remote_code)
     loading = None if model is None else Loading(model, *options)
-    check_output_folder(out, overwrite, statistics=statistics, model=None if loading is None else loading.place)
+    read = {"statistics": statistics, "model": None if loading is None else loading.place, "preserve": preserve}
+    check_apart(cache_dir=cache_dir, out=out)
+    check_output_folder(out, overwrite, "out", **read)
     from lit_thought.statistics.saved import SavedStatistics
     from lit_thought.statistics.solve import solve_saved
 
@@ -219,7 +231,7 @@ def preserve(
     from lit_thought.model.blocks import find_blocks, require_site
     from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
     from lit_thought.settings import DEFAULT_SITES, check_sites
-    from lit_thought.statistics.preserve import WINDOW, preservation, preservation_bar
+    from lit_thought.statistics.preserve import preservation, preservation_bar, window_of
     from lit_thought.statistics.preserve_file import check_suffix
 
     check_suffix(out, "out")
@@ -231,9 +243,9 @@ def preserve(
         blocks = find_blocks(lm)
         for name in sites or ():
             require_site(blocks, name)
-        windows = text_windows(tokenizer, read, WINDOW, preserve_tokens)
+        windows = text_windows(tokenizer, read, window_of(lm), preserve_tokens)
         if chats:
-            talked = chat_windows(tokenizer, WINDOW, preserve_tokens)
+            talked = chat_windows(tokenizer, window_of(lm), preserve_tokens)
             if not talked:
                 raise ThoughtError(
                     "chats: expected a model whose tokenizer has a chat template; this one has none, or one "

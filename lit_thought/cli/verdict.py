@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.cli.output import say
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import evaluate
 from lit_thought.inputs.write import write_pairs
@@ -69,15 +70,19 @@ def compared(
         rows, whose = (given or new)[-count:], "inputs of the fit itself"
     if not rows:
         return None
-    found = evaluate(
-        *(model, tokenizer, patch),
-        instruction=instruction,
-        pairs=rows,
-        template=template,
-        perplexity_interval=_INTERVAL,
-        progress=progress,
-        **{name: value for name in _SHARED if (value := settings[name]) is not None},
-    )
+    try:
+        found = evaluate(
+            *(model, tokenizer, patch),
+            instruction=instruction,
+            pairs=rows,
+            template=template,
+            perplexity_interval=_INTERVAL,
+            progress=progress,
+            **{name: value for name in _SHARED if (value := settings[name]) is not None},
+        )
+    except ThoughtError as error:  # the adapter is written, and is no worse for it
+        say(f"There is no verdict: {error}")
+        return None
     return {"inputs": whose, **found}
 
 

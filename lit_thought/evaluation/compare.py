@@ -226,6 +226,9 @@ class Evaluation:
         with evaluating(model):
             self.plain = self._write("plain", [prompt.plain_ids for prompt in self.prompts])
             self.instructed = self._write_instructed()
+        # at once, so that a check that fails does so before a patch is measured
+        before = {"plain": self.plain, "instructed": self.instructed}
+        self.passing = None if check is None else {run: _passing(check, own) for run, own in before.items()}
         self.completed = [
             self.template.tokenise(tokenizer, instruction, row["input"], output.text, output.finished)
             for instruction, row, output in zip(self.instructions, self.rows, self.instructed, strict=True)
@@ -237,6 +240,9 @@ class Evaluation:
         with evaluating(self.model):
             with patch.applied(self.model):
                 patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
+            checked = None
+            if self.check is not None and self.passing is not None:
+                checked = {**self.passing, "patched": _passing(self.check, patched)}
             perplexity = dict.fromkeys(_PERPLEXITY) if self.unrelated is None else self.unrelated.measure(patch)
             divergence = self._divergences(patch)
             outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
@@ -261,7 +267,7 @@ class Evaluation:
             "recovery": _recovery(accuracy),
             "fidelity": _match(texts["patched"], texts["instructed"]),
             "fidelity_plain": _match(texts["plain"], texts["instructed"]),
-            "checked": None if self.check is None else {run: _passing(self.check, texts[run]) for run in RUNS},
+            "checked": checked,
             **divergence,
             "own_text": own_text,
             **perplexity,
@@ -404,8 +410,24 @@ def _match(texts: Sequence[str], references: Sequence[str]) -> float:
     return float(metric.compute())
 
 
-def _passing(check: Check, texts: Sequence[str]) -> float:
-    return sum(bool(check(text)) for text in texts) / len(texts)
+def _passing(check: Check, outputs: Sequence[Generation]) -> float:
+    """The share of outputs that pass.
+
+    Raises:
+        ThoughtError: naming the output at which the check itself fails.
+    """
+    passed = 0
+    for output in outputs:
+        try:
+            passed += bool(check(output.text))
+        except ThoughtError:
+            raise
+        except Exception as error:
+            raise ThoughtError(
+                f"check fails on the output {output.text!r:.80} ({type(error).__name__}: {error}). It must say of any "
+                "text whether it passes."
+            ) from error
+    return passed / len(outputs)
 
 
 def _recovery(accuracy: dict[str, float] | None) -> float | None:

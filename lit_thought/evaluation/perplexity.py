@@ -27,7 +27,7 @@ from lit_thought.prompts.batches import forward_inputs, pad
 from lit_thought.prompts.unrelated import text_windows
 from lit_thought.solve.intervals import perplexity_ratio
 
-__all__ = ["UnrelatedText", "unrelated_perplexity", "window_losses"]
+__all__ = ["UnrelatedText", "check_interval", "unrelated_perplexity", "window_losses"]
 
 _log = logging.getLogger("lit_thought")
 
@@ -38,6 +38,18 @@ _FEWEST = 4
 _LOGITS = 2**27
 """Most logits of one batch: 0.5 GB in float32."""
 _FORMAT = 1
+
+
+def check_interval(interval: float | None) -> None:
+    """Refuse a half-width that is no number above 0, or None.
+
+    Raises:
+        ThoughtError: naming ``perplexity_interval``.
+    """
+    if interval is not None and not (is_finite(interval) and interval > 0):
+        raise ThoughtError(
+            f"perplexity_interval must be a finite number above 0, or None for all of the text; got {interval!r}."
+        )
 
 
 class UnrelatedText:
@@ -73,10 +85,7 @@ class UnrelatedText:
         cache_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
-        if interval is not None and not (is_finite(interval) and interval > 0):
-            raise ThoughtError(
-                f"perplexity_interval must be a finite number above 0, or None for all of the text; got {interval!r}."
-            )
+        check_interval(interval)
         self.model, self.interval, self.progress = model, interval, progress
         self.windows = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
         self._manifest = {} if is_sharded(model) or _has_hooks(model) else _manifest(model, self.windows)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.errors import ThoughtError
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.fitting import fit
@@ -77,6 +78,11 @@ def transmute(
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
         check_auto(auto, data.expected, options)
+    if chosen.inputs == "auto" and chosen.pairs_per_step is not None:
+        raise ThoughtError(
+            f'pairs_per_step={chosen.pairs_per_step}: with inputs="auto" the first fits have fewer pairs than there '
+            "will be. Leave it out, or give a number of inputs."
+        )
     module = ThoughtModule(model, tokenizer)
     if auto or chosen.inputs == "auto":  # else the fit does, before anything is written
         callback.check(module, data)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import check_apart, check_output_folder
+from lit_thought.files import check_apart, check_output_folder, check_writable
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.module import ThoughtModule
@@ -20,6 +21,7 @@ from lit_thought.fit.preserving import PreservationSource
 from lit_thought.fit.provenance import costs
 from lit_thought.fit.strategy import check_epochs, check_trainer
 from lit_thought.fit.validation import log_figures
+from lit_thought.model.bare import check_autocast
 from lit_thought.model.blocks import JOINT, find_blocks
 from lit_thought.model.loading import model_place
 from lit_thought.patch.patch import ThoughtPatch
@@ -28,7 +30,7 @@ from lit_thought.runs.runner import Observation, Stage, StreamRunner
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings
 from lit_thought.statistics.distributed import rank_and_size
-from lit_thought.statistics.resume import UnfinishedFit
+from lit_thought.statistics.resume import UnfinishedFit, check_unfinished
 from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
 from lit_thought.statistics.stage_file import KeptStage
 from lit_thought.timing import Stopwatch
@@ -81,7 +83,8 @@ class ThoughtCallback(Callback):
         self.preserved = PreservationSource(chosen.preserve)
         self.output_dir, self.overwrite = output_dir, overwrite
         self._check_folders()
-        check_apart(statistics_dir=chosen.statistics_dir, resume_dir=chosen.resume_dir, output_dir=output_dir)
+        folders = {name: getattr(chosen, name) for name in ("statistics_dir", "resume_dir", "cache_dir")}
+        check_apart(**folders, output_dir=output_dir)
         self._reloads: int | None = None  # the trainer's own, while its loaders are made anew for each step
         self._forget()
 
@@ -93,6 +96,7 @@ class ThoughtCallback(Callback):
         self.history: list[dict[str, float]] = []
         self._ready: Preparation | None = None
         self._sums: StageSums | None = None
+        self._batches = 0  # of this epoch
         self._solved = SolvedStages()
 
     @property
@@ -125,6 +129,8 @@ class ThoughtCallback(Callback):
                 "usual one."
             )
         check_trainer(trainer)
+        for logger in trainer.loggers if self.overwrite else ():  # else a folder that is not empty is refused
+            check_apart(output_dir=self.output_dir, log_dir=getattr(logger, "log_dir", None))
         stages = self.check(pl_module, data)
         check_epochs(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
         if self.steps > 1 and self.settings.pairs_per_step is not None:
@@ -141,10 +147,12 @@ class ThoughtCallback(Callback):
             ThoughtError: naming the setting; of its class UnsupportedModelError for a model without known blocks.
         """
         settings = self.settings
+        check_autocast(module.model)
         self._check_folders(model_place(module.model))
         blocks = find_blocks(module.model)
         check_blocks(settings.blocks, len(blocks))
-        _, stages = chosen_stages(blocks, settings, data.is_long(module.tokenizer))
+        sites, stages = chosen_stages(blocks, settings, data.is_long(module.tokenizer))
+        self.preserved.check(module.model, module.tokenizer, settings, blocks, sites)
         data.check_step(settings.pairs_per_step, module.tokenizer)
         if settings.rank != "usual":
             check_rank(settings.rank, largest_rank(blocks, stages))
@@ -152,9 +160,17 @@ class ThoughtCallback(Callback):
 
     def _check_folders(self, model: str | None = None) -> None:
         """Refuse outputs that cannot be written, or would replace the model at this place."""
+        given = self.settings.preserve
+        text = given if isinstance(given, (str, os.PathLike)) and given != "default" else None
         for name, folder in (("output_dir", self.output_dir), ("statistics_dir", self.settings.statistics_dir)):
             if folder is not None:
-                check_output_folder(folder, self.overwrite, name, model=model)
+                check_output_folder(folder, self.overwrite, name, model=model, preserve=text)
+        if self.settings.resume_dir is not None:
+            check_unfinished(self.settings.resume_dir)
+        if self.settings.cache_dir is not None and not Path(self.settings.cache_dir).expanduser().is_dir():
+            check_writable(
+                self.settings.cache_dir, "cache_dir"
+            )  # of one that is there, entries may be all that is read
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,6 +215,7 @@ class ThoughtCallback(Callback):
         how = StageSettings(settings.rank, settings.ridge, settings.preserve_weight, settings.step_size)
         parts = check_parts(settings.parts, self._prepared.sites)["attn_out" if name == JOINT else name]
         self._sums = StageSums(block.sites[name], parts, how, f"block {block.index}, {name}")
+        self._batches = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Time the forward pass."""
@@ -209,6 +226,7 @@ class ThoughtCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Add the batch's compared tokens to the sums."""
+        self._batches += 1
         if not outputs:  # this process has fewer batches than another
             return
         self.stopwatch.add("forward", self._started)
@@ -222,6 +240,9 @@ class ThoughtCallback(Callback):
         """Solve this stage's patch, install it as it will be exported, and stop after the last stage."""
         runner, sums = _runner(pl_module), self._sums
         assert sums is not None
+        if self._batches < self._prepared.data.num_batches:  # something else has ended the epoch: on_fit_end says so
+            trainer.should_stop = True
+            return
         with self.stopwatch("reduce"):
             saving = self.settings.statistics_dir is not None  # the first process saves them, too
             owner = 0 if saving else runner.stage % trainer.world_size
@@ -266,7 +287,7 @@ class ThoughtCallback(Callback):
         self.step += 1
         if ready.validation is not None:
             with self.stopwatch("validate"):
-                self.history += ready.validation.rows(self.step, self._solved.patch(), trainer)
+                self.history += ready.validation.rows(self.step, self._scaled(self._solved.patch()), trainer)
         if self.step < self.steps:
             pl_module.runner = ready.start_step(self.step, self._solved.patches)
             return
@@ -274,8 +295,7 @@ class ThoughtCallback(Callback):
             ready.provenance["history"] = self.history
             ready.provenance |= costs(self.stopwatch, self.estimate)
             ready.provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            patch = self._solved.patch(ready.provenance)
-            self.patch = patch if self.settings.scale == 1 else self.settings.scale * patch
+            self.patch = self._scaled(self._solved.patch(ready.provenance))
             if self.output_dir is not None and trainer.is_global_zero:
                 self.patch.save_adapter(self.output_dir, overwrite=self.overwrite)
             if ready.writer is not None:
@@ -284,6 +304,9 @@ class ThoughtCallback(Callback):
                 trainer.strategy.barrier("written")
                 ready.unfinished.remove()
         trainer.should_stop = True
+
+    def _scaled(self, patch: ThoughtPatch) -> ThoughtPatch:
+        return patch if self.settings.scale == 1 else self.settings.scale * patch
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to end well without a patch, where something else has stopped the trainer.

@@ -22,9 +22,11 @@ from lit_thought.fit.provenance import describe, identity_of, kept_settings
 from lit_thought.fit.validation import Validation
 from lit_thought.fit.weighing import weighed_by_change
 from lit_thought.inputs.write import write_pairs
+from lit_thought.model.bare import hook_names
 from lit_thought.model.blocks import Block, find_blocks, require_site
-from lit_thought.model.loading import context_window, fingerprint
+from lit_thought.model.loading import context_window
 from lit_thought.model.sharding import is_sharded
+from lit_thought.patch.weights import patched_fingerprint
 from lit_thought.runs.generate import generate
 from lit_thought.runs.runner import Stage, StreamRunner, stages_of
 from lit_thought.runs.storage import Storage
@@ -104,6 +106,7 @@ def write_inputs(
             kind=settings.kind,
             given=data.given,
             apart=data.val_pairs,
+            longest=data.longest(tokenizer),
             seed=settings.seed,
             batch_size=settings.batch_size,
             advance=advance,
@@ -173,17 +176,17 @@ def try_options(data: PairDataModule, model: PreTrainedModel, tokenizer: PreTrai
     Raises:
         ThoughtError: when a value is wrong.
     """
-    shortest = min((data.tokenised[i].instructed_ids for i in data.missing), key=len)
-    generate(model, tokenizer, [shortest], max_new_tokens=1, options=data.settings.generate)
+    prompt = tokenizer(data.instruction or data.instructions[0], verbose=False)["input_ids"][:8] or [0]
+    generate(model, tokenizer, [prompt], max_new_tokens=1, options=data.settings.generate)
 
 
 def common_fingerprint(model: PreTrainedModel) -> str:
-    """The model's fingerprint.
+    """The model's fingerprint, with the patches that are on it.
 
     Raises:
         ThoughtError: when the processes of a fit hold different weights.
     """
-    found = fingerprint(model)
+    found = patched_fingerprint(model)
     if len(set(gather_json(found, model.device))) > 1:
         raise ThoughtError("model: the processes of this fit hold different weights. Load the same in each.")
     return found
@@ -285,10 +288,13 @@ class Preparation:
             identity = common_fingerprint(model)
         if settings.resume_dir is not None:
             kept, summing = self._kept(), settings.statistics_dir is not None
-            whole = identity_of(kept, self.preserved.texts, identity, data, trainer.world_size, summing)
+            hooks, processes = hook_names(model), trainer.world_size
+            whole = identity_of(kept, self.preserved.texts, [identity, *hooks], data, processes, summing)
             self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
             if self.unfinished.inputs is not None:
                 data.restore(self.unfinished.inputs)
+        if data.settings.generate and data.known is None and (data.missing or data.to_write):
+            try_options(data, model, tokenizer)
         with self.stopwatch("write"):
             write_inputs(data, model, tokenizer, show and first)
         data.check_step(settings.pairs_per_step, tokenizer)  # which the model may have written fewer of
@@ -297,10 +303,8 @@ class Preparation:
             for told in filter(None, (data.is_no_chat(tokenizer), data.saves_nothing()) if first else ()):
                 _log.warning(told)
             self._plan(len(data.missing) * data.longest(tokenizer))
-            if data.missing and data.settings.generate and data.known is None:
-                try_options(data, model, tokenizer)
         apart = not data.template.is_chat
-        windows = self.preserved.windows(tokenizer, settings, apart)
+        windows = self.preserved.windows(model, tokenizer, settings, apart)
         asked = Asked(model, self.blocks, self.sites, settings, identity, self.directions, *windows)
         if show and first:
             tqdm.write(f"{self.estimate} {self.preserved.place(asked)}".strip(), file=sys.stderr)
@@ -325,7 +329,7 @@ class Preparation:
         if settings.statistics_dir is not None and first:
             entry = self.preservation.path.name if self.preservation is not None else None
             uncompared = sum(len(pair.plain_ids) - len(pair.plain_positions) for pair in data.tokenised)
-            manifest = Manifest(self.provenance, entry, uncompared)
+            manifest = Manifest({**self.provenance, "scale": settings.scale}, entry, uncompared)
             self.writer = StatisticsWriter(settings.statistics_dir, manifest, overwrite)
         if data.val_pairs and (first or is_sharded(model)):  # of a sharded model all must run it
             with self.stopwatch("validate"):

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.model.blocks import Block
 from lit_thought.model.sharding import is_sharded
+from lit_thought.patch.weights import patched_fingerprint
 from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
 from lit_thought.settings import FitSettings, TextSource
-from lit_thought.statistics.preserve import WINDOW, cached_file, entry_of, preservation, preservation_bar, site_sizes
+from lit_thought.statistics.preserve import cached_file, entry_of, preservation, preservation_bar, site_sizes, window_of
 from lit_thought.statistics.preserve_file import Preservation, is_preservation_file
 
 __all__ = ["Asked", "PreservationSource"]
@@ -61,12 +62,12 @@ class PreservationSource:
         return self.texts is not None or self.file is not None
 
     def windows(
-        self, tokenizer: PreTrainedTokenizerBase, settings: FitSettings, apart: bool
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FitSettings, apart: bool
     ) -> tuple[list[list[int]], list[list[int]]]:
         """The token windows of the texts, and those of chats; none where no text is to be preserved.
 
         Args:
-            tokenizer: the model's tokenizer.
+            model, tokenizer: those of the fit.
             settings: those of the fit.
             apart: whether the patch is for prompts that are no chats, so that chats are to be preserved, too. (For a
                 document, which is asked about in chats, this costs much of what the patch achieves.)
@@ -76,9 +77,29 @@ class PreservationSource:
         """
         if self.texts is None or settings.preserve_weight == 0:
             return [], []
-        how = (WINDOW, settings.preserve_tokens)
+        how = (window_of(model), settings.preserve_tokens)
         chats = chat_windows(tokenizer, *how) if self.chats and apart else []
         return text_windows(tokenizer, self.texts, *how), chats
+
+    def check(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: FitSettings,
+        blocks: Sequence[Block],
+        sites: Sequence[str],
+    ) -> None:
+        """Refuse, before any long work, a file of another model or without a site of the fit, and texts of the caller's
+        that are too short.
+
+        Raises:
+            ThoughtError: saying what is wrong.
+        """
+        if self.file is not None:
+            self.file.check_model(patched_fingerprint(model), model)
+            self.file.check_sites(site_sizes(blocks, sites))
+        elif not self.chats:
+            self.windows(model, tokenizer, settings, False)
 
     def place(self, asked: Asked) -> str:
         """A sentence that says whether the unrelated text's statistics are there, and where they are kept; empty where

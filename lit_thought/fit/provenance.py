@@ -19,6 +19,7 @@ from lit_thought.patch.weights import made_for
 from lit_thought.prompts.instruction_hash import hash_text
 from lit_thought.prompts.pairs import pair_instructions
 from lit_thought.settings import FitSettings, check_parts
+from lit_thought.statistics.manifest import OF_THE_PAIRS
 from lit_thought.timing import Stopwatch
 
 __all__ = ["costs", "describe", "identity_of", "kept_settings", "versions"]
@@ -59,7 +60,7 @@ def describe(
 def identity_of(
     settings: Mapping[str, Any],
     texts: Sequence[str] | None,
-    identity: str,
+    identity: Sequence[str],
     data: PairDataModule,
     processes: int,
     summing: bool,
@@ -69,16 +70,17 @@ def identity_of(
     Args:
         settings: what :func:`kept_settings` gives.
         texts: unrelated texts to preserve.
-        identity: the model's fingerprint.
+        identity: the model's fingerprint, and the hooks that are on it.
         data: the pairs.
         processes: of the fit.
         summing: whether it keeps its sums.
     """
     return {
-        "model": identity,
-        "settings": settings,
+        "model": list(identity),
+        "settings": {name: value for name, value in settings.items() if name not in OF_THE_PAIRS},
         "pairs": data.given,
         "instructions": [data.instruction, *pair_instructions(data.given, data.instruction)],
+        "val_pairs": [data.val_pairs, data.val_instructions],
         "template": None if data.given_template is None else data.given_template.to_dict(),
         "preserve": texts,
         "batch_size": data.settings.batch_size,
@@ -89,10 +91,10 @@ def identity_of(
 
 def _instructions(data: PairDataModule, store: bool) -> dict[str, Any]:
     """The instruction, or those of the pairs; of one that is not to be stored a hash, of several nothing."""
+    every = sorted(set(data.instructions))
     if store:
-        return {"instruction": data.instruction if data.instruction is not None else sorted(set(data.instructions))}
-    every = set(data.instructions)
-    return {"instruction": None, "instruction_hash": hash_text(every.pop()) if len(every) == 1 else None}
+        return {"instruction": every[0] if len(every) == 1 else every}
+    return {"instruction": None, "instruction_hash": hash_text(every[0]) if len(every) == 1 else None}
 
 
 def _inputs(data: PairDataModule, store: bool) -> dict[str, Any]:

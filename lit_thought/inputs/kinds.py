@@ -64,8 +64,8 @@ def demonstrations(template: PromptTemplate, instruction: str) -> list[Demonstra
     """
     if template.is_chat or "{instruction}" in template.text:
         return []
-    before, _, between, _, after = (re.escape(part) for part in _FIELDS.split(template.text))
-    before, between = before.lstrip(), re.sub(r"(\\ )+$", r"[ \\t]*", between)
+    before, _, between, _, after = (re.escape(part) for part in _FIELDS.split(template.text.lstrip()))
+    between = re.sub(r"(\\ )+$", r"[ \\t]*", between)
     end = f"{after}|$" if after else "\n|$"
     found = [
         Demonstration(one[1].strip(), one[2].strip(), one.span())

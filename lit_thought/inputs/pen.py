@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.inputs.words import normalised
+from lit_thought.model.loading import context_window
 from lit_thought.model.sharding import is_sharded
 from lit_thought.runs.generate import Generation, end_tokens, generate
 from lit_thought.statistics.distributed import gather_json, share
@@ -57,7 +58,7 @@ class Pen:
         ends: Sequence[int] = (),
         sampling: dict[str, Any] | None = None,
     ) -> list[Generation]:
-        """One continuation of each prompt.
+        """One continuation of each prompt, as far as the context window goes; empty for a prompt that fills it.
 
         Args:
             prompts: token ids.
@@ -68,7 +69,9 @@ class Pen:
         """
         if not prompts:
             return []
-        own = range(len(prompts)) if is_sharded(self.model) else share(range(len(prompts)))
+        limit = context_window(self.model)
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
+        own = fitting if is_sharded(self.model) else share(fitting)
         options: dict[str, Any] = {"do_sample": True, **sampling} if sampling is not None else {}
         if ends:
             options["eos_token_id"] = sorted({*end_tokens(self.model, self.tokenizer), *ends})
@@ -79,7 +82,7 @@ class Pen:
                 self.tokenizer,
                 [prompts[i] for i in own],
                 stop=stop,
-                max_new_tokens=longest,
+                max_new_tokens=min(longest, limit - max(len(prompts[i]) for i in fitting)),
                 batch_size=self.batch_size,
                 seed=[(self.seed * 1_000 + self._draws) * 100_000 + i for i in own],
                 options=options,
@@ -89,4 +92,4 @@ class Pen:
         )
         found = [[i, one.text, one.finished] for i, one in zip(own, drawn, strict=True)]
         every = {i: Generation(text, end) for part in gather_json(found, self.model.device) for i, text, end in part}
-        return [every[i] for i in range(len(prompts))]
+        return [every.get(i, Generation("", False)) for i in range(len(prompts))]

@@ -27,8 +27,8 @@ PER_SENTENCE = 8
 """Questions about each sentence of a document, likewise; half as many about each of a long system prompt, ..."""
 MOST = 300
 """... and most of them."""
-ROOM = 64
-"""Tokens that an input and the answer to it need."""
+ROOM = 32
+"""Tokens that an input needs."""
 
 
 class Written(NamedTuple):
@@ -56,6 +56,7 @@ def write_pairs(
     kind: Kind | None = None,
     given: Sequence[Mapping[str, str]] = (),
     apart: Sequence[Mapping[str, str]] = (),
+    longest: int = 32,
     seed: int = 0,
     batch_size: int = 32,
     advance: Callable[[int, int], None] | None = None,
@@ -73,12 +74,13 @@ def write_pairs(
         kind: what the instruction is; found by its form when left out.
         given: pairs that are there already, which are not written again.
         apart: pairs that are not to be fitted, and are not written either.
+        longest: most tokens of the outputs to come, for which the context window is to have room.
         seed: seed of all that is sampled.
         batch_size: prompts a batch.
         advance: called with how many are written, of how many.
 
     Returns:
-        The pairs, fewer where the model repeats itself.
+        The pairs, fewer where the model repeats itself, or the context window cannot hold one and its output.
 
     Raises:
         ThoughtError: when the template has no place to write an input at, the instruction leaves no room in the
@@ -97,10 +99,11 @@ def write_pairs(
     if not frame.instructed.strip():
         raise ThoughtError("template: there is nothing before {input} from which a model could write one; give pairs.")
     limit, length = context_window(model), len(tokenizer(frame.instructed, verbose=False)["input_ids"])
-    if length + ROOM > limit:
+    if length + ROOM + longest > limit:
         raise ThoughtError(
-            f"instruction: expected room for its prompt and {ROOM} tokens more in the model's context window of "
-            f"{limit} tokens, but the prompt has {length}; shorten it, or use a model with a longer window."
+            f"instruction: expected room for its prompt, {ROOM} tokens of an input and max_new_tokens={longest} in the "
+            f"model's context window of {limit} tokens, but the prompt has {length}; shorten it, write shorter "
+            "outputs, or use a model with a longer window."
         )
     taken = Distinct([*(pair["input"] for pair in (*given, *apart)), *(one.input for one in shown)])
     pen = Pen(model, tokenizer, seed, batch_size)
@@ -122,12 +125,26 @@ def write_pairs(
                 pairs.append({"input": text})
                 if advance is not None:
                     advance(len(pairs), count)
+    pairs = [pair for pair in pairs if _fits(tokenizer, chosen, instruction, pair, longest, limit)]
     if not pairs and not given:
         raise ThoughtError(
             "inputs: the model wrote none that can be used for this instruction. Give pairs, or use a model that "
             "follows instructions."
         )
     return Written(kind, chosen, pairs)
+
+
+def _fits(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    instruction: str,
+    pair: Mapping[str, str],
+    longest: int,
+    limit: int,
+) -> bool:
+    """Whether a pair with its output is in the context window."""
+    tokens = template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
+    return len(tokens.instructed_ids) + (0 if "output" in pair else longest) <= limit
 
 
 def _brief_counts(instruction: str, total: int | None, times: float, count: int) -> tuple[int, int]:

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, UnsupportedModelError
 from lit_thought.model.layers import of_peft
 
-__all__ = ["bare_model", "check_tokenizer", "uncompiled", "unwrap"]
+__all__ = ["bare_model", "check_autocast", "check_tokenizer", "hook_names", "uncompiled", "unwrap"]
 
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")
 """What torch.compile and torch's activation checkpointing call the module that they wrap."""
+_HARMLESS = ("accelerate", "lightning", "lit_thought", "torch", "transformers")
+"""Packages whose forward hooks leave what a model computes as it is; this one's patches are told otherwise."""
 _COMPILED = ("_compiled_call_impl", "forward")
 """What ``module.compile()`` and ``module.forward = torch.compile(module.forward)`` leave on a module."""
 
@@ -73,6 +76,34 @@ def unwrap(model: Any) -> Any:
             'whole model; strategy="thought_fsdp" shards it.'
         )
     return model
+
+
+def check_autocast(model: nn.Module) -> None:
+    """Refuse to take sums where torch.autocast is on, which would multiply them in half precision.
+
+    Raises:
+        ThoughtError: if it is, on the model's device.
+    """
+    kind = next(model.parameters()).device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        raise ThoughtError(
+            f"torch.autocast is on for {kind!r}, and statistics need products in float32. Call this outside of it; "
+            'for a model in half precision load it so: load_model(name, dtype="bfloat16").'
+        )
+
+
+def hook_names(model: nn.Module) -> list[str]:
+    """The forward hooks on a model's modules that may change what it computes, each as module and function; those of
+    torch, its relatives and this package, which do not, or are accounted for, left out."""
+    found = []
+    for path, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            function = getattr(hook, "func", hook)  # of a partial
+            named = function if hasattr(function, "__qualname__") else type(function)
+            origin = str(getattr(named, "__module__", ""))
+            if origin.partition(".")[0] not in _HARMLESS:
+                found.append(f"{path}: {origin}.{named.__qualname__}")
+    return found
 
 
 @contextmanager

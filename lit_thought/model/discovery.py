@@ -140,6 +140,8 @@ class _Tracer:
         self.generator = torch.Generator().manual_seed(0)
         self.hidden = self._noise()
         self.tolerance = _tolerance(like.dtype)
+        # a probe that is to be seen in a residual stream of size 1
+        self.least = 1e-3 if like.dtype in (torch.float32, torch.float64) else 1.0
         self.base = self._run(self.hidden)
         for scale in (1e5,) if like.dtype in (torch.float32, torch.float64) else (1e3, 200, 40):
             self.scaled = self._run(scale * self.hidden)
@@ -150,7 +152,8 @@ class _Tracer:
         self.moved = self._run(moved)
 
     def _noise(self) -> Tensor:
-        return torch.randn(self.like.shape, generator=self.generator, dtype=torch.float64).to(self.like)
+        noise = torch.randn(self.like.shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        return noise.to(self.like)
 
     def roles(self) -> Roles:
         experts = next((path for path in self.names if self._is_experts(path)), None)
@@ -221,7 +224,7 @@ class _Tracer:
     def _writer(self, path: str) -> Writer | None:
         """How a layer writes to the residual stream, at the first point where it can be seen; None if it does not."""
         y = self.base.outputs[path]
-        change = self._noise() * (4 * y.float().square().mean().sqrt().clamp_min(1e-3)).to(y)
+        change = self._noise() * (4 * y.float().square().mean().sqrt().clamp_min(self.least)).to(y)
         probe = self._run(self.hidden, change={path: change})
         later = list(self.base.outputs)[list(self.base.outputs).index(path) + 1 :]
         entered = [point for point in self.base.inputs if point in set(later)]

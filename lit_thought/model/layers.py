@@ -54,7 +54,7 @@ def sits_beside(layer: nn.Module) -> bool:
     if is_sharded(weight):  # one process cannot try it alone
         return True
     generator = torch.Generator().manual_seed(0)
-    row = torch.randn(1, weight_of(layer).shape[1], generator=generator).to(weight)
+    row = torch.randn(1, weight_of(layer).shape[1], generator=generator, device="cpu").to(weight)
     with torch.no_grad():
         found, wanted = layer.forward(row).float(), nn.functional.linear(row, weight_of(layer), bias).float()
     return not bool((found - wanted).norm() <= 1e-2 * wanted.norm())

@@ -29,7 +29,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.files import expanded
 from lit_thought.model.bare import uncompiled
 from lit_thought.model.sharding import whole
-from lit_thought.model.source import SMOLLM2_NAME, Source, ask_hub, find_source
+from lit_thought.model.source import SMOLLM2_NAME, Source, ask_hub, find_source, place_and_file
 from lit_thought.model.unpacking import open_gguf, quick_reader
 
 __all__ = [
@@ -118,7 +118,7 @@ def load_model(
         chosen.name_or_path = source.recorded
         chosen.init_kwargs.pop("gguf_file", None)
         chosen.init_kwargs["name_or_path"] = source.recorded
-    if chosen.pad_token_id is None and chosen.eos_token is not None:
+    if chosen is not tokenizer and chosen.pad_token_id is None and chosen.eos_token is not None:
         chosen.pad_token = chosen.eos_token
     if source.gguf_file is None:
         model = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options, **hub)
@@ -142,7 +142,7 @@ def model_name(model: nn.Module) -> str:
 
 def model_place(model: nn.Module) -> str | None:
     """The directory or file that ``model`` was loaded from, where that is here."""
-    place = model_name(model).partition(" (")[0]
+    place, _ = place_and_file(model_name(model))
     return place if place and os.path.exists(place) else None
 
 

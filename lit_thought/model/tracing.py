@@ -129,7 +129,9 @@ def _calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[list[Ca
 
 
 def _kind(module: nn.Module) -> Any:
-    """What two blocks must share to have the same roles: the modules, the shapes, and factors of a single number."""
+    """What two blocks must share to have the same roles: modules, shapes, dtypes, and factors of a single number."""
     modules = tuple((path, type(child)) for path, child in module.named_modules())
     tensors = (*module.named_parameters(), *module.named_buffers())
-    return modules, tuple((path, tuple(x.shape), float(x) if x.numel() == 1 else None) for path, x in tensors)
+    return modules, tuple(
+        (path, tuple(x.shape), x.dtype, float(x.detach()) if x.numel() == 1 else None) for path, x in tensors
+    )

@@ -13,6 +13,7 @@ from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from lit_thought.errors import ThoughtError
 from lit_thought.files import is_own_file
+from lit_thought.model.source import place_and_file
 from lit_thought.patch.change import Change
 from lit_thought.patch.display import escaped, title
 from lit_thought.patch.provenance import beneath, is_hub_id, public_name, summands
@@ -130,8 +131,8 @@ def model_card(patch: Change) -> str:
 def _base(known: Mapping[str, Any]) -> tuple[str, str | None]:
     """The base model's public name, and the GGUF file that its weights were unpacked from."""
     name = public_name(str(known.get("base_model") or known.get("model") or ""))
-    place, _, file = name.partition(" (")
-    return place, file.rstrip(")") or known.get("gguf_file") or (name if name.endswith(".gguf") else None)
+    place, file = place_and_file(name)
+    return place, file or known.get("gguf_file") or (name if name.endswith(".gguf") else None)
 
 
 def _tags(base: str | None) -> list[str]:

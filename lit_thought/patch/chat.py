@@ -21,12 +21,13 @@ from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import template_of
 from lit_thought.patch.texts import differences
-from lit_thought.patch.weights import applied, validate
+from lit_thought.patch.weights import applied, check_absent, validate
 from lit_thought.prompts.instruction_hash import check_instruction
+from lit_thought.prompts.pairs import check_unicode
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.runs.generate import generate
 
-__all__ = ["Answer", "Answers", "Chat", "ChatOptions", "Watch"]
+__all__ = ["Answer", "Answers", "Chat", "ChatOptions", "Watch", "check_chat"]
 
 Watch = Callable[["Answers"], None]
 """Called with the answers as far as they are written, with every token."""
@@ -112,6 +113,23 @@ class Answers:
         return f"<p><b>{html.escape(self.message)}</b></p><table><tr>{head}</tr><tr>{row}</tr></table>"
 
 
+def check_chat(
+    patch: Change, instruction: str | None, template: str | PromptTemplate | None, max_new_tokens: int
+) -> PromptTemplate:
+    """Check, before a model is loaded for it, what a :class:`Chat` is given.
+
+    Returns:
+        The template.
+
+    Raises:
+        ThoughtError: as :class:`Chat` says.
+    """
+    check_counts(max_new_tokens=max_new_tokens)
+    if instruction is not None:
+        check_instruction(patch.provenance, instruction, [{"input": _HELLO}])
+    return template_of(patch.provenance, template)
+
+
 class Chat:
     """Asks three models the same: plain, instructed and patched. Outputs are greedy.
 
@@ -142,9 +160,9 @@ class Chat:
         template: str | PromptTemplate | None = None,
         max_new_tokens: int = 256,
     ) -> None:
-        check_counts(max_new_tokens=max_new_tokens)
-        self.template = template_of(patch.provenance, template)
+        self.template = check_chat(patch, instruction, template, max_new_tokens)
         self.model, self.tokenizer = bare_model(model), check_tokenizer(tokenizer)
+        check_absent(patch, self.model)
         validate(patch, self.model)
         self.patch, self.max_new_tokens = patch, max_new_tokens
         self._scale = 1.0
@@ -194,6 +212,8 @@ class Chat:
         """
         if not isinstance(message, str) or not message.strip():
             raise ThoughtError(f"message must be a text that is not blank; got {message!r}.")
+        check_unicode("message", message)
+        check_absent(self.patch, self.model)
         answers = Answers(message, scale=self.scale)
         prompts = {"plain": self._prompt(None, "plain", message)}
         if self.instruction is not None:

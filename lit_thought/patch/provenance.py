@@ -16,6 +16,7 @@ from typing import Any
 
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import is_own_file, read_json
+from lit_thought.model.source import place_and_file
 from lit_thought.prompts.template import PromptTemplate
 
 __all__ = [
@@ -274,12 +275,14 @@ def fitted_on(provenance: Mapping[str, Any]) -> str:
 
 def _addends(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     """What a patch adds to a sum; a truncated sum is one summand, since its own no longer add up to it."""
-    return [provenance] if "truncated" in provenance else summands(provenance)
+    return [provenance] if "truncated" in provenance else list(provenance.get("parts", [provenance]))
 
 
 def summands(provenance: Mapping[str, Any]) -> list[Any]:
-    """Provenance of each patch that a sum was made of; of one that is no sum, its own."""
-    return list(provenance.get("parts", [provenance]))
+    """Provenance of each patch that a sum was made of, also of sums in it; of one that is no sum, its own."""
+    if "parts" not in provenance:
+        return [provenance]
+    return [summand for part in provenance["parts"] for summand in summands(part)]
 
 
 def public(provenance: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
@@ -305,13 +308,13 @@ def public_name(name: str) -> str:
         name: what :func:`lit_thought.model.loading.model_name` gives: a hub id, a folder, a file, or one of the two
             with ``(file.gguf)`` after it. Of a snapshot in the hub's cache, its hub id.
     """
-    place, bracket, file = name.partition(" (")
+    place, file = place_and_file(name)
     cached = _SNAPSHOT.search(place)
     if cached:
         place = cached[1].replace("--", "/", 1)
     elif not is_hub_id(place):
         place = re.split(r"[/\\]", place.rstrip("/\\"))[-1]
-    return f"{place}{bracket}{file}"
+    return place if file is None else f"{place} ({file})"
 
 
 def _shortened(value: Any) -> str:

@@ -12,6 +12,8 @@ parameters stay as they are.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +34,17 @@ from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import beneath
 from lit_thought.solve.factors import Factors
 
-__all__ = ["applied", "apply", "check_absent", "has_change", "made_for", "original_weights", "remove", "validate"]
+__all__ = [
+    "applied",
+    "apply",
+    "check_absent",
+    "has_change",
+    "made_for",
+    "original_weights",
+    "patched_fingerprint",
+    "remove",
+    "validate",
+]
 
 
 Additions = Mapping[str, Factors | Tensor]
@@ -85,19 +97,30 @@ def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
     return dict(state.originals) if state else {}
 
 
+def patched_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of ``model`` with the patches that are on it, also those that sit beside quantised layers, whose
+    weights stay as they are."""
+    found, state = fingerprint(model), _STATES.get(model)
+    if state is None or not any(_hook(module) for module in model.modules()):
+        return found
+    digests = [change.digest for change, _ in state.changes]
+    return hashlib.sha256(json.dumps([found, digests]).encode()).hexdigest()
+
+
 def made_for(model: nn.Module, identity: str | None = None) -> dict[str, Any]:
     """What a patch made on ``model`` now belongs to, for its provenance: the ``fingerprint`` of the model without the
     patches that are on it, and ``on_top_of``, where there are any: their digests, and the fingerprint with them.
 
     Args:
         model: the model.
-        identity: its fingerprint as it is, where that is known.
+        identity: its :func:`patched_fingerprint`, where that is known.
     """
     state = _STATES.get(model)
+    identity = identity or patched_fingerprint(model)
     if state is None:
-        return {"fingerprint": identity or fingerprint(model)}
+        return {"fingerprint": identity}
     patches = [change.digest for change, _ in state.changes]
-    found = {"fingerprint": identity or fingerprint(model), "patches": patches}
+    found = {"fingerprint": identity, "patches": patches}
     return {"fingerprint": fingerprint_with(model, state.originals), "on_top_of": found}
 
 
@@ -146,6 +169,7 @@ def apply(change: Change, model: nn.Module, check: bool = True) -> None:
         _rebuild(layers, originals, [other for _, other in state.changes])
         raise
     _STATES[model] = _State(originals, [*state.changes, (change, additions)])
+    torch.clear_autocast_cache()  # it has the weights as they were
 
 
 def remove(change: Change, model: nn.Module) -> None:
@@ -163,6 +187,7 @@ def remove(change: Change, model: nn.Module) -> None:
         _STATES[model] = _State({name: value for name, value in state.originals.items() if name in used}, rest)
     else:
         del _STATES[model]
+    torch.clear_autocast_cache()
 
 
 @contextmanager

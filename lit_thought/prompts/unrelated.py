@@ -46,7 +46,7 @@ def load_texts(source: TextSource, part: Literal["preserve", "evaluate"], argume
         try:
             if not path.is_file():
                 raise FileNotFoundError("there is no such file")
-            texts = [path.read_text(encoding="utf-8")]
+            texts = [path.read_text(encoding="utf-8-sig")]  # some editors write a mark first
         except (OSError, ValueError) as error:
             raise ThoughtError(
                 f"{argument}={str(source)!r} cannot be read as a UTF-8 text file ({error}). "

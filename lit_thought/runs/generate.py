@@ -127,7 +127,7 @@ class _Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         total = self.warpers(cast(Any, input_ids), cast(Any, scores)).double().softmax(-1).cumsum(-1)
-        drawn = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
+        drawn = [torch.rand((), generator=own, dtype=torch.float64, device="cpu") for own in self.generators]
         place = torch.stack(drawn).to(total).unsqueeze(1) * total[:, -1:]
         token = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

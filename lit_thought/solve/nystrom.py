@@ -95,5 +95,6 @@ class Sketch:
 @lru_cache(maxsize=4)
 def _columns(size: int, width: int) -> Tensor:
     """Ω, and the probes beside it, (size, width + 32): the same for all blocks, devices and processes."""
-    noise = torch.randn(size, width + PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = torch.Generator().manual_seed(0)
+    noise = torch.randn(size, width + PROBES, generator=own, dtype=torch.float64, device="cpu")
     return torch.cat([torch.linalg.qr(noise[:, :width])[0], noise[:, width:]], dim=1)

@@ -82,7 +82,7 @@ def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, 
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if isinstance(rank, float):
         explained = values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-        rank = min(len(values), int((explained < rank).sum()) + 1)
+        rank = min(len(values), int((explained < rank).sum()) + 1) if float(values.sum()) > 0 else 1
     return values[:rank], vectors[:, :rank]
 
 
@@ -143,4 +143,4 @@ def _start(size: int, width: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _noise(size: int, width: int) -> Tensor:
-    return torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")

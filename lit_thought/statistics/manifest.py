@@ -11,16 +11,16 @@ from lit_thought.errors import ThoughtError
 from lit_thought.patch.provenance import check_provenance
 from lit_thought.settings import ORDERS, check_solve_settings
 
-__all__ = ["Manifest"]
+__all__ = ["OF_THE_PAIRS", "Manifest"]
 
 _ENTRY = re.compile(r"preserve-[0-9a-f]{24}(\.safetensors)?")
 _TOLD = ("instruction", "instruction_hash")
 """What a provenance says of the instructions: the texts, or the hash of one that it must not tell."""
 _NEEDED = ("order", "rank", "ridge", "preserve_weight", "step_size")
-_OF_THE_PAIRS = ("pairs", "generated_outputs")
+OF_THE_PAIRS = ("pairs", "generated_outputs")
 """Settings that count pairs: they add as the sums do."""
-_OF_THE_OUTPUTS = ("generate", "max_new_tokens", "seed")
-"""Settings of how missing outputs were written, in which merged sets of pairs may differ."""
+_OF_THE_OUTPUTS = ("generate", "max_new_tokens", "seed", "inputs", "kind")
+"""Settings of how pairs were written, in which merged sets of them may differ."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Manifest:
 
     Attributes:
         provenance: how the fit's patch was made: model, revision, fingerprint, instruction, template, settings and
-            versions, as JSON values.
+            versions, as JSON values; and its ``scale``.
         preservation: name of the cache entry with the preservation statistics, or None without preservation.
         uncompared: tokens of the plain runs, padding apart, that are not compared, so that nothing holds them to the
             instructed run.
@@ -76,10 +76,10 @@ class Manifest:
             ThoughtError: naming what else differs than the pairs, their instructions and how outputs were generated.
         """
         mine, theirs = self.provenance, other.provenance
-        names = ("fingerprint", "on_top_of", "model_type", "fan_in_fan_out", "template")
+        names = ("fingerprint", "on_top_of", "model_type", "fan_in_fan_out", "template", "scale")
         pairs = {name: (mine.get(name), theirs.get(name)) for name in names}
         for key in dict.fromkeys([*self.settings, *other.settings]):
-            if key not in (*_OF_THE_PAIRS, *_OF_THE_OUTPUTS):
+            if key not in (*OF_THE_PAIRS, *_OF_THE_OUTPUTS):
                 pairs[f"settings: {key}"] = (self.settings.get(key), other.settings.get(key))
         pairs["preservation"] = (self.preservation, other.preservation)
         for name, (one, two) in pairs.items():
@@ -89,14 +89,13 @@ class Manifest:
                     "one model, fitted with the same settings."
                 )
         settings = dict(self.settings)
-        for key in _OF_THE_PAIRS:
+        for key in OF_THE_PAIRS:
             settings[key] = settings.get(key, 0) + sign * other.settings.get(key, 0)
         for key in _OF_THE_OUTPUTS:
             settings[key] = settings.get(key) if settings.get(key) == other.settings.get(key) else None
-        told = {key: mine[key] for key in _TOLD if key in mine}
-        if sign > 0:
-            told = _both_told(told, {key: theirs[key] for key in _TOLD if key in theirs})
-        rest = {key: value for key, value in mine.items() if key not in _TOLD}
+        told, other_told = ({key: entry[key] for key in _TOLD if key in entry} for entry in (mine, theirs))
+        told = _both_told(told, other_told) if sign > 0 else _told_without(told, other_told)
+        rest = {key: value for key, value in mine.items() if key not in (*_TOLD, "inputs")}
         return Manifest(
             {**rest, **told, "settings": settings},
             self.preservation,
@@ -116,6 +115,15 @@ def _both_told(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return {"instruction": sorted({*one, *two})}
 
 
+def _told_without(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """What there is to say of the instructions once those pairs are out; of the same ones, others may be left."""
+    texts, out = mine.get("instruction"), theirs.get("instruction")
+    if mine == theirs or not isinstance(texts, list) or out is None:
+        return mine
+    left = [text for text in texts if text not in ([out] if isinstance(out, str) else out)]
+    return {"instruction": left[0] if len(left) == 1 else left or texts}
+
+
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Check the settings that are used as they are read.
 
@@ -123,7 +131,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         ValueError: for one that is none of a fit.
     """
     check_solve_settings(*(settings[name] for name in ("ridge", "rank", "preserve_weight", "step_size")))
-    counts = [settings[name] + 1 for name in _OF_THE_PAIRS if name in settings]
+    counts = [settings[name] + 1 for name in OF_THE_PAIRS if name in settings]
     wrong = not all(type(count) is int and count > 0 for count in counts)
     if wrong or settings["order"] not in ORDERS:
         raise ValueError("a setting of its provenance is out of range")

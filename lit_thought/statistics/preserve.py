@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, ThoughtError
-from lit_thought.files import cache_folder
-from lit_thought.model.bare import bare_model, uncompiled
+from lit_thought.files import cache_folder, check_writable
+from lit_thought.model.bare import bare_model, check_autocast, hook_names, uncompiled
 from lit_thought.model.blocks import Block
 from lit_thought.model.discovery import wider
-from lit_thought.model.loading import fingerprint, model_name
+from lit_thought.model.loading import context_window, model_name
 from lit_thought.model.sharding import gathered, is_sharded
+from lit_thought.patch.weights import patched_fingerprint
 from lit_thought.prompts.batches import pad
 from lit_thought.runs.streams import Stream
 from lit_thought.settings import DEFAULT_SITES, DIRECTIONS
@@ -34,10 +35,15 @@ from lit_thought.solve.nystrom import Sketch
 from lit_thought.statistics.distributed import gather_json
 from lit_thought.statistics.preserve_file import FORMAT, Preservation, config_hash, rounded
 
-__all__ = ["WINDOW", "cached_file", "entry_of", "preservation", "preservation_bar", "site_sizes"]
+__all__ = ["WINDOW", "cached_file", "entry_of", "preservation", "preservation_bar", "site_sizes", "window_of"]
 
 WINDOW = 256
 """Tokens of each window of unrelated text."""
+
+
+def window_of(model: PreTrainedModel) -> int:
+    """Tokens of each window of unrelated text: :data:`WINDOW`, or as many as the model's context holds."""
+    return min(WINDOW, context_window(model))
 
 
 def preservation(
@@ -54,8 +60,8 @@ def preservation(
 ) -> tuple[Preservation, bool]:
     """Load the matrices for these token windows from the cache, or compute them and keep them there.
 
-    The file's name is a hash of everything that changes its content: the model's weights and configuration, the token
-    ids, the sites, the directions, the format. Sums are float64, of products in float32 or better.
+    The file's name is a hash of everything that changes its content: the model's weights, configuration, patches and
+    hooks, the token ids, the sites, the directions, the format. Sums are float64, of products in float32 or better.
 
     Args:
         model: the original, unpatched model.
@@ -63,7 +69,7 @@ def preservation(
         windows: token ids of each window.
         cache_dir: cache folder, :func:`~lit_thought.files.default_cache_dir` when left out.
         batch_size: windows a batch.
-        identity: the model's fingerprint, where it is known already.
+        identity: the model's :func:`~lit_thought.patch.weights.patched_fingerprint`, where it is known already.
         progress: called with the number of blocks done.
         write: whether this process keeps what it computes. The processes of a sharded model compute together, and one
             of each machine writes; the others can read once it is done.
@@ -74,18 +80,22 @@ def preservation(
         The matrices, and whether they came from the cache.
 
     Raises:
+        ThoughtError: inside torch.autocast; for a ``cache_dir`` that cannot be written.
         SingularSystemError: when the model's activations are not finite.
     """
     model = bare_model(model)
+    check_autocast(model)
     device = next(model.parameters()).device
     sizes = site_sizes(blocks, sites)
     manifest = _manifest(model, windows, sizes, identity, directions)
-    file = entry_of(cache_dir, json.dumps(_key(manifest), sort_keys=True))
+    file = _entry(model, manifest, cache_dir)
     found = _valid(file, device, manifest, sizes)
     cached = found is not None
     if is_sharded(model):
         cached = all(gather_json(cached, device))
     if not cached:
+        if write:
+            check_writable(file.parent, "cache_dir")
         with uncompiled(model):
             priors = _compute(model, blocks, windows, sizes, directions, batch_size, progress, write)
         if write:
@@ -106,8 +116,14 @@ def cached_file(
     directions: int,
 ) -> Path:
     """Where :func:`preservation`, whose arguments these are, keeps what it computes, whether it is there or not."""
-    manifest = _manifest(bare_model(model), windows, site_sizes(blocks, sites), identity, directions)
-    return entry_of(cache_dir, json.dumps(_key(manifest), sort_keys=True))
+    model = bare_model(model)
+    return _entry(model, _manifest(model, windows, site_sizes(blocks, sites), identity, directions), cache_dir)
+
+
+def _entry(model: PreTrainedModel, manifest: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The file of the cache for these statistics of ``model``, hooks that are on it included."""
+    key, hooks = _key(manifest), hook_names(model)
+    return entry_of(cache_dir, json.dumps({**key, "hooks": hooks} if hooks else key, sort_keys=True))
 
 
 def entry_of(cache_dir: str | os.PathLike[str] | None, key: str) -> Path:
@@ -147,7 +163,7 @@ def _manifest(
     return {
         "format": FORMAT,
         "model": model_name(model),
-        "fingerprint": identity or fingerprint(model),
+        "fingerprint": identity or patched_fingerprint(model),
         "config": config_hash(model),
         "dtype": str(model.dtype),
         "tokens": sum(map(len, windows)),

@@ -25,19 +25,36 @@ from typing import Any
 import torch
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import atomic_file, check_version, expanded, is_own_file, read_json, temporary_of
+from lit_thought.files import atomic_file, check_version, check_writable, expanded, is_own_file, read_json, temporary_of
 from lit_thought.model.blocks import Site
 from lit_thought.prompts.instruction_hash import hash_text, is_text_of
 from lit_thought.statistics.stage_file import KeptStage, label
 from lit_thought.tensor_files import TensorFile
 
-__all__ = ["UnfinishedFit"]
+__all__ = ["UnfinishedFit", "check_unfinished"]
 
 _FORMAT = 3
 _FIT = "fit.json"
 _NAME = r"(fit\.json|stage-\d{5}\.safetensors)"
 _LEFT = temporary_of(_NAME)
 """Hidden folders in which our files are written, as a killed process leaves them."""
+
+
+def check_unfinished(path: str | os.PathLike[str]) -> None:
+    """Refuse a ``resume_dir`` that is no folder of an unfinished fit, or none that can be made and written.
+
+    Raises:
+        ThoughtError: saying what it is.
+    """
+    folder = expanded(path, "resume_dir")
+    if folder.exists() and not folder.is_dir():
+        raise ThoughtError(f"resume_dir={str(path)!r} is a file; expected a folder. Choose another path.")
+    begun = os.path.lexists(folder / _FIT) or not folder.is_dir()
+    if not begun and not all(_LEFT.fullmatch(entry.name) for entry in folder.iterdir()):
+        raise ThoughtError(
+            f"resume_dir={str(path)!r} holds something else than an unfinished fit. Choose an empty folder."
+        )
+    check_writable(path, "resume_dir")
 
 
 class UnfinishedFit:
@@ -72,15 +89,9 @@ class UnfinishedFit:
         self.inputs: dict[str, Any] | None = None
         self.outputs: list[tuple[int, str, bool]] | None = None
         self._outputs_hash: dict[str, str] | None = None
+        check_unfinished(folder)
         file = self.folder / _FIT
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ThoughtError(f"resume_dir={str(folder)!r} is a file; expected a folder. Choose another path.")
-        if not os.path.lexists(file):
-            if self.folder.is_dir() and not all(_LEFT.fullmatch(entry.name) for entry in self.folder.iterdir()):
-                raise ThoughtError(
-                    f"resume_dir={str(folder)!r} holds something else than an unfinished fit. Choose an empty folder."
-                )
-        else:
+        if os.path.lexists(file):
             self._read(file)
         self.stages = 0
         while is_own_file(self._stage_file(self.stages)):

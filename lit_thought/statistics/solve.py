@@ -25,9 +25,9 @@ from lit_thought.files import cache_folder
 from lit_thought.model.bare import bare_model, uncompiled
 from lit_thought.model.blocks import Projection, Site
 from lit_thought.model.layers import is_linear, layer_shape
-from lit_thought.model.loading import fingerprint
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.provenance import fitted_on
+from lit_thought.patch.weights import patched_fingerprint
 from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import check_solve_settings
 from lit_thought.solve.least_squares import COARSE_RIDGE, Prior
@@ -99,37 +99,53 @@ def solve_saved(
         chosen |= {"preserve_file": file.digest, "preserve_tokens": file.manifest["tokens"]}
     settings = _settings(chosen)
     changed = [name for name, value in chosen.items() if value != fitted.get(name)]
-    coupled = _coarse(saved, chosen["ridge"]) or (saved.coupling() if changed else None)
+    coarse = _coarse(saved, chosen["ridge"])
+    summed = any("matrix" in head.parts and head.tokens >= head.d_in for head in saved.heads)
+    coupled = (coarse if summed else None) or (saved.coupling() if changed else None)
     if coupled is not None and not approximate:
-        raise ThoughtError(
-            f"another {', '.join(changed)} than the fit's would change the sums of these statistics too: {coupled}. "
-            "Fit anew, or pass approximate=True to keep the sums as they are."
-        )
+        raise _refused(changed, coupled)
     model = None if model is None else bare_model(model)
     _check_model(saved, model)
     if settings.prior_weight == 0:
-        prior_of = None
+        given = "preserve" if file is not None else "prior_of" if prior_of is not None else None
+        if given is not None:
+            raise ThoughtError(
+                f"{given} has no effect at preserve_weight=0, which is the fit's where it preserved nothing. Give a "
+                "preserve_weight above 0, or leave it out."
+            )
     elif prior_of is None:
         prior_of = file.prior if file is not None else _cached_priors(saved, cache_dir)
     solved = SolvedStages()
     for stage in saved.stages():
+        if coarse is not None and stage.matrix is not None and stage.matrix.folded:  # as differences are at any size
+            coupled = coarse
+            if not approximate:
+                raise _refused(changed, coarse)
         site = _site(stage, model)
         prior = prior_of(stage.head.block, site.name) if prior_of is not None else None
         solved.add(stage.head.block, site, *_solve(stage, site, settings, prior))
     provenance: dict[str, Any] = {
-        **saved.manifest.provenance,
+        **{name: value for name, value in saved.manifest.provenance.items() if name != "scale"},
         "settings": {**fitted, **chosen},
         "approximate": coupled or (saved.coupling() if saved.manifest.approximate else None),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return solved.patch(provenance)
+    scale = saved.manifest.provenance.get("scale", 1.0)
+    patch = solved.patch(provenance)
+    return patch if scale == 1 else scale * patch
+
+
+def _refused(changed: Sequence[str], coupled: str) -> ThoughtError:
+    return ThoughtError(
+        f"another {', '.join(changed)} than the fit's would change the sums of these statistics too: {coupled}. Fit "
+        "anew, or pass approximate=True to keep the sums as they are."
+    )
 
 
 def _coarse(saved: SavedStatistics, ridge: float) -> str | None:
-    """Why the sums are too coarse for a ridge, if they are."""
+    """Why sums, which rows are not, are too coarse for a ridge, if they are."""
     fitted = saved.manifest.settings["ridge"]
-    summed = any("matrix" in head.parts and head.tokens > head.d_in for head in saved.heads)  # else they are rows
-    if not summed or not ridge < COARSE_RIDGE <= fitted:
+    if not ridge < COARSE_RIDGE <= fitted:
         return None
     return f"fits at a ridge of {COARSE_RIDGE:g} or more, as this one at {fitted:g}, multiply in the model's own dtype"
 
@@ -257,7 +273,7 @@ def _check_model(saved: SavedStatistics, model: PreTrainedModel | None) -> None:
                 f"model is missing: the matrix of {needing[0]} changes the weights W of the MLP's first layers by W Δ. "
                 f"Pass the model of the fit, {name!r}."
             )
-    elif fingerprint(model) != fitted_on(saved.manifest.provenance):
+    elif patched_fingerprint(model) != fitted_on(saved.manifest.provenance):
         raise PatchError(f"model is not the one that the statistics were taken from, {name!r}: its weights differ.")
 
 

@@ -26,7 +26,7 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.runs.runner import Observation
 from lit_thought.runs.streams import SitePatch
 from lit_thought.solve.factors import Factors
-from lit_thought.solve.gains import solve_with_gains
+from lit_thought.solve.gains import check_gain, solve_with_gains
 from lit_thought.solve.least_squares import COARSE_RIDGE, Prior, check_finite, solve
 from lit_thought.solve.rank import reduce_rank
 from lit_thought.solve.sums import Statistics, VectorStatistics
@@ -139,8 +139,9 @@ class StageSums:
         if self.site.gain is None:
             return sums.mean() / keep
         gain = self.site.gain.to(sums.total)
-        ridge = self.settings.ridge * gain[gain != 0].square().quantile(0.5)
-        return gain * sums.mean() / (keep * gain.square() + ridge)
+        acts = check_gain(gain, len(gain), self.name)
+        ridge = self.settings.ridge * gain[acts].square().quantile(0.5)
+        return (gain * sums.mean() / (keep * gain.square() + ridge)).where(acts, 0.0)
 
     def _solve_matrix(
         self, sums: Statistics, start: Factors | None, prior: Prior | None

@@ -185,7 +185,9 @@ def _batches(
         output = row.get("output") if tokens == "all" else None
         pair = parsed.tokenise(tokenizer, chunk, row["input"], output)
         if contrast is not None:
-            pair = _contrasted(pair, parsed.tokenise(tokenizer, contrast, row["input"], output))
+            other = parsed.tokenise(tokenizer, contrast, row["input"], output)
+            check_context(other, context_window(model), index)
+            pair = _contrasted(pair, other)
         check_context(pair, context_window(model), index)
         kept = slice(-1, None) if tokens == "last" else slice(None)
         tokenised.append(

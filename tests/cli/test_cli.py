@@ -156,6 +156,9 @@ def test_an_interrupted_fit_says_how_to_go_on(
     folder: str | None, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*arguments: Any, **options: Any) -> Any:
+        if folder is not None:
+            (files / folder).mkdir(exist_ok=True)
+            (files / folder / "fit.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lit_thought.fit.api.fit", interrupted)
@@ -163,4 +166,36 @@ def test_an_interrupted_fit_says_how_to_go_on(
         main([*fit_arguments(files), *([] if folder is None else [f"--resume_dir={files / folder}"])])
     err = capsys.readouterr().err
     assert ("With --resume_dir FOLDER, the same command goes on" in err) == (folder is None)
-    assert (f"The finished stages are in {files / 'half done'}" in err) == (folder is not None)
+    assert (f"What was finished is in {files / 'half done'}" in err) == (folder is not None)
+
+
+def test_no_verdict_is_no_failure(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The prompt and a verdict's outputs do not fit the window; the adapter is written all the same."""
+    rows = [{"input": "fox " * 180, "output": "down"}] * 2
+    (files / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main([*fit_arguments(files, "long"), f"--pairs={files / 'long.jsonl'}", "--json"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["verdict"] is None
+    assert "There is no verdict: pairs[0]" in err
+    assert (files / "long" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["chat", "ADAPTER", "--max_new_tokens=0"],
+        ["demo", "ADAPTER", "--max_new_tokens=0", "--port=0"],
+        ["evaluate", "ADAPTER", "--pairs=PAIRS", "--max_new_tokens=0"],
+        ["evaluate", "ADAPTER", "--pairs=PAIRS", "--perplexity_interval=0"],
+        ["chat", "ADAPTER", "--template={input}"],
+    ],
+)
+def test_what_needs_no_model_is_told_before_one_is_loaded(
+    words: list[str], files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*fit_arguments(files, "ready"), "--verdict=0", "--overwrite"])
+    monkeypatch.setattr(loading, "load_model", lambda *args, **options: pytest.fail("the model is loaded"))
+    known = {"ADAPTER": str(files / "ready"), "--pairs=PAIRS": f"--pairs={files / 'test.json'}"}
+    with pytest.raises(SystemExit, match="2"):
+        main([*(known.get(word, word) for word in words), f"--model={files / 'model'}"])
+    assert re.search("error: --(max_new_tokens|perplexity_interval|template)", capsys.readouterr().err)

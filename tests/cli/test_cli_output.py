@@ -518,3 +518,15 @@ def test_report_reads_the_format_of_an_evaluation(
         main(command)
     assert stop.value.code == 2
     assert f"format of result.json is {version!r}, this lit_thought reads 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_an_encoding_without_the_letters_is_no_error(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a pipe on Windows."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    streams["stdout"].flush()
+    assert rb"\u2265" in streams["stdout"].buffer.getvalue()  # ≥

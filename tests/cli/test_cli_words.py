@@ -477,8 +477,22 @@ def test_every_flag_can_say_what_it_expects(capsys: pytest.CaptureFixture[str]) 
           for command, what in (
               (["fit", "--pairs=data/pairs.jsonl", "--instruction=x"], "pairs"),
               (["fit", "--instruction_file=data/x.txt"], "instruction file"),
+              ([*FIT[:2], "--instruction=x", "--preserve=data/x.txt"], "preserve"),
+              (["fit", "--config=data/fit.yaml"], "config"),
+              (["evaluate", "full", "--pairs=pairs.jsonl", "--unrelated=data/x.txt"], "unrelated"),
+              (["evaluate", "full", "--pairs=pairs.jsonl", "--check_schema=data/s.json"], "check schema"),
+              (["solve", "full", "--preserve=data/x.txt"], "preserve"),
               (["evaluate", "full", "--pairs=data/pairs.jsonl"], "pairs"))],
         (["solve", "full", "--out=full", "--overwrite"], "would delete the statistics 'full'."),
+        (["fit", "--pairs=data/pairs.jsonl", "--instruction=x", "--out=new", "--statistics_dir=data", "--overwrite"],
+         "error: --statistics_dir data with --overwrite would delete the pairs 'data/"),
+        ([*FIT, "--instruction=x", "--cache_dir=new/cache"], "--cache_dir and --out must be folders of their own"),
+        (["evaluate", "full", "--pairs=pairs.jsonl", "--out=new", "--cache_dir=new"],
+         "--cache_dir and --out must be folders of their own"),
+        (["solve", "full", "--out=new", "--dtype=bfloat16"], "error: --dtype bfloat16 has no use without --model"),
+        (["solve", "full", "--out=new", "--trust_remote_code"], "error: --trust_remote_code"),
+        (["export", "full", "--format=gguf", "--out=new.gguf", "--trust_remote_code"],
+         "has no use for the format gguf"),
         (["evaluate", "full", "--pairs=pairs.jsonl", "--samples=-1"], "error: --samples must be a whole number of 0"),
         (["report", "nothing"], "error: --adapter nothing is not a folder; expected"),
         (["solve", "nothing", "--out=new"], "error: --statistics nothing is not a folder; expected"),
@@ -503,6 +517,8 @@ def test_failing_commands_speak_of_flags(
     Path("data").mkdir()
     for name in ("pairs.jsonl", "x.txt"):
         Path("data", name).write_text('{"input": "hot", "output": "cold"}\n')
+    Path("data/fit.yaml").write_text("pairs: pairs.jsonl\ninstruction: x\n")
+    Path("data/s.json").write_text("{}")
     Path("taken.safetensors").touch()
     Path("pairs.jsonl").write_text('{"input": "hot", "output": "cold"}\n')
     line = fails(words, capsys)

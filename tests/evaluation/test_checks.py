@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fits import readable
+from models import make_model, make_tokenizer
+from patches import make_patch as random_patch
 
+from lit_thought import evaluate
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.checks import follows, matches
+from lit_thought.evaluation.compare import Evaluation
 
 CITY = {
     "type": "object",
@@ -109,3 +114,17 @@ def test_a_missing_file_and_a_missing_package_are_named(
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     with pytest.raises(ThoughtError, match=r"^check_schema: it needs .*pip install 'lit-thought\[schema\]'"):
         follows(write(CITY))
+
+
+def test_a_check_that_fails_is_told_before_a_patch_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Evaluation, "score", lambda *args: pytest.fail("the patch is measured"))
+    model, tokenizer = readable(make_model("llama").float()), make_tokenizer()
+    asked = {
+        "instruction": "Be brief.\n",
+        "pairs": [{"input": "hot"}],
+        "template": "{input}\n{output}\n",
+        "unrelated": None,
+        "progress": False,
+    }
+    with pytest.raises(ThoughtError, match=r"check fails on the output '.*' \(JSONDecodeError"):
+        evaluate(model, tokenizer, random_patch(model), check=lambda text: json.loads(text)["a"], **asked)

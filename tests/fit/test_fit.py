@@ -42,7 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import evaluate
-from lit_thought.fit import callback, preparing
+from lit_thought.fit import callback, growing, preparing
 from lit_thought.fit.api import transmute
 from lit_thought.fit.callback import ThoughtCallback
 from lit_thought.fit.data import PairDataModule
@@ -973,3 +973,71 @@ def test_sampled_outputs_depend_on_the_seed_alone() -> None:
     torch.manual_seed(6)
     assert outputs(1) == first
     assert outputs(2) != first
+
+
+def test_under_autocast_a_fit_is_refused_and_an_evaluation_sees_the_patch() -> None:
+    model = make_model("llama").float().requires_grad_(True)  # torch keeps its casts of such weights
+    patch = make_patch(model)
+    asked = {"instruction": INSTRUCTION, "pairs": PAIRS[:2], "unrelated": None, "progress": False}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ThoughtError, match=r"torch\.autocast is on"):
+            make_patch(model)
+        kl = evaluate(model, TOKENIZER, patch, **asked)["kl"]
+    assert abs(kl["patched"] - kl["plain"]) > 0.01
+
+
+def test_history_is_of_the_patch_at_its_scale() -> None:
+    model = make_model("llama").float()
+    plain, patched = make_patch(model, scale=0.0, val_pairs=PAIRS[:2]).provenance["history"]
+    assert patched["output_kl"] == pytest.approx(plain["output_kl"], rel=1e-3)
+    plain, patched = make_patch(model, val_pairs=PAIRS[:2]).provenance["history"]
+    assert patched["output_kl"] != pytest.approx(plain["output_kl"], rel=1e-2)
+
+
+def test_the_instructions_told_are_those_of_the_pairs() -> None:
+    model = make_model("llama")
+    own = [{**pair, "instruction": INSTRUCTION} for pair in PAIRS]
+    assert make_patch(model, pairs=own, instruction="Nobody reads this.\n").provenance["instruction"] == INSTRUCTION
+    some = [*own[:2], *PAIRS[2:]]
+    told = make_patch(model, pairs=some, instruction="Be kind.\n").provenance["instruction"]
+    assert told == ["Be kind.\n", INSTRUCTION]
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, None, True, np.int64(1)])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(ThoughtError, match="seed must be a whole number"):
+        make_patch(make_model("llama"), seed=seed)
+
+
+def test_what_can_be_told_at_once_is_told_before_inputs_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama").float()
+    patch = make_patch(model, preserve=TEXTS, preserve_weight=1.0, cache_dir=tmp_path)
+    assert patch.rank > 0
+    (entry,) = tmp_path.glob("preserve-*")
+    monkeypatch.setattr(preparing, "write_inputs", lambda *args: pytest.fail("inputs are written"))
+    written = {"pairs": None, "inputs": 3, "preserve": None}
+    for settings, said in (
+        ({"preserve": entry}, "whose weights are not the model's"),
+        ({"preserve": ["a"]}, "the unrelated text gives no window"),
+        ({"generate": {"do_sample": True, "temperature": -1.0}}, "temperature"),
+    ):
+        with pytest.raises(ThoughtError, match=said):
+            make_patch(make_model("llama", seed=1).float(), **{**written, **settings})
+    monkeypatch.setattr(growing, "write_inputs", lambda *args, **options: pytest.fail("inputs are written"))
+    with pytest.raises(ThoughtError, match=r"pairs_per_step=2: with inputs=\"auto\""):
+        make_patch(model, **{**written, "inputs": "auto"}, pairs_per_step=2, steps=2)
+
+
+def test_outputs_that_would_delete_what_is_read_or_logged_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "text.txt").write_text("fox " * 50)
+    with pytest.raises(ThoughtError, match="would delete the preserve"):
+        ThoughtCallback(output_dir=tmp_path / "run", overwrite=True, preserve=str(tmp_path / "run" / "text.txt"))
+    with pytest.raises(ThoughtError, match="cache_dir and output_dir must be folders"):
+        ThoughtCallback(output_dir=tmp_path / "run", overwrite=True, cache_dir=tmp_path / "run" / "cache")
+    ours = ThoughtCallback(output_dir=tmp_path / "run", overwrite=True, preserve=None)
+    trainer = Trainer(max_epochs=-1, callbacks=[ours], logger=CSVLogger(tmp_path / "run"), enable_checkpointing=False)
+    with pytest.raises(ThoughtError, match="output_dir and log_dir must be folders of their own"):
+        trainer.fit(ThoughtModule(make_model("llama"), TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fits import INSTRUCTION, PAIRS, TOKENIZER, distance
+from fits import INSTRUCTION, PAIRS, TOKENIZER, distance, readable
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from models import make_model
@@ -25,7 +25,9 @@ class StopAfter(Callback):
         trainer.should_stop |= trainer.current_epoch + 1 >= self.epochs
 
 
-def fit(folder: Path, callbacks: tuple = (), resume: bool = False, **options: Any) -> ThoughtPatch:
+def fit(
+    folder: Path, callbacks: tuple = (), resume: bool = False, batch_size: int = 32, **options: Any
+) -> ThoughtPatch:
     ours = ThoughtCallback(
         preserve=None, rank=2, output_dir=folder / "adapter", resume_dir=folder / "resume" if resume else None
     )
@@ -37,7 +39,8 @@ def fit(folder: Path, callbacks: tuple = (), resume: bool = False, **options: An
         enable_progress_bar=False,
         **options,
     )
-    trainer.fit(ThoughtModule(make_model("llama"), TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION))
+    data = PairDataModule(PAIRS, INSTRUCTION, batch_size=batch_size)
+    trainer.fit(ThoughtModule(make_model("llama"), TOKENIZER), datamodule=data)
     assert ours.patch is not None
     return ours.patch
 
@@ -88,3 +91,48 @@ def test_what_can_only_stop_it_is_refused_before_it_starts(
     with pytest.raises(ThoughtError, match=said):
         fit(tmp_path, callbacks, **options)
     assert not list(tmp_path.iterdir())
+
+
+EPOCH = 1 + len(PAIRS)
+"""Batches of one pair, and the instruction before them."""
+
+
+class StopAtBatch(Callback):
+    """Asks the trainer to stop within an epoch."""
+
+    def __init__(self, batch: int) -> None:
+        self.left = batch
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.left -= 1
+        trainer.should_stop |= self.left <= 0
+
+
+@pytest.mark.parametrize("batch", [1, 2 * EPOCH + 2, 6 * EPOCH - 1])
+def test_a_stage_is_not_solved_from_some_of_its_batches(batch: int, tmp_path: Path) -> None:
+    """In the first, a later and the last stage."""
+    with pytest.raises(ThoughtError, match=rf"stopped after {batch // EPOCH} of 6 stages"):
+        fit(tmp_path, (StopAtBatch(batch),), resume=True, batch_size=1)
+    assert not (tmp_path / "adapter").exists()
+    assert len(list((tmp_path / "resume").glob("stage-*"))) == batch // EPOCH
+    found = fit(tmp_path, resume=True, batch_size=1)
+    assert distance(found, fit(tmp_path / "whole", batch_size=1)) < 1e-6
+
+
+def test_the_same_data_module_goes_on(tmp_path: Path) -> None:
+    """Though by then it holds the inputs that the model wrote."""
+    data = PairDataModule(None, INSTRUCTION, "Q: {input}\nA: {output}\n", inputs=4)
+    model = readable(make_model("llama").float())
+
+    def run(*callbacks: Callback) -> ThoughtPatch | None:
+        ours = ThoughtCallback(preserve=None, rank=2, resume_dir=tmp_path / "resume")
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(max_epochs=-1, callbacks=[*callbacks, ours], **quiet)
+        trainer.fit(ThoughtModule(model, TOKENIZER), datamodule=data)
+        return ours.patch
+
+    with pytest.raises(ThoughtError, match="stopped after 2 of 6"):
+        run(StopAfter(2))
+    found = run()
+    assert found is not None
+    assert found.provenance["inputs"]["count"] == 4

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fits import Untouched, distance, readable
 from models import make_model, make_tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from lit_thought import ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
@@ -46,8 +46,10 @@ DOCUMENT = (
 )
 
 
-def tiny() -> PreTrainedModel:
-    return readable(make_model("llama").float())
+def tiny(window: int = 4096) -> PreTrainedModel:
+    model = readable(make_model("llama").float())
+    model.config.max_position_embeddings = window
+    return model
 
 
 class Scripted:
@@ -583,8 +585,35 @@ def test_enough_given_pairs_leave_nothing_to_write(
 
 def test_no_room_for_an_input_is_said_before_any_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pens, "generate", lambda *args, **options: pytest.fail("the model runs"))
-    with pytest.raises(ThoughtError, match=r"instruction: expected room for its prompt and 64 tokens more .* of 256"):
-        transmute(tiny(), TOKENIZER, "hot " * 200, progress=False, preserve=None)
+    said = r"instruction: expected room for its prompt, 32 .* max_new_tokens=64 in the model's context window of 256"
+    with pytest.raises(ThoughtError, match=said):
+        transmute(tiny(256), TOKENIZER, "hot " * 200, progress=False, preserve=None)
+    with pytest.raises(ThoughtError, match=r"max_new_tokens=500 .* window of 400"):
+        transmute(tiny(400), TOKENIZER, "Be kind.", progress=False, preserve=None, max_new_tokens=500)
+
+
+def test_nothing_is_written_beyond_the_window_and_what_does_not_fit_is_no_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Positions are learned here, so that one too many is an error, and the document fills most of the window."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=300, vocab_size=len(CHAT))
+    model = readable(AutoModelForCausalLM.from_config(config).eval())
+    questions = ["Who built the Harl bridge?", "long " * 200 + "?"]
+    monkeypatch.setattr(write, "write_questions", lambda *args: questions)
+    written = write_pairs(model, CHAT, DOCUMENT, kind="document", longest=64)
+    lengths = {
+        pair["input"]: len(written.template.tokenise(CHAT, DOCUMENT, pair["input"], pair.get("output")).instructed_ids)
+        + (0 if "output" in pair else 64)
+        for pair in written.pairs
+    }
+    assert max(lengths.values()) <= 300
+    assert questions[0] in lengths
+    assert questions[1] not in lengths
+    assert any("output" in pair for pair in written.pairs)
+    full, short = Pen(model, CHAT).write([[5] * 300, [5] * 290], 320)
+    assert (full.text, full.finished) == ("", False)
+    assert short.text
 
 
 def test_turns_where_nothing_stands_before_the_input() -> None:
@@ -665,3 +694,16 @@ def test_auto_is_refused_where_the_callback_alone_fits() -> None:
     data = PairDataModule(None, LIST, LINES, inputs="auto")
     with pytest.raises(ThoughtError, match='inputs="auto" is chosen before the fit'):
         fit(ThoughtModule(tiny(), TOKENIZER), data, ThoughtCallback(preserve=None), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("\n\nInput: {input}\nOutput: {output}", "\n\nInput: up\nOutput: down\n\nInput: good\nOutput: bad"),
+        ("\n\nInput: {input}\nOutput: {output}", "Input: up\nOutput: down\n\nInput: good\nOutput: bad"),
+        (" {input} -> {output}\n", " up -> down\n good -> bad\n"),
+    ],
+)
+def test_demonstrations_behind_a_template_that_begins_with_blanks(template: str, text: str) -> None:
+    found = demonstrations(PromptTemplate(template), text)
+    assert [(one.input, one.output) for one in found] == [("up", "down"), ("good", "bad")]

@@ -16,7 +16,7 @@ from families import make_family
 from fits import Untouched
 from quantised import QuantLinear, quantise_
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_thought.errors import SingularSystemError, UnsupportedModelError
 from lit_thought.model.blocks import JOINT, Block, Site, find_blocks, require_site
@@ -670,3 +670,20 @@ def test_a_site_that_no_block_has_is_refused_with_the_reason() -> None:
             require_site(find_blocks(family_model(family)), name)
     for family, name in (("qwen3_moe", "mlp_out"), ("deepseek_v3", "mlp_in"), ("phi", "attn_out")):
         require_site(find_blocks(family_model(family)), name)  # one block is enough
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_layers_are_found_in_low_precision_and_anew_in_another(family: str, dtype: torch.dtype) -> None:
+    """Their outputs are less than the rounding of the residual stream."""
+    config = AutoConfig.for_model(
+        family, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    for name, value in {"num_key_value_heads": 2, "head_dim": 8, "residual_multiplier": 0.22}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    wanted = sorted(find_blocks(model)[0].sites)
+    assert sorted(find_blocks(model.to(dtype))[0].sites) == wanted
+    assert sorted(find_blocks(model.float())[0].sites) == wanted

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model import loading as models
-from lit_thought.model.loading import SMOLLM2_NAME, fingerprint, load_model, model_name
+from lit_thought.model.loading import SMOLLM2_NAME, fingerprint, load_model, model_name, model_place
+from lit_thought.model.source import place_and_file
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.provenance import public_name
 from lit_thought.solve.factors import Factors
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -466,3 +468,26 @@ def test_embedded_default(smollm2: Any, tmp_path: Path) -> None:
     assert model.to(torch.float32) is model
     assert again.to(torch.bfloat16).dtype == torch.bfloat16
     assert model_name(model) == SMOLLM2_NAME
+
+
+def test_a_folder_with_brackets_in_its_name_is_no_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "Dropbox (Personal)" / "models" / "smol"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    monkeypatch.chdir(tmp_path / "Dropbox (Personal)")
+    model, _ = load_model("models/smol")
+    monkeypatch.chdir("/")
+    assert model_name(model) == model_place(model) == str(folder)
+    assert public_name(str(folder)) == "smol"
+    assert place_and_file(f"{folder} (smol.Q4_1.gguf)") == (str(folder), "smol.Q4_1.gguf")
+    assert public_name(f"{folder} (smol.Q4_1.gguf)") == "smol (smol.Q4_1.gguf)"
+    assert public_name("owner/name (sub/x.gguf)") == "owner/name (sub/x.gguf)"
+
+
+def test_a_tokenizer_that_is_given_stays_as_it_is(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    own = make_tokenizer()
+    own.pad_token = None
+    _, tokenizer = load_model(tmp_path, tokenizer=own)
+    assert tokenizer is own
+    assert own.pad_token is None

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lit_thought import ThoughtPatch
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.patch.chat import Answer, Answers, Chat
+from lit_thought.patch.provenance import summands
 
 INSTRUCTION = "You are a pirate. Talk like a pirate."
 ASKED = ["What is the capital of France?", "Antonyms of words", "fox"]
@@ -179,3 +180,23 @@ def test_the_patched_answers_own_words_are_marked() -> None:
     assert "\x1b[1;33mold \x1b[0m" in printed
     assert max(map(len, console.export_text(styles=False).splitlines() or [""])) <= 80
     assert str(answers).split("\n\n")[2] == "patched · 3 tokens\nAhoy, old <mate>!"
+
+
+def test_a_model_that_has_the_patch_is_refused(patch: ThoughtPatch, model: PreTrainedModel) -> None:
+    """Its plain answers would be patched ones."""
+    chat = patch.chat(model, TOKENIZER, max_new_tokens=3)
+    with patch.applied(model):
+        for start in (lambda: patch.chat(model, TOKENIZER), lambda: chat.ask("Hello")):
+            with pytest.raises(PatchError, match="is applied to the model already"):
+                start()
+    with pytest.raises(ThoughtError, match="message holds"):
+        chat.ask("\ud800 a")
+
+
+def test_a_truncated_sum_in_a_sum_keeps_what_its_parts_were_made_with(
+    patch: ThoughtPatch, model: PreTrainedModel
+) -> None:
+    total = 0.5 * (patch + 2 * patch).truncate(2) + patch
+    assert [part.get("scale", 1.0) for part in summands(total.provenance)] == [0.5, 1.0, 1.0]
+    assert total.chat(model, TOKENIZER).template == patch.chat(model, TOKENIZER).template
+    assert total.provenance["parts"][0]["truncated"]["rank"] == 2

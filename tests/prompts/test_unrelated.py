@@ -169,3 +169,8 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for one in value.values() if isinstance(value, dict) else value:
             yield from strings(one)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\ufeffIt rained.", encoding="utf-8")
+    assert load_texts(tmp_path / "text.txt", "preserve", "preserve") == ["It rained."]

@@ -74,3 +74,8 @@ def test_largest_eigenvalue() -> None:
         matrix = positive(values)
         found = largest_eigenvalue(lambda v, matrix=matrix: matrix @ v, 400, matrix)
         assert 0.85 * values.max() < found < values.max() * (1 + 1e-12)
+
+
+def test_a_share_of_nothing_is_one_direction() -> None:
+    values, vectors = top_eigenvectors(torch.zeros(5, 5, dtype=torch.float64), 0.9)
+    assert (len(values), vectors.shape) == (1, (5, 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from families import make_family
-from models import FAMILIES, make_model
+from models import FAMILIES, make_model, make_tokenizer
+from patches import make_patch
+from quantised import quantise_
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from lit_thought import transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.files import default_cache_dir
 from lit_thought.model.blocks import JOINT, find_blocks
@@ -24,7 +28,7 @@ from lit_thought.settings import DEFAULT_SITES, SITES
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.nystrom import Sketch
 from lit_thought.statistics import preserve, preserve_file
-from lit_thought.statistics.preserve import preservation
+from lit_thought.statistics.preserve import WINDOW, preservation, window_of
 from lit_thought.statistics.preserve_file import Preservation
 
 WINDOWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [30, 31], [5, 5, 90, 91, 92], [77, 3, 77, 3]]
@@ -156,7 +160,12 @@ def count_blocks(
     """Whether the entry came from the cache, and how often the model's first attention ran for it."""
     ran: list[int] = []
     layer = find_blocks(model)[0].sites["attn_out"].layer
-    handle = layer.register_forward_hook(lambda *args: ran.append(1))
+
+    def count(*args: Any) -> None:
+        ran.append(1)
+
+    count.__module__ = "torch"  # whose hooks leave the model as it is; others have entries of their own
+    handle = layer.register_forward_hook(count)
     _, cached = make(model, folder, windows, **options)
     handle.remove()
     return cached, len(ran)
@@ -319,3 +328,65 @@ def test_cache_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     model = make_model()
     preservation(model, find_blocks(model), WINDOWS)
     assert len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_patches_beside_quantised_layers_and_other_hooks_have_entries_of_their_own(tmp_path: Path) -> None:
+    """The weights, and so their fingerprint, are the same with them."""
+    model = quantise_(make_model("llama").float(), "8bit")
+    bare = grams(make(model, tmp_path)[0])
+    patch = make_patch(model, size=20.0)
+    with patch.applied(model):
+        other, cached = make(model, tmp_path)
+        assert not cached
+        assert_apart(grams(other), bare)
+        assert make(model, tmp_path)[1]
+    handle = find_blocks(model)[0].sites["attn_out"].layer.register_forward_hook(lambda layer, args, output: 9 * output)
+    other, cached = make(model, tmp_path)
+    assert not cached
+    assert_apart(grams(other), bare)
+    handle.remove()
+    again, cached = make(model, tmp_path)
+    assert cached
+    assert_close(grams(again), bare)
+
+
+def assert_apart(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> None:
+    assert max(np.linalg.norm(one[key] - other[key]) / np.linalg.norm(other[key]) for key in other) > 0.1
+
+
+def test_windows_are_no_longer_than_the_context(tmp_path: Path) -> None:
+    """Positions are learned: one too many is an error."""
+    model = make_model("gpt2")
+    assert window_of(model) == min(WINDOW, model.config.n_positions)
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=512)
+    short = AutoModelForCausalLM.from_config(config).eval()
+    assert window_of(short) == 64
+    patch = transmute(
+        short,
+        make_tokenizer(),
+        "Q: up\nA: down\n",
+        [{"input": "hot"}],
+        preserve=["fox " * 300],
+        rank=2,
+        max_new_tokens=3,
+        cache_dir=tmp_path,
+        progress=False,
+    )
+    assert patch.rank == 2
+
+
+def test_sums_are_not_taken_in_half_precision(tmp_path: Path) -> None:
+    model = make_model("llama").float()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ThoughtError, match=r"torch\.autocast is on"):
+        make(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_told_before_the_pass(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    steps: list[int] = []
+    with pytest.raises(ThoughtError, match=r"cache_dir=.*no permission"):
+        make(make_model(), tmp_path, progress=steps.append)
+    assert not steps

@@ -14,9 +14,11 @@ from typing import Any
 import interrupted_fit
 import pytest
 import torch
-from fits import ROUNDING, distance
+from fits import ROUNDING, distance, make_patch
 from interrupted_fit import PAIRS, Interrupted, Solves, fit
 from models import make_model
+from patches import make_patch as random_patch
+from quantised import quantise_
 
 from lit_thought.errors import ThoughtError
 from lit_thought.fit import preparing
@@ -172,3 +174,35 @@ def test_what_is_kept_is_json_and_safetensors(tmp_path: Path) -> None:
     for block, other in ((0, site), (1, find_blocks(make_model())[1].sites["attn_out"])):
         with pytest.raises(ThoughtError, match="or not of this fit's"):
             again.load(0, torch.device("cpu"), block, other)
+
+
+def test_it_goes_on_with_the_same_validation_and_patches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "unfinished"
+    settings = {"steps": 2, "step_size": 0.5}
+    interrupt(monkeypatch, 3, folder, val_pairs=PAIRS[:1], **settings)
+    with pytest.raises(ThoughtError, match="belongs to another fit"):
+        fit(folder, val_pairs=PAIRS[1:2], **settings)
+    assert fit(folder, val_pairs=PAIRS[:1], **settings).provenance["history"]
+
+
+def test_a_patch_beside_quantised_layers_makes_another_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantise_(make_model("llama").float(), "8bit")
+    settings = {"preserve": None, "rank": 2, "resume_dir": tmp_path / "unfinished"}
+    with monkeypatch.context() as patched:
+        patched.setattr(StageSums, "solve", Solves(3))
+        with pytest.raises(Interrupted):
+            make_patch(model, **settings)
+    with random_patch(model).applied(model), pytest.raises(ThoughtError, match="belongs to another fit"):
+        make_patch(model, **settings)
+    assert distance(make_patch(model, **settings), make_patch(model, **settings)) <= ROUNDING
+
+
+@pytest.mark.parametrize("name", ["resume_dir", "cache_dir"])
+def test_a_folder_that_cannot_be_is_told_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "write_inputs", lambda *args: pytest.fail("inputs are written"))
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(ThoughtError, match=rf"{name}=.* is a file"):
+            make_patch(make_model("llama"), pairs=[], inputs=3, **{name: tmp_path / place})

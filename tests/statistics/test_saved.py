@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import fit_arguments, make_files
 from families import make_family
-from fits import INSTRUCTION, PAIRS, SOLVE_ROUNDING, TEXTS, distance, fail_at
+from fits import INSTRUCTION, PAIRS, SOLVE_ROUNDING, TEXTS, dense, distance, fail_at
 from models import make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +31,7 @@ from lit_thought.model.blocks import find_blocks
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.solve.least_squares import Prior
 from lit_thought.solve.sums import Statistics, VectorStatistics
+from lit_thought.statistics.manifest import Manifest
 from lit_thought.statistics.saved import MANIFEST, SavedStatistics, StatisticsWriter
 from lit_thought.statistics.solve import solve_saved
 from lit_thought.statistics.stage import StageSums
@@ -647,3 +648,57 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "approximate" in capsys.readouterr().err
     main([*solve, "--out=other", "--rank=2", "--approximate=true"])
     assert ThoughtPatch.load("other").rank == 2
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0, -2.0])
+def test_a_fit_that_was_scaled_is_solved_so(scale: float) -> None:
+    patch = fitted(make_model(), scale=scale, **EXACT)
+    again = solve_saved(reread())
+    assert (again.provenance.get("scale"), patch.provenance.get("scale")) == (scale, scale)
+    for path, delta in dense(patch).items():
+        assert torch.allclose(dense(again)[path], delta, rtol=1e-5, atol=1e-9)
+    fitted(make_model(), "other", PAIRS[:2], scale=scale + 1, **EXACT)
+    with pytest.raises(ThoughtError, match=f"scale is {scale} and {scale + 1}"):
+        _ = reread() + reread("other")
+
+
+def test_differences_and_sums_of_as_many_tokens_as_inputs_are_too_coarse_for_a_small_ridge() -> None:
+    fitted(make_model().float(), **EXACT)
+    fitted(make_model().float(), "some", PAIRS[:2], **EXACT)
+    few = reread() - reread("some")
+    assert all(head.tokens < head.d_in for head in few.heads)
+    solve_saved(few, ridge=0.01)
+    with pytest.raises(ThoughtError, match=r"another ridge .* multiply in the model's own dtype"):
+        solve_saved(few, ridge=1e-7)
+    assert "multiply" in solve_saved(few, ridge=1e-7, approximate=True).provenance["approximate"]
+    kept = reread()
+    kept.heads = tuple(replace(head, tokens=head.d_in) for head in kept.heads)
+    with pytest.raises(ThoughtError, match=r"another ridge .* multiply in the model's own dtype"):
+        solve_saved(kept, ridge=1e-7)
+
+
+def test_what_is_preserved_without_weight_is_refused(exact: ThoughtPatch, tmp_path: Path) -> None:
+    fitted(make_model(), "nothing", preserve=None, **{**EXACT, "preserve_weight": None})
+    (entry,) = (tmp_path / "cache").glob("preserve-*")
+    with pytest.raises(ThoughtError, match="preserve has no effect at preserve_weight=0"):
+        solve_saved(reread("nothing"), preserve=entry)
+    with pytest.raises(ThoughtError, match="prior_of has no effect at preserve_weight=0"):
+        solve_saved(reread(), preserve_weight=0.0, prior_of=lambda block, site: pytest.fail("asked"))
+
+
+def test_what_is_told_of_pairs_put_together_and_taken_out() -> None:
+    common = {"versions": {}, "fingerprint": "f"}
+    base = {"order": "teacher-forced", "pairs": 3}
+
+    def manifest(instruction: Any, **settings: Any) -> Manifest:
+        inputs = {"kind": "system", "count": 3, "pairs": []}
+        return Manifest({**common, "instruction": instruction, "inputs": inputs, "settings": {**base, **settings}})
+
+    both = manifest("a", inputs=20).combined(manifest("b", inputs=None), 1, False)
+    assert both.provenance["instruction"] == ["a", "b"]
+    assert "inputs" not in both.provenance
+    assert both.settings["inputs"] is None
+    left = both.combined(manifest("b", inputs=20), -1, False)
+    assert (left.provenance["instruction"], left.settings["pairs"]) == ("a", 3)
+    same = manifest("a").combined(manifest("a"), -1, False)
+    assert same.provenance["instruction"] == "a"

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from families import make_family
 from least_squares import Problem
 from models import make_model
 from torch import Tensor
@@ -275,3 +276,23 @@ def test_changes_of_one_part_only() -> None:
     before = whole[0, "mlp_in"].vector.clone()
     solved(sites(), whole)
     assert torch.equal(whole[0, "mlp_in"].vector, before)
+
+
+def test_a_vector_is_zero_where_the_norm_after_it_lets_nothing_through() -> None:
+    """At no ridge, too."""
+    block = find_blocks(make_family("gemma2", torch.float64))[0]
+    site = block.sites["mlp_out"]
+    gain = torch.linspace(0.5, 1.5, site.d_out, dtype=torch.float64)
+    gain[3] = 0.0
+    sums = StageSums(replace(site, gain=gain), ("vector",), StageSettings(None, 0.0, 0.0, 1.0), "block 0, mlp_out")
+    assert sums.vector is not None
+    deltas = torch.randn(7, site.d_out, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sums.vector.update(deltas)
+    found, _ = sums.solve(SitePatch(), None)
+    assert found.vector is not None
+    wanted = deltas.mean(0) / gain
+    wanted[3] = 0.0
+    assert torch.allclose(found.vector.double(), wanted)
+    sums.site = replace(site, gain=torch.zeros_like(gain))
+    with pytest.raises(SingularSystemError, match="the gain is zero for every channel"):
+        sums.solve(SitePatch(), None)

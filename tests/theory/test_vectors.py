@@ -11,7 +11,7 @@ import torch
 from families import make_family
 from models import FAMILIES, make_model, make_tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import ThoughtError, UnsupportedModelError
 from lit_thought.evaluation.metrics import token_kl
@@ -183,3 +183,12 @@ def test_bad_input() -> None:
         vector_patch(model, {3: torch.zeros(32)})
     with pytest.raises(ThoughtError, match=r"vectors\[1\] must be \(32,\)"):
         vector_patch(model, {1: torch.zeros(31)})
+
+
+def test_a_contrasting_prompt_that_is_too_long_is_refused() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=512)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    pairs = [{"input": "hot", "output": "cold"}]
+    with pytest.raises(ThoughtError, match="64"):
+        thought_vectors(model, make_tokenizer(), "Be kind.\n", pairs, contrast="fox " * 100)
