@@ -93,8 +93,8 @@ def test_what_can_only_stop_it_is_refused_before_it_starts(
     assert not list(tmp_path.iterdir())
 
 
-EPOCH = 1 + len(PAIRS)
-"""Batches of one pair, and the instruction before them."""
+EPOCH = 2 + len(PAIRS)
+"""Batches of one pair, and what prompts share before them."""
 
 
 class StopAtBatch(Callback):

@@ -683,7 +683,7 @@ def test_small_layers_are_found_in_low_precision_and_anew_in_another(family: str
         if hasattr(config, name):
             setattr(config, name, value)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    wanted = sorted(find_blocks(model)[0].sites)
-    assert sorted(find_blocks(model.to(dtype))[0].sites) == wanted
+    wanted = sorted(find_blocks(AutoModelForCausalLM.from_config(config).eval())[0].sites)
+    model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    assert sorted(find_blocks(model)[0].sites) == wanted
     assert sorted(find_blocks(model.float())[0].sites) == wanted
