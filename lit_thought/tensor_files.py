@@ -94,17 +94,14 @@ class TensorFile:
         """The error that says what is wrong, after the words "is damaged"."""
         return self._error(f"{self._name} is damaged{problem} {self._remedy}")
 
-    def read(
-        self, prefix: str = "", device: torch.device | str = "cpu", part: str = "", copy: bool = True
-    ) -> dict[str, Tensor]:
-        """The tensors whose names begin with ``prefix``, by the rest of their names.
+    def read(self, prefix: str = "", device: torch.device | str = "cpu", part: str = "") -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names, out of the file's memory map: they
+        are aligned as new tensors are, on which the last bits of products with them depend.
 
         Args:
             prefix: all tensors when left out.
             device: where to put them.
             part: what a message calls them.
-            copy: take them out of the file's memory map. They are then aligned as new tensors are, on which the last
-                bits of products with them depend; without, what is not used of them is not read.
 
         Raises:
             ThoughtError: of the class ``error``, when they are not those that were written. Files of earlier versions
@@ -119,7 +116,7 @@ class TensorFile:
         if kept is not None and tensors_hash(tensors) != kept:
             named = f"{part}: " if part else ""
             raise self.damaged(f": {named}its numbers are not those that were written (their SHA-256 is another).")
-        return {name: tensor.to(device, copy=copy) for name, tensor in tensors.items()}
+        return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
 def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

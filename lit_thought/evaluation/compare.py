@@ -400,7 +400,7 @@ def output_batches(
     These are the tokens that ``answer_weight`` makes heavier. Attention sinks, which the instructed run does not have,
     are left out.
     """
-    batches = make_batches(pairs, batch_size, tokenizer.pad_token_id or 0, "right", instructions)
+    batches = make_batches(pairs, batch_size, tokenizer.pad_token_id or 0, instructions)
     return [(batch, batch.answers) for batch in batches if batch.plain is not batch.target]
 
 

@@ -79,6 +79,11 @@ class ThoughtCallback(Callback):
                 f'{name}="auto" is chosen before the fit: call transmute, or ThoughtCallback(**select_settings(module, '
                 f'data, ["{name}"]).settings), from lit_thought.selection.'
             )
+        if chosen.preserve is None and chosen.preserve_weight:
+            raise ThoughtError(
+                f"preserve_weight={chosen.preserve_weight:g} weighs text to preserve, but preserve is None. Give "
+                "preserve, or leave the weight out."
+            )
         self.settings: Any = chosen.settled()  # FitSettings; Any, since its types allow for "auto" and for None
         self.preserved = PreservationSource(chosen.preserve)
         self.output_dir, self.overwrite = output_dir, overwrite

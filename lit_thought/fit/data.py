@@ -286,7 +286,6 @@ class PairDataModule(LightningDataModule):
             [self.tokenised[i] for i in own],
             self.settings.batch_size,
             tokenizer.pad_token_id or 0,
-            "right",
             [self.instructions[i] for i in own],
             answer_weight,
         )

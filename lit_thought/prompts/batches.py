@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lit_thought.errors import ThoughtError
 from lit_thought.prompts.alignment import TokenisedPair
 
 __all__ = ["PairBatch", "TokenBatch", "common_prefix", "forward_inputs", "make_batches", "pad"]
@@ -108,7 +107,6 @@ def make_batches(
     pairs: Sequence[TokenisedPair],
     batch_size: int,
     pad_id: int,
-    padding_side: str = "right",
     groups: Sequence[Any] | None = None,
     answer_weight: float = 1.0,
 ) -> list[PairBatch]:
@@ -118,26 +116,18 @@ def make_batches(
         pairs: tokenised pairs.
         batch_size: pairs a batch.
         pad_id: any token id.
-        padding_side: on which side of the shorter sequences the padding goes, always the right one after a lead;
-            the patch does not depend on it.
         groups: one hashable key a pair (its instruction); only pairs of one group share a lead.
         answer_weight: weight of the output's tokens and of the token before them; others weigh 1.
-
-    Raises:
-        ThoughtError: when ``padding_side`` is neither "left" nor "right".
 
     Returns:
         Batches in the order in which they must run: each lead before the batches that follow it.
     """
-    if padding_side not in ("left", "right"):
-        raise ThoughtError(f'padding_side must be "left" or "right"; got {padding_side!r}.')
-    side = cast(Literal["left", "right"], padding_side)
     keys = list(groups) if groups is not None else [None] * len(pairs)
     batches: list[PairBatch] = []
     _add_sinks(batches, pairs, pad_id)
     for key in dict.fromkeys(keys):
         members = [pair for pair, k in zip(pairs, keys, strict=True) if k == key]
-        _add_group(batches, members, batch_size, pad_id, side, answer_weight)
+        _add_group(batches, members, batch_size, pad_id, answer_weight)
     return batches
 
 
@@ -156,21 +146,19 @@ def _add_group(
     pairs: list[TokenisedPair],
     batch_size: int,
     pad_id: int,
-    side: Literal["left", "right"],
     answer_weight: float,
 ) -> None:
     plain_lead, target_lead = _lead_lengths(pairs)
     lead = len(batches) if target_lead else None
     if target_lead:
-        side = "right"  # padding between a lead and its followers would use up a sliding window
         shared = [(p, q) for p, q in _matches(pairs[0]) if p < plain_lead]
         answers = [sum(_predicts_output(pair, p) for pair in pairs) for p, _ in shared]
         batches.append(
             PairBatch(
                 len(batches),
                 None,
-                pad([pairs[0].plain_ids[:plain_lead]], pad_id, side) if plain_lead else None,
-                pad([pairs[0].instructed_ids[:target_lead]], pad_id, side),
+                pad([pairs[0].plain_ids[:plain_lead]], pad_id, "right") if plain_lead else None,
+                pad([pairs[0].instructed_ids[:target_lead]], pad_id, "right"),
                 torch.tensor([p for p, _ in shared], dtype=torch.long),
                 torch.tensor([q for _, q in shared], dtype=torch.long),
                 *_weights(answers, len(pairs), answer_weight),
@@ -179,12 +167,13 @@ def _add_group(
     ordered = sorted(pairs, key=lambda pair: (len(pair.instructed_ids), pair.instructed_ids))
     for start in range(0, len(ordered), batch_size):
         members = ordered[start : start + batch_size]
-        plain = pad([pair.plain_ids[plain_lead:] for pair in members], pad_id, side)
-        target = pad([pair.instructed_ids[target_lead:] for pair in members], pad_id, side)
+        # on the right: padding between a lead and its followers would use up a sliding window
+        plain = pad([pair.plain_ids[plain_lead:] for pair in members], pad_id, "right")
+        target = pad([pair.instructed_ids[target_lead:] for pair in members], pad_id, "right")
         plain_rows, target_rows, answers = [], [], []
         for row, pair in enumerate(members):
-            plain_start = row * plain.ids.shape[1] + int(plain.mask[row].long().argmax()) - plain_lead
-            target_start = row * target.ids.shape[1] + int(target.mask[row].long().argmax()) - target_lead
+            plain_start = row * plain.ids.shape[1] - plain_lead
+            target_start = row * target.ids.shape[1] - target_lead
             for p, q in _matches(pair):
                 if p >= plain_lead:
                     plain_rows.append(plain_start + p)

@@ -198,7 +198,7 @@ def _batches(
                 sink=False,
             )
         )
-    return make_batches(tokenised, batch_size, tokenizer.pad_token_id or 0, "right", instructions)
+    return make_batches(tokenised, batch_size, tokenizer.pad_token_id or 0, instructions)
 
 
 def _contrasted(positive: TokenisedPair, negative: TokenisedPair) -> TokenisedPair:

@@ -72,18 +72,17 @@ def tokenise(template: str, bos: bool, rows: list[tuple[str, str | None, str]]) 
     bos=st.booleans(),
     rows=pair_lists,
     batch_size=st.integers(1, 8),
-    side=st.sampled_from(["left", "right"]),
     grouped=st.booleans(),
     answer_weight=st.sampled_from([1.0, 5.0]),
 )
 def test_batches_hold_each_compared_token_once(
-    template: str, bos: bool, rows: list, batch_size: int, side: str, grouped: bool, answer_weight: float
+    template: str, bos: bool, rows: list, batch_size: int, grouped: bool, answer_weight: float
 ) -> None:
     pairs = tokenise(template, bos, rows)
     if not pairs:
         return
     groups = [row[2] for row in rows][: len(pairs)] if grouped else None
-    batches = make_batches(pairs, batch_size, PAD, side, groups, answer_weight)
+    batches = make_batches(pairs, batch_size, PAD, groups, answer_weight)
     assert from_batches(batches) == pytest.approx(from_pairs(pairs, answer_weight))
     assert [batch.index for batch in batches] == list(range(len(batches)))
     for batch in batches:
@@ -177,22 +176,11 @@ def test_sinks_are_one_batch_with_their_counts() -> None:
 
 
 def test_no_padding_between_a_lead_and_its_followers() -> None:
-    """It would count against a sliding window, whichever side was asked for."""
+    """It would count against a sliding window."""
     pairs = tokenise("start", True, [("hot", "cold", "Antonyms."), ("the lazy dog", "a pirate", "Antonyms.")])
-    for side in ("left", "right"):
-        batches = make_batches(pairs, 2, PAD, side)
-        assert batches[-1].lead is not None
-        assert bool(batches[-1].target.mask[:, 0].all())
-    alone = make_batches([pair_without_common_start(i) for i in range(2)], 2, PAD, "left")
-    assert [batch.lead for batch in alone] == [None]
-    assert bool(alone[0].target.mask[:, -1].all())
-    assert not bool(alone[0].target.mask[:, 0].all())
-
-
-def pair_without_common_start(i: int) -> TokenisedPair:
-    ids = tuple(range(10 + i, 14 + 2 * i))
-    span = (len(ids), len(ids))
-    return TokenisedPair(ids, ids, tuple(range(len(ids))), tuple(range(len(ids))), False, span, True)
+    batches = make_batches(pairs, 2, PAD)
+    assert batches[-1].lead is not None
+    assert bool(batches[-1].target.mask[:, 0].all())
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=5))
@@ -213,11 +201,6 @@ def test_pad(side: str) -> None:
     else:
         assert tokens.ids.tolist() == [[1, 2, 3], [4, PAD, PAD]]
         assert tokens.mask.tolist() == [[True] * 3, [True, False, False]]
-
-
-def test_wrong_padding_side_is_refused() -> None:
-    with pytest.raises(ThoughtError, match=r"padding_side.*'middle'"):
-        make_batches([pair_without_common_start(0)], 1, PAD, "middle")
 
 
 def test_batches_move_as_one() -> None:

@@ -58,7 +58,8 @@ def fitted(
     **settings: Any,
 ) -> ThoughtPatch:
     """The patch of a fit that leaves its statistics in ``folder``."""
-    usual = {"preserve": TEXTS, "preserve_weight": 2.0, "rank": 4, "ridge": 1e-2}
+    usual = {"preserve": TEXTS, "rank": 4, "ridge": 1e-2}
+    usual |= {} if settings.get("preserve", "") is None else {"preserve_weight": 2.0}
     data = PairDataModule(pairs, instruction, answer_weight=3.0, batch_size=2)
     return fit(
         ThoughtModule(model, tokenizer),
@@ -678,7 +679,7 @@ def test_differences_and_sums_of_as_many_tokens_as_inputs_are_too_coarse_for_a_s
 
 
 def test_what_is_preserved_without_weight_is_refused(exact: ThoughtPatch, tmp_path: Path) -> None:
-    fitted(make_model(), "nothing", preserve=None, **{**EXACT, "preserve_weight": None})
+    fitted(make_model(), "nothing", preserve=None, **EXACT)
     (entry,) = (tmp_path / "cache").glob("preserve-*")
     with pytest.raises(ThoughtError, match="preserve has no effect at preserve_weight=0"):
         solve_saved(reread("nothing"), preserve=entry)
