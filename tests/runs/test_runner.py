@@ -117,12 +117,11 @@ def run(
     patches: Sequence[SitePatch],
     order: str = "sequential",
     batch_size: int = 2,
-    side: str = "right",
     place: StoragePlace = "device",
     chosen: Sequence[int] | None = None,
     start: Mapping[tuple[int, str], SitePatch] | None = None,
 ) -> list[Sums]:
-    batches = make_batches(pairs, batch_size, 0, side, answer_weight=ANSWER_WEIGHT)
+    batches = make_batches(pairs, batch_size, 0, answer_weight=ANSWER_WEIGHT)
     runner = StreamRunner(model, find_blocks(model), sites, order, Storage(place), chosen, start)  # type: ignore[arg-type]
     assert runner.num_stages == len(patches)
     stages = []
@@ -203,15 +202,14 @@ def test_chunk_elsewhere(family: str, order: str, template: str) -> None:
     check(make_model(family), make_pairs(template), SITES, order=order)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_batch_size_padding_and_order_of_pairs_do_not_matter(batch_size: int, side: str) -> None:
+def test_batch_size_and_order_of_pairs_do_not_matter(batch_size: int) -> None:
     model = make_model("llama")
     patches = make_patches(find_blocks(model), SITES)
     for template in ("start", "after"):  # with the chunk first, and with no lead but the prompt's first tokens
         pairs = make_pairs(template)
         for ordered in (pairs, pairs[::-1]):
-            found = run(model, ordered, SITES, patches, batch_size=batch_size, side=side)
+            found = run(model, ordered, SITES, patches, batch_size=batch_size)
             assert_equal(found, llama_reference(template))
 
 
@@ -221,8 +219,7 @@ def llama_reference(template: str) -> list[Sums]:
     return brute_force(model, make_pairs(template), SITES, make_patches(find_blocks(model), SITES))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_pairs_that_share_no_token(side: str) -> None:
+def test_pairs_that_share_no_token() -> None:
     """No lead at all, so padding really goes to the left."""
     pairs = []
     for i, length in enumerate((4, 7, 5)):
@@ -230,9 +227,9 @@ def test_pairs_that_share_no_token(side: str) -> None:
         target = (*ids[:2], 400, 401 + i, *ids[2:])
         positions = tuple(range(length)), tuple(p if p < 2 else p + 2 for p in range(length))
         pairs.append(TokenisedPair(ids, target, *positions, False, (length, length), True))
-    assert all(batch.lead is None for batch in make_batches(pairs, 3, 0, side))
+    assert all(batch.lead is None for batch in make_batches(pairs, 3, 0))
     for order in ("sequential", "teacher-forced"):
-        check(make_model("mistral"), pairs, SITES, batch_size=3, side=side, order=order)
+        check(make_model("mistral"), pairs, SITES, batch_size=3, order=order)
 
 
 @pytest.mark.parametrize("order", ["sequential", "teacher-forced"])
@@ -527,7 +524,7 @@ def walk(
 
     start = {(block, site): patch(block, site) for block, site in stages} if started else {}
     reference.install(start)
-    batches = make_batches(pairs, 2, 0, "right", answer_weight=ANSWER_WEIGHT)
+    batches = make_batches(pairs, 2, 0, answer_weight=ANSWER_WEIGHT)
     runner = StreamRunner(model, blocks, sites, order, start=start)  # type: ignore[arg-type]
     assert [tuple(stage) for stage in runner.stages] == list(stages)
     for block, site in stages:
