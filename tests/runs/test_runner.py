@@ -220,7 +220,7 @@ def llama_reference(template: str) -> list[Sums]:
 
 
 def test_pairs_that_share_no_token() -> None:
-    """No lead at all, so padding really goes to the left."""
+    """No lead at all."""
     pairs = []
     for i, length in enumerate((4, 7, 5)):
         ids = tuple(range(10 + 20 * i, 10 + 20 * i + length))
