@@ -285,10 +285,31 @@ def _summary(runs: Sequence[Mapping[str, Any]], against: str) -> str:
     return table([SELF[against], *kinds, f"patched − {against}"], rows)
 
 
+def _divergences(runs: Sequence[Mapping[str, Any]], against: str) -> str:
+    """The same in KL and in rules followed, which say more of long outputs; a disturbance's are means of its runs."""
+    tasks = list(dict.fromkeys(run["task"] for run in runs if run["kind"] == against))
+    kinds = list(dict.fromkeys(run["kind"] for run in runs if run["task"] in tasks))
+    rows = []
+    for task in tasks:
+        own = {kind: [run for run in runs if run["task"] == task and run["kind"] == kind] for kind in kinds}
+        cells = [f"{mean(run['kl'] for run in some):.3f}" for some in own.values()]
+        if own[against][0]["follows"]:
+            cells.append(f"{own[against][0]['follows']['undisturbed']}")
+            cells += [f"{mean(run['follows']['disturbed'] for run in some):g}" for some in own.values()]
+        rows.append([task, *cells, *[None] * (2 * len(kinds) + 1 - len(cells))])
+    means = [mean(run["kl"] for run in runs if run["task"] in tasks and run["kind"] == kind) for kind in kinds]
+    rows.append(["mean", *(f"{one:.3f}" for one in means), *[None] * (len(kinds) + 1)])
+    head = [f"KL, {kinds[0]}", *kinds[1:], "rule followed: undisturbed", *kinds]
+    return table([SELF[against], *head], rows)
+
+
 def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     """The patch against self-agreement, and every run."""
     parts = ["Share of outputs that are those of the undisturbed instructed model:\n"]
     parts += [_summary(runs, kind) for kind in SELF]
+    if any(run["kind"] == "reworded" for run in runs):
+        parts += ["KL to it along its outputs, nats a token, and outputs that follow the rule:\n"]
+        parts += [_divergences(runs, "reworded")]
     parts += ["Each run, with the 95 % interval (Wilson):\n", _run_table(runs)]
     return "\n".join(filter(None, parts))
 
