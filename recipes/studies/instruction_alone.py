@@ -127,7 +127,8 @@ def _row(run: Mapping[str, Any]) -> list[Any]:
         f"{kl['patched']:.3f}",
         nearer(kl),
     ]
-    cells += [*own_text_cells(run), f"{run['seconds_by_part'].get('write', 0):.0f}"]
+    cells += [*own_text_cells(run), *(f"{run['prompt_tokens'][which]:.0f}" for which in ("plain", "instructed"))]
+    cells.append(f"{run['seconds_by_part'].get('write', 0):.0f}")
     return [*cells, f"{run['seconds']:.0f}"]
 
 
@@ -142,7 +143,8 @@ def own_text_cells(run: Mapping[str, Any]) -> list[str | None]:
 OWN_TEXT_HEAD = ["KL along its own text", "repetition, instructed", "patched", "tokens, instructed", "patched"]
 OWN_TEXT_HEAD += ["unrelated perplexity ×"]
 HEAD = ["chunk", "pairs", "right: plain", "instructed", "patched", "patched ÷ instructed", "same output"]
-HEAD += ["KL, plain", "patched", "down by", *OWN_TEXT_HEAD, "seconds: writing", "all"]
+HEAD += ["KL, plain", "patched", "down by", *OWN_TEXT_HEAD, "prompt tokens, plain", "instructed"]
+HEAD += ["seconds: writing", "all"]
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -82,6 +82,18 @@ def test_self_agreement(tmp_path: Path) -> None:
     assert runs["poet"][0]["follows"] is None
     assert "| word tasks | shuffled | other demonstrations | bfloat16 | patched | patched − shuffled |" in ran.page
     assert "| system messages | reworded | bfloat16 | patched | patched − reworded |" in ran.page
+    head = "| system messages | KL, reworded | bfloat16 | patched | rule followed: undisturbed | reworded | bfloat16 |"
+    rows = ran.page.partition(head)[2].splitlines()[2:5]
+    kls = {name: [run["kl"] for run in runs[name]] for name in ("pirate", "poet")}
+    means = {name: [(one[0] + one[1]) / 2, *one[2:]] for name, one in kls.items()}
+    for row, wanted in zip(
+        rows, [*means.values(), [sum(pair) / 2 for pair in zip(*means.values(), strict=True)]], strict=True
+    ):
+        assert [float(cell) for cell in row.split(" | ")[1:4]] == pytest.approx(wanted, abs=5e-4)
+    counts = [run["follows"]["disturbed"] for run in runs["pirate"]]
+    cells = [float(cell) for cell in rows[0].rstrip(" |").split(" | ")[4:]]
+    assert cells == [runs["pirate"][0]["follows"]["undisturbed"], (counts[0] + counts[1]) / 2, *counts[2:]]
+    assert rows[1].endswith("| – | – | – | – |")
 
 
 def test_agreement_is_that_of_texts_written_token_by_token(trial: Trial) -> None:
