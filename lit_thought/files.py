@@ -62,17 +62,24 @@ _REMEDIES = {
 """What to do where the system cannot write."""
 
 
+_HOLDING = ("cache_dir", "log_dir")
+"""Folders that nothing replaces, so that others may lie in them."""
+
+
 def check_apart(**folders: str | os.PathLike[str] | None) -> None:
     """Refuse folders, by the arguments that name them, of which one is another or holds it; None is no folder, and
-    ``cache_dir`` may hold others.
+    ``cache_dir`` and ``log_dir`` may hold others.
 
     Raises:
         ThoughtError: naming the two.
     """
     places = {name: expanded(path, name).resolve() for name, path in folders.items() if path is not None}
     for (name, one), (other, two) in combinations(places.items(), 2):
-        held = (one in two.parents and name != "cache_dir") or (two in one.parents and other != "cache_dir")
+        held = (one in two.parents and name not in _HOLDING) or (two in one.parents and other not in _HOLDING)
         if one == two or held:
+            if one != two and (name in _HOLDING or other in _HOLDING):
+                name, other = (name, other) if one in two.parents else (other, name)
+                raise ThoughtError(f"{other} and {name} must be folders of their own, the first not in the second.")
             raise ThoughtError(f"{name} and {other} must be folders of their own, neither in the other.")
 
 
@@ -91,9 +98,12 @@ def check_output_folder(
             be written.
     """
     folder = _resolve(path)
+    _remove_abandoned(folder)
     if folder.exists() and not folder.is_dir():
         raise ThoughtError(f"{argument}={str(path)!r} is a file; expected a folder. Choose another path.")
     if folder.is_dir():
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ThoughtError(f"{argument}={str(path)!r} is a folder that cannot be read. Choose another path.")
         if not overwrite and any(folder.iterdir()):
             raise ThoughtError(
                 f"{argument}={str(path)!r} is a folder that is not empty. Choose another path, or pass "
@@ -119,7 +129,7 @@ def check_writable(path: str | os.PathLike[str], argument: str) -> None:
     Raises:
         ThoughtError: naming ``argument``.
     """
-    _check_parent(path, _resolve(path) / "file", argument)
+    _check_parent(path, expanded(path, argument).resolve() / "file", argument)
 
 
 @contextmanager

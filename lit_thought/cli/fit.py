@@ -60,7 +60,8 @@ def fit(
     from lit_thought.files import check_apart, check_output_folder
 
     read = {"model": loading.place, "pairs": pairs, "val_pairs": val_pairs, "instruction_file": instruction_file}
-    read["preserve"] = None if settings["preserve"] == "default" else settings["preserve"]
+    unrelated = settings["preserve"]
+    read["preserve"] = unrelated if isinstance(unrelated, str) and unrelated != "default" else None
     folders = {name: settings[name] for name in ("statistics_dir", "resume_dir", "cache_dir")} | {"out": out}
     check_apart(**folders)
     for name in ("out", "statistics_dir"):
@@ -113,7 +114,7 @@ def _how_to_go_on(folder: str | None) -> str:
     """What an interrupted fit leaves."""
     if folder is None:
         return "Nothing was kept. With --resume_dir FOLDER, the same command goes on where it was interrupted."
-    if not any(Path(folder).expanduser().glob("fit.json")):
+    if not (Path(folder).expanduser() / "fit.json").exists():
         return "Nothing was finished, so nothing was kept."
     return f"What was finished is in {folder}: the same command, --resume_dir included, goes on from there."
 

@@ -83,7 +83,10 @@ def console(output: Output) -> Iterator[None]:
 
 def give(result: Result, output: Output) -> None:
     """Print a result, if there is something to print."""
-    text = json.dumps(_finite(result.values), indent=1, ensure_ascii=False) if output.json else result.text
+    text = result.text
+    if output.json:
+        plain = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
+        text = json.dumps(_finite(result.values), indent=1, ensure_ascii=plain)
     with suppress(BrokenPipeError):
         if text:
             print(text)

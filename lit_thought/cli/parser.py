@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
 from importlib.metadata import version
-from pathlib import Path
+from itertools import product
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -26,7 +26,7 @@ from lit_thought.cli.errors import EXIT_CODES
 from lit_thought.cli.model import Loading
 from lit_thought.cli.output import Output, Result
 from lit_thought.cli.words import nearest
-from lit_thought.files import check_output_folder
+from lit_thought.files import check_output_folder, expanded
 from lit_thought.settings import PARTS, SITES, TEMPLATES, FitSettings, register_paths
 
 __all__ = ["PROSE", "Command", "build_parser", "call", "command_parser", "complete", "lists"]
@@ -229,10 +229,10 @@ def _shown(value: Any) -> str:
 def call(command: Command, values: Mapping[str, Any]) -> Result:
     """Call a command with the values of its flags, those of :class:`Output` left out."""
     given = {name: value for name, value in values.items() if name != "config"}
-    for name in ("out", "statistics_dir"):
-        if given.get("overwrite") and Path(given.get(name) or "").expanduser().is_dir():
-            for config in values.get("config") or ():
-                check_output_folder(given[name] or "", True, name, config=str(config))
+    configs = values.get("config") or () if given.get("overwrite") else ()
+    for config, name in product(configs, ("out", "statistics_dir")):
+        if given.get(name) and expanded(given[name], name).is_dir():
+            check_output_folder(given[name], True, name, config=str(config))
     parameters = inspect.signature(command).parameters
     for argument, group in _GROUPS.items():
         if argument in parameters:

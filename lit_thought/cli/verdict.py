@@ -27,6 +27,8 @@ __all__ = ["compared", "format_verdict"]
 _SAMPLES, _WIDTH = 3, 80
 _SHARED = ("max_new_tokens", "batch_size", "cache_dir")
 """Settings of a fit that its evaluation takes over where they are given."""
+_LONGEST = 64
+"""Tokens of an output that an evaluation writes at most, where nothing is said."""
 _INTERVAL = 0.02
 """Half-width of the interval of the unrelated text's perplexity: twice an evaluation's, for a quarter of the text."""
 
@@ -64,6 +66,7 @@ def compared(
         options: dict[str, Any] = {"kind": written["kind"], "given": old, "seed": settings["seed"] + 1}
         if settings["batch_size"] is not None:
             options["batch_size"] = settings["batch_size"]
+        options["longest"] = settings["max_new_tokens"] or _LONGEST
         with suppress(ThoughtError):  # that the model has no more to ask is no reason to fail
             rows = write_pairs(model, tokenizer, instruction, template, total=total, **options).pairs[:count]
     if not rows:

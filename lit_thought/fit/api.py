@@ -78,14 +78,14 @@ def transmute(
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
         check_auto(auto, data.expected, options)
-    if chosen.inputs == "auto" and chosen.pairs_per_step is not None:
+    if chosen.inputs == "auto" and chosen.pairs_per_step is not None and chosen.pairs_per_step > data.expected // 2:
         raise ThoughtError(
             f'pairs_per_step={chosen.pairs_per_step}: with inputs="auto" the first fits have fewer pairs than there '
             "will be. Leave it out, or give a number of inputs."
         )
     module = ThoughtModule(model, tokenizer)
     if auto or chosen.inputs == "auto":  # else the fit does, before anything is written
-        callback.check(module, data)
+        callback.check(module, data, preserved=True)
     told: dict[str, Any] = {}
     patch: ThoughtPatch | None = None
     if data.to_write and chosen.inputs == "auto":

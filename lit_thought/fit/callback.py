@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import check_apart, check_output_folder, check_writable
+from lit_thought.files import check_apart, check_output_folder, check_writable, expanded
 from lit_thought.fit.data import PairDataModule
 from lit_thought.fit.estimate import Estimate
 from lit_thought.fit.module import ThoughtModule
@@ -134,16 +133,22 @@ class ThoughtCallback(Callback):
                 "usual one."
             )
         check_trainer(trainer)
-        for logger in trainer.loggers if self.overwrite else ():  # else a folder that is not empty is refused
-            check_apart(output_dir=self.output_dir, log_dir=getattr(logger, "log_dir", None))
+        for logger in trainer.loggers:
+            for name, folder in (("output_dir", self.output_dir), ("statistics_dir", self.settings.statistics_dir)):
+                check_apart(**{name: folder, "log_dir": getattr(logger, "log_dir", None)})
         stages = self.check(pl_module, data)
         check_epochs(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
         if self.steps > 1 and self.settings.pairs_per_step is not None:
             self._reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # each step has its own batches
 
-    def check(self, module: ThoughtModule, data: PairDataModule) -> list[Stage]:
+    def check(self, module: ThoughtModule, data: PairDataModule, preserved: bool = False) -> list[Stage]:
         """Refuse settings that do not go with a model and its data, before anything is written for them.
+
+        Args:
+            module: the model.
+            data: the pairs, as far as they are there.
+            preserved: also what is to be preserved, as the fit itself does before it writes.
 
         Returns:
             The stages of a step.
@@ -157,10 +162,11 @@ class ThoughtCallback(Callback):
         blocks = find_blocks(module.model)
         check_blocks(settings.blocks, len(blocks))
         sites, stages = chosen_stages(blocks, settings, data.is_long(module.tokenizer))
-        self.preserved.check(module.model, module.tokenizer, settings, blocks, sites)
         data.check_step(settings.pairs_per_step, module.tokenizer)
         if settings.rank != "usual":
             check_rank(settings.rank, largest_rank(blocks, stages))
+        if preserved:
+            self.preserved.check(module.model, module.tokenizer, settings, blocks, sites)
         return stages
 
     def _check_folders(self, model: str | None = None) -> None:
@@ -172,15 +178,15 @@ class ThoughtCallback(Callback):
                 check_output_folder(folder, self.overwrite, name, model=model, preserve=text)
         if self.settings.resume_dir is not None:
             check_unfinished(self.settings.resume_dir)
-        if self.settings.cache_dir is not None and not Path(self.settings.cache_dir).expanduser().is_dir():
-            check_writable(
-                self.settings.cache_dir, "cache_dir"
-            )  # of one that is there, entries may be all that is read
+        cache = self.settings.cache_dir
+        if cache is not None and not expanded(cache, "cache_dir").is_dir():  # of one that is there, no more may be read
+            check_writable(cache, "cache_dir")
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare, open the streams, and go through what an interrupted fit has finished."""
         assert isinstance(pl_module, ThoughtModule)
+        check_autocast(pl_module.model)  # on its device now
         self._forget()
         # the blocks are looked for once more: by now the model is on its device
         self._ready = Preparation(trainer, pl_module, self.settings, self.preserved, self.stopwatch)

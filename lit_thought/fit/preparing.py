@@ -114,7 +114,7 @@ def write_inputs(
     data.add(written.pairs, written.template, written.kind)
     if wanted is not None and len(data.pairs) < wanted:
         _log.warning(
-            "inputs=%d: there are %d, since the model wrote no more that differ from each other.",
+            "inputs=%d: there are %d, since the model wrote no more that differ and fit into its context window.",
             *(wanted, len(data.pairs)),
         )
     if progress:
@@ -293,6 +293,7 @@ class Preparation:
             self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
             if self.unfinished.inputs is not None:
                 data.restore(self.unfinished.inputs)
+        self.preserved.check(model, tokenizer, settings, self.blocks, self.sites, identity)
         if data.settings.generate and data.known is None and (data.missing or data.to_write):
             try_options(data, model, tokenizer)
         with self.stopwatch("write"):

@@ -88,15 +88,20 @@ class PreservationSource:
         settings: FitSettings,
         blocks: Sequence[Block],
         sites: Sequence[str],
+        identity: str | None = None,
     ) -> None:
         """Refuse, before any long work, a file of another model or without a site of the fit, and texts of the caller's
         that are too short.
+
+        Args:
+            model, tokenizer, settings, blocks, sites: those of the fit.
+            identity: the model's :func:`~lit_thought.patch.weights.patched_fingerprint`, where it is known.
 
         Raises:
             ThoughtError: saying what is wrong.
         """
         if self.file is not None:
-            self.file.check_model(patched_fingerprint(model), model)
+            self.file.check_model(identity or patched_fingerprint(model), model)
             self.file.check_sites(site_sizes(blocks, sites))
         elif not self.chats:
             self.windows(model, tokenizer, settings, False)
@@ -116,16 +121,11 @@ class PreservationSource:
         return f"First, once per model and kind of fit, {through}"
 
     def load(self, trainer: Trainer, asked: Asked, show: bool) -> tuple[Preservation | None, bool | None]:
-        """The model's preservation statistics, and whether they came from the cache; all processes call this together.
+        """The model's preservation statistics, and whether they came from the cache; all processes call this together,
+        after :meth:`check`.
 
         The first process of each machine computes and writes, the others read; of a sharded model all compute.
-
-        Raises:
-            ThoughtError: for a file of another model, or without a site of the fit.
         """
-        if self.file is not None:
-            self.file.check_model(asked.identity, asked.model)
-            self.file.check_sites(site_sizes(asked.blocks, asked.sites))
         first = trainer.local_rank == 0
         together = is_sharded(asked.model) and self.file is None
         found: tuple[Preservation | None, bool | None] = (None, None)

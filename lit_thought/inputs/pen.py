@@ -58,7 +58,8 @@ class Pen:
         ends: Sequence[int] = (),
         sampling: dict[str, Any] | None = None,
     ) -> list[Generation]:
-        """One continuation of each prompt, as far as the context window goes; empty for a prompt that fills it.
+        """One continuation of each prompt, as far as the context window goes; empty for a prompt that fills it. Where
+        several come too near to its end, the one with the least room says how far.
 
         Args:
             prompts: token ids.
@@ -76,20 +77,22 @@ class Pen:
         if ends:
             options["eos_token_id"] = sorted({*end_tokens(self.model, self.tokenizer), *ends})
         self._draws += 1
-        drawn = (
-            generate(
+        near = [i for i in fitting if len(prompts[i]) + longest > limit]
+        least = limit - max((len(prompts[i]) for i in near), default=0)
+        found = []
+        for some, most in (([i for i in own if i not in near], longest), ([i for i in own if i in near], least)):
+            if not some:
+                continue
+            drawn = generate(
                 self.model,
                 self.tokenizer,
-                [prompts[i] for i in own],
+                [prompts[i] for i in some],
                 stop=stop,
-                max_new_tokens=min(longest, limit - max(len(prompts[i]) for i in fitting)),
+                max_new_tokens=most,
                 batch_size=self.batch_size,
-                seed=[(self.seed * 1_000 + self._draws) * 100_000 + i for i in own],
+                seed=[(self.seed * 1_000 + self._draws) * 100_000 + i for i in some],
                 options=options,
             )
-            if len(own)
-            else []
-        )
-        found = [[i, one.text, one.finished] for i, one in zip(own, drawn, strict=True)]
+            found += [[i, one.text, one.finished] for i, one in zip(some, drawn, strict=True)]
         every = {i: Generation(text, end) for part in gather_json(found, self.model.device) for i, text, end in part}
         return [every.get(i, Generation("", False)) for i in range(len(prompts))]

@@ -29,6 +29,8 @@ MOST = 300
 """... and most of them."""
 ROOM = 32
 """Tokens that an input needs."""
+NEAR = 1024
+"""More than an input ever has."""
 
 
 class Written(NamedTuple):
@@ -125,7 +127,8 @@ def write_pairs(
                 pairs.append({"input": text})
                 if advance is not None:
                     advance(len(pairs), count)
-    pairs = [pair for pair in pairs if _fits(tokenizer, chosen, instruction, pair, longest, limit)]
+    if 2 * length + NEAR + longest > limit:  # an output may be the text itself
+        pairs = [pair for pair in pairs if _fits(tokenizer, chosen, instruction, pair, longest, limit)]
     if not pairs and not given:
         raise ThoughtError(
             "inputs: the model wrote none that can be used for this instruction. Give pairs, or use a model that "

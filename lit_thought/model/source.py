@@ -14,13 +14,14 @@ from huggingface_hub import constants
 from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.files import expanded
 
-__all__ = ["SMOLLM2_NAME", "Source", "ask_hub", "cached_models", "find_source", "place_and_file"]
+__all__ = ["HUB_ID", "SMOLLM2_NAME", "Source", "ask_hub", "cached_models", "find_source", "place_and_file"]
 
 SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded default is called in adapters: unlike a folder, anyone can look it up."""
 
 _GGUF_MAGIC = b"GGUF"
 _WITH_FILE = re.compile(r"(.+) \(([^()]+\.gguf)\)", re.IGNORECASE | re.DOTALL)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_SECONDS = 5
 """How long the hub has to say whether it has a model; transformers tries again and again, for most of a minute."""
 
@@ -70,7 +71,11 @@ def find_source(name: str, gguf_file: str | None, revision: str | None) -> Sourc
 
 def place_and_file(recorded: str) -> tuple[str, str | None]:
     """The hub id, folder or file of a recorded name, and the GGUF file of it that stands in brackets, if one does."""
-    found = _WITH_FILE.fullmatch(recorded)
+    for bracket in re.finditer(r" \(", recorded) if recorded.endswith(")") else ():
+        place, file = recorded[: bracket.start()], recorded[bracket.end() : -1]
+        if HUB_ID.fullmatch(place) or Path(place, file).is_file():
+            return place, file
+    found = _WITH_FILE.fullmatch(recorded)  # of a folder that is not here
     return (recorded, None) if found is None else (found[1], found[2])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import is_own_file, read_json
-from lit_thought.model.source import place_and_file
+from lit_thought.model.source import HUB_ID, place_and_file
 from lit_thought.prompts.template import PromptTemplate
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 THOUGHT = "thought.json"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
 
 FORMAT_VERSION = 1
@@ -298,7 +297,7 @@ def public(provenance: Mapping[str, Any], base_model: str | None) -> dict[str, A
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is ``owner/name`` on the hub, and no file or folder here."""
-    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(name)
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(name)
 
 
 def public_name(name: str) -> str:

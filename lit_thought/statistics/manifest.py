@@ -76,11 +76,12 @@ class Manifest:
             ThoughtError: naming what else differs than the pairs, their instructions and how outputs were generated.
         """
         mine, theirs = self.provenance, other.provenance
-        names = ("fingerprint", "on_top_of", "model_type", "fan_in_fan_out", "template", "scale")
+        names = ("fingerprint", "on_top_of", "model_type", "fan_in_fan_out", "template")
         pairs = {name: (mine.get(name), theirs.get(name)) for name in names}
         for key in dict.fromkeys([*self.settings, *other.settings]):
             if key not in (*OF_THE_PAIRS, *_OF_THE_OUTPUTS):
                 pairs[f"settings: {key}"] = (self.settings.get(key), other.settings.get(key))
+        pairs["scale"] = (mine.get("scale", 1.0), theirs.get("scale", 1.0))
         pairs["preservation"] = (self.preservation, other.preservation)
         for name, (one, two) in pairs.items():
             if one != two:

@@ -33,7 +33,7 @@ from lit_thought.tensor_files import TensorFile
 
 __all__ = ["UnfinishedFit", "check_unfinished"]
 
-_FORMAT = 3
+_FORMAT = 4
 _FIT = "fit.json"
 _NAME = r"(fit\.json|stage-\d{5}\.safetensors)"
 _LEFT = temporary_of(_NAME)
@@ -49,11 +49,12 @@ def check_unfinished(path: str | os.PathLike[str]) -> None:
     folder = expanded(path, "resume_dir")
     if folder.exists() and not folder.is_dir():
         raise ThoughtError(f"resume_dir={str(path)!r} is a file; expected a folder. Choose another path.")
-    begun = os.path.lexists(folder / _FIT) or not folder.is_dir()
-    if not begun and not all(_LEFT.fullmatch(entry.name) for entry in folder.iterdir()):
-        raise ThoughtError(
-            f"resume_dir={str(path)!r} holds something else than an unfinished fit. Choose an empty folder."
-        )
+    with suppress(FileNotFoundError):  # another process may remove it at its end
+        begun = os.path.lexists(folder / _FIT) or not folder.is_dir()
+        if not begun and not all(_LEFT.fullmatch(entry.name) for entry in folder.iterdir()):
+            raise ThoughtError(
+                f"resume_dir={str(path)!r} holds something else than an unfinished fit. Choose an empty folder."
+            )
     check_writable(path, "resume_dir")
 
 
@@ -172,7 +173,7 @@ class UnfinishedFit:
         """Delete what this class writes, and the folder if that is all, once the fit has ended well."""
         if self.write:
             with suppress(OSError):
-                for entry in list(self.folder.iterdir()):
+                for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name == _FIT):  # that one last
                     if re.fullmatch(_NAME, entry.name):
                         entry.unlink()
                     elif _LEFT.fullmatch(entry.name):

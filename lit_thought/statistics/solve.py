@@ -130,9 +130,9 @@ def solve_saved(
         "approximate": coupled or (saved.coupling() if saved.manifest.approximate else None),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    scale = saved.manifest.provenance.get("scale", 1.0)
+    scale = saved.manifest.provenance.get("scale")
     patch = solved.patch(provenance)
-    return patch if scale == 1 else scale * patch
+    return patch if scale in (None, 1) else scale * patch
 
 
 def _refused(changed: Sequence[str], coupled: str) -> ThoughtError:
@@ -174,7 +174,7 @@ def solve_several(
         model: the fit's model, as for :func:`solve_saved`; not checked again.
 
     Returns:
-        A patch for each candidate, without provenance.
+        A patch for each candidate, without provenance, and not times the fit's scale.
 
     Raises:
         ThoughtError, SingularSystemError: as for :func:`solve_saved`.

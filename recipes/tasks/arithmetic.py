@@ -221,7 +221,7 @@ def transmute_both(
             pairs=inputs(setting.fit),
             rank=rank,
             preserve=setting.preserve[name],
-            preserve_weight=preserve_weight,
+            preserve_weight=None if setting.preserve[name] is None else preserve_weight,
             progress=False,
             **common,
         )

@@ -199,3 +199,14 @@ def test_what_needs_no_model_is_told_before_one_is_loaded(
     with pytest.raises(SystemExit, match="2"):
         main([*(known.get(word, word) for word in words), f"--model={files / 'model'}"])
     assert re.search("error: --(max_new_tokens|perplexity_interval|template)", capsys.readouterr().err)
+
+
+def test_texts_to_preserve_are_no_place(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "empty").mkdir()
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_thought.fit.api.fit", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main([*fit_arguments(files, "empty"), "--preserve", "[a text, another]"])

@@ -530,3 +530,7 @@ def test_an_encoding_without_the_letters_is_no_error(encoding: str, monkeypatch:
         main(["fit", "--help"])
     streams["stdout"].flush()
     assert rb"\u2265" in streams["stdout"].buffer.getvalue()  # ≥
+    streams["stdout"].buffer.truncate(0)
+    streams["stdout"].buffer.seek(0)
+    give(Result({"text": "é ≥ 😀"}), Output(json=True))
+    assert json.loads(streams["stdout"].buffer.getvalue().decode(encoding)) == {"text": "é ≥ 😀"}

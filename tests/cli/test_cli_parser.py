@@ -17,8 +17,10 @@ import lit_thought
 from lit_thought.cli import COMMANDS, main
 from lit_thought.cli.command import _POSITIONAL
 from lit_thought.cli.errors import EXIT_CODES
+from lit_thought.cli.output import Result
 from lit_thought.cli.parser import call, command_parser
 from lit_thought.cli.words import positional
+from lit_thought.errors import ThoughtError
 from lit_thought.settings import FitSettings
 
 COMMON = ("config", "json", "quiet", "verbose", "traceback")
@@ -239,3 +241,22 @@ def test_the_shell_knows_models_and_words_with_a_place(tmp_path: Path, monkeypat
 def test_the_script_is_marked_for_argcomplete() -> None:
     source = Path(sys.modules["lit_thought.cli"].__file__ or "").read_text(encoding="utf-8")
     assert "PYTHON_ARGCOMPLETE_OK" in source[:1024]
+
+
+def test_a_config_beside_the_outputs_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With or without an output, and where a command has no statistics_dir."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "c.yaml").touch()
+
+    def command(out: str | None = None, overwrite: bool = False) -> Result:
+        return Result({"out": out})
+
+    for out in ("old", "new", None):
+        found = call(command, {"config": ["c.yaml"], "out": out, "overwrite": True})
+        assert found.values == {"out": out}
+    with pytest.raises(ThoughtError, match="out='~nobody-here/x' cannot be looked up"):
+        call(command, {"config": ["c.yaml"], "out": "~nobody-here/x", "overwrite": True})
+    (tmp_path / "old" / "c.yaml").touch()
+    with pytest.raises(ThoughtError, match="would delete the config"):
+        call(command, {"config": ["c.yaml", "old/c.yaml"], "out": "old", "overwrite": True})

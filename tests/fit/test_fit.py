@@ -1026,8 +1026,8 @@ def test_what_can_be_told_at_once_is_told_before_inputs_are_written(
         with pytest.raises(ThoughtError, match=said):
             make_patch(make_model("llama", seed=1).float(), **{**written, **settings})
     monkeypatch.setattr(growing, "write_inputs", lambda *args, **options: pytest.fail("inputs are written"))
-    with pytest.raises(ThoughtError, match=r"pairs_per_step=2: with inputs=\"auto\""):
-        make_patch(model, **{**written, "inputs": "auto"}, pairs_per_step=2, steps=2)
+    with pytest.raises(ThoughtError, match=r"pairs_per_step=60: with inputs=\"auto\""):
+        make_patch(model, **{**written, "inputs": "auto"}, pairs_per_step=60, steps=2)
 
 
 def test_outputs_that_would_delete_what_is_read_or_logged_are_refused(tmp_path: Path) -> None:
@@ -1037,7 +1037,17 @@ def test_outputs_that_would_delete_what_is_read_or_logged_are_refused(tmp_path: 
         ThoughtCallback(output_dir=tmp_path / "run", overwrite=True, preserve=str(tmp_path / "run" / "text.txt"))
     with pytest.raises(ThoughtError, match="cache_dir and output_dir must be folders"):
         ThoughtCallback(output_dir=tmp_path / "run", overwrite=True, cache_dir=tmp_path / "run" / "cache")
-    ours = ThoughtCallback(output_dir=tmp_path / "run", overwrite=True, preserve=None)
-    trainer = Trainer(max_epochs=-1, callbacks=[ours], logger=CSVLogger(tmp_path / "run"), enable_checkpointing=False)
-    with pytest.raises(ThoughtError, match="output_dir and log_dir must be folders of their own"):
+    quiet = {"max_epochs": -1, "enable_checkpointing": False, "enable_progress_bar": False}
+
+    def run(**folders: Any) -> None:
+        logger = CSVLogger(tmp_path / "logs", name="x", version=0)
+        trainer = Trainer(callbacks=[ThoughtCallback(preserve=None, rank=2, **folders)], logger=logger, **quiet)
         trainer.fit(ThoughtModule(make_model("llama"), TOKENIZER), datamodule=PairDataModule(PAIRS, INSTRUCTION))
+
+    for name, place in (("output_dir", "logs"), ("statistics_dir", "logs/x"), ("output_dir", "logs/x/version_0")):
+        with pytest.raises(
+            ThoughtError, match=f"log_dir and {name} must be folders|{name} and log_dir must be folders"
+        ):
+            run(**{name: tmp_path / place}, overwrite=True)
+    run(output_dir=tmp_path / "logs/x/version_0/adapter")
+    assert (tmp_path / "logs/x/version_0/metrics.csv").exists()

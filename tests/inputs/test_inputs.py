@@ -707,3 +707,16 @@ def test_auto_is_refused_where_the_callback_alone_fits() -> None:
 def test_demonstrations_behind_a_template_that_begins_with_blanks(template: str, text: str) -> None:
     found = demonstrations(PromptTemplate(template), text)
     assert [(one.input, one.output) for one in found] == [("up", "down"), ("good", "bad")]
+
+
+def test_a_prompt_near_the_end_of_the_window_shortens_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[int], int]] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Any, *, max_new_tokens: int, **options: Any) -> list[Generation]:
+        asked.append(([len(prompt) for prompt in prompts], max_new_tokens))
+        return [Generation(str(len(prompt)), True) for prompt in prompts]
+
+    monkeypatch.setattr(pens, "generate", generate)
+    found = Pen(tiny(300), TOKENIZER).write([[5] * length for length in (290, 10, 300, 200, 280, 100)], 200)
+    assert asked == [([10, 100], 200), ([290, 200, 280], 10)]
+    assert [one.text for one in found] == ["290", "10", "", "200", "280", "100"]

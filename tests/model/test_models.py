@@ -482,6 +482,9 @@ def test_a_folder_with_brackets_in_its_name_is_no_gguf_file(tmp_path: Path, monk
     assert place_and_file(f"{folder} (smol.Q4_1.gguf)") == (str(folder), "smol.Q4_1.gguf")
     assert public_name(f"{folder} (smol.Q4_1.gguf)") == "smol (smol.Q4_1.gguf)"
     assert public_name("owner/name (sub/x.gguf)") == "owner/name (sub/x.gguf)"
+    assert place_and_file("owner/name (model (1).gguf)") == ("owner/name", "model (1).gguf")
+    (folder / "no (suffix").touch()
+    assert place_and_file(f"{folder} (no (suffix)") == (str(folder), "no (suffix")
 
 
 def test_a_tokenizer_that_is_given_stays_as_it_is(tmp_path: Path) -> None:
