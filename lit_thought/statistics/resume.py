@@ -33,7 +33,7 @@ from lit_thought.tensor_files import TensorFile
 
 __all__ = ["UnfinishedFit", "check_unfinished"]
 
-_FORMAT = 4
+_FORMAT = 3
 _FIT = "fit.json"
 _NAME = r"(fit\.json|stage-\d{5}\.safetensors)"
 _LEFT = temporary_of(_NAME)
