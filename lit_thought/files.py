@@ -129,7 +129,9 @@ def check_writable(path: str | os.PathLike[str], argument: str) -> None:
     Raises:
         ThoughtError: naming ``argument``.
     """
-    _check_parent(path, expanded(path, argument).resolve() / "file", argument)
+    folder = expanded(path, argument).resolve()
+    expanded(folder, argument)  # once more, for a name behind ".." that is too long
+    _check_parent(path, folder / "file", argument)
 
 
 @contextmanager

@@ -275,7 +275,9 @@ def test_the_python_of_the_readme(smollm2: tuple[Any, Any], tmp_path: Path, monk
     asked: list[str] = []
     monkeypatch.setattr(lit_thought, "load_model", lambda name: (asked.append(name), smollm2)[1])
     monkeypatch.setattr(lit_thought, "transmute", partial(lit_thought.transmute, inputs=16, max_new_tokens=12))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: (asked.append(name), smollm2[0])[1])
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, dtype: (asked.append(f"{name}, {dtype}"), smollm2[0])[1]
+    )
     before = {name: value.clone() for name, value in smollm2[0].state_dict().items()}
     job, chat, peft = blocks("README.md", "python")
     names: dict[str, Any] = {}
@@ -287,7 +289,7 @@ def test_the_python_of_the_readme(smollm2: tuple[Any, Any], tmp_path: Path, monk
     exec(peft, names)  # last, since PEFT changes the model in place
     assert isinstance(names["served"], PeftModel)
     names["served"].unload()
-    assert asked == ["smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert asked == ["smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct, float32"]
     assert all(before[name].equal(value) for name, value in smollm2[0].state_dict().items())
 
 

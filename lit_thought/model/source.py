@@ -73,7 +73,7 @@ def place_and_file(recorded: str) -> tuple[str, str | None]:
     """The hub id, folder or file of a recorded name, and the GGUF file of it that stands in brackets, if one does."""
     for bracket in re.finditer(r" \(", recorded) if recorded.endswith(")") else ():
         place, file = recorded[: bracket.start()], recorded[bracket.end() : -1]
-        if HUB_ID.fullmatch(place) or Path(place, file).is_file():
+        if HUB_ID.fullmatch(place) or os.path.isfile(os.path.join(place, file)):
             return place, file
     found = _WITH_FILE.fullmatch(recorded)  # of a folder that is not here
     return (recorded, None) if found is None else (found[1], found[2])
