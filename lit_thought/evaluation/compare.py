@@ -227,8 +227,7 @@ class Evaluation:
             self.plain = self._write("plain", [prompt.plain_ids for prompt in self.prompts])
             self.instructed = self._write_instructed()
         # at once, so that a check that fails does so before a patch is measured
-        before = {"plain": self.plain, "instructed": self.instructed}
-        self.passing = None if check is None else {run: _passing(check, own) for run, own in before.items()}
+        self.passing = self._passing({"plain": self.plain, "instructed": self.instructed})
         self.completed = [
             self.template.tokenise(tokenizer, instruction, row["input"], output.text, output.finished)
             for instruction, row, output in zip(self.instructions, self.rows, self.instructed, strict=True)
@@ -240,9 +239,7 @@ class Evaluation:
         with evaluating(self.model):
             with patch.applied(self.model):
                 patched = self._write("patched", [prompt.plain_ids for prompt in self.prompts])
-            checked = None
-            if self.check is not None and self.passing is not None:
-                checked = {**self.passing, "patched": _passing(self.check, patched)}
+            checked = {**self.passing, **self._passing({"patched": patched})} or None
             perplexity = dict.fromkeys(_PERPLEXITY) if self.unrelated is None else self.unrelated.measure(patch)
             divergence = self._divergences(patch)
             outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
@@ -278,6 +275,10 @@ class Evaluation:
             ],
         }
         return EvaluationResult({**result, "warnings": list(warnings(result).values())})
+
+    def _passing(self, outputs: Mapping[str, Sequence[Generation]]) -> dict[str, float]:
+        """The share of each run's outputs that pass the check; nothing without one."""
+        return {} if self.check is None else {run: _passing(self.check, own) for run, own in outputs.items()}
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""

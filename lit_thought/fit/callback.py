@@ -134,8 +134,7 @@ class ThoughtCallback(Callback):
             )
         check_trainer(trainer)
         for logger in trainer.loggers:
-            for name, folder in (("output_dir", self.output_dir), ("statistics_dir", self.settings.statistics_dir)):
-                check_apart(**{name: folder, "log_dir": getattr(logger, "log_dir", None)})
+            check_apart(log_dir=getattr(logger, "log_dir", None), **self._outputs)
         stages = self.check(pl_module, data)
         check_epochs(trainer, self.steps * len(stages), f"{self.steps} steps × {len(stages)} sites of blocks")
         if self.steps > 1 and self.settings.pairs_per_step is not None:
@@ -169,11 +168,16 @@ class ThoughtCallback(Callback):
             self.preserved.check(module.model, module.tokenizer, settings, blocks, sites)
         return stages
 
+    @property
+    def _outputs(self) -> dict[str, str | os.PathLike[str] | None]:
+        """The folders that a fit writes as a whole, by the arguments that name them."""
+        return {"statistics_dir": self.settings.statistics_dir, "output_dir": self.output_dir}
+
     def _check_folders(self, model: str | None = None) -> None:
         """Refuse outputs that cannot be written, or would replace the model at this place."""
         given = self.settings.preserve
         text = given if isinstance(given, (str, os.PathLike)) and given != "default" else None
-        for name, folder in (("output_dir", self.output_dir), ("statistics_dir", self.settings.statistics_dir)):
+        for name, folder in self._outputs.items():
             if folder is not None:
                 check_output_folder(folder, self.overwrite, name, model=model, preserve=text)
         if self.settings.resume_dir is not None:
