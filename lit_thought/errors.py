@@ -19,6 +19,7 @@ __all__ = [
     "check_counts",
     "did_you_mean",
     "is_finite",
+    "is_out_of_memory",
 ]
 
 
@@ -51,6 +52,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def is_finite(value: Any) -> bool:
     """Whether it is a number, not a bool, that float can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is short: Python's, torch's of a GPU, and torch's of main memory, which is
+    no more than a RuntimeError."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator: " in str(error)
 
 
 def check_counts(**counts: int) -> None:

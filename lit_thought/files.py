@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
@@ -40,6 +41,7 @@ __all__ = [
     "check_writable",
     "default_cache_dir",
     "expanded",
+    "finite",
     "is_own_file",
     "own_file",
     "parse_json",
@@ -57,6 +59,7 @@ _REMEDIES = {
     errno.ENOSPC: "Make room there, or choose another path.",
     errno.EDQUOT: "Make room within your quota, or choose another path.",
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or choose another path.",
+    errno.EBUSY: "Choose a folder in it, if it is a mount point, or another path.",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ELSEWHERE),
 }
 """What to do where the system cannot write."""
@@ -102,6 +105,11 @@ def check_output_folder(
     if folder.exists() and not folder.is_dir():
         raise ThoughtError(f"{argument}={str(path)!r} is a file; expected a folder. Choose another path.")
     if folder.is_dir():
+        if os.path.ismount(folder):
+            raise ThoughtError(
+                f"{argument}={str(path)!r} is a mount point, which no folder can take the place of. Choose a folder in "
+                "it."
+            )
         if not os.access(folder, os.R_OK | os.X_OK):
             raise ThoughtError(f"{argument}={str(path)!r} is a folder that cannot be read. Choose another path.")
         if not overwrite and any(folder.iterdir()):
@@ -157,12 +165,15 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
+def atomic_file(
+    path: str | os.PathLike[str], overwrite: bool = True, **read: str | os.PathLike[str] | None
+) -> Iterator[Path]:
     """Yield the name of a temporary file (that of ``path``, in a hidden folder beside it) that becomes ``path`` at the
     end.
 
     On any exception the temporary file is removed and ``path`` stays as it was. A link at ``path`` is replaced, and
     what it leads to stays as it was, too. Who may read and write the file is what the umask says, whatever made it.
+    What is ``read`` for it, such as ``model``, is not replaced, where that lies here, nor a file of a folder that is.
 
     Raises:
         ThoughtError: for a path where no file can be written.
@@ -173,6 +184,12 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
         raise ThoughtError(f"path={str(path)!r} is a folder; expected a file. Choose another path.")
     if os.path.lexists(file) and not overwrite:
         raise ThoughtError(f"path={str(path)!r} exists. Choose another path, or pass overwrite=True.")
+    for name, source in read.items() if file.exists() else ():
+        if source is not None and ((place := _resolve(source)) == file or place in file.parents):
+            raise ThoughtError(
+                f"path={str(path)!r} would replace {'' if place == file else 'a file of '}the "
+                f"{name.replace('_', ' ')} {os.fspath(source)!r}. Choose another path."
+            )
     _check_parent(path, file)
     with _workplace(file) as folder, writing(file, folder):
         temporary = folder / file.name
@@ -403,6 +420,15 @@ def parse_json(text: str, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError as error:
         raise ValueError("its values are nested too deep") from error
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON would have it, which has no NaN and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_json(file: Path) -> Any:

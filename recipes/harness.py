@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from lit_thought import PairDataModule, ThoughtPatch, transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.compare import Evaluation
 from lit_thought.evaluation.perplexity import unrelated_perplexity
-from lit_thought.files import atomic_file
+from lit_thought.files import atomic_file, check_writable
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.fit.provenance import versions
 from lit_thought.prompts.pairs import load_pairs
+from lit_thought.prompts.template import DEFAULT_TEMPLATE
 from lit_thought.prompts.unrelated import load_texts, text_windows
 from lit_thought.solve.intervals import paired_difference, wilson
 from lit_thought.timing import Stopwatch
@@ -45,7 +46,7 @@ SIX_TASKS = (
     "function_vectors/present-past",
     "function_vectors/capitalize",
 )
-TEMPLATE = "Q: {input}\nA: {output}\n"
+TEMPLATE = DEFAULT_TEMPLATE
 METHODS: dict[str, dict[str, Any]] = {
     "both": {"sites": ("attn_out", "mlp_out")},
     "auto": {
@@ -190,7 +191,19 @@ def command_line(recipe: Callable[..., None]) -> None:
     about = parameters(Path(inspect.getfile(recipe)).with_suffix(".yaml"))
     provenance()  # of the code that runs, whatever is committed meanwhile
     recipe.__doc__ = "\n    ".join([f"{recipe.__doc__}\n\nArgs:", *(f"{name}: {text}" for name, text in about.items())])
-    jsonargparse.auto_cli(recipe, as_positional=False)
+    jsonargparse.auto_cli(_checked(recipe), as_positional=False)
+
+
+def _checked(recipe: Callable[..., None]) -> Callable[..., None]:
+    """The recipe, which refuses a place where its results cannot be written before it begins."""
+
+    @wraps(recipe)
+    def run(**values: Any) -> None:
+        if values.get("out") is not None:
+            check_writable(Path(values["out"]).parent, "out")
+        recipe(**values)
+
+    return run
 
 
 def shown(model: str | Path) -> str:
@@ -251,7 +264,7 @@ def panels(count: int, width: float, height: float, **options: Any) -> tuple[Fig
 
 def save_figure(figure: Figure, out: str | Path) -> None:
     """Write a figure to ``out`` with the suffix .svg, the same bytes for the same figure."""
-    with rc_context({"svg.hashsalt": "lit_thought"}), atomic_file(Path(out).with_suffix(".svg")) as temporary:
+    with rc_context({"svg.hashsalt": "lit_thought"}), atomic_file(f"{out}.svg") as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
@@ -272,7 +285,7 @@ def write_results(script: str, out: str | Path, page: str, record: Mapping[str, 
     page = f"{head}\n\n{page.rstrip()}\n\nCommit {record['commit']}; {packages}.\n"
     print(f"\n{page}", flush=True)
     for suffix, content in ((".md", page), (".json", json.dumps(record, indent=1) + "\n")):
-        with atomic_file(Path(out).with_suffix(suffix)) as temporary:
+        with atomic_file(f"{out}{suffix}") as temporary:
             temporary.write_text(content, encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from lit_thought import evaluate, load_model, transmute
 from lit_thought.evaluation.compare import format_result
+from lit_thought.files import check_output_folder
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.prompts.template import DEFAULT_TEMPLATE
 
@@ -42,6 +43,8 @@ def quickstart(
         test: most test words.
         out: folder to write the adapter to; a temporary one when left out.
     """
+    if out is not None:
+        check_output_folder(out, argument="out")
     print(f"Loading {model} …")
     lm, tokenizer = load_model(model)
     file = DATA / f"{task}.json"
@@ -55,7 +58,7 @@ def quickstart(
     unseen = [pair for pair in pairs[10:] if pair["input"] not in fitted][:test]
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(out or scratch) if out else Path(scratch) / "adapter"
+        folder = Path(out) if out is not None else Path(scratch) / "adapter"
         patch.save_adapter(folder)
         size = (folder / "adapter_model.safetensors").stat().st_size
         print(f"Saved a rank-{patch.rank} PEFT adapter: {size / 1e6:.1f} MB")

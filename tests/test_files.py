@@ -18,7 +18,7 @@ from system import limited, posix
 
 from lit_thought import files, transmute
 from lit_thought.errors import ThoughtError
-from lit_thought.files import atomic_file, atomic_folder
+from lit_thought.files import atomic_file, atomic_folder, check_output_folder, finite
 
 
 def mode(path: Path) -> int:
@@ -189,3 +189,31 @@ def test_a_cache_may_hold_outputs_and_not_the_other_way(tmp_path: Path) -> None:
     for inner in ("a", "a/b"):
         with pytest.raises(ThoughtError, match=r"(cache_dir and out|out and cache_dir) must be folders"):
             files.check_apart(out=tmp_path / "a", cache_dir=tmp_path / inner)
+
+
+def test_a_mount_point_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder can be renamed to it."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
+    with pytest.raises(ThoughtError, match=r"output_dir='.*out' is a mount point.*Choose a folder in it"):
+        check_output_folder(tmp_path / "out", False, "output_dir")
+    check_output_folder(tmp_path / "out" / "adapter")
+
+
+def test_what_is_read_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("model/model.safetensors", "text.txt"):
+        (tmp_path / name).write_text("mine")
+    read = {"model": tmp_path / "model", "text_file": tmp_path / "text.txt", "pairs": None}
+    for name, what in (("model/model.safetensors", "a file of the model"), ("text.txt", "the text file")):
+        with pytest.raises(ThoughtError, match=f"would replace {what}"), atomic_file(tmp_path / name, True, **read):
+            pytest.fail("it went on")
+        assert (tmp_path / name).read_text() == "mine"
+    with atomic_file(tmp_path / "model" / "adapter.gguf", True, **read) as file:
+        file.write_text("new")
+    assert (tmp_path / "model" / "adapter.gguf").read_text() == "new"
+
+
+def test_a_value_for_json_has_none_for_what_is_no_number() -> None:
+    value = {"a": [1.5, float("nan"), (float("-inf"), True)], "b": {"c": "NaN", "d": None}}
+    assert finite(value) == {"a": [1.5, None, [None, True]], "b": {"c": "NaN", "d": None}}

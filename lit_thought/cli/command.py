@@ -101,8 +101,8 @@ def _parse(given: Sequence[str]) -> tuple[str, dict[str, Any]]:
             raise argparse.ArgumentError(None, f"{given[0]!r} is no command ({choice}).{nearest(given[0], COMMANDS)}")
         words = joined(given[:place], parser._option_string_actions)
         if command:
-            own = positional(given[place:], _POSITIONAL)[1:]
-            words += [command, *joined(own, asked._option_string_actions, lists(asked))]
+            own = joined(positional(given[place:], _POSITIONAL)[1:], asked._option_string_actions, lists(asked))
+            words += [command, *sorted(own, key=lambda word: not word.startswith("--config="))]  # what is typed wins
         values = parser.parse_args(words)
     except argparse.ArgumentError as error:
         text = _explained(str(error), command, asked._option_string_actions).rstrip(".")

@@ -14,11 +14,20 @@ __all__ = ["MODE", "load"]
 
 MODE = "lit-thought"
 """The name under which jsonargparse knows :func:`load`, so that the parsers of others keep their own."""
-_NULL = "tag:yaml.org,2002:null"
+_NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain words stay text, but null."""
+    """Plain words stay text, but null. A key that comes twice is refused, where YAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if key.tag != _MERGE and keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} stands here twice; keep one of them", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
     def construct_yaml_null(self, node: yaml.ScalarNode) -> None:
         if not node.value:
@@ -29,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, "tag:yaml.org,2002:merge")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_constructor(_NULL, _Loader.construct_yaml_null)

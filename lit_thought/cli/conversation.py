@@ -54,7 +54,10 @@ def converse(talk: Chat) -> list[dict[str, Any]]:
             continue
         said.append(answers)
         if not live:
-            print(f"> {line}\n\n{answers}\n", flush=True)
+            try:
+                print(f"> {line}\n\n{answers}\n", flush=True)
+            except BrokenPipeError:  # a reader that has seen enough
+                break
     return [_values(answers) for answers in said]
 
 

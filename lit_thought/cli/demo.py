@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def demo(
     try:
         server = DemoServer((host, port), folder)
     except OSError as error:
+        cure = "Correct the host" if isinstance(error, socket.gaierror) else "Choose another port, or 0"
         raise ThoughtError(
-            f"host={host!r}, port={port}: cannot be served at ({error.strerror or error}). Choose another port, or 0."
+            f"host={host!r}, port={port}: cannot be served at ({error.strerror or error}). {cure}."
         ) from error
     with server:
         say(f"Once the model is loaded, the demo will be at {server.address}")

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, is_out_of_memory
 
 __all__ = ["BUG", "DONE", "EXIT_CODES", "INPUT", "INTERRUPTED", "MACHINE", "as_typed", "exit_code", "tell"]
 
@@ -28,12 +28,12 @@ EXIT_CODES = {
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM}
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
-_MEMORY_NAMES = {"MemoryError", "OutOfMemoryError"}  # the latter of torch, which need not be imported by now
 _NETWORK_NAMES = {"TransportError", "OfflineModeIsEnabled"}  # of httpx and huggingface_hub
 _ALIASES = {
     "commit_message": ("message",),
     "folder": ("adapter", "statistics"),
     "name": ("model",),
+    "output_dir": ("out",),
     "path": ("out",),
 }
 """What the library calls arguments of its own, and the flags that stand for them: the last one that there is."""
@@ -106,7 +106,7 @@ def _message(error: BaseException, trace: bool) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     text = str(error) or "no message"
-    if _is_memory(error):
+    if is_out_of_memory(error):
         return f"out of memory ({text}). Choose a smaller model, or a smaller --batch_size where there is one."
     if code == MACHINE:
         return text
@@ -116,15 +116,8 @@ def _message(error: BaseException, trace: bool) -> str:
 
 def _is_of_the_machine(error: BaseException) -> bool:
     full = isinstance(error, OSError) and error.errno in _FULL
-    return full or isinstance(error, _NETWORK) or bool(_names(error) & _NETWORK_NAMES) or _is_memory(error)
-
-
-def _is_memory(error: BaseException) -> bool:
-    return bool(_names(error) & _MEMORY_NAMES)
-
-
-def _names(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return full or isinstance(error, _NETWORK) or bool(names & _NETWORK_NAMES) or is_out_of_memory(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

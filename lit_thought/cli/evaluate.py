@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
 from lit_thought.errors import ThoughtError, check_counts
@@ -131,13 +133,16 @@ def report(adapter: str, evaluation: str | None = None, out: str | None = None, 
         samples: how many of the evaluation's pairs to show with their three outputs.
     """
     from lit_thought.evaluation.report import write_report
+    from lit_thought.model.source import SMOLLM2_NAME
 
     with timed("the report"):
         written = write_report(adapter, evaluation, out, samples)
     place = adapter if out is None else out
     say(f"Wrote report.html, report.md and report.json to {place}")
     if written["evaluation"] is None:
-        command = f"lit-thought evaluate {adapter} --pairs … --out {adapter}/evaluation"
+        name, folder = str(written["model"] or ""), shlex.quote(adapter)
+        base = f" --model {shlex.quote(name)}" if name not in ("", SMOLLM2_NAME) else ""
+        command = f"lit-thought evaluate {folder} --pairs …{base} --out {folder}/evaluation"
         say(f"There is no evaluation yet; {command} makes one.")
     files = [f"{place.rstrip('/')}/report.{suffix}" for suffix in ("html", "md", "json")]
     return Result({"files": files, "report": written})

@@ -88,7 +88,7 @@ def export(
             base = base.to(stored)  # as the fit had it
         export_merged(patch, base, out, tokenizer, None if dtype is None else stored, overwrite)
     elif loading is not None:
-        with atomic_file(out, overwrite) as file:  # checks its path first
+        with atomic_file(out, overwrite, model=loading.place, adapter=place) as file:  # checks its path first
             base, _ = loading.load()
             patch.save_control_vector(file, base)
     size = _size(Path(out).expanduser())

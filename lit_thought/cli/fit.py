@@ -83,7 +83,7 @@ def fit(
         model, tokenizer = loading.load()
         return model, tokenizer
 
-    options = {"val_pairs": val_pairs, "overwrite": overwrite, "progress": progress, **settings}
+    options = {"val_pairs": val_pairs, "output_dir": out, "overwrite": overwrite, "progress": progress, **settings}
     try:
         patch = transmute(load, None, text, pairs, template, **options)
     except KeyboardInterrupt:
@@ -93,7 +93,6 @@ def fit(
     growth = patch.provenance.get("growth")
     for phase, value in seconds.items():
         _log.debug("%s took %.2f s", phase, value)
-    patch.save_adapter(out, overwrite=overwrite)
     size = _size(out)
     say(f"Wrote a rank-{patch.rank} adapter of {size / 1e6:.1f} MB to {out}")
     result = None
@@ -236,10 +235,12 @@ def preserve(
     from lit_thought.statistics.preserve_file import check_suffix
 
     check_suffix(out, "out")
-    check_counts(preserve_tokens=preserve_tokens, directions=directions)
+    FitSettings(preserve_tokens=preserve_tokens)  # refuses what a fit does
+    check_counts(directions=directions)
     chosen = DEFAULT_SITES if sites is None else check_sites(sites)
     read = load_texts(text_file, "preserve", "text_file")
-    with atomic_file(out, overwrite) as file:  # checks its path first
+    precious = {"model": loading.place, "text_file": None if text_file == "default" else text_file}
+    with atomic_file(out, overwrite, **precious) as file:  # checks its path first
         lm, tokenizer = loading.load()
         blocks = find_blocks(lm)
         for name in sites or ():

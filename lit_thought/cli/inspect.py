@@ -54,6 +54,7 @@ def verify(
     tokens: int | None = 256,
     output: Literal["vector", "norm_scale"] | None = None,
     out: str | None = None,
+    overwrite: bool = False,
     *,
     loading: Loading,
 ) -> Result:
@@ -69,6 +70,7 @@ def verify(
         output: where the residual error goes: vector (the MLP's output bias, or after its norm) or norm_scale (the
             scale of the norm after the MLP, where there is one); what suits the model when left out.
         out: JSON file for the report; not written when left out.
+        overwrite: replace the file if it exists.
         loading: the model.
     """
     from lit_thought.files import atomic_file
@@ -80,7 +82,9 @@ def verify(
     chunk = "You are a pirate. Talk like a pirate.\n" if chunk is None else chunk
     text = load_texts(text_file, "evaluate", "text_file")[0]
     check_texts(chunk, text, tokens)
-    with atomic_file(out) if out is not None else nullcontext() as file:  # checks its path first
+    read = {"instruction_file": instruction_file, "text_file": None if text_file == "default" else text_file}
+    read["model"] = loading.place
+    with atomic_file(out, overwrite, **read) if out is not None else nullcontext() as file:  # checks its path first
         lm, tokenizer = loading.load()
         with timed("checking the theorems"):
             found = verify_exact(lm, tokenizer, chunk, text, output=output, tokens=tokens)

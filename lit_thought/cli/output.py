@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_thought.errors import ThoughtError
+from lit_thought.files import finite
 
 __all__ = ["Output", "Result", "console", "flush", "give", "say", "timed"]
 
@@ -86,7 +86,7 @@ def give(result: Result, output: Output) -> None:
     text = result.text
     if output.json:
         plain = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
-        text = json.dumps(_finite(result.values), indent=1, ensure_ascii=plain)
+        text = json.dumps(finite(result.values), indent=1, ensure_ascii=plain)
     with suppress(BrokenPipeError):
         if text:
             print(text)
@@ -126,12 +126,3 @@ class _Nowhere(io.TextIOBase):
 
     def close(self) -> None:
         pass
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; null stands for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

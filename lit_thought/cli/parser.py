@@ -11,6 +11,7 @@ import os
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import wraps
 from importlib.metadata import version
@@ -197,13 +198,28 @@ def _read_as_typed(action: Any) -> None:
             if _is_list(parts):
                 value = several
         try:
-            return check(value, *args, **options)
+            return _with_numbers(check(value, *args, **options))
         except TypeError as error:
             near = nearest(str(value), words - {"null", "true", "false"})
             wanted = _expected(parts, action.default)
             raise TypeError(f'Parser key "{action.dest}": expected {wanted}; got {_shown(value)}.{near}') from error
 
     action._check_type = checked
+
+
+def _with_numbers(value: Any) -> Any:
+    """Options of any values, with the numbers in their lists as such, where the loader leaves every entry a text."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(own) for name, own in value.items()}
+    return [_with_numbers(_number(own)) for own in value] if isinstance(value, list) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str) and re.match(r"[-+]?\d", value):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def _expected(parts: Sequence[Any], default: Any) -> str:
@@ -276,8 +292,9 @@ def _epilog(commands: Mapping[str, Command]) -> str:
             "examples:",
             *(f"  {line.removeprefix('Example: ')}" for line in examples),
             "",
-            "Every command takes --config FILE, --json, --quiet, --verbose and --traceback. A list takes several words",
-            "or commas: --blocks 0 1 2. A text is taken to the letter; for a newline, $'…\\n' in bash.",
+            "Every command takes --config FILE (what is typed wins), --json, --quiet, --verbose and --traceback.",
+            "A list takes several words or commas: --blocks 0 1 2. A text is taken to the letter; for a newline,",
+            "$'…\\n' in bash.",
             "",
             "exit codes:",
             *codes,

@@ -6,6 +6,7 @@ import html
 import ipaddress
 import json
 import re
+import socket
 import threading
 from contextlib import suppress
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_thought.errors import ThoughtError
+from lit_thought.files import is_own_file
 from lit_thought.patch.chat import Answers, Chat
 
 __all__ = ["DemoServer"]
@@ -22,6 +24,8 @@ __all__ = ["DemoServer"]
 _MOST_BYTES = 1_000_000
 """Of a request."""
 _REPORT = "report.html"
+_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""No scripts: the report may be anyone's."""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
@@ -42,10 +46,12 @@ class DemoServer(ThreadingHTTPServer):
 
     def __init__(self, place: tuple[str, int], folder: Path) -> None:
         self.report, self.turn = folder / _REPORT, threading.Lock()
+        if ":" in place[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(place, _Handler)
-        host, port = self.server_address[:2]
-        self.address = f"http://{host!s}:{port}/"
-        self.local = _is_local(str(host))
+        host, port = str(self.server_address[0]), self.server_address[1]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        self.local = _is_local(host)
 
     def page(self) -> str:
         """The web page."""
@@ -54,7 +60,7 @@ class DemoServer(ThreadingHTTPServer):
         facts = {
             "instruction": chat.instruction,
             "scale": chat.scale,
-            "report": self.report.is_file(),
+            "report": is_own_file(self.report),
             "patch": repr(chat.patch),
             "history": [_values(answers) for answers in chat.history],
         }
@@ -74,8 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/":
             self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page(), policy=_POLICY)
-        elif self.path == "/report" and self.server.report.is_file():
-            self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.report.read_text(encoding="utf-8"))
+        elif self.path == "/report" and is_own_file(self.server.report):
+            text = self.server.report.read_text(encoding="utf-8")
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", text, policy=_REPORT_POLICY)
         else:
             self._fail(HTTPStatus.NOT_FOUND, "There is no such page.")
 
@@ -109,11 +116,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(HTTPStatus.OK, "application/x-ndjson")
         try:
             chat.scale = values.get("scale", chat.scale)
-            chat.ask(values.get("message", ""), self._show)
+            answers = chat.ask(values.get("message", ""), self._show)
+            self._line({**_values(answers), "done": True})
         except ThoughtError as error:
             self._line({"error": str(error)})
         except ConnectionError:  # the reader has gone; what was said is not kept
             return
+        except Exception as error:
+            self._line({"error": f"{type(error).__name__}: {error}"})
+            raise
 
     def _new(self, values: dict[str, Any]) -> None:
         self.server.chat.new()

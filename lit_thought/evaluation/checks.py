@@ -13,6 +13,8 @@ __all__ = ["Check", "follows", "matches"]
 
 Check = Callable[[str], bool]
 """Whether an output is what it should be."""
+_VALUES = ("const", "enum", "default", "examples")
+"""Keywords of a schema that hold values rather than schemas."""
 _SCHEMA = 'Expected a JSON schema, such as {"type": "object", "required": ["city"]}.'
 
 
@@ -58,7 +60,7 @@ def follows(file: str) -> Check:
         from jsonschema.validators import Draft202012Validator, validator_for
         from referencing import Registry, Resource
         from referencing.exceptions import Unresolvable
-        from referencing.jsonschema import DRAFT202012
+        from referencing.jsonschema import DRAFT202012, specification_with
     except ImportError as error:
         raise ThoughtError(
             "check_schema: it needs the package jsonschema. Install it: pip install 'lit-thought[schema]'"
@@ -70,17 +72,18 @@ def follows(file: str) -> Check:
     if not isinstance(schema, dict) or not isinstance(schema.get("$schema", ""), str):
         raise ThoughtError(f"check_schema={file!r} is {schema!r:.60}. {_SCHEMA}")
     kind = validator_for(schema, default=Draft202012Validator)
+    draft = specification_with(schema.get("$schema", ""), default=DRAFT202012)
     registry: Any = Registry()  # without one, jsonschema asks the network for what a schema refers to
 
     def look_up(value: Any, place: Any) -> None:
         """What is referred to, wherever that is: most of it comes up with some texts only."""
         if isinstance(value, dict):
             if isinstance(value.get("$id"), str):
-                place = place.in_subresource(Resource.from_contents(value, default_specification=DRAFT202012))
+                place = place.in_subresource(Resource.from_contents(value, default_specification=draft))
             for name in ("$ref", "$dynamicRef"):
                 if isinstance(value.get(name), str):
                     place.lookup(value[name])
-            value = list(value.values())
+            value = [own for name, own in value.items() if name not in _VALUES]
         for own in value if isinstance(value, list) else ():
             look_up(own, place)
 
@@ -107,7 +110,7 @@ def follows(file: str) -> Check:
             f"check_schema={file!r} is no JSON schema ({error.json_path}: {error.message:.200}). {_SCHEMA}"
         ) from error
     validator = kind(schema, registry=registry)
-    root = Resource.from_contents(schema, default_specification=DRAFT202012)
+    root = Resource.from_contents(schema, default_specification=draft)
     tried(look_up, schema, registry.resolver_with_root(root))
     tried(validator.is_valid, None)
     return check

@@ -28,6 +28,7 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.provenance import template_of
 from lit_thought.patch.results import RUNS, figures, items_text
 from lit_thought.patch.verdict import headline, warnings
+from lit_thought.patch.weights import check_absent
 from lit_thought.prompts.alignment import TokenisedPair, check_context
 from lit_thought.prompts.batches import PairBatch, make_batches
 from lit_thought.prompts.instruction_hash import check_instruction
@@ -133,6 +134,7 @@ def evaluate(
     rows = load_pairs(pairs)
     check_instruction(patch.provenance, instruction, rows)
     model, tokenizer = bare_model(model), check_tokenizer(tokenizer)
+    check_absent(patch, model)
     patch.validate(model)
     chosen = template_of(patch.provenance, template)
     with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first

@@ -58,7 +58,7 @@ class UnrelatedText:
     A window's loss under the original model is measured once: it is kept here, and in the cache, under a hash of all
     that it depends on (weights, configuration, dtype and device of the model, token ids). Nothing is kept of a sharded
     model, whose processes would have to agree on what they know, and of one with hooks, which may do something else
-    than its weights say, as with a patch beside quantised layers.
+    than its weights say, as with a patch beside quantised layers; nor inside ``torch.autocast``.
 
     Args:
         model: the model, without the patch.
@@ -88,7 +88,8 @@ class UnrelatedText:
         check_interval(interval)
         self.model, self.interval, self.progress = model, interval, progress
         self.windows = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
-        self._manifest = {} if is_sharded(model) or _has_hooks(model) else _manifest(model, self.windows)
+        unknown = is_sharded(model) or _has_hooks(model) or torch.is_autocast_enabled(model.device.type)
+        self._manifest = {} if unknown else _manifest(model, self.windows)
         key = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()[:24]
         self._file = cache_folder(cache_dir) / f"perplexity-{key}.json"
         self.original = _read(self._file, self._manifest) if self._manifest else {}

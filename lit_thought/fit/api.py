@@ -16,6 +16,7 @@ from lit_thought.fit.growing import grow
 from lit_thought.fit.module import ModelLoader, ThoughtModule
 from lit_thought.fit.selection import OF_THE_LAST_FIT, check_auto, select_settings
 from lit_thought.patch.patch import ThoughtPatch
+from lit_thought.patch.provenance import plain_json
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.settings import FitSettings, takes_settings
 
@@ -31,6 +32,7 @@ def transmute(
     template: str | PromptTemplate | None = None,
     *,
     val_pairs: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -53,7 +55,8 @@ def transmute(
             as many as ``inputs`` says; see :class:`~lit_thought.fit.data.PairDataModule`.
         template: how instruction, input and output make a prompt; see there, too.
         val_pairs: pairs to follow the fit with, step by step (in the patch's provenance, as history).
-        overwrite: replace ``statistics_dir`` if it exists.
+        output_dir: folder to write the adapter to at the end; not written when left out.
+        overwrite: replace ``output_dir``, and ``statistics_dir``, if they exist.
         progress: show progress bars.
         settings: those of :class:`~lit_thought.settings.FitSettings`. blocks, rank, ridge, scale and preserve_weight
             can be ``"auto"``: chosen on a quarter of the pairs, held back first (:mod:`lit_thought.selection`); the
@@ -73,7 +76,9 @@ def transmute(
     chosen = FitSettings(**settings)
     auto, options = chosen.auto, chosen.options(data=False)
     callback = ThoughtCallback(
-        overwrite=overwrite, **{name: value for name, value in options.items() if name not in auto}
+        output_dir=output_dir,
+        overwrite=overwrite,
+        **{name: value for name, value in options.items() if name not in auto},
     )
     data = PairDataModule(pairs, instruction, template, val_pairs=val_pairs, **chosen.options(data=True))
     if auto:
@@ -97,8 +102,11 @@ def transmute(
     if auto:
         selection = select_settings(module, data, auto, seed=chosen.seed, progress=progress, **options)
         data.known, told["selection"] = selection.outputs, selection.provenance
-        callback = ThoughtCallback(overwrite=overwrite, **selection.settings)
+        callback = ThoughtCallback(output_dir=output_dir, overwrite=overwrite, **selection.settings)
     if patch is None:
-        patch = fit(module, data, callback, progress=progress)
-    patch.provenance |= told
+        callback.told = told
+        return fit(module, data, callback, progress=progress)
+    patch.provenance |= plain_json(told)
+    if output_dir is not None:
+        patch.save_adapter(output_dir, overwrite=overwrite)
     return patch

@@ -61,6 +61,7 @@ class ThoughtCallback(Callback):
         stopwatch: seconds by phase: write (inputs), preserve (load or compute), prepare (write missing outputs,
             tokenise, batch), forward, statistics, solve, validate (score ``val_pairs``), patch.
         preserved: what was given as ``preserve``: texts, or a file of statistics.
+        told: what else the patch's provenance is to hold, as JSON values: how its settings and inputs were chosen.
 
     Raises:
         ThoughtError: for a setting out of range; at its start the fit raises
@@ -86,6 +87,7 @@ class ThoughtCallback(Callback):
         self.settings: Any = chosen.settled()  # FitSettings; Any, since its types allow for "auto" and for None
         self.preserved = PreservationSource(chosen.preserve)
         self.output_dir, self.overwrite = output_dir, overwrite
+        self.told: dict[str, Any] = {}
         self._check_folders()
         folders = {name: getattr(chosen, name) for name in ("statistics_dir", "resume_dir", "cache_dir")}
         check_apart(**folders, output_dir=output_dir)
@@ -308,7 +310,7 @@ class ThoughtCallback(Callback):
             return
         with self.stopwatch("patch"):
             ready.provenance["history"] = self.history
-            ready.provenance |= costs(self.stopwatch, self.estimate)
+            ready.provenance |= costs(self.stopwatch, self.estimate) | self.told
             ready.provenance["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             self.patch = self._scaled(self._solved.patch(ready.provenance))
             if self.output_dir is not None and trainer.is_global_zero:

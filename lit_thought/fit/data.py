@@ -218,15 +218,29 @@ class PairDataModule(LightningDataModule):
         Raises:
             ThoughtError: when one overflows the context window, counting what may yet be generated.
         """
-        longest = self.longest(tokenizer)
-        self.tokenised = []
+        self.tokenised = self._tokenised(tokenizer, self.template, limit)
+
+    def check_given(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Refuse given and validation pairs that :meth:`tokenise` would, before inputs are written beside them.
+
+        Raises:
+            ThoughtError: as there.
+        """
+        assert self.instruction is not None
+        self._tokenised(tokenizer, find_template(tokenizer, self.instruction, self.given_template), limit)
+
+    def _tokenised(
+        self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, limit: int
+    ) -> list[TokenisedPair]:
+        longest, found = self.longest(tokenizer), []
         for index, (pair, instruction) in enumerate(zip(self.pairs, self.instructions, strict=True)):
-            tokens = self.template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
+            tokens = template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
             check_context(tokens, limit, index, 0 if "output" in pair else longest)
-            self.tokenised.append(tokens)
+            found.append(tokens)
         with _about_val_pairs():
             for index, (pair, instruction) in enumerate(zip(self.val_pairs, self.val_instructions, strict=True)):
-                check_context(self.template.tokenise(tokenizer, instruction, pair["input"]), limit, index, longest)
+                check_context(template.tokenise(tokenizer, instruction, pair["input"]), limit, index, longest)
+        return found
 
     def is_no_chat(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """A sentence where the template was left out, and is another than it would be without pairs; else empty."""

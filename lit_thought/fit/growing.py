@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from lit_thought.errors import ThoughtError
 from lit_thought.evaluation.held_back import HeldBack
 from lit_thought.fit.callback import ThoughtCallback
@@ -98,7 +100,7 @@ def grow(
         if measure is None:
             texts = how.preserved.texts or load_texts("default", "preserve", "preserve")
             measure = HeldBack(model, tokenizer, pairs, instructions, texts, data.settings.batch_size)
-        found = measure.divergences(patch)
+        found = measure.divergences(patch).nan_to_num(nan=torch.inf)  # one that is none is the worst
         kl, error = mean_and_error(found)
         seconds = time.perf_counter() - now
         tried.append({"pairs": len(own.pairs), "kl": kl, "kl_error": error, "seconds": round(seconds, 2)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -89,6 +90,7 @@ def write_inputs(
         return
     settings, instruction = data.settings, data.instruction
     assert instruction is not None
+    data.check_given(tokenizer, context_window(model))
     wanted = settings.inputs if isinstance(settings.inputs, int) else None
     with tqdm(desc="Writing inputs", unit=" inputs", disable=not progress) as bar:
 
@@ -144,6 +146,12 @@ def write_outputs(
     if data.known is not None:
         return data.known
     wanted = data.missing if indices is None else list(indices)
+    seen: Counter[tuple[int, ...]] = Counter()
+    seeds = {}  # by how often a prompt came before, on whichever process
+    for i in wanted:
+        prompt = data.tokenised[i].instructed_ids
+        seeds[i] = data.settings.seed + (seen[prompt] << 32)
+        seen[prompt] += 1
     missing: dict[str, list[int]] = {}
     for i in wanted if is_sharded(model) else share(wanted):
         missing.setdefault(data.instructions[i], []).append(i)
@@ -160,7 +168,7 @@ def write_outputs(
                 stop=data.template.stop,
                 max_new_tokens=longest,
                 batch_size=settings.batch_size,
-                seed=settings.seed,
+                seed=[seeds[i] for i in members],
                 progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
                 options=settings.generate or {},
                 keep_special=data.template.is_chat,
@@ -337,7 +345,8 @@ class Preparation:
                 self.validation = Validation(data, model, tokenizer, show and first)
 
     def _kept(self) -> dict[str, Any]:
-        return kept_settings(self.settings, self.preserved, self.data, self.data.longest(self.module.tokenizer))
+        longest = self.data.longest(self.module.tokenizer)
+        return kept_settings(self.settings, self.preserved, self.data, longest) | {"answers_weighed": self.long}
 
     def _plan(self, missing: int) -> None:
         """Batch the longest pairs of a step, refuse a fit that does not fit, and choose where its streams are kept.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought.errors import ThoughtError, UnsupportedModelError
 from lit_thought.model.layers import of_peft
 
-__all__ = ["bare_model", "check_autocast", "check_tokenizer", "hook_names", "uncompiled", "unwrap"]
+__all__ = ["bare_model", "check_autocast", "check_tokenizer", "has_peft_layers", "hook_names", "uncompiled", "unwrap"]
 
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")
 """What torch.compile and torch's activation checkpointing call the module that they wrap."""
@@ -76,6 +76,11 @@ def unwrap(model: Any) -> Any:
             'whole model; strategy="thought_fsdp" shards it.'
         )
     return model
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether there are layers of PEFT's in the model."""
+    return any(map(of_peft, model.modules()))
 
 
 def check_autocast(model: nn.Module) -> None:
@@ -160,8 +165,10 @@ def _inner(module: Any) -> Any:
         return module.module
     if _is_peft_model(module):
         found: Any = module
+        if not found.peft_config:  # the last adapter was deleted, and its layers stay
+            return None
         base = found.get_base_model()
-        gone = not found.active_peft_config.is_prompt_learning and not any(map(of_peft, base.modules()))
+        gone = not found.active_peft_config.is_prompt_learning and not has_peft_layers(base)
         return base if gone else None
     return next((module._modules[name] for name in _INSIDE if name in module._modules), None)
 
@@ -181,8 +188,12 @@ def _check_kind(model: Any) -> None:
         raise UnsupportedModelError(
             f"model must be a transformers causal LM; got {_name(model)}. {_pass_its(model, *_MODELS)}"
         )
-    if any(map(of_peft, model.modules())):
-        raise UnsupportedModelError(_OF_PEFT)
+    if has_peft_layers(model):
+        raise UnsupportedModelError(
+            "model has PEFT's layers inside, as where transformers loads an adapter; expected a plain causal LM. Load "
+            "its base model afresh; to keep what the adapter does, "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+        )
 
 
 _MODELS = ("model", "module", "pretrained_model")

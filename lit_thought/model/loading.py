@@ -25,11 +25,11 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from lit_thought.errors import ThoughtError
+from lit_thought.errors import ThoughtError, is_out_of_memory
 from lit_thought.files import expanded
-from lit_thought.model.bare import uncompiled
+from lit_thought.model.bare import has_peft_layers, uncompiled
 from lit_thought.model.sharding import whole
-from lit_thought.model.source import SMOLLM2_NAME, Source, ask_hub, find_source, place_and_file
+from lit_thought.model.source import IS_ADAPTER, SMOLLM2_NAME, Source, ask_hub, find_source, place_and_file
 from lit_thought.model.unpacking import open_gguf, quick_reader
 
 __all__ = [
@@ -106,10 +106,12 @@ def load_model(
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         chosen = tokenizer
     elif tokenizer is not None:
-        location = os.fspath(tokenizer)
-        if not expanded(location, "tokenizer").exists():
-            ask_hub(location, None, "tokenizer", "tokenizer_config.json")
-        chosen = _from_pretrained(AutoTokenizer, location, "tokenizer", location, trust_remote_code=False)
+        given = location = os.fspath(tokenizer)
+        if (place := expanded(given, "tokenizer")).exists():
+            location = str(place.absolute())
+        else:
+            ask_hub(given, None, "tokenizer", "tokenizer_config.json")
+        chosen = _from_pretrained(AutoTokenizer, location, "tokenizer", given, trust_remote_code=False)
     elif source.gguf_file is None:
         chosen = _from_pretrained(AutoTokenizer, source.location, "name", name, **hub)
     else:
@@ -124,6 +126,8 @@ def load_model(
         model = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options, **hub)
     else:
         model = _load_gguf(source, source.gguf_file, name, options, hub)
+    if has_peft_layers(model):
+        raise ThoughtError(IS_ADAPTER.format(name))
     if target is not None and quantization is None:
         nn.Module.to(model, target)  # transformers' own .to refuses quantised models
     model.eval().requires_grad_(False)
@@ -339,9 +343,9 @@ def _explained(loader: Any, argument: str, given: str) -> Iterator[None]:
     """The many kinds of exception of transformers become one that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         cause = str(error).strip().splitlines()
         raise ThoughtError(
             f"{argument}={given!r}: {loader.__name__} could not load it ({type(error).__name__}: "

@@ -14,7 +14,16 @@ from huggingface_hub import constants
 from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.files import expanded
 
-__all__ = ["HUB_ID", "SMOLLM2_NAME", "Source", "ask_hub", "cached_models", "find_source", "place_and_file"]
+__all__ = [
+    "HUB_ID",
+    "IS_ADAPTER",
+    "SMOLLM2_NAME",
+    "Source",
+    "ask_hub",
+    "cached_models",
+    "find_source",
+    "place_and_file",
+]
 
 SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded default is called in adapters: unlike a folder, anyone can look it up."""
@@ -22,6 +31,10 @@ SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF_MAGIC = b"GGUF"
 _WITH_FILE = re.compile(r"(.+) \(([^()]+\.gguf)\)", re.IGNORECASE | re.DOTALL)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+IS_ADAPTER = (
+    "name={!r} is an adapter, not a model. Give its base model here; the adapter goes on it "
+    "(ThoughtPatch.load(...).apply_(model), lit-thought evaluate)."
+)
 _HUB_SECONDS = 5
 """How long the hub has to say whether it has a model; transformers tries again and again, for most of a minute."""
 
@@ -124,10 +137,7 @@ def _check_location(name: str, revision: str | None, file: str = "config.json") 
         if (path / "config.json").is_file():
             return str(path.absolute())  # which stays right when the process goes to another folder
         if (path / "adapter_config.json").is_file():
-            raise ThoughtError(
-                f"name={name!r} is an adapter, not a model. Give its base model here; the adapter goes on "
-                "it (ThoughtPatch.load(...).apply_(model), lit-thought evaluate)."
-            )
+            raise ThoughtError(IS_ADAPTER.format(name))
         files = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"gguf_file={files[0]!r}, the directory that " if files else "the directory that "
         raise ThoughtError(

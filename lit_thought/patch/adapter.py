@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_thought.errors import PatchError
-from lit_thought.files import atomic_folder, expanded, is_own_file
+from lit_thought.files import atomic_folder, check_output_folder, expanded, is_own_file
 from lit_thought.patch.card import CARD, model_card
 from lit_thought.patch.change import Change, checked_factors, checked_vector
-from lit_thought.patch.provenance import THOUGHT, json_text, read_object, read_provenance, thought_text
+from lit_thought.patch.provenance import THOUGHT, base_here, json_text, read_object, read_provenance, thought_text
 from lit_thought.solve.factors import Factors
 
 if TYPE_CHECKING:
@@ -135,10 +135,11 @@ def write_adapter(
 
     Raises:
         PatchError: if ``dtype`` cannot hold them, or if the inputs of a target are not known (see ``to_peft``).
-        ThoughtError: if ``folder`` cannot be written.
+        ThoughtError: if ``folder`` cannot be written, or is that of the model that the patch was made for.
     """
     if dtype not in _DTYPES:
         raise PatchError(f"dtype={dtype}; expected one of {[str(known) for known in _DTYPES]}.")
+    check_output_folder(folder, overwrite, model=base_here(patch.provenance))
     config, state = to_peft(patch)
     state = {key: value.to(dtype) for key, value in state.items()}
     for key, value in state.items():
@@ -169,12 +170,13 @@ def read_adapter(folder: str | os.PathLike[str], argument: str = "path") -> Chan
         wanted = f"expected an adapter that save_adapter wrote.{hub}"
         raise PatchError(f"{argument}={str(folder)!r} is not a folder; {wanted}")
     config = read_object(path / CONFIG)
-    rank, scale = _check_config(config)
+    rank, scale, targets = _check_config(config)
     names = _NAMES if config.get("lora_bias") else _NAMES[:2]
+    provenance = read_provenance(path)
     factors: dict[str, Factors] = {}
     vectors: dict[str, Tensor] = {}
     d_in: dict[str, int] = {}
-    for target, found in _group(_read_tensors(path / WEIGHTS), _targets(config), names).items():
+    for target, found in _group(_read_tensors(path / WEIGHTS), targets, names, provenance is not None).items():
         a, b = found["lora_A.weight"], found["lora_B.weight"]
         change = _factors(target, a, b, rank, scale)
         vector = _vector(target, found["lora_B.bias"], len(b), scale) if "lora_B.bias" in found else None
@@ -184,7 +186,6 @@ def read_adapter(folder: str | os.PathLike[str], argument: str = "path") -> Chan
             factors[target] = change
         else:
             d_in[target] = a.shape[1]
-    provenance = read_provenance(path)
     if provenance is None:
         known = {
             "base_model": config.get("base_model_name_or_path"),
@@ -196,8 +197,8 @@ def read_adapter(folder: str | os.PathLike[str], argument: str = "path") -> Chan
     return Change(factors, provenance, vectors)
 
 
-def _check_config(config: dict[str, Any]) -> tuple[int, float]:
-    """Rank and scale of a plain LoRA config; everything else is refused."""
+def _check_config(config: dict[str, Any]) -> tuple[int, float, list[str] | str]:
+    """Rank, scale and targets of a plain LoRA config; everything else is refused."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise PatchError(f"{CONFIG}: peft_type is {kind!r}; only plain LoRA adapters ('LORA') can be read.")
@@ -213,16 +214,16 @@ def _check_config(config: dict[str, Any]) -> tuple[int, float]:
             f"{CONFIG} asks for {asked}; only plain LoRA (one rank and alpha, no trained base biases "
             "or further modules) can be read. Load this adapter with peft.PeftModel.from_pretrained."
         )
-    targets = config.get("target_modules")
-    if not _are_targets(targets):
-        raise PatchError(f"{CONFIG}: target_modules is {targets!r}; expected a list of names or one pattern.")
-    _targets(config)
+    modules = config.get("target_modules")
+    if not _are_targets(modules):
+        raise PatchError(f"{CONFIG}: target_modules is {modules!r}; expected a list of names or one pattern.")
+    targets = _targets(config)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
         raise PatchError(f"{CONFIG}: r is {rank!r}; expected a whole number of at least 1.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -_HUGE <= alpha <= _HUGE:
         raise PatchError(f"{CONFIG}: lora_alpha is {alpha!r}; expected a finite number.")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), targets
 
 
 def _targets(config: dict[str, Any]) -> list[str] | str:
@@ -241,8 +242,13 @@ def _targets(config: dict[str, Any]) -> list[str] | str:
     return [*modules, *paths]
 
 
-def _group(tensors: dict[str, Tensor], targets: Any, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """Each target's tensors by name; every target has all ``names``, and nothing is left over."""
+def _group(
+    tensors: dict[str, Tensor], targets: Any, names: tuple[str, ...], ours: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Each target's tensors by name; every target has all ``names``, and nothing is left over.
+
+    Of an adapter of ours all targets are there; PEFT takes lists of names some of which the model lacks.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     surplus = []
     for key, value in tensors.items():
@@ -257,7 +263,7 @@ def _group(tensors: dict[str, Tensor], targets: Any, names: tuple[str, ...]) -> 
             f"{surplus[0]!r}. The folder mixes two adapters, or it is not plain LoRA."
         )
     missing = [f"base_model.model.{path}.{name}" for path, own in found.items() for name in names if name not in own]
-    if isinstance(targets, list):
+    if ours and isinstance(targets, list):
         missing += [name for name in targets if not any(_is_target(path, [name]) for path in found)]
     if missing or not found:
         raise PatchError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ _NO_BASE, _FOLDER = "the base model", "this folder"
 _USE = "## Use"
 _BASE_LINE = "base = {!r}"
 _BASE_TAG = "base_model:adapter:"
+_MODEL = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
+"""A model on the hub, those of its early days, without an owner, among them."""
 _SHORT, _QUESTION = 600, 200
 """Characters of an instruction that is not folded away, and of the question that is asked."""
 _PEFT_LINE = 'model = PeftModel.from_pretrained(model, "{}")'
@@ -121,8 +124,7 @@ def model_card(patch: Change) -> str:
         if len(every) > 1:
             lines += [f"### Part {number}, times {summand.get('scale', 1.0):g}", ""]
         lines += _record(summand)
-    if "truncated" in known:
-        cut = known["truncated"]
+    if cut := known.get("truncated"):
         lines += [f"Truncated to rank {cut['rank']}; relative error {cut['relative_error']:.2e}.", ""]
     lines += ["`thought.json` holds the whole record.", "", "</details>", ""]
     return "\n".join(lines)
@@ -231,7 +233,8 @@ def for_hub(card: str, repo_id: str, base_model: str | None = None, entries: Map
     Args:
         card: Markdown that :func:`model_card` wrote, edited or not.
         repo_id: ``owner/name``.
-        base_model: hub id of the base model, in the place of what the card says.
+        base_model: hub id of the base model, in the place of what the card says; when left out, and the card says a
+            folder of this machine, as PEFT writes it, that is taken out.
         entries: more entries of the header, such as ``license``; those that are None leave the card's own.
 
     Raises:
@@ -242,9 +245,16 @@ def for_hub(card: str, repo_id: str, base_model: str | None = None, entries: Map
         _LOAD_LINE.format("load", _FOLDER): _LOAD_LINE.format("from_pretrained", repo_id),
     }
     given = {key: value for key, value in (entries or {}).items() if value is not None}
+    header = _parsed(card).data.to_dict()
+    theirs = header.get("base_model")
+    if base_model is None and isinstance(theirs, str) and (os.path.exists(theirs) or not _MODEL.fullmatch(theirs)):
+        name = public_name(theirs)  # of a snapshot in the hub's cache, its hub id
+        base_model = name if is_hub_id(name) else ""
     if base_model is not None:
+        tags = [tag for tag in header.get("tags") or [] if not str(tag).startswith(_BASE_TAG)]
+        given |= {"base_model": None, "base_model_relation": None, "tags": tags or None}
+    if base_model:
         place[_BASE_LINE.format(_NO_BASE)] = _BASE_LINE.format(base_model)
-        tags = [tag for tag in _parsed(card).data.to_dict().get("tags") or [] if not str(tag).startswith(_BASE_TAG)]
         tags = [_BASE_TAG + base_model, *tags]
         given |= {"base_model": base_model, "base_model_relation": "adapter", "tags": tags}
     if index := _model_index(card):

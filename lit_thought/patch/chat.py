@@ -126,6 +126,8 @@ def check_chat(
     """
     check_counts(max_new_tokens=max_new_tokens)
     if instruction is not None:
+        if not instruction.strip():
+            raise ThoughtError(f"instruction must be a text that is not empty; got {instruction!r}. Leave it out.")
         check_instruction(patch.provenance, instruction, [{"input": _HELLO}])
     return template_of(patch.provenance, template)
 
@@ -219,9 +221,9 @@ class Chat:
         if self.instruction is not None:
             prompts["instructed"] = self._prompt(self.instruction, "instructed", message)
         prompts["patched"] = self._prompt(None, "patched", message)
+        changed = self.scale * self.patch if self.scale else None
         for run, prompt in prompts.items():
-            changed = self.scale * self.patch if run == "patched" and self.scale else None
-            answers = self._written(run, prompt, answers, changed, watch)
+            answers = self._written(run, prompt, answers, changed if run == "patched" else None, watch)
         self.history.append(answers)
         return answers
 
@@ -234,7 +236,7 @@ class Chat:
         prompt = self.template.conversation(self.tokenizer, instruction, past, message)
         window = context_window(self.model)
         if len(prompt) + self.max_new_tokens > window:
-            cure = "Start over with new()" if past else "Shorten it"
+            cure = "Start over (new)" if past else "Shorten it"
             raise ThoughtError(
                 f"message: the {run} prompt takes {len(prompt):,} tokens and the answer up to "
                 f"{self.max_new_tokens:,}, of a context window of {window:,}. {cure}, or set a smaller max_new_tokens."

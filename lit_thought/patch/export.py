@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought.errors import PatchError
 from lit_thought.files import atomic_folder, check_output_folder
-from lit_thought.model.bare import bare_model, uncompiled
+from lit_thought.model.bare import bare_model, check_tokenizer, uncompiled
 from lit_thought.model.layers import sits_beside
 from lit_thought.model.loading import fingerprint_with, model_place, no_bars
 from lit_thought.patch.adapter import write_adapter
 from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import THOUGHT, thought_text
-from lit_thought.patch.weights import applied, apply, check_absent, original_weights, validate
+from lit_thought.patch.weights import applied, apply, check_absent, check_beneath, original_weights, validate
 
 __all__ = ["VLLM_RANKS", "check_matrices_only", "export_adapter", "export_merged"]
 
@@ -91,14 +91,20 @@ def export_merged(
         )
     model = bare_model(model)
     check_absent(patch, model)  # a copy of the model would not know
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     check_output_folder(folder, overwrite, "folder", model=model_place(model))
     with atomic_folder(folder, overwrite) as out, uncompiled(model), no_bars():
         validate(patch, model, check and not _made_for_float32(patch, model))
+        if check:
+            check_beneath(patch, model)
         _check_mergeable(patch, model)
         if dtype is None or dtype == model.dtype:
             with applied(patch, model, check=False):
                 _check_finite(model)
-                model.save_pretrained(out)
+                own = copy.copy(model)  # saving writes to the config
+                own.config = copy.deepcopy(model.config)
+                own.save_pretrained(out)
         else:
             wide = torch.promote_types(torch.promote_types(model.dtype, dtype), torch.float32)
             merged = copy.deepcopy(model).to(wide)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from lit_thought.errors import PatchError, UnsupportedModelError
 from lit_thought.patch.change import Change
 from lit_thought.patch.export import check_matrices_only
 from lit_thought.patch.gguf_files import gguf_architecture, gguf_writer, import_gguf
-from lit_thought.patch.provenance import public_name
+from lit_thought.patch.provenance import base_here, public_name
 
 __all__ = ["export_gguf"]
 
@@ -67,7 +67,7 @@ def export_gguf(
         for target, value in patch.padded(patch.rank).factors.items()
         for name, matrix in (("lora_a", value.A), ("lora_b", value.B))
     }
-    with gguf_writer(path, architecture, overwrite) as writer:
+    with gguf_writer(path, architecture, overwrite, base_here(patch.provenance)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         base = patch.provenance.get("base_model") or patch.provenance.get("model")
         if base:

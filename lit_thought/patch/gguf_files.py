@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -59,16 +60,18 @@ def gguf_architecture(model_type: str) -> str | None:
 
 
 @contextmanager
-def gguf_writer(path: str | os.PathLike[str], architecture: str, overwrite: bool) -> Iterator[Any]:
+def gguf_writer(
+    path: str | os.PathLike[str], architecture: str, overwrite: bool, model: Path | None = None
+) -> Iterator[Any]:
     """Yield a ``gguf.GGUFWriter``; when the block ends well, what was added to it is written to ``path``.
 
-    On any exception nothing is left, and ``path`` stays as it was.
+    On any exception nothing is left, and ``path`` stays as it was. The ``model``, a file or folder, is never replaced.
 
     Raises:
         ThoughtError: if ``path`` cannot be written, or the ``gguf`` package is missing.
     """
     gguf = import_gguf()
-    with atomic_file(path, overwrite) as file:
+    with atomic_file(path, overwrite, model=model) as file:
         writer = gguf.GGUFWriter(file, architecture)
         try:
             yield writer

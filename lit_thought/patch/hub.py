@@ -199,6 +199,11 @@ def adapter_folder(
         if revision is not None:
             where = f"{argument}={str(repo_id_or_path)!r}"
             raise ThoughtError(f"revision={revision!r} has no use: {where} is a folder here. Leave it out.")
+        if not (path / (subfolder or "")).is_dir():
+            raise PatchError(
+                f"{argument}={os.fspath(path / (subfolder or ''))!r} is not a folder; expected an adapter that "
+                "save_adapter wrote."
+            )
         return path / (subfolder or "")
     name = os.fspath(repo_id_or_path)
     if not is_hub_id(name):
@@ -252,7 +257,7 @@ def _with_licence(api: HfApi, card: str) -> str:
         return card
     try:
         theirs = api.model_info(base).card_data
-    except HfHubHTTPError:  # no such repository, or none that this token may see
+    except (HfHubHTTPError, HFValidationError):  # no such repository, or none that this token may see
         return card
     keys = ("license", "license_name", "license_link")
     return with_metadata(card, {key: theirs[key] for key in keys if theirs and isinstance(theirs.get(key), str)})

@@ -7,7 +7,6 @@ reports take their figures from it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.files import is_own_file, read_json
+from lit_thought.files import check_version, finite, own_file, read_json
 from lit_thought.model.source import HUB_ID, place_and_file
 from lit_thought.prompts.template import PromptTemplate
 
@@ -24,6 +23,7 @@ __all__ = [
     "THOUGHT",
     "added",
     "are_figures",
+    "base_here",
     "beneath",
     "check_provenance",
     "fitted_on",
@@ -152,12 +152,8 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     if not file.exists() and not file.is_symlink():
         return None
     thought = read_object(file)
-    version = thought.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise PatchError(
-            f"{THOUGHT}: format_version is {version!r}, this lit_thought reads {FORMAT_VERSION}. Upgrade "
-            "lit-thought, or delete the file to read the weights without their history."
-        )
+    remedy = "Upgrade lit-thought, or delete the file to read the weights without their history."
+    check_version(thought, "format_version", FORMAT_VERSION, THOUGHT, remedy, PatchError)
     return check_provenance(thought.get("provenance", {}), THOUGHT)
 
 
@@ -192,10 +188,8 @@ def read_object(file: Path) -> dict[str, Any]:
         PatchError: when there is no such file in that folder, or it holds something else.
     """
     folder = file.parent.name
-    if not is_own_file(file):
-        raise PatchError(f"{folder!r} has no {file.name} of its own. Expected a folder that save_adapter wrote.")
     try:
-        value = read_json(file)
+        value = read_json(own_file(file, "a folder that save_adapter wrote", PatchError))
     except (ValueError, OSError) as error:
         raise PatchError(f"{file.name} in {folder!r} is not readable JSON ({error}).") from error
     if not isinstance(value, dict):
@@ -209,14 +203,6 @@ def plain_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         PatchError: if it is not JSON, or its ``d_in`` does not hold whole numbers.
     """
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, Mapping):
-            return {key: finite(entry) for key, entry in value.items()}
-        return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
     try:
         plain = json.loads(json.dumps(finite(provenance), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -274,7 +260,13 @@ def fitted_on(provenance: Mapping[str, Any]) -> str:
 
 def _addends(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     """What a patch adds to a sum; a truncated sum is one summand, since its own no longer add up to it."""
-    return [provenance] if "truncated" in provenance else list(provenance.get("parts", [provenance]))
+    return [provenance] if provenance.get("truncated") else list(provenance.get("parts", [provenance]))
+
+
+def base_here(provenance: Mapping[str, Any]) -> Path | None:
+    """The folder or GGUF file that a patch's model was loaded from, where it is here."""
+    found = Path(*(part for part in place_and_file(str(provenance.get("model") or "")) if part))
+    return found if found.is_absolute() and found.exists() else None
 
 
 def summands(provenance: Mapping[str, Any]) -> list[Any]:

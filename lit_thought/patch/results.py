@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_thought.errors import ThoughtError
-from lit_thought.files import atomic_folder, expanded, is_own_file, parse_json
+from lit_thought.files import atomic_folder, expanded, finite, is_own_file, parse_json
 from lit_thought.patch.adapter import WEIGHTS
 from lit_thought.patch.provenance import are_figures, is_number
 from lit_thought.patch.verdict import headline, is_long, warnings
@@ -73,7 +73,7 @@ def write_result(result: Mapping[str, Any], folder: str | os.PathLike[str], over
     figures = {name: value for name, value in result.items() if name != "items"}
     with atomic_folder(folder, overwrite) as out:
         (out / _ITEMS).write_text(items_text(result["items"]), encoding="utf-8")
-        (out / _RESULT).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        (out / _RESULT).write_text(json.dumps(finite(figures), indent=1) + "\n", encoding="utf-8")
 
 
 def items_text(items: Iterable[Mapping[str, Any]]) -> str:
@@ -130,8 +130,9 @@ def read_evaluation(
         raise ThoughtError(f"evaluation: {folder.name!r} is incomplete: {what}. Run lit-thought evaluate again.")
     if result.get("adapter", digest) != digest:
         raise ThoughtError(
-            f"evaluation: {folder.name!r} is of another adapter than the one in this run. Evaluate this one: "
-            "lit-thought evaluate ADAPTER --pairs test.jsonl --out ADAPTER/evaluation"
+            f"evaluation: {folder.name!r} is of other weights than the adapter's here, if only by their dtype or rank. "
+            "Evaluate this one: lit-thought evaluate ADAPTER --pairs test.jsonl --out ADAPTER/evaluation; or push the "
+            "folder that was evaluated: lit-thought push ADAPTER OWNER/NAME"
         )
     return result, items
 
@@ -157,8 +158,9 @@ def _wrong_key(result: Mapping[str, Any]) -> str | None:
     own = result.get("own_text")
     if own is not None and not _is_own_text(own):
         return "own_text"
-    if result.get("checked") is not None and not _are_shares(result["checked"]):
-        return "checked"
+    for key in ("checked", "first_token_accuracy"):
+        if result.get(key) is not None and not _are_shares(result[key]):
+            return key
     for key in ("recovery", "fidelity_plain", "fidelity"):
         value = result.get(key, 0)
         if not is_number(value) and (value is not None or key == "fidelity"):
@@ -179,7 +181,10 @@ def _is_own_text(value: Any) -> bool:
     if not all(name in own and are_figures({name: own[name]}) for name in ("kl", "kl_reverse")):
         return False
     whole = all(are_figures(own.get(key), *names) for key, names in _OWN_FIGURES.items())
-    return whole and _are_shares(own["finished"])
+    loops = own.get("loops")  # older files have none
+    return (
+        whole and _are_shares(own["finished"]) and (loops is None or (are_figures(loops, *RUNS) and _are_shares(loops)))
+    )
 
 
 def _are_shares(figures: Mapping[str, float]) -> bool:

@@ -38,6 +38,7 @@ __all__ = [
     "applied",
     "apply",
     "check_absent",
+    "check_beneath",
     "has_change",
     "made_for",
     "original_weights",
@@ -61,6 +62,21 @@ class _State:
 
 
 _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+
+
+def _state(model: nn.Module) -> _State | None:
+    """What is on ``model``, if anything.
+
+    Raises:
+        PatchError: for a copy of a model with patches beside its quantised layers: nobody can tell which these are.
+    """
+    state = _STATES.get(model)
+    if state is None and any(map(_hook, model.modules())):
+        raise PatchError(
+            "model is a copy of one that had patches beside its quantised layers; they are in the copy for good. "
+            "Remove them, then copy."
+        )
+    return state
 
 
 def has_change(model: nn.Module, change: Change) -> bool:
@@ -100,7 +116,7 @@ def original_weights(model: nn.Module) -> dict[str, Tensor | None]:
 def patched_fingerprint(model: nn.Module) -> str:
     """The fingerprint of ``model`` with the patches that are on it, also those that sit beside quantised layers, whose
     weights stay as they are."""
-    found, state = fingerprint(model), _STATES.get(model)
+    found, state = fingerprint(model), _state(model)
     if state is None or not any(_hook(module) for module in model.modules()):
         return found
     digests = [change.digest for change, _ in state.changes]
@@ -115,7 +131,7 @@ def made_for(model: nn.Module, identity: str | None = None) -> dict[str, Any]:
         model: the model.
         identity: its :func:`patched_fingerprint`, where that is known.
     """
-    state = _STATES.get(model)
+    state = _state(model)
     identity = identity or patched_fingerprint(model)
     if state is None:
         return {"fingerprint": identity}
@@ -126,11 +142,16 @@ def made_for(model: nn.Module, identity: str | None = None) -> dict[str, Any]:
 
 def validate(change: Change, model: nn.Module, check: bool = True) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.validate`."""
-    model = unwrap(model)
-    _find_weights(model, _additions(change))
+    _fitting(change, unwrap(model), check)
+
+
+def _fitting(change: Change, model: nn.Module, check: bool) -> dict[str, nn.Module]:
+    """The layer of every parameter that a change touches, all of them checked."""
+    layers = _find_weights(model, _additions(change))
+    _state(model)
     base = change.provenance.get("fingerprint")
     if not check or not base:
-        return
+        return layers
     found = fingerprint_with(model, original_weights(model))
     if found != base:
         raise PatchError(
@@ -139,6 +160,16 @@ def validate(change: Change, model: nn.Module, check: bool = True) -> None:
             f"(fingerprint {found[:12]}): its weights or their dtype differ. Load the right model in the "
             "right dtype, or pass check=False to go ahead all the same."
         )
+    check_beneath(change, model)
+    return layers
+
+
+def check_beneath(change: Change, model: nn.Module) -> None:
+    """Refuse a change that was made on top of others, where these are not on ``model``.
+
+    Raises:
+        PatchError: if one of them is not.
+    """
     needed = set(beneath(change.provenance))
     state = _STATES.get(model)
     there = {other.digest for other, _ in state.changes} if needed and state else set()
@@ -154,9 +185,8 @@ def apply(change: Change, model: nn.Module, check: bool = True) -> None:
     """See :meth:`~lit_thought.patch.patch.ThoughtPatch.apply_`. A failure midway takes all of it back."""
     model = unwrap(model)
     check_absent(change, model)
-    validate(change, model, check)
+    layers = _fitting(change, model, check)
     state, additions = _STATES.get(model) or _State(), _additions(change)
-    layers = _find_weights(model, additions)
     originals = dict(state.originals)
     for name, layer in layers.items():
         if name not in originals and not sits_beside(layer):

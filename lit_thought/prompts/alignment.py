@@ -81,12 +81,12 @@ def check_context(pair: TokenisedPair, limit: int, index: int, room: int = 0) ->
         room: How many tokens (max_new_tokens) may yet be generated.
 
     Raises:
-        ThoughtError: The instructed run is too long; says whether the instruction alone fills the window.
+        ThoughtError: It is too long; says whether the instruction alone fills the window.
     """
-    length = len(pair.instructed_ids)
+    length = max(len(pair.plain_ids), len(pair.instructed_ids))
     if length + room <= limit:
         return
-    chunk = length - len(pair.instructed_positions) - pair.sink
+    chunk = len(pair.instructed_ids) - len(pair.instructed_positions) - pair.sink
     if chunk >= limit:
         raise ThoughtError(
             f"instruction: expected room for it in the model's context window of {limit} tokens, "
@@ -174,6 +174,11 @@ def align(tokenizer: PreTrainedTokenizerBase, texts: PromptTexts, is_chat: bool)
                     "merges with text at the edge of the chunk; put a newline, or other text that does not "
                     f"merge, between {{instruction}} and {{{name}}} in the template"
                 )
+    if head <= output_span[0] and 0 < output_span[0] <= len(plain) - tail:
+        raise ThoughtError(
+            "template: expected text between {instruction} and {output}, which the token before the output is of in "
+            "both runs: it predicts the output, and behind the chunk it is another one. Put a newline there."
+        )
     return TokenisedPair(
         plain_ids=plain,
         instructed_ids=instructed,

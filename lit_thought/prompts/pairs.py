@@ -74,7 +74,7 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
 
 def _parse(text: str, where: str, first_line: int = 1) -> object:
     try:
-        return parse_json(text)
+        return parse_json(text, object_pairs_hook=_object)
     except JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ThoughtError(
@@ -84,6 +84,15 @@ def _parse(text: str, where: str, first_line: int = 1) -> object:
         raise ThoughtError(
             f"pairs: unreadable JSON in {where}, from line {first_line} on: {error}; correct it"
         ) from error
+
+
+def _object(entries: list[tuple[str, object]]) -> dict[str, object]:
+    """An object, none of whose keys comes twice: JSON would take the last one."""
+    found = dict(entries)
+    if len(found) < len(entries):
+        keys = [key for key, _ in entries]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return found
 
 
 def _read_json(path: Path, text: str) -> Iterator[tuple[str, object]]:

@@ -62,7 +62,7 @@ class PromptTemplate:
         ThoughtError: A field is missing, repeated or out of order, or an option is not a JSON value.
     """
 
-    text: str = "Q: {input}\nA: {output}\n"
+    text: str = DEFAULT_TEMPLATE
     separator: str = "\n"
     user: str | None = field(default=None, kw_only=True)
     system: str | None = field(default=None, kw_only=True)

@@ -29,7 +29,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from lit_thought.errors import ThoughtError, did_you_mean
+from lit_thought.errors import ThoughtError, did_you_mean, is_out_of_memory
 from lit_thought.model.calls import cache_arguments, head_reads
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import common_prefix, pad
@@ -332,11 +332,11 @@ def _explained(options: Mapping[str, Any] | None) -> Iterator[None]:
     """What transformers says of a wrong value, with the options that it is about."""
     try:
         yield
-    except (torch.OutOfMemoryError, ThoughtError):
+    except ThoughtError:
         raise
     except Exception as error:
         given = {name: value for name, value in (options or {}).items() if name != "logits_processor"}
-        if not given:
+        if not given or is_out_of_memory(error):
             raise
         raise ThoughtError(
             f"generate: model.generate refused {given!r:.200} ({type(error).__name__}: {error}). Expected values as "

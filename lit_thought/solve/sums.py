@@ -65,6 +65,8 @@ class Statistics:
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     _operators: Tensor | None = field(default=None, repr=False)
     _half: bool = field(default=False, repr=False)
+    _shared: bool = field(default=True, repr=False)
+    """Whether someone else may hold the sums, so that tokens are added to a copy."""
 
     def update(self, a: Tensor, delta: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.
@@ -87,9 +89,11 @@ class Statistics:
             product = torch.promote_types(torch.promote_types(a.dtype, delta.dtype), self.product_dtype)
         if self.rank_one:
             self._add_operators(a.to(_WIDE), delta.to(_WIDE), weights)
+        given = a, delta
         a, delta = a.to(product), delta.to(product)
         if weights is None:
             self.weight += len(a)
+            a, delta = (x.clone() if x is mine else x for x, mine in zip((a, delta), given, strict=True))  # to keep
         else:
             self.weight += float(weights.sum())
             root = weights.to(_WIDE).sqrt().to(a, non_blocking=True).unsqueeze(1)
@@ -229,6 +233,7 @@ class Statistics:
             if self._half:
                 mirror(self._gram)
                 self._half = False
+            self._shared = True
             return self._gram, self._cross
         rows = self.rows()
         if rows is None:
@@ -252,6 +257,9 @@ class Statistics:
         self._rows = []
         if self._gram is None or self._cross is None:
             self._gram, self._cross = (a.new_zeros(d, self.d_in, dtype=_WIDE) for d in (self.d_in, self.d_out))
+        elif self._shared:
+            self._gram, self._cross = self._gram.clone(), self._cross.clone()
+        self._shared = False
         add_products(self._gram, a)
         self._cross += delta.T @ a
         self._half = True

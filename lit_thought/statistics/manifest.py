@@ -91,7 +91,7 @@ class Manifest:
                 )
         settings = dict(self.settings)
         for key in OF_THE_PAIRS:
-            settings[key] = settings.get(key, 0) + sign * other.settings.get(key, 0)
+            settings[key] = max(0, settings.get(key, 0) + sign * other.settings.get(key, 0))
         for key in _OF_THE_OUTPUTS:
             settings[key] = settings.get(key) if settings.get(key) == other.settings.get(key) else None
         told, other_told = ({key: entry[key] for key in _TOLD if key in entry} for entry in (mine, theirs))

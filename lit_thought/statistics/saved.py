@@ -207,8 +207,6 @@ class SavedStatistics:
         settings, uncompared = self.manifest.settings, self.manifest.uncompared
         if any(head.start for head in self.heads):
             return "the fit took several steps, and each starts from the patch of the one before"
-        if settings.get("passes", 1) != 1 and any(head.gain for head in self.heads):  # of an earlier version
-            return f"the fit took {settings['passes']} passes, and each reads the norms with the last one's patch"
         if len(self.heads) == 1:
             return None
         if settings["order"] != "teacher-forced":
@@ -252,6 +250,11 @@ class SavedStatistics:
 
     def _combined(self, other: SavedStatistics, sign: int, approximate: bool) -> SavedStatistics:
         reason = self.coupling() or other.coupling()
+        if self.manifest.settings.get("answers_weighed"):
+            reason = reason or (
+                "the instruction is a long one, and what an answer's token weighs depends on the answers of all pairs "
+                "of its fit"
+            )
         manifest = self.manifest.combined(other.manifest, sign, reason is not None)
         mine, theirs = ([head.layer for head in each.heads] for each in (self, other))
         if mine != theirs:
@@ -262,7 +265,8 @@ class SavedStatistics:
         if reason is not None and not approximate:
             raise ThoughtError(
                 f"these statistics do not add exactly: {reason}. Exact are fits of one site a block with "
-                'order="teacher-forced", or of a single block. Pass approximate=True (merge, subtract) to do it anyway.'
+                'order="teacher-forced", or of a single block, of instructions that are not long. Pass '
+                "approximate=True (merge, subtract) to do it anyway."
             )
         heads = tuple(a.combined(b, sign) for a, b in zip(self.heads, other.heads, strict=True))
         if any(head.weight <= 0 for head in heads):

@@ -99,6 +99,7 @@ def solve_saved(
         chosen |= {"preserve_file": file.digest, "preserve_tokens": file.manifest["tokens"]}
     settings = _settings(chosen)
     changed = [name for name, value in chosen.items() if value != fitted.get(name)]
+    changed += ["prior_of"] if prior_of is not None else []
     coarse = _coarse(saved, chosen["ridge"])
     summed = any("matrix" in head.parts and head.tokens >= head.d_in for head in saved.heads)
     coupled = (coarse if summed else None) or (saved.coupling() if changed else None)

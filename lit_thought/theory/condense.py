@@ -146,7 +146,8 @@ def _minimum_norm(stats: Statistics) -> tuple[Tensor, int]:
 
     While the n tokens are kept as rows that of the n × n matrix a aᵀ, which has the same eigenvalues: δᵀ (a aᵀ)⁺ a.
     """
-    rows = stats.rows()
+    kept = stats.rows()
+    rows = None if kept is None else (kept[0].double(), kept[1].double())
     left, square = (stats.cross, stats.gram) if rows is None else (rows[1].T, rows[0] @ rows[0].T)
     check_finite("thought_matrix", float(square.diagonal().sum()), float(stats.energy))
     values, vectors = torch.linalg.eigh(square)

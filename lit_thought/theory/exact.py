@@ -192,6 +192,7 @@ def apply_token_patches(model: PreTrainedModel, patches: Mapping[int, TokenPatch
             another number of tokens.
     """
     found = find_blocks(model)
+    _check_blocks(found)
     for index, patch in patches.items():
         width = patch.delta.shape[-1]
         own = found[0].sites["mlp_out"].d_out

@@ -146,10 +146,18 @@ def best_block(
 
     Returns:
         The block's index, and the mean KL of each block in nats.
+
+    Raises:
+        ThoughtError: for vectors of another shape, and as :func:`thought_vectors`.
     """
     model, tokenizer = bare_model(model), check_tokenizer(tokenizer)
     blocks = find_blocks(model)
     plain_outputs(blocks)
+    if vectors.shape != (len(blocks), blocks[0].sites["mlp_out"].d_out):
+        raise ThoughtError(
+            f"vectors: expected one of this model's width for each of its {len(blocks)} blocks; got "
+            f"{tuple(vectors.shape)}. Give those that thought_vectors returns."
+        )
     batches = _batches(model, tokenizer, instruction, pairs, None, template, "last", batch_size)
     found: list[float] = []
     with evaluating(model):

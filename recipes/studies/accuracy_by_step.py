@@ -19,7 +19,18 @@ from matplotlib.axes import Axes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_thought import PairDataModule, ThoughtCallback, ThoughtModule, load_model
-from recipes.harness import METHODS, Trial, command_line, load_split, panels, save_figure, shown, table, write_results
+from recipes.harness import (
+    METHODS,
+    Trial,
+    check_names,
+    command_line,
+    load_split,
+    panels,
+    save_figure,
+    shown,
+    table,
+    write_results,
+)
 
 LABELS = {"mlp_in": "ΔW and δ", "matrix": "ΔW alone", "vector": "δ alone"}
 Record = Mapping[str, Sequence[Mapping[str, float]]]
@@ -42,6 +53,7 @@ def accuracy_by_step(
     out: str = "recipes/results/accuracy_by_step",
 ) -> None:
     """Fit step by step with each method and draw what the held-out pairs do."""
+    check_names("methods", methods, METHODS)
     lm, tokenizer = load_model(model)
     trial = Trial(lm, tokenizer, load_split(task, seed, shots, fit, test), max_new_tokens)
     name = trial.split.name

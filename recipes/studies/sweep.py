@@ -17,7 +17,17 @@ from typing import Any
 
 from lit_thought import load_model
 from lit_thought.prompts.unrelated import load_texts
-from recipes.harness import METHODS, SIX_TASKS, Trial, command_line, load_split, shown, table, write_results
+from recipes.harness import (
+    METHODS,
+    SIX_TASKS,
+    Trial,
+    check_names,
+    command_line,
+    load_split,
+    shown,
+    table,
+    write_results,
+)
 
 NAMES = ("sites", "preserve_weight", "preserve_tokens", "ridge", "answer_weight", "rank")
 
@@ -35,6 +45,7 @@ def sweep(
     ranks: Sequence[int] = (16,),
 ) -> None:
     """Fit and score every combination of settings on every task and seed."""
+    check_names("sites", sites, METHODS)
     lm, tokenizer = load_model(model)
     text = load_texts("default", "preserve", "preserve")[0]
     cut = text.rindex("\n", 0, len(text) * 3 // 4)

@@ -26,6 +26,7 @@ from recipes.harness import (
     SIX_TASKS,
     TEMPLATE,
     Trial,
+    check_names,
     command_line,
     difference,
     earlier_runs,
@@ -64,6 +65,7 @@ def word_tasks(
     }
     runs = earlier_runs(done, shown(model), settings)
     finished = {(run["task"], run["seed"]) for run in runs}
+    check_names("sites", sites, METHODS)
     lm, tokenizer = load_model(model)
     for task, seed in product(tasks, seeds):
         if (Path(task).stem, seed) in finished:

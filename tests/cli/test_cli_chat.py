@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from command_line import DEMONSTRATIONS, fit_arguments
+from system import posix
 
 from lit_thought import ThoughtPatch, load_model
 from lit_thought.cli import main
@@ -99,3 +100,27 @@ def test_a_terminal_shows_three_columns(adapter: Path, files: Path) -> None:
     os.write(ours, b"\x04")
     assert process.wait(timeout=300) == 0
     os.close(ours)
+
+
+@posix
+def test_a_reader_that_has_seen_enough_is_no_error(
+    adapter: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fox\nup\n"))
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        main(["chat", str(adapter), "--model", str(files / "model"), "--max_new_tokens", "4"])
+        monkeypatch.undo()
+    assert "error" not in capsys.readouterr().err
+
+
+def test_a_blank_instruction_is_refused_before_the_model_is_loaded(
+    adapter: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lit_thought.cli.model.Loading.load", lambda self: pytest.fail("it was loaded"))
+    for command in ("chat", "demo"):
+        with pytest.raises(SystemExit, match="2"):
+            main([command, str(adapter), f"--model={files / 'model'}", "--instruction", " "])
+        assert "--instruction must be a text that is not empty" in capsys.readouterr().err

@@ -159,3 +159,49 @@ def test_a_place_that_is_taken(files: Path, server: DemoServer, capsys: pytest.C
         with pytest.raises(SystemExit, match="2"):
             main(["demo", str(files / "adapter"), f"--port={port}"])
         assert message in capsys.readouterr().err
+
+
+def test_an_answer_that_breaks_off_is_told(server: DemoServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Chat, message: str, watch: Any = None) -> Any:
+        raise RuntimeError("CUDA error")
+
+    _, body = request(server, "POST", "/ask", {"message": "fox"})
+    assert [line.get("done") for line in map(json.loads, body.splitlines())][-1] is True
+    monkeypatch.setattr(Chat, "ask", broken)
+    monkeypatch.setattr(DemoServer, "handle_error", lambda *args: None)  # it prints a stack trace
+    _, body = request(server, "POST", "/ask", {"message": "fox"})
+    assert [json.loads(line) for line in body.splitlines()] == [{"error": "RuntimeError: CUDA error"}]
+    assert not server.chat.history[1:]
+
+
+def test_a_report_is_the_adapter_s_own_and_runs_no_scripts(server: DemoServer, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}.html"
+    outside.write_text("of another", encoding="utf-8")
+    server.report.symlink_to(outside)
+    assert request(server, "GET", "/report")[0] == 404
+    server.report.unlink()
+    server.report.write_text("mine", encoding="utf-8")
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=120)  # type: ignore[arg-type]
+    connection.request("GET", "/report")
+    answer = connection.getresponse()
+    policy = answer.getheader("Content-Security-Policy") or ""
+    assert answer.read() == b"mine"
+    assert "default-src 'none'" in policy
+    assert "script-src" not in policy
+
+
+def test_a_host_that_is_none_is_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_patch(readable(make_model())).save_adapter(files / "adapter")
+    with pytest.raises(SystemExit, match=r"[12]"):  # where names are looked up, it is the network's
+        main(["demo", str(files / "adapter"), "--host=no.such.host.invalid", "--port=0"])
+    assert re.search(r"--host no\.such\.host\.invalid.*Correct the host", capsys.readouterr().err)
+
+
+def test_the_sixth_version_of_addresses(chat: Chat, tmp_path: Path) -> None:
+    try:
+        server = DemoServer(("::1", 0), tmp_path)
+    except OSError as error:  # a machine without it
+        pytest.skip(str(error))
+    with server:
+        assert re.fullmatch(r"http://\[::1\]:\d+/", server.address)
+        assert server.local

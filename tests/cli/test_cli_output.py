@@ -329,6 +329,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (ConnectionResetError(104, "reset"), 1),
         (MemoryError(), 1),
         (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1),
         (KeyError("x"), 70),
         (ValueError("x"), 70),
         (RuntimeError("x"), 70),
@@ -534,3 +535,33 @@ def test_an_encoding_without_the_letters_is_no_error(encoding: str, monkeypatch:
     streams["stdout"].buffer.seek(0)
     give(Result({"text": "é ≥ 😀"}), Output(json=True))
     assert json.loads(streams["stdout"].buffer.getvalue().decode(encoding)) == {"text": "é ≥ 😀"}
+
+
+def test_a_report_is_not_written_over_what_it_reads(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (clean / "prompt.txt").write_text("Talk like a pirate.", encoding="utf-8")
+    words = ["verify", "--model=model", "--instruction_file=prompt.txt", "--tokens=8"]
+    for flags, said in (
+        (["--out=prompt.txt"], r"--out prompt.txt exists\. Choose another path, or pass --overwrite"),
+        (["--out=prompt.txt", "--overwrite"], "would replace the instruction file prompt.txt"),
+        (["--out=model/config.json", "--overwrite"], "would replace a file of the model"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, *flags])
+        assert re.search(said, capsys.readouterr().err.replace("'", ""))
+    assert (clean / "prompt.txt").read_text(encoding="utf-8") == "Talk like a pirate."
+    with pytest.raises(SystemExit, match="2"):
+        main(["preserve", "model", "--out=model/model.safetensors", "--overwrite"])
+    assert "would replace a file of the model" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["preserve", "model", "--out=new.safetensors", "--preserve_tokens=1"])
+    assert "--preserve_tokens must be a whole number of 2 or more" in capsys.readouterr().err
+
+
+def test_a_report_without_an_evaluation_says_which_model_to_take(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["report", str(fitted / "adapter"), f"--out={fitted / 'reports'}"])
+    said = capsys.readouterr().err
+    command = re.search(r"lit-thought (evaluate .*) makes one", said)
+    assert command is not None
+    assert f"--model {fitted / 'model'} " in command[1]

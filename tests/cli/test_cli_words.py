@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -525,3 +526,32 @@ def test_failing_commands_speak_of_flags(
     assert said in line
     flags = [action.dest for action in command_parser(COMMANDS[words[0]])._actions]
     assert not re.search(rf"\b({'|'.join(flags)})=", line)
+
+
+def test_what_is_typed_wins_over_a_config_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("rank: 8\nridge: 0.5\nout: old\noverwrite: true\n", encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("ridge: 0.7\n", encoding="utf-8")
+    config = ["--config", str(tmp_path / "a.yaml")]
+    for words in (["--out", "new", "--rank=3", *config], [*config, "--out", "new", "--rank=3"]):
+        found = values("fit", *words, f"--config={tmp_path / 'b.yaml'}")
+        assert (found["out"], found["rank"], found["ridge"], found["overwrite"]) == ("new", 3, 0.7, True)
+    (tmp_path / "m.yaml").write_text("model: ./other\n", encoding="utf-8")
+    assert values("inspect", "./mine", f"--config={tmp_path / 'm.yaml'}")["model"] == "./mine"
+
+
+def test_numbers_in_lists_of_options_are_such(tmp_path: Path) -> None:
+    wanted = {"suppress_tokens": [3, 4], "bad_words_ids": [[5], [6, 7]], "sequence_bias": [[[8, 9], -2.5]]}
+    (tmp_path / "a.yaml").write_text(f"generate: {json.dumps(wanted)}\n", encoding="utf-8")
+    assert values(*FIT, f"--config={tmp_path / 'a.yaml'}")["generate"] == wanted
+    flags = [f"--generate.{name}={json.dumps(value)}" for name, value in wanted.items()]
+    assert values(*FIT, *flags)["generate"] == wanted
+    assert values(*FIT, '--generate.names=["a1", "-", "b"]')["generate"] == {"names": ["a1", "-", "b"]}
+
+
+@pytest.mark.parametrize("line", ["rank: 8\nridge: 1\nrank: 64", "generate: {top_k: 3, top_k: 4}"])
+def test_a_key_that_comes_twice_in_a_config_is_refused(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text(f"{line}\n", encoding="utf-8")
+    said = fails([*FIT, f"--config={tmp_path / 'a.yaml'}"], capsys)
+    assert re.search(r"'(rank|top_k)' stands here twice; keep one of them", said)

@@ -128,3 +128,13 @@ def test_a_check_that_fails_is_told_before_a_patch_is_measured(monkeypatch: pyte
     }
     with pytest.raises(ThoughtError, match=r"check fails on the output '.*' \(JSONDecodeError"):
         evaluate(model, tokenizer, random_patch(model), check=lambda text: json.loads(text)["a"], **asked)
+
+
+def test_schemas_of_earlier_drafts_and_values_in_schemas(write: Any) -> None:
+    pytest.importorskip("jsonschema")
+    seventh = {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"word": {"type": "string"}}}
+    seventh |= {"properties": {"a": {"$id": "#here", "properties": {"b": {"$ref": "#/definitions/word"}}}}}
+    check = follows(write(seventh))
+    assert [check(text) for text in ('{"a": {"b": "c"}}', '{"a": {"b": 1}}')] == [True, False]
+    for keyword, value in (("const", {"$ref": "x"}), ("enum", [{"$ref": "x"}]), ("default", {"$ref": "x"})):
+        assert follows(write({keyword: value}))(json.dumps({"$ref": "x"}))

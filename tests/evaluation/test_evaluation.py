@@ -491,3 +491,11 @@ def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
     ):
         with pytest.raises(ThoughtError, match=message):
             compare(model, tokenizer, patch, **settings)
+
+
+def test_a_model_that_has_the_patch_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    patch = make_patch(model)
+    monkeypatch.setattr("lit_thought.evaluation.compare.generate", lambda *args, **options: pytest.fail("it wrote"))
+    with patch.applied(model), pytest.raises(PatchError, match="applied to the model already"):
+        evaluate(model, tokenizer, patch, instruction=INSTRUCTION, pairs=[{"input": "hot"}])

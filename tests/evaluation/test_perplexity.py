@@ -347,3 +347,14 @@ def test_each_part_says_what_it_is(
     result = Evaluation(model, TOKENIZER, unrelated=None, progress=False, **asked).score(patch)
     assert "perplexity" not in format_result(result)
     assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_kept_or_read_inside_autocast(model: PreTrainedModel, patch: ThoughtPatch, tmp_path: Path) -> None:
+    whole = make_model().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = measured(unrelated(whole, interval=None), 0 * patch)
+    assert not (tmp_path / "cache").exists() or not entries(tmp_path / "cache")
+    fine = measured(unrelated(whole, interval=None), 0 * patch)
+    assert rough["perplexity"]["original"] != fine["perplexity"]["original"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert measured(unrelated(whole, interval=None), 0 * patch) == rough

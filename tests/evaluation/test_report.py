@@ -20,6 +20,7 @@ import torch
 from command_line import fit_arguments
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import rc_context
 from report_run import (
     ATTACK,
     INSTRUCTION,
@@ -38,7 +39,9 @@ from lit_thought.cli import main
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.evaluation.report import gather, render, write_report
 from lit_thought.evaluation.report.content import singular_values
+from lit_thought.evaluation.report.figures import _three_way
 from lit_thought.evaluation.report.render import differences
+from lit_thought.patch.results import RUNS, write_result
 from lit_thought.patch.verdict import headline, warnings
 from lit_thought.solve.factors import Factors
 from lit_thought.solve.intervals import perplexity_ratio
@@ -336,6 +339,9 @@ def test_long_outputs_have_a_headline_of_their_own(long: Path) -> None:
         ({"own_text": {**LONG_RESULT["own_text"], "finished": {**LONG_RESULT["checked"], "patched": 7}}}, "own_text"),
         ({"checked": {**LONG_RESULT["checked"], "patched": -1}}, "checked"),
         ({"checked": {"patched": 1}}, "checked"),
+        ({"own_text": {**LONG_RESULT["own_text"], "loops": [1]}}, "own_text"),
+        ({"own_text": {**LONG_RESULT["own_text"], "loops": {**LONG_RESULT["checked"], "patched": 7}}}, "own_text"),
+        ({"first_token_accuracy": {**LONG_RESULT["checked"], "patched": 1.5}}, "first_token_accuracy"),
         ({"output_kl": 3}, "output_kl"),
         ({"fidelity": "all"}, "fidelity"),
         ({"fidelity_plain": "all"}, "fidelity_plain"),
@@ -406,7 +412,7 @@ def _of_another(run: Path) -> None:
         (_change("result.json", lambda text: text.replace('"kl":', '"KL":')), r"lacks \['kl'\]"),
         (_change("result.json", lambda text: text.replace('"kl": {', '"kl": [{}], "was": {')), "is damaged: kl is"),
         (_change("result.json", lambda text: "{"), "cannot be read"),
-        (_of_another, "another adapter"),
+        (_of_another, "of other weights"),
         (lambda run: (run / "report.json").mkdir(), "is a folder"),
     ],
 )
@@ -494,3 +500,23 @@ def test_fit_evaluate_report(files: Path, capsys: pytest.CaptureFixture[str]) ->
     assert rows["fidelity"]["patched"]["value"] == result["fidelity"]
     assert result["adapter"] == record["adapter"]["sha256"]
     assert record["fits"][0]["steps"][-1]["step"] == 1
+
+
+def test_the_figure_says_which_run_is_which() -> None:
+    """A run that the first row lacks is named where it comes first."""
+    cell = {"value": 0.5, "low": 0.4, "high": 0.6}
+    rows = [
+        {"label": "alike", "runs": {"plain": cell, "instructed": None, "patched": cell}},
+        {"label": "finished", "runs": dict.fromkeys(RUNS, cell)},
+    ]
+    with rc_context({"svg.fonttype": "none"}):
+        svg = str(_three_way({"table": rows, "pairs": 3}).svg)
+    assert sorted(re.findall(rf">({'|'.join(RUNS)})<", svg)) == sorted(RUNS)
+
+
+def test_a_result_on_disk_is_json(tmp_path: Path) -> None:
+    result = {"kl": {"plain": float("nan"), "patched": float("inf")}, "items": []}
+    write_result(result, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "result.json").read_text(), parse_constant=pytest.fail) == {
+        "kl": {"plain": None, "patched": None}
+    }

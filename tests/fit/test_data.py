@@ -13,7 +13,7 @@ from lit_thought import transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.fit import preparing
 from lit_thought.fit.data import PairDataModule
-from lit_thought.fit.preparing import prepare_pairs
+from lit_thought.fit.preparing import prepare_pairs, write_outputs
 from lit_thought.model.loading import context_window
 from lit_thought.prompts.pairs import pair_instructions
 from lit_thought.prompts.template import PromptTemplate
@@ -197,3 +197,33 @@ def test_a_chunk_whose_tokens_are_not_saved_is_said() -> None:
         data = PairDataModule([{"input": "hot"}], "Jump.", template)
         data.tokenise(tokenizer, 256)
         assert data.saves_nothing() == ""
+
+
+@pytest.mark.parametrize("way", ["fit", "auto"])
+def test_pairs_that_do_not_fit_are_refused_before_inputs_are_written(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = readable(make_model())
+    monkeypatch.setattr("lit_thought.fit.preparing.write_pairs", lambda *args, **options: pytest.fail("it wrote"))
+    long = [{"input": "hot " * 5000, "output": "cold"}]
+    inputs: Any = 12 if way == "fit" else "auto"
+    with pytest.raises(ThoughtError, match=r"^pairs\[0\]: expected at most"):
+        transmute(model, TOKENIZER, INSTRUCTION, long, "Q: {input}\nA: {output}\n", inputs=inputs, progress=False)
+    with pytest.raises(ThoughtError, match=r"^val_pairs: .*\[0\]: expected at most|^val_pairs: "):
+        transmute(model, TOKENIZER, INSTRUCTION, val_pairs=long, inputs=inputs, progress=False)
+
+
+def test_equal_prompts_are_sampled_alike_on_any_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process writes its share, and how often a prompt came before counts all of them."""
+    model = readable(make_model())
+
+    def written(shares: int) -> list[str]:
+        found: dict[int, str] = {}
+        for own in range(shares):
+            data = PairDataModule([{"input": "hot"}] * 4, INSTRUCTION, generate={"do_sample": True}, max_new_tokens=8)
+            data.tokenise(TOKENIZER, 1000)
+            monkeypatch.setattr("lit_thought.fit.preparing.share", lambda items, own=own: items[own::shares])
+            found |= {i: text for i, text, _ in write_outputs(data, model, TOKENIZER)}
+        return [found[i] for i in range(4)]
+
+    alone = written(1)
+    assert len(set(alone)) > 1
+    assert written(2) == written(4) == alone

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import fit_arguments, make_files
 from fits import INSTRUCTION, PAIRS, TOKENIZER, distance, readable
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from models import make_model
 
-from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, ThoughtModule
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, ThoughtModule, load_model, transmute
+from lit_thought.cli import main
 from lit_thought.patch.patch import ThoughtPatch
 
 
@@ -136,3 +139,45 @@ def test_the_same_data_module_goes_on(tmp_path: Path) -> None:
     found = run()
     assert found is not None
     assert found.provenance["inputs"]["count"] == 4
+
+
+def test_a_fit_whose_adapter_cannot_be_written_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the call that returns the patch, and by the command."""
+    make_files(tmp_path)
+    model, tokenizer = load_model(tmp_path / "model")
+    settings: dict[str, Any] = {"preserve": None, "rank": 2, "resume_dir": tmp_path / "resume", "progress": False}
+    settings |= {"output_dir": tmp_path / "adapter"}
+    write = ThoughtPatch.save_adapter
+
+    def full(self: ThoughtPatch, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "adapter")
+
+    calls = {
+        "transmute": lambda: transmute(model, tokenizer, INSTRUCTION, PAIRS, **settings),
+        "the command": lambda: main([*fit_arguments(tmp_path, "other"), f"--resume_dir={tmp_path / 'resume'}"]),
+    }
+    for name, call in calls.items():
+        monkeypatch.setattr(ThoughtPatch, "save_adapter", full)
+        with pytest.raises((OSError, SystemExit)):
+            call()
+        kept = sorted(file.name for file in (tmp_path / "resume").iterdir())
+        assert kept == ["fit.json", *(f"stage-{number:05d}.safetensors" for number in range(5))], name
+        monkeypatch.setattr(ThoughtPatch, "save_adapter", write)
+        call()
+        assert not (tmp_path / "resume").exists(), name
+    assert (tmp_path / "adapter" / "thought.json").exists()
+    assert (tmp_path / "other" / "thought.json").exists()
+
+
+def test_how_settings_and_inputs_were_chosen_is_in_the_adapter(tmp_path: Path) -> None:
+    patch = transmute(
+        readable(make_model("llama")),
+        TOKENIZER,
+        INSTRUCTION,
+        [*PAIRS, *({"input": word, "output": "x"} for word in ("up", "good", "fox"))],
+        rank="auto",
+        preserve=None,
+        output_dir=tmp_path / "adapter",
+        progress=False,
+    )
+    assert ThoughtPatch.load(tmp_path / "adapter").provenance["selection"] == patch.provenance["selection"]

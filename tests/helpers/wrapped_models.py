@@ -173,6 +173,12 @@ def lora_inside() -> Any:
     return lora().base_model.model
 
 
+def deleted() -> Any:
+    wrapped = lora()
+    wrapped.delete_adapter("default")
+    return wrapped
+
+
 def prompt_tuned() -> Any:
     return get_peft_model(small(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
 
@@ -291,7 +297,8 @@ REFUSED = [
     (lora, OF_PEFT),
     (disabled, OF_PEFT),
     (merged, OF_PEFT),
-    (lora_inside, OF_PEFT),
+    (lora_inside, r"PEFT's layers inside, .*Load its base model afresh; .*PeftModel.from_pretrained\(base, adapter\)"),
+    (deleted, OF_PEFT),
     (prompt_tuned, OF_PEFT),
     (sharded_the_old_way, 'wrapped by FullyShardedDataParallel.*strategy="thought_fsdp"'),
     (value_head, NO_MODEL.format(r"Module. Pass its \.pretrained_model")),

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from gguf_files import write_gguf
 from hub_server import Hub, Repo
 from models import FAMILIES, make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
 from quantised import quantise_
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from lit_thought.cli.errors import MACHINE, exit_code
 from lit_thought.errors import ThoughtError
 from lit_thought.model import loading as models
 from lit_thought.model.loading import SMOLLM2_NAME, fingerprint, load_model, model_name, model_place
@@ -494,3 +497,33 @@ def test_a_tokenizer_that_is_given_stays_as_it_is(tmp_path: Path) -> None:
     _, tokenizer = load_model(tmp_path, tokenizer=own)
     assert tokenizer is own
     assert own.pad_token is None
+
+
+def test_a_folder_with_an_adapter_in_it_is_no_model(saved: Path, tmp_path: Path) -> None:
+    """transformers would put PEFT's layers into the model."""
+    shutil.copytree(saved, tmp_path / "both")
+    model, _ = load_model(saved)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "both")
+    with pytest.raises(ThoughtError, match=r"name='.*both' is an adapter, not a model\. Give its base model"):
+        load_model(tmp_path / "both")
+
+
+def test_a_tokenizer_at_home(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_tokenizer().save_pretrained(tmp_path / "tok")
+    _, tokenizer = load_model(saved, tokenizer="~/tok")
+    assert tokenizer.name_or_path == str(tmp_path / "tok")
+    with pytest.raises(ThoughtError, match="tokenizer='~/none'"):
+        load_model(saved, tokenizer="~/none")
+
+
+def test_short_memory_is_no_wrong_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as caught:
+        load_model(saved)
+    assert not isinstance(caught.value, ThoughtError)
+    assert exit_code(caught.value) == MACHINE

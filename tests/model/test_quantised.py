@@ -298,3 +298,14 @@ def test_fingerprint_of_buffers_and_packed_tensors() -> None:
     lost.weight.codes = lost.weight.codes.to("meta")
     with pytest.raises(ThoughtError, match="meta device"):
         fingerprint(lost)
+
+
+def test_a_copy_of_a_patched_quantised_model_is_told() -> None:
+    """Its hooks came along, and nobody can take them off."""
+    model, patch = make_quantised("8bit"), make_patch()
+    with patch.applied(model):
+        other = copy.deepcopy(model)
+    for ask in (patch.validate, patch.apply_, weights.patched_fingerprint, weights.made_for):
+        with pytest.raises(PatchError, match="model is a copy of one that had patches beside its quantised layers"):
+            ask(other)
+    patch.validate(model)

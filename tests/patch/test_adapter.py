@@ -21,8 +21,10 @@ from torch import Tensor
 from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.files import check_output_folder
 from lit_thought.patch import adapter
-from lit_thought.patch.adapter import read_adapter, to_peft
+from lit_thought.patch.adapter import read_adapter, to_peft, write_adapter
 from lit_thought.patch.card import model_card
+from lit_thought.patch.export import export_adapter
+from lit_thought.patch.export_gguf import export_gguf
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.runs.generate import generate
@@ -563,3 +565,38 @@ def test_layers_that_peft_takes_for_experts_are_named_as_parameters(tmp_path: Pa
         assert set(config.target_modules) == {attention, path}
     with pytest.raises(PatchError, match="cannot hold vectors beside this layer of a mixture of experts"):
         to_peft(ThoughtPatch(factors, {"model_type": "deepseek_v3"}, {attention: torch.ones(5)}))
+
+
+def test_a_foreign_list_may_name_layers_that_the_model_lacks(tmp_path: Path) -> None:
+    """As PEFT takes it, so long as one is there."""
+    patch = make_patch(make_model("llama"))
+    patch.save_adapter(tmp_path)
+    edit_config(target_modules=["o_proj", "down_proj", "qkv_proj"])(tmp_path)
+    with pytest.raises(PatchError, match=r"lacks 1 of the tensors.*qkv_proj"):
+        read_adapter(tmp_path)
+    (tmp_path / "thought.json").unlink()
+    assert set(read_adapter(tmp_path).targets) == set(patch.targets)
+    edit_config(target_modules=["qkv_proj"])(tmp_path)
+    with pytest.raises(PatchError, match="does not account for"):
+        read_adapter(tmp_path)
+
+
+def test_the_base_is_not_replaced(tmp_path: Path) -> None:
+    base, file = tmp_path / "models" / "tiny", tmp_path / "base.gguf"
+    base.mkdir(parents=True)
+    for place in (base / "model.safetensors", file):
+        place.write_text("weights")
+    patch = make_patch(make_model("llama"))
+    for name in (str(base), f"{base} (model.safetensors)"):
+        own = ThoughtPatch(patch.factors, {**patch.provenance, "model": name, "model_type": "llama"})
+        for folder in (base, base.parent):
+            for write in (write_adapter, export_adapter):
+                with pytest.raises(ThoughtError, match="would delete the model"):
+                    write(own, folder, overwrite=True)
+        with pytest.raises(ThoughtError, match=r"would replace .*the model"):
+            export_gguf(own, base / "model.safetensors", overwrite=True)
+        own.save_adapter(base / "adapter", overwrite=True)
+    own = ThoughtPatch(patch.factors, {**patch.provenance, "model": str(file), "model_type": "llama"})
+    with pytest.raises(ThoughtError, match="would replace the model"):
+        export_gguf(own, file, overwrite=True)
+    assert {place.read_text() for place in (base / "model.safetensors", file)} == {"weights"}

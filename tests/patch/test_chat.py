@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lit_thought import ThoughtPatch
 from lit_thought.errors import PatchError, ThoughtError
-from lit_thought.patch.chat import Answer, Answers, Chat
+from lit_thought.patch.chat import Answer, Answers, Chat, check_chat
 from lit_thought.patch.provenance import summands
 
 INSTRUCTION = "You are a pirate. Talk like a pirate."
@@ -153,13 +153,20 @@ def test_bad_input(chat: Chat) -> None:
     for message in ("", " \n", None):
         with pytest.raises(ThoughtError, match="message must be a text"):
             chat.ask(message)  # type: ignore[arg-type]
-    with pytest.raises(ThoughtError, match=r"context window of .* Start over with new\(\)"):
+    with pytest.raises(ThoughtError, match=r"context window of .* Start over \(new\)"):
         chat.ask("fox " * 5000)
     assert len(chat.history) == 1
     with pytest.raises(ThoughtError, match="max_new_tokens must be a whole number"):
         chat.patch.chat(chat.model, TOKENIZER, max_new_tokens=0)  # type: ignore[attr-defined]
     with pytest.raises(PatchError):
         Chat(chat.patch, readable(make_model(seed=5)), TOKENIZER)
+    with pytest.raises(ThoughtError, match="instruction must be a text that is not empty"):
+        check_chat(chat.patch, " \n", None, 8)  # before a model is loaded for it
+    chat.scale = 1e39
+    seen: list[Answers] = []
+    with pytest.raises(PatchError, match=r"NaN|overflow"):
+        chat.ask("fox", seen.append)
+    assert not seen
 
 
 def test_the_patched_answers_own_words_are_marked() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_family
+from fits import make_patch
 from models import FAMILIES, make_model, make_tokenizer
 from patches import logits_of, make_vectors, same, snapshot, uneven
 from peft import PeftModel
@@ -560,3 +561,26 @@ def test_what_is_there_is_kept_unless_asked(files: Path, capsys: pytest.CaptureF
         assert "Loading" not in error
     main(["export", str(files / "adapter"), "--format=gguf", f"--out={files / 'base/config.json'}", "--overwrite=true"])
     assert (files / "base" / "config.json").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_patch_stands_on_is_asked_for_in_half_precision_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = make_model("llama", torch.bfloat16)
+    whole = make_model("llama", torch.bfloat16).float()
+    beneath = uneven(whole)
+    with beneath.applied(whole):
+        above = make_patch(whole, rank=2)
+    with pytest.raises(PatchError, match="made on top of 1 other"):
+        export_merged(above, base.to(dtype), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_merged(beneath + above, base, tmp_path / "both")
+
+
+def test_a_merge_leaves_the_config_and_asks_for_a_tokenizer_first(tmp_path: Path) -> None:
+    model = make_model("llama", torch.float32)
+    patch, before = uneven(model), {name: repr(value) for name, value in vars(model.config).items()}
+    with pytest.raises(ThoughtError, match="tokenizer must be a tokenizer"):
+        export_merged(patch, model, tmp_path / "out", "smollm2")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+    export_merged(patch, model, tmp_path / "out", make_tokenizer())
+    assert {name: repr(value) for name, value in vars(model.config).items()} == before

@@ -26,6 +26,7 @@ from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.patch.card import with_metadata, with_results
 from lit_thought.patch.hub import adapter_folder, push_adapter
 from lit_thought.patch.provenance import public_name
+from lit_thought.patch.results import RUNS, of_adapter, write_result
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own uploads
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "thought.json"]
@@ -487,3 +488,39 @@ def test_evaluate_takes_an_adapter_from_the_hub(hub: Hub, tmp_path: Path) -> Non
     result = json.loads((tmp_path / "result" / "result.json").read_text())
     weights = hub.repos["me/it"].files["adapter_model.safetensors"]
     assert result["adapter"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_a_folder_of_this_machine_is_in_no_card_that_peft_wrote(hub: Hub, patch: ThoughtPatch, tmp_path: Path) -> None:
+    tmp_path /= "mine"
+    patch.save_adapter(tmp_path)
+    (tmp_path / "thought.json").unlink()
+    for base, shown in (("/home/me/llama", None), ("", None), ("./llama", None), ("org/name", "org/name")):
+        tags = f"- 'base_model:adapter:{base}'\n- lora"
+        header = f"base_model: '{base}'\nbase_model_relation: adapter\nlibrary_name: peft\ntags:\n{tags}"
+        (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# Mine\n")
+        push_adapter(tmp_path, "me/it", license="mit")
+        card = card_of(hub.repos["me/it"])
+        assert card.data.get("base_model") == shown
+        assert card.data.get("base_model_relation") == ("adapter" if shown else None)
+        assert card.data.tags == [*([f"base_model:adapter:{shown}"] if shown else []), "lora"]
+        assert "# Mine" in card.text
+        push_adapter(tmp_path, "me/without")  # and nobody is asked for the licence of a folder
+
+
+def test_a_file_is_no_adapter_by_the_argument_s_name(patch: ThoughtPatch, tmp_path: Path) -> None:
+    patch.save_adapter(tmp_path / "it")
+    for name in ("it/adapter_model.safetensors", "it/README.md"):
+        with pytest.raises(PatchError, match=r"^adapter='.*' is not a folder; expected an adapter"):
+            adapter_folder(tmp_path / name, argument="adapter")
+    with pytest.raises(PatchError, match=r"^repo_id_or_path='.*step-9' is not a folder"):
+        ThoughtPatch.from_pretrained(tmp_path / "it", subfolder="step-9")
+
+
+def test_an_evaluation_of_other_weights_says_what_to_do(hub: Hub, patch: ThoughtPatch, tmp_path: Path) -> None:
+    patch.save_adapter(tmp_path / "it")
+    result = {"pairs": 1, "items": [{"input": "a", "reference": None, **dict.fromkeys(RUNS, "b")}]}
+    result |= {"accuracy": None, "fidelity": 1.0, "perplexity": None}
+    result |= {"kl": {"plain": 1.0}, "agreement": {"plain": 1.0}, "prompt_tokens": {"plain": 1.0, "instructed": 2.0}}
+    write_result(of_adapter(result, tmp_path / "it"), tmp_path / "it" / "evaluation")
+    with pytest.raises(ThoughtError, match=r"other weights .* their dtype or rank.*lit-thought push ADAPTER"):
+        patch.push_to_hub("me/it", dtype=torch.bfloat16, evaluation=tmp_path / "it" / "evaluation")

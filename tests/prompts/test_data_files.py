@@ -146,3 +146,12 @@ def test_missing_file(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(ThoughtError, match="there is none at"):
         load_pairs(tmp_path / "folder.json")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_key_that_comes_twice_is_refused(suffix: str, tmp_path: Path) -> None:
+    row = '{"input": "hot", "input": "big"}'
+    file = tmp_path / f"pairs{suffix}"
+    file.write_text(row if suffix == ".jsonl" else f"[{row}]", encoding="utf-8")
+    with pytest.raises(ThoughtError, match=r"the key 'input' stands twice in an object"):
+        load_pairs(file)

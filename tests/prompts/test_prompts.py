@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -562,3 +563,28 @@ def test_any_chunk_is_aligned_or_refused(template: str, instruction: str, query:
     start, stop = pair.output_span
     assert set(range(start, stop)) <= set(pair.plain_positions)
     check_invariants(pair)
+
+
+@pytest.mark.parametrize(
+    ("template", "output"),
+    [
+        ("Q: {input}\n{instruction}{output}\n", "cold"),
+        ("Q: {input}\n{instruction}{output}\n", None),
+        ("{input}. {instruction}{output}", None),
+    ],
+)
+def test_what_predicts_the_output_is_the_same_text_in_both_runs(template: str, output: str | None) -> None:
+    """Behind the chunk it would be another token than before it."""
+    tokenizer = make_tokenizer()
+    with pytest.raises(ThoughtError, match=r"^template: expected text between {instruction} and {output}"):
+        PromptTemplate(template).tokenise(tokenizer, "say\n", "hot", output)
+    PromptTemplate(template.replace("{output}", "A: {output}")).tokenise(tokenizer, "say\n", "hot", output)
+
+
+def test_the_plain_run_may_be_the_longer_one() -> None:
+    tokenizer = make_tokenizer()
+    pair = PromptTemplate().tokenise(tokenizer, "say\n", "hot")
+    longer = replace(pair, plain_ids=(*pair.instructed_ids, 5, 6))
+    check_context(longer, len(longer.plain_ids), 0)
+    with pytest.raises(ThoughtError, match=rf"pairs\[3\]: expected at most .* got {len(longer.plain_ids)}"):
+        check_context(longer, len(longer.plain_ids) - 1, 3)

@@ -402,3 +402,35 @@ def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     harness.provenance.cache_clear()
     assert harness.provenance()["commit"] is None
     harness.provenance.cache_clear()
+
+
+def test_results_keep_the_dots_of_their_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("model-1.0", "model-1.5"):
+        harness.write_results(word_tasks.__code__.co_filename, tmp_path / name, name, {"settings": {}})
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"model-1.{digit}.{suffix}" for digit in "05" for suffix in ("json", "md")
+    ]
+    assert "model-1.5\n" in (tmp_path / "model-1.5.md").read_text(encoding="utf-8")
+
+
+def test_what_a_recipe_cannot_write_or_does_not_know_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    ran = []
+
+    def recipe(out: str = "x", model: str = "smollm2") -> None:
+        ran.append((out, model))
+
+    checked = harness._checked(recipe)
+    with pytest.raises(ThoughtError, match=r"^out=.* is a file, not a folder"):
+        checked(out=str(tmp_path / "file" / "page"), model="tiny")
+    checked(out=str(tmp_path / "new" / "page"), model="tiny")
+    assert ran == [(str(tmp_path / "new" / "page"), "tiny")]
+    monkeypatch.setattr("recipes.tasks.word_tasks.load_model", lambda name: pytest.fail("it was loaded"))
+    with pytest.raises(ThoughtError, match=r"^sites: expected some of both, auto,"):
+        word_tasks(sites=["both", "mlp-out"])
+    words = [sys.executable, script_of("quickstart"), f"--out={tmp_path}"]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "is a folder that is not empty" in ended.stderr
+    assert "Loading" not in ended.stdout

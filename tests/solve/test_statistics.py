@@ -370,3 +370,30 @@ def test_rows_that_wait_to_be_multiplied_count(product_dtype: torch.dtype | None
     check(stats, 0, 300)  # and again, with more that wait
     stats.update(a[300:400], delta[300:400], weights[300:400])
     check(stats, 0, 400)
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_tokens_and_sums_of_the_callers_stay_as_they_are(n: int) -> None:
+    a, delta, _ = tokens(n)
+    stats = Statistics(D_IN, D_OUT)
+    stats.update(a, delta)
+    wanted = loop(a, delta, torch.ones(n))
+    gram, cross = stats.sums()
+    kept = gram.clone(), cross.clone()
+    stats.update(*tokens(n, seed=1)[:2])  # what was read before stays
+    assert torch.equal(gram, kept[0])
+    assert torch.equal(cross, kept[1])
+    rows = Statistics(D_IN, D_OUT)
+    rows.update(a, delta)
+    for value in (a, delta):
+        value.zero_()
+    assert_sums(rows, wanted)
+    given = Statistics.from_sums(gram, cross, torch.ones(()), float(n), n)
+    given.update(*tokens(2 * D_IN, seed=2)[:2])
+    assert not torch.equal(given.gram, kept[0])
+    again = Statistics.from_tensors(rows.to_tensors())
+    again.update(*tokens(2 * D_IN, seed=2)[:2])
+    assert again.gram.shape == (D_IN, D_IN)
+    assert_sums(rows, wanted)
+    assert torch.equal(gram, kept[0])
+    assert torch.equal(cross, kept[1])

@@ -703,3 +703,43 @@ def test_what_is_told_of_pairs_put_together_and_taken_out() -> None:
     assert (left.provenance["instruction"], left.settings["pairs"]) == ("a", 3)
     same = manifest("a").combined(manifest("a"), -1, False)
     assert same.provenance["instruction"] == "a"
+
+
+def test_sums_of_a_long_instruction_add_only_when_told_to() -> None:
+    """What an answer's token weighs depends on the mean over all pairs of its fit."""
+    text = "The bridge was opened in 1893. It is long.\n"
+    for name, pairs in (("one", PAIRS[:2]), ("two", PAIRS[2:]), ("all", PAIRS)):
+        data = PairDataModule(pairs, text, kind="document", batch_size=2)
+        options = {"preserve": None, "rank": 4, "ridge": 1e-2, "statistics_dir": name, **EXACT, "blocks": [1]}
+        fit(ThoughtModule(make_model(), BOS), data, ThoughtCallback(**options), progress=False)
+    one, two, every = map(reread, ("one", "two", "all"))
+    assert every.coupling() is None  # of itself it is solved anew at any setting
+    solve_saved(every, rank=2)
+    for operation in (lambda: one + two, lambda: every - one):
+        with pytest.raises(ThoughtError, match=r"do not add exactly: the instruction is a long one.*approximate=True"):
+            operation()
+    both = one.merge(two, approximate=True)
+    assert difference(both, every) > 1e-3  # they are other sums
+    assert both.manifest.approximate
+    fitted(make_model(), "short", PAIRS[2:], instruction=text, preserve=None, **{**EXACT, "blocks": [1]})
+    with pytest.raises(ThoughtError, match="settings: "):
+        one.merge(reread("short"), approximate=True)
+
+
+def test_what_is_left_of_written_outputs_can_be_saved() -> None:
+    """Of a set whose outputs were given, that of pairs with outputs that the model wrote is taken off."""
+    for name, pairs in (("all", PAIRS), ("one", PAIRS[:2])):
+        fitted(make_model(), name, pairs, **EXACT)
+    rest = reread("all") - replace_settings(reread("one"), generated_outputs=2)
+    rest.save("rest")
+    assert reread("rest").manifest.settings["generated_outputs"] == 0
+
+
+def test_other_inputs_to_preserve_change_coupled_sums_too() -> None:
+    fitted(make_model(), "sequential")
+    saved, prior = reread("sequential"), Prior.from_gram(torch.eye(48))
+    others = {"attn_out": Prior.from_gram(torch.eye(32)), "mlp_out": prior}
+    with pytest.raises(ThoughtError, match=r"^another prior_of than the fit's would change the sums"):
+        solve_saved(saved, prior_of=lambda block, site: others[site])
+    told = solve_saved(saved, prior_of=lambda block, site: others[site], approximate=True)
+    assert told.provenance["approximate"] == saved.coupling()

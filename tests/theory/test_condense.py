@@ -416,3 +416,17 @@ def test_arguments_of_the_wrong_kind_are_refused() -> None:
         thought_vector(stats)
     with pytest.raises(ThoughtError, match="ridge and prior_weight must be finite"):
         thought_matrix(a, deltas, "ridge", ridge=-1.0)
+
+
+@pytest.mark.parametrize("solver", ["exact", "min_norm", "ridge", "isotropic"])
+def test_sums_of_narrow_products_give_a_wide_matrix(solver: str) -> None:
+    torch.manual_seed(0)
+    a, deltas = torch.randn(6, 8), torch.randn(6, 3)
+    stats = Statistics(8, 3, product_dtype=torch.float32)
+    stats.update(a, deltas)
+    if solver == "exact":
+        stats.update(torch.randn(8, 8), torch.randn(8, 3))
+    found = thought_matrix(stats, solver=solver)
+    assert found.dtype == torch.float64
+    if solver == "min_norm":
+        torch.testing.assert_close(found, (torch.linalg.pinv(a.double()) @ deltas.double()).T, rtol=1e-9, atol=1e-9)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_family
-from models import CORPUS, FAMILIES, make_tokenizer
+from models import CORPUS, FAMILIES, make_model, make_tokenizer
 from theorems import CASES, INSTRUCTION, TEXT, hooks_on, largest, make_any, record, tokens_of, unchanged
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -367,3 +367,11 @@ def test_blocks_of_another_form_are_refused(family: str, why: str) -> None:
     model = make_family(family, torch.float64)
     with pytest.raises(UnsupportedModelError, match=f"^not supported: exact patches of block 0: ({why})"):
         token_patches(model, make_tokenizer(), INSTRUCTION, TEXT)
+
+
+def test_a_model_without_dense_mlps_is_refused_by_name() -> None:
+    patches = {0: token_patches(make_model("llama"), make_tokenizer(), "say\n", "hot and cold")[0]}
+    mixture = make_family("mixtral")
+    refused = pytest.raises(UnsupportedModelError, match="not supported: exact patches of block 0")
+    with refused, apply_token_patches(mixture, patches):
+        pytest.fail("it went on")

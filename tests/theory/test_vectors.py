@@ -192,3 +192,12 @@ def test_a_contrasting_prompt_that_is_too_long_is_refused() -> None:
     pairs = [{"input": "hot", "output": "cold"}]
     with pytest.raises(ThoughtError, match="64"):
         thought_vectors(model, make_tokenizer(), "Be kind.\n", pairs, contrast="fox " * 100)
+
+
+def test_vectors_of_another_model_are_refused_before_anything_runs() -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    vectors = thought_vectors(model, tokenizer, POSITIVE, PAIRS, template=TEMPLATE)
+    model.register_forward_pre_hook(lambda *args: pytest.fail("the model ran"))
+    for wrong in (vectors[:2], vectors[:, :5], vectors[0]):
+        with pytest.raises(ThoughtError, match=r"^vectors: expected one of .* width for each of its 3 blocks"):
+            best_block(model, tokenizer, wrong, POSITIVE, PAIRS, template=TEMPLATE)

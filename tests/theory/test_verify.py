@@ -214,7 +214,7 @@ def test_the_command_with_texts_of_the_users(folder: Path, capsys: pytest.Captur
         main(
             [
                 "verify", f"--model={folder / 'model'}", flag, f"--text_file={folder / 'text.txt'}", "--output=vector",
-                "--dtype=float64", f"--out={folder / 'report.json'}",
+                "--dtype=float64", f"--out={folder / 'report.json'}", "--overwrite",
             ]
         )  # fmt: skip
         report = json.loads((folder / "report.json").read_text())

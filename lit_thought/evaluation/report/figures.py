@@ -107,13 +107,15 @@ def _three_way(evaluation: Mapping[str, Any]) -> Figure:
     rows = [row for row in evaluation["table"] if any(cell and "low" in cell for cell in row["runs"].values())]
 
     def draw(axes: Axes) -> None:
+        named: set[str] = set()
         for place, row in enumerate(rows):
             for offset, run in zip((-0.22, 0.0, 0.22), RUNS, strict=True):
                 if (cell := row["runs"][run]) is None:
                     continue
                 colour, marker = _RUN_STYLE[run]
                 axes.plot([cell["low"], cell["high"]], [place + offset] * 2, color=colour, linewidth=1.8)
-                axes.plot(cell["value"], place + offset, marker, color=colour, label=run if place == 0 else None)
+                axes.plot(cell["value"], place + offset, marker, color=colour, label=None if run in named else run)
+                named.add(run)
         labels = [re.sub("^(output equal to|outputs that) ", r"\1\n", row["label"]) for row in rows]
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
