@@ -65,6 +65,11 @@ _REMEDIES = {
 """What to do where the system cannot write."""
 
 
+_OF_A_MODEL = re.compile(
+    r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|adapter_config|thought)\.(json|model)|"
+    r"(model|pytorch_model|adapter_model)[\w.-]*\.(safetensors|bin|json)|merges\.txt|chat_template\.jinja|README\.md"
+)
+"""The files of models and adapters."""
 _HOLDING = ("cache_dir", "log_dir")
 """Folders that nothing replaces, so that others may lie in them."""
 
@@ -96,9 +101,9 @@ def check_output_folder(
         The folder with ``~`` and links resolved.
 
     Raises:
-        ThoughtError: if ``path`` is a file, a non-empty folder without ``overwrite``, a folder that must
-            never be replaced (the working or home folder, what is read, or one above them), or lies where nothing can
-            be written.
+        ThoughtError: if ``path`` is a file, a mount point, a non-empty folder without ``overwrite``, a folder that
+            must never be replaced (the working or home folder, what is read, or one above them), or lies where nothing
+            can be written.
     """
     folder = _resolve(path)
     _remove_abandoned(folder)
@@ -173,7 +178,8 @@ def atomic_file(
 
     On any exception the temporary file is removed and ``path`` stays as it was. A link at ``path`` is replaced, and
     what it leads to stays as it was, too. Who may read and write the file is what the umask says, whatever made it.
-    What is ``read`` for it, such as ``model``, is not replaced, where that lies here, nor a file of a folder that is.
+    What is ``read`` for it, such as ``model``, is not replaced, where that lies here, nor a file of a model or adapter
+    in a folder that is.
 
     Raises:
         ThoughtError: for a path where no file can be written.
@@ -185,7 +191,9 @@ def atomic_file(
     if os.path.lexists(file) and not overwrite:
         raise ThoughtError(f"path={str(path)!r} exists. Choose another path, or pass overwrite=True.")
     for name, source in read.items() if file.exists() else ():
-        if source is not None and ((place := _resolve(source)) == file or place in file.parents):
+        if source is not None and (
+            (place := _resolve(source)) == file or (place == file.parent and _OF_A_MODEL.fullmatch(file.name))
+        ):
             raise ThoughtError(
                 f"path={str(path)!r} would replace {'' if place == file else 'a file of '}the "
                 f"{name.replace('_', ' ')} {os.fspath(source)!r}. Choose another path."

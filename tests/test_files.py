@@ -209,9 +209,10 @@ def test_what_is_read_is_not_replaced_by_a_file(tmp_path: Path) -> None:
         with pytest.raises(ThoughtError, match=f"would replace {what}"), atomic_file(tmp_path / name, True, **read):
             pytest.fail("it went on")
         assert (tmp_path / name).read_text() == "mine"
-    with atomic_file(tmp_path / "model" / "adapter.gguf", True, **read) as file:
-        file.write_text("new")
-    assert (tmp_path / "model" / "adapter.gguf").read_text() == "new"
+    for word in ("new", "newer"):  # what we have written there is not the model's
+        with atomic_file(tmp_path / "model" / "adapter.gguf", True, **read) as file:
+            file.write_text(word)
+        assert (tmp_path / "model" / "adapter.gguf").read_text() == word
 
 
 def test_a_value_for_json_has_none_for_what_is_no_number() -> None:

@@ -133,15 +133,16 @@ def report(adapter: str, evaluation: str | None = None, out: str | None = None, 
         samples: how many of the evaluation's pairs to show with their three outputs.
     """
     from lit_thought.evaluation.report import write_report
-    from lit_thought.model.source import SMOLLM2_NAME
+    from lit_thought.model.source import SMOLLM2_NAME, place_and_file
 
     with timed("the report"):
         written = write_report(adapter, evaluation, out, samples)
     place = adapter if out is None else out
     say(f"Wrote report.html, report.md and report.json to {place}")
     if written["evaluation"] is None:
-        name, folder = str(written["model"] or ""), shlex.quote(adapter)
+        (name, file), folder = place_and_file(str(written["model"] or "")), shlex.quote(adapter)
         base = f" --model {shlex.quote(name)}" if name not in ("", SMOLLM2_NAME) else ""
+        base += "" if file is None else f" --gguf_file {shlex.quote(file)}"
         command = f"lit-thought evaluate {folder} --pairs …{base} --out {folder}/evaluation"
         say(f"There is no evaluation yet; {command} makes one.")
     files = [f"{place.rstrip('/')}/report.{suffix}" for suffix in ("html", "md", "json")]

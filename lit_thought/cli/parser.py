@@ -198,7 +198,8 @@ def _read_as_typed(action: Any) -> None:
             if _is_list(parts):
                 value = several
         try:
-            return _with_numbers(check(value, *args, **options))
+            found = check(value, *args, **options)
+            return _with_numbers(found) if any(get_origin(part) is Mapping for part in parts) else found
         except TypeError as error:
             near = nearest(str(value), words - {"null", "true", "false"})
             wanted = _expected(parts, action.default)

@@ -15,6 +15,8 @@ Check = Callable[[str], bool]
 """Whether an output is what it should be."""
 _VALUES = ("const", "enum", "default", "examples")
 """Keywords of a schema that hold values rather than schemas."""
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Those that hold schemas by name."""
 _SCHEMA = 'Expected a JSON schema, such as {"type": "object", "required": ["city"]}.'
 
 
@@ -75,15 +77,18 @@ def follows(file: str) -> Check:
     draft = specification_with(schema.get("$schema", ""), default=DRAFT202012)
     registry: Any = Registry()  # without one, jsonschema asks the network for what a schema refers to
 
-    def look_up(value: Any, place: Any) -> None:
-        """What is referred to, wherever that is: most of it comes up with some texts only."""
+    def look_up(value: Any, place: Any, named: bool = False) -> None:
+        """What is referred to, wherever that is: most of it comes up with some texts only. Of schemas by name, the
+        names are no keywords."""
         if isinstance(value, dict):
-            if isinstance(value.get("$id"), str):
+            if not named and isinstance(value.get("$id"), str):
                 place = place.in_subresource(Resource.from_contents(value, default_specification=draft))
             for name in ("$ref", "$dynamicRef"):
-                if isinstance(value.get(name), str):
+                if not named and isinstance(value.get(name), str):
                     place.lookup(value[name])
-            value = [own for name, own in value.items() if name not in _VALUES]
+            for name, own in value.items():
+                if named or name not in _VALUES:
+                    look_up(own, place, not named and name in _BY_NAME)
         for own in value if isinstance(value, list) else ():
             look_up(own, place)
 

@@ -88,8 +88,7 @@ class UnrelatedText:
         check_interval(interval)
         self.model, self.interval, self.progress = model, interval, progress
         self.windows = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
-        unknown = is_sharded(model) or _has_hooks(model) or torch.is_autocast_enabled(model.device.type)
-        self._manifest = {} if unknown else _manifest(model, self.windows)
+        self._manifest = {} if is_sharded(model) or _has_hooks(model) else _manifest(model, self.windows)
         key = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()[:24]
         self._file = cache_folder(cache_dir) / f"perplexity-{key}.json"
         self.original = _read(self._file, self._manifest) if self._manifest else {}
@@ -106,22 +105,24 @@ class UnrelatedText:
         """
         order = _spread(len(self.windows))
         count = len(order) if self.interval is None else min(_FEWEST, len(order))
+        rough = torch.is_autocast_enabled(self.model.device.type)
+        original: dict[int, float] = {} if rough else self.original
         patched: dict[int, float] = {}
         while True:
-            self._measure_original(order[:count])
+            self._measure_original(order[:count], original)
             with patch.applied(self.model, check=False):
                 patched |= self._losses("patched", order[:count], patched)
-            result = self._result(patched)
+            result = self._result(original, patched)
             reached = result["perplexity_interval"]
             if count == len(order) or (self.interval is not None and reached <= self.interval):
                 return result
             count = min(count * 3 // 2, len(order))
 
-    def _measure_original(self, wanted: Sequence[int]) -> None:
-        found = self._losses("original", wanted, self.original)
-        self.original |= found
-        if found and self._manifest:
-            _write(self._file, self._manifest, self.original, len(self.windows))
+    def _measure_original(self, wanted: Sequence[int], known: dict[int, float]) -> None:
+        found = self._losses("original", wanted, known)
+        known |= found
+        if found and self._manifest and known is self.original:
+            _write(self._file, self._manifest, known, len(self.windows))
 
     def _losses(self, run: str, wanted: Sequence[int], known: dict[int, float]) -> dict[int, float]:
         """Of the windows that are not known yet, by the model as it is now."""
@@ -136,9 +137,9 @@ class UnrelatedText:
             )
         return dict(zip(new, values, strict=True))
 
-    def _result(self, patched: dict[int, float]) -> dict[str, Any]:
+    def _result(self, known: dict[int, float], patched: dict[int, float]) -> dict[str, Any]:
         measured = sorted(patched)
-        original, changed = ([losses[i] for i in measured] for losses in (self.original, patched))
+        original, changed = ([losses[i] for i in measured] for losses in (known, patched))
         tokens = [len(self.windows[i]) - 1 for i in measured]
         before, after = (_perplexity(losses, sum(tokens)) for losses in (original, changed))
         half = None

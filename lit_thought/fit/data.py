@@ -233,6 +233,8 @@ class PairDataModule(LightningDataModule):
         self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, limit: int
     ) -> list[TokenisedPair]:
         longest, found = self.longest(tokenizer), []
+        if self.pairs:  # without an output, too, as it will be asked
+            template.tokenise(tokenizer, self.instructions[0], self.pairs[0]["input"])
         for index, (pair, instruction) in enumerate(zip(self.pairs, self.instructions, strict=True)):
             tokens = template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
             check_context(tokens, limit, index, 0 if "output" in pair else longest)

@@ -12,6 +12,7 @@ The fit that scores best is the result. Pairs that were given, and a document's 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -100,7 +101,7 @@ def grow(
         if measure is None:
             texts = how.preserved.texts or load_texts("default", "preserve", "preserve")
             measure = HeldBack(model, tokenizer, pairs, instructions, texts, data.settings.batch_size)
-        found = measure.divergences(patch).nan_to_num(nan=torch.inf)  # one that is none is the worst
+        found = measure.divergences(patch).nan_to_num(nan=torch.inf, posinf=torch.inf)  # none is the worst
         kl, error = mean_and_error(found)
         seconds = time.perf_counter() - now
         tried.append({"pairs": len(own.pairs), "kl": kl, "kl_error": error, "seconds": round(seconds, 2)})
@@ -109,7 +110,7 @@ def grow(
         gain, noise = (1.0, 0.0) if scores is None else mean_and_error(scores - found)
         scores = found
         late = time.perf_counter() - started + 2 * seconds > MAX_SECONDS
-        if gain <= (noise or 0.0) or size >= len(rest) or late:
+        if not gain > (noise if noise is not None and math.isfinite(noise) else 0.0) or size >= len(rest) or late:
             break
         size = min(2 * size, len(rest))
     assert best is not None
@@ -123,5 +124,5 @@ def format_growth(growth: Mapping[str, Any]) -> str:
     for number, one in enumerate(growth["fits"]):
         mark = "  <- chosen" if number == growth["chosen"] else ""
         error = "" if one["kl_error"] is None else f" ± {one['kl_error']:.4f}"
-        lines.append(f"  {one['pairs']} pairs: {one['kl']:.4f}{error}{mark}")
+        lines.append(f"  {one['pairs']} pairs: {'–' if one['kl'] is None else format(one['kl'], '.4f')}{error}{mark}")
     return "\n".join(lines)

@@ -346,7 +346,8 @@ class Preparation:
 
     def _kept(self) -> dict[str, Any]:
         longest = self.data.longest(self.module.tokenizer)
-        return kept_settings(self.settings, self.preserved, self.data, longest) | {"answers_weighed": self.long}
+        kept = kept_settings(self.settings, self.preserved, self.data, longest)
+        return kept | ({"answers_weighed": True} if self.long else {})
 
     def _plan(self, missing: int) -> None:
         """Batch the longest pairs of a step, refuse a fit that does not fit, and choose where its streams are kept.

@@ -246,7 +246,8 @@ def format_selection(selection: Mapping[str, Any]) -> str:
         drift = "" if candidate["drift"] is None else f", drift {candidate['drift']:.4f}"
         mark = "  <- chosen" if candidate["chosen"] else ""
         error = "" if candidate["kl_error"] is None else f" ± {candidate['kl_error']:.4f}"
-        lines.append(f"  {', '.join(changed) or 'defaults'}: {candidate['kl']:.4f}{error}{drift}{mark}")
+        kl = "–" if candidate["kl"] is None else f"{candidate['kl']:.4f}"  # which was no number
+        lines.append(f"  {', '.join(changed) or 'defaults'}: {kl}{error}{drift}{mark}")
     return "\n".join(lines)
 
 

@@ -147,7 +147,7 @@ def _fits(
 ) -> bool:
     """Whether a pair with its output is in the context window."""
     tokens = template.tokenise(tokenizer, instruction, pair["input"], pair.get("output"))
-    return len(tokens.instructed_ids) + (0 if "output" in pair else longest) <= limit
+    return max(len(tokens.plain_ids), len(tokens.instructed_ids)) + (0 if "output" in pair else longest) <= limit
 
 
 def _brief_counts(instruction: str, total: int | None, times: float, count: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ _GGUF_MAGIC = b"GGUF"
 _WITH_FILE = re.compile(r"(.+) \(([^()]+\.gguf)\)", re.IGNORECASE | re.DOTALL)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 IS_ADAPTER = (
-    "name={!r} is an adapter, not a model. Give its base model here; the adapter goes on it "
+    "name={!r} is an adapter, or holds one beside the model. Give the base model alone here; the adapter goes on it "
     "(ThoughtPatch.load(...).apply_(model), lit-thought evaluate)."
 )
 _HUB_SECONDS = 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -247,7 +246,7 @@ def for_hub(card: str, repo_id: str, base_model: str | None = None, entries: Map
     given = {key: value for key, value in (entries or {}).items() if value is not None}
     header = _parsed(card).data.to_dict()
     theirs = header.get("base_model")
-    if base_model is None and isinstance(theirs, str) and (os.path.exists(theirs) or not _MODEL.fullmatch(theirs)):
+    if base_model is None and isinstance(theirs, str) and not _MODEL.fullmatch(theirs):
         name = public_name(theirs)  # of a snapshot in the hub's cache, its hub id
         base_model = name if is_hub_id(name) else ""
     if base_model is not None:

@@ -126,7 +126,7 @@ def check_chat(
     """
     check_counts(max_new_tokens=max_new_tokens)
     if instruction is not None:
-        if not instruction.strip():
+        if not isinstance(instruction, str) or not instruction.strip():
             raise ThoughtError(f"instruction must be a text that is not empty; got {instruction!r}. Leave it out.")
         check_instruction(patch.provenance, instruction, [{"input": _HELLO}])
     return template_of(patch.provenance, template)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lit_thought.errors import PatchError
 from lit_thought.model.bare import bare_model
 from lit_thought.model.blocks import Site, find_blocks, plain_outputs
-from lit_thought.model.loading import model_name
+from lit_thought.model.loading import model_name, model_place
 from lit_thought.patch.change import Change
 from lit_thought.patch.gguf_files import gguf_architecture, gguf_writer, import_gguf
 from lit_thought.patch.provenance import base_here
@@ -64,7 +64,7 @@ def write_control_vector(
     model = bare_model(model)
     directions = _directions(patch, model)
     validate(patch, model, check)
-    with gguf_writer(path, _ARCHITECTURE, overwrite, base_here(patch.provenance)) as writer:
+    with gguf_writer(path, _ARCHITECTURE, overwrite, model_place(model) or base_here(patch.provenance)) as writer:
         writer.add_string(f"{_ARCHITECTURE}.model_hint", _gguf_name(model))
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))
         for index, vector in sorted(directions.items()):

@@ -61,7 +61,7 @@ def gguf_architecture(model_type: str) -> str | None:
 
 @contextmanager
 def gguf_writer(
-    path: str | os.PathLike[str], architecture: str, overwrite: bool, model: Path | None = None
+    path: str | os.PathLike[str], architecture: str, overwrite: bool, model: str | Path | None = None
 ) -> Iterator[Any]:
     """Yield a ``gguf.GGUFWriter``; when the block ends well, what was added to it is written to ``path``.
 

@@ -266,7 +266,7 @@ def _addends(provenance: dict[str, Any]) -> list[dict[str, Any]]:
 def base_here(provenance: Mapping[str, Any]) -> Path | None:
     """The folder or GGUF file that a patch's model was loaded from, where it is here."""
     found = Path(*(part for part in place_and_file(str(provenance.get("model") or "")) if part))
-    return found if found.is_absolute() and found.exists() else None
+    return found if found.is_absolute() and os.path.exists(found) else None  # which raises nothing
 
 
 def summands(provenance: Mapping[str, Any]) -> list[Any]:

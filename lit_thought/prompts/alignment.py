@@ -177,7 +177,8 @@ def align(tokenizer: PreTrainedTokenizerBase, texts: PromptTexts, is_chat: bool)
     if head <= output_span[0] and 0 < output_span[0] <= len(plain) - tail:
         raise ThoughtError(
             "template: expected text between {instruction} and {output}, which the token before the output is of in "
-            "both runs: it predicts the output, and behind the chunk it is another one. Put a newline there."
+            "both runs: it predicts the output, and behind the chunk it is another one. Put a word there, such as A:, "
+            "since tokenizers merge newlines."
         )
     return TokenisedPair(
         plain_ids=plain,

@@ -5,8 +5,8 @@ its sums were taken. Stages are read one by one when they are asked for: at d_ff
 
 Sums add over sets of pairs, Z = Z₁ + Z₂ and C = C₁ + C₂, and subtract (:meth:`SavedStatistics.merge`,
 :meth:`SavedStatistics.subtract`). That is exact where no stage's sums depend on patches that the fit solved before it,
-which :meth:`SavedStatistics.coupling` looks into. :func:`lit_thought.statistics.solve.solve_saved` makes patches of
-them.
+nor on all pairs of the fit, which :meth:`SavedStatistics.inexact` looks into.
+:func:`lit_thought.statistics.solve.solve_saved` makes patches of them.
 """
 
 from __future__ import annotations
@@ -220,12 +220,23 @@ class SavedStatistics:
             )
         return None
 
+    def inexact(self) -> str | None:
+        """Why sums of this fit and of others do not add to those of a fit of all their pairs, or None where they do:
+        their :meth:`coupling`, or weights of the tokens that depend on all pairs of a fit."""
+        if self.manifest.settings.get("answers_weighed"):
+            return (
+                "the instruction is a long one, and what an answer's token weighs depends on the answers of all pairs "
+                "of its fit"
+            )
+        return self.coupling()
+
     def merge(self, other: SavedStatistics, approximate: bool = False) -> SavedStatistics:
         """The statistics of two sets of pairs that share none; stages are read and added when they are asked for.
 
         Args:
             other: of the same model, sites, order and settings.
-            approximate: add sums, too, that depend on the patches of the fit that they come from. Exact are those of a
+            approximate: add sums, too, that depend on the patches, or on all pairs, of the fit that they come from
+                (:meth:`inexact`). Exact are, of instructions that are not long, those of a
                 single stage, and with order="teacher-forced" those of one site a block.
 
         Raises:
@@ -249,12 +260,7 @@ class SavedStatistics:
     __sub__ = subtract
 
     def _combined(self, other: SavedStatistics, sign: int, approximate: bool) -> SavedStatistics:
-        reason = self.coupling() or other.coupling()
-        if self.manifest.settings.get("answers_weighed"):
-            reason = reason or (
-                "the instruction is a long one, and what an answer's token weighs depends on the answers of all pairs "
-                "of its fit"
-            )
+        reason = self.inexact() or other.inexact()
         manifest = self.manifest.combined(other.manifest, sign, reason is not None)
         mine, theirs = ([head.layer for head in each.heads] for each in (self, other))
         if mine != theirs:

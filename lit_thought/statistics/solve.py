@@ -128,7 +128,7 @@ def solve_saved(
     provenance: dict[str, Any] = {
         **{name: value for name, value in saved.manifest.provenance.items() if name != "scale"},
         "settings": {**fitted, **chosen},
-        "approximate": coupled or (saved.coupling() if saved.manifest.approximate else None),
+        "approximate": coupled or (saved.inexact() if saved.manifest.approximate else None),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     scale = saved.manifest.provenance.get("scale")

@@ -165,7 +165,7 @@ def _read_statistics(folder: Path) -> object:
             stage.matrix.sums()
     both = saved.merge(saved, approximate=True)
     model = MODEL if any(head.site == "mlp_in" for head in saved.heads) else None
-    patch = solve_saved(saved, prior_of=_prior_of, model=model)
+    patch = solve_saved(saved, prior_of=_prior_of, model=model, approximate=True)
     return repr(saved), repr(both), model_card(patch)
 
 

@@ -545,6 +545,7 @@ def test_numbers_in_lists_of_options_are_such(tmp_path: Path) -> None:
     assert values(*FIT, f"--config={tmp_path / 'a.yaml'}")["generate"] == wanted
     flags = [f"--generate.{name}={json.dumps(value)}" for name, value in wanted.items()]
     assert values(*FIT, *flags)["generate"] == wanted
+    assert values(*FIT, '--preserve=["1984 was a year", "7"]')["preserve"] == ["1984 was a year", "7"]
     assert values(*FIT, '--generate.names=["a1", "-", "b"]')["generate"] == {"names": ["a1", "-", "b"]}
 
 

@@ -136,5 +136,9 @@ def test_schemas_of_earlier_drafts_and_values_in_schemas(write: Any) -> None:
     seventh |= {"properties": {"a": {"$id": "#here", "properties": {"b": {"$ref": "#/definitions/word"}}}}}
     check = follows(write(seventh))
     assert [check(text) for text in ('{"a": {"b": "c"}}', '{"a": {"b": 1}}')] == [True, False]
+    for name in ("default", "$id", "$ref"):  # names of properties
+        assert follows(write({"properties": {name: {"type": "string"}}}))(json.dumps({name: "x"}))
+    with pytest.raises(ThoughtError, match=r"refers to what is not in it.*/none"):
+        follows(write({"properties": {"default": {"$ref": "#/none"}}}))
     for keyword, value in (("const", {"$ref": "x"}), ("enum", [{"$ref": "x"}]), ("default", {"$ref": "x"})):
         assert follows(write({keyword: value}))(json.dumps({"$ref": "x"}))

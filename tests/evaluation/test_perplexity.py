@@ -356,5 +356,8 @@ def test_nothing_is_kept_or_read_inside_autocast(model: PreTrainedModel, patch: 
     assert not (tmp_path / "cache").exists() or not entries(tmp_path / "cache")
     fine = measured(unrelated(whole, interval=None), 0 * patch)
     assert rough["perplexity"]["original"] != fine["perplexity"]["original"]
+    text = unrelated(whole, interval=None)  # made outside, as an Evaluation may be
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert measured(unrelated(whole, interval=None), 0 * patch) == rough
+        assert measured(text, 0 * patch) == rough
+    assert measured(text, 0 * patch) == fine
+    assert measured(unrelated(whole, interval=None), 0 * patch) == fine

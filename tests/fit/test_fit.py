@@ -498,7 +498,6 @@ def test_provenance_tells_where_the_patch_comes_from() -> None:
         "generate": {},
         "max_new_tokens": 4,
         "answer_weight": 1.0,
-        "answers_weighed": False,
         "seed": 0,
     }
     assert known["d_in"] == {f"model.layers.{i}.mlp.down_proj": 48 for i in (0, 2)}

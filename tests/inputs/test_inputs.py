@@ -642,6 +642,8 @@ def grown(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float], **settings: 
         ([0.5, 0.6], [9, 18], 0),
         ([0.5, 0.5], [9, 18], 0),
         ([0.9, 0.5, 0.7], [9, 18, 36], 1),
+        ([float("nan"), 0.5, 0.7], [9, 18, 36], 1),  # one that is no number is the worst
+        ([0.5, float("nan")], [9, 18], 0),
     ],
 )
 def test_inputs_are_doubled_as_long_as_that_helps(
@@ -651,7 +653,7 @@ def test_inputs_are_doubled_as_long_as_that_helps(
     told = patch.provenance["growth"]
     assert told["held_back"] == 12
     assert [one["pairs"] for one in told["fits"]] == pairs
-    assert [one["kl"] for one in told["fits"]] == pytest.approx(scores)
+    assert [one["kl"] for one in told["fits"]] == [None if kl != kl else pytest.approx(kl) for kl in scores]
     assert told["chosen"] == chosen
     lines = growing.format_growth(told).splitlines()
     assert [line.endswith("<- chosen") for line in lines[1:]] == [i == chosen for i in range(len(pairs))]

@@ -162,6 +162,8 @@ def test_bad_input(chat: Chat) -> None:
         Chat(chat.patch, readable(make_model(seed=5)), TOKENIZER)
     with pytest.raises(ThoughtError, match="instruction must be a text that is not empty"):
         check_chat(chat.patch, " \n", None, 8)  # before a model is loaded for it
+    with pytest.raises(ThoughtError, match="instruction must be a text that is not empty; got 5"):
+        check_chat(chat.patch, 5, None, 8)  # type: ignore[arg-type]
     chat.scale = 1e39
     seen: list[Answers] = []
     with pytest.raises(PatchError, match=r"NaN|overflow"):

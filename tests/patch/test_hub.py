@@ -490,11 +490,22 @@ def test_evaluate_takes_an_adapter_from_the_hub(hub: Hub, tmp_path: Path) -> Non
     assert result["adapter"] == hashlib.sha256(weights).hexdigest()
 
 
-def test_a_folder_of_this_machine_is_in_no_card_that_peft_wrote(hub: Hub, patch: ThoughtPatch, tmp_path: Path) -> None:
+def test_a_folder_of_this_machine_is_in_no_card_that_peft_wrote(
+    hub: Hub, patch: ThoughtPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("org/name", "gpt2"):  # clones of what is on the hub
+        (tmp_path / place).mkdir(parents=True)
     tmp_path /= "mine"
     patch.save_adapter(tmp_path)
     (tmp_path / "thought.json").unlink()
-    for base, shown in (("/home/me/llama", None), ("", None), ("./llama", None), ("org/name", "org/name")):
+    for base, shown in (
+        ("/home/me/llama", None),
+        ("", None),
+        ("./llama", None),
+        ("org/name", "org/name"),
+        ("gpt2", "gpt2"),
+    ):
         tags = f"- 'base_model:adapter:{base}'\n- lora"
         header = f"base_model: '{base}'\nbase_model_relation: adapter\nlibrary_name: peft\ntags:\n{tags}"
         (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# Mine\n")

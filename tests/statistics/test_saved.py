@@ -720,7 +720,8 @@ def test_sums_of_a_long_instruction_add_only_when_told_to() -> None:
             operation()
     both = one.merge(two, approximate=True)
     assert difference(both, every) > 1e-3  # they are other sums
-    assert both.manifest.approximate
+    both.save("both")
+    assert solve_saved(reread("both")).provenance["approximate"] == every.inexact()
     fitted(make_model(), "short", PAIRS[2:], instruction=text, preserve=None, **{**EXACT, "blocks": [1]})
     with pytest.raises(ThoughtError, match="settings: "):
         one.merge(reread("short"), approximate=True)
