@@ -22,8 +22,8 @@ GIVEN = 30
 
 
 class Case(NamedTuple):
-    """A chunk, what to test it with, and when an output is right, given an item of ``evaluate`` and the output; None
-    where that cannot be told."""
+    """A chunk, what to test it with, and when an output is right, given an item of ``evaluate`` and the output: None
+    for an item that this does not say anything about; no function where it never can be told."""
 
     door: str
     name: str
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     template: PromptTemplate
     tested: list[dict[str, str]]
     max_new_tokens: int
-    judge: Callable[[Mapping[str, str], str], bool] | None
+    judge: Callable[[Mapping[str, str], str], bool | None] | None
     given: list[dict[str, str]]
     settings: dict[str, Any]
 
@@ -79,9 +79,9 @@ def message_case(entry: Mapping[str, str], seed: int, test: int, max_new_tokens:
     fitted, tested = system_prompts.split(general, topic, fit, test, seed)
     rule = RULES.get(entry["name"])
 
-    def judge(item: Mapping[str, str], output: str) -> bool:
+    def judge(item: Mapping[str, str], output: str) -> bool | None:
         assert rule is not None
-        return rule(output) == (not topic or item["input"] in topic)
+        return rule(output) if not topic or item["input"] in topic else None
 
     case = prompt_case(entry["name"], entry["instruction"], tested, max_new_tokens)
     return case._replace(judge=judge if rule else None, given=[{"input": text} for text in fitted])
@@ -118,6 +118,7 @@ def evaluation_of(
         template=case.template,
         max_new_tokens=case.max_new_tokens,
         unrelated="default" if unrelated else None,
+        perplexity_interval=None,  # so that the ratios of two patches are of the same windows
         progress=False,
         **options,
     )
@@ -164,7 +165,11 @@ def fit_in_parts(
 
 
 def right(case: Case, items: Sequence[Mapping[str, str]]) -> dict[str, int] | None:
-    """How many outputs of each run are right."""
+    """Of how many outputs it can be told (``of``), how many of each run are right, and how many of the patched ones
+    where the instructed one is (``kept``)."""
     if case.judge is None:
         return None
-    return {run: sum(case.judge(item, item[run]) for item in items) for run in RUNS}
+    judged = [found for item in items if None not in (found := [case.judge(item, item[run]) for run in RUNS])]
+    counts = {run: sum(map(bool, hits)) for run, hits in zip(RUNS, zip(*judged, strict=True), strict=False)}
+    kept = sum(bool(instructed and patched) for _, instructed, patched in judged)
+    return {"of": len(judged), **dict.fromkeys(RUNS, 0), **counts, "kept": kept}

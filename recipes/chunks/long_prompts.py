@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_thought.errors import ThoughtError
-from recipes.chunks.rules import contains, is_english, is_french, is_json_object, refuses
+from recipes.chunks.rules import contains, is_english, is_french, is_json_object, is_of_no_language, refuses
 from recipes.harness import DATA
 
 FOLDER = DATA / "long_prompts"
-_CODE = re.compile(r"```(\w*)[ \t]*\n(.*?)\n?```", re.DOTALL)
+_CODE = re.compile(r"```(\w*)[ \t]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
+"""A fenced block, to the end of the text where no fence ends it: the study cuts long answers."""
+_FUNCTION = re.compile(r"^(?:async )?def (\w+)\(", re.MULTILINE)
 _LANGUAGES = {"English": is_english, "French": is_french}
 
 
@@ -48,8 +50,8 @@ def at_most_words(text: str, most: int) -> bool:
 
 
 def in_language(text: str, language: str) -> bool:
-    """The text is in English or in French, by its function words."""
-    return _LANGUAGES[language](text)
+    """The text is in English or in French, by its function words; a short one without any is in both."""
+    return is_of_no_language(text) or _LANGUAGES[language](text)
 
 
 def refuses_if(text: str, wanted: bool) -> bool:
@@ -126,9 +128,9 @@ def first_function(text: str) -> ast.FunctionDef | None:
 
 
 def defines(text: str, name: str) -> bool:
-    """The code's first function has this name."""
-    own = first_function(text)
-    return own is not None and own.name == name
+    """The code's first function has this name, whether it has come to its end or not."""
+    found = _FUNCTION.search(code_of(text))
+    return found is not None and found[1] == name
 
 
 def is_annotated(text: str, wanted: bool) -> bool:

@@ -29,9 +29,11 @@ _ENGLISH_WORDS = (
     "have has but or be been can your from at which their its there here no off get gets take takes cost costs"
 )
 _FRENCH, _ENGLISH = frozenset(_FRENCH_WORDS.split()), frozenset(_ENGLISH_WORDS.split())
+_ENDS = ("}", '"}', "]}", '"]}', '": 0}', ": 0}", ' "": 0}', "0}", '"}]}', "}]}")
+"""What may be missing of a JSON object: within a text, a list, a key, and so on."""
 _REFUSAL = re.compile(
     r"\b(can't|cannot|can not|unable to|not able to|won't|must not|not allowed to|don't|do not)\s+"
-    r"(help|assist|talk|discuss|answer|provide|give|share|speak)\b",
+    r"(help|assist|talk|discuss|answer|provide|give|share|speak|suggest|recommend)\b",
     re.IGNORECASE,
 )
 
@@ -58,12 +60,15 @@ def is_french(text: str) -> bool:
 
 
 def is_english(text: str) -> bool:
-    """English function words make up a tenth of the words or more, and are no fewer than the French ones; a text of
-    three words or fewer without any of either language is English, too, if it says anything."""
+    """English function words make up a tenth of the words or more, and are no fewer than the French ones."""
     french, english, words = _function_words(text)
-    if french == english == 0:
-        return words <= 3 and bool(text.strip())
-    return english >= french and english >= words / 10
+    return english >= french and 0 < english >= words / 10
+
+
+def is_of_no_language(text: str) -> bool:
+    """A text of four words or fewer with a function word of neither language, such as a name or a number."""
+    french, english, words = _function_words(text)
+    return bool(text.strip()) and french == english == 0 and words <= 4
 
 
 def _function_words(text: str) -> tuple[int, int, int]:
@@ -89,6 +94,11 @@ def is_json_object(text: str) -> bool:
         return False
 
 
+def is_json_so_far(text: str) -> bool:
+    """The whole text is one JSON object, or the beginning of one, for the studies cut long answers."""
+    return any(is_json_object(text.rstrip() + end) for end in ("", *_ENDS))
+
+
 def is_uppercase(text: str) -> bool:
     """At least nine letters in ten are capitals, and there are some."""
     letters = [letter for letter in text if letter.isalpha()]
@@ -104,10 +114,10 @@ RULES: dict[str, Callable[[str], bool]] = {
     "pirate": talks_like_a_pirate,
     "french": is_french,
     "sentence": is_one_sentence,
-    "json": is_json_object,
+    "json": is_json_so_far,
     "uppercase": is_uppercase,
     "refuse": refuses,
     "shakespeare": is_archaic,
 }
-"""By the name of the instruction; the others cannot be checked by rule. Of a topic to refuse, questions about anything
-else must be answered."""
+"""By the name of the instruction; the others cannot be checked by rule. Of a topic to refuse, questions about that are
+checked, and no others."""

@@ -127,8 +127,6 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "tokenizer": lambda model: TOKENIZER,
 }
 """What somebody may pass for a model, made of one."""
-SAME = ("compiled", "DataParallel", "loader")
-"""Those that stand for the very model."""
 
 
 def _write_wrappers(folder: Path) -> None:

@@ -36,6 +36,7 @@ from recipes.harness import (
     write_results,
 )
 
+CASES = ("pirate", "wizard", "french", "sentence", "json", "antonym", "present-past", "brindlemark", "kestrel_station")
 KEPT = ("name", "seed", "tested", "right", "items", "warnings", "prompt_tokens", "output_kl", "perplexity_ratio")
 HALF = 0.5
 """Below this share of what the instructed model has right, a case is said to lose them."""
@@ -43,7 +44,7 @@ HALF = 0.5
 
 def gallery(
     records: Sequence[str] = ("instruction_alone_system", "instruction_alone_words", "instruction_alone_documents"),
-    cases: Sequence[str] = ("pirate", "french", "json", "antonym", "brindlemark", "kestrel_station"),
+    cases: Sequence[str] = CASES,
     asked: Sequence[str] = ("What can I do on a rainy Sunday?", "Who was Cleopatra?", "What is jazz?"),
     out: str = "recipes/results/gallery",
 ) -> None:
@@ -144,7 +145,11 @@ def _runs(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _figures(run: Mapping[str, Any]) -> list[Any]:
     counts, kl, ratio, tokens = run["right"], run["output_kl"], run["perplexity_ratio"], run["prompt_tokens"]
     cells: list[Any] = [None if counts is None else counts[which] for which in RUNS]
-    cells += [run["tested"], nearer(kl, 0), None if ratio is None else f"{ratio:.3f}"]
+    cells += [
+        run["tested"] if counts is None else counts["of"],
+        nearer(kl, 0),
+        None if ratio is None else f"{ratio:.3f}",
+    ]
     return [*cells, None if tokens is None else f"{tokens['instructed']:.0f} → {tokens['plain']:.0f}"]
 
 

@@ -44,6 +44,9 @@ from recipes.harness import (
     write_results,
 )
 
+INSTRUCTIONS = ("pirate", "french", "sentence", "shakespeare", "poet", "wizard", "json", "uppercase", "refuse")
+DOCUMENTS = ("brindlemark", "velmora", "quillow", "great_fire", "harrowick", "kestrel_station", "vasparr", "fenwhistle")
+DOCUMENTS += ("tavrok", "skeldry")
 BESIDE = 1.5
 """Pairs for one given question about a document, where the others are written."""
 
@@ -52,8 +55,8 @@ def instruction_alone(
     model: str = "smollm2",
     dtype: str = "float32",
     tasks: Sequence[str] = SIX_TASKS,
-    instructions: Sequence[str] = ("pirate", "french", "sentence", "shakespeare", "poet", "wizard", "json", "refuse"),
-    documents: Sequence[str] = ("brindlemark", "velmora", "quillow", "great_fire", "harrowick", "kestrel_station"),
+    instructions: Sequence[str] = INSTRUCTIONS,
+    documents: Sequence[str] = DOCUMENTS,
     seeds: Sequence[int] = (0,),
     counts: Sequence[int] = (),
     parts: Sequence[int] = (),
@@ -119,8 +122,9 @@ def _row(run: Mapping[str, Any]) -> list[Any]:
     counts = run["right"]
     share = None if not counts or not counts["instructed"] else counts["patched"] / counts["instructed"]
     cells = [f"{run['name']}, seed {run['seed']}, {run['fit']}", run["fitted"]]
-    cells += [None if counts is None else counts[which] for which in RUNS]
+    cells += [None if counts is None else counts[which] for which in ("of", *RUNS)]
     cells.append(None if share is None else f"{share:.2f}")
+    cells.append(None if share is None else f"{counts['kept'] / counts['instructed']:.2f}")
     cells += [
         f"{run['fidelity']:.2f}",
         f"{kl['plain']:.3f}",
@@ -142,9 +146,10 @@ def own_text_cells(run: Mapping[str, Any]) -> list[str | None]:
 
 OWN_TEXT_HEAD = ["KL along its own text", "repetition, instructed", "patched", "tokens, instructed", "patched"]
 OWN_TEXT_HEAD += ["unrelated perplexity ×"]
-HEAD = ["chunk", "pairs", "right: plain", "instructed", "patched", "patched ÷ instructed", "same output"]
+HEAD = ["chunk", "pairs", "judged", "right: plain", "instructed", "patched", "patched ÷ instructed"]
+HEAD += ["of the instructed ones kept", "same output"]
 HEAD += ["KL, plain", "patched", "down by", *OWN_TEXT_HEAD, "prompt tokens, plain", "instructed"]
-HEAD += ["seconds: writing", "all"]
+HEAD += ["seconds: writing inputs", "all"]
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -168,7 +173,9 @@ def _line(fit: str, runs: Sequence[Mapping[str, Any]]) -> str:
     down = mean(1 - run["output_kl"]["patched"] / run["output_kl"]["plain"] for run in runs)
     text = f"- {fit}: KL down by {down:.1%}, the same output in {mean(run['fidelity'] for run in runs):.3f}"
     if ratios:
-        text += f"; patched ÷ instructed right {mean(ratios):.3f} on average, {min(ratios):.2f} at least"
+        kept = mean(own["kept"] / own["instructed"] for own in counts)
+        text += f"; patched ÷ instructed right {mean(ratios):.3f} on average, {min(ratios):.2f} at least; of what the "
+        text += f"instructed model has right the patched one has {kept:.3f}"
     worst = [run["perplexity_ratio"] for run in runs if run["perplexity_ratio"] is not None]
     return text + (f"; perplexity × {mean(worst):.4f} on average, {max(worst):.4f} at most" if worst else "")
 

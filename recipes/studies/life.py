@@ -74,7 +74,8 @@ def life(
         raise ThoughtError("about, tested: expected messages about the line, and others to test with; give both.")
     lm, tokenizer = load_model(model, dtype=dtype)
     how: dict[str, Any] = {"max_new_tokens": answer_tokens, "seed": seed, "progress": False}
-    asked = {"line": tested, "else": [row["input"] for row in own.messages[:test]]}
+    others = [row for row in own.messages[:test] if not contains(line, row["rules"].get("states", ()))]
+    asked = {"line": tested, "else": [row["input"] for row in others]}  # what the line answers is about it, too
     apart = [{"input": text} for text in (*tested, *asked["else"])]
     written = write_pairs(lm, tokenizer, own.chunk, TEMPLATE, total=inputs, seed=seed, apart=apart)
     how["kind"] = written.kind

@@ -58,7 +58,7 @@ def limits(
     shots: int = 10,
     fit: int = 30,
     test: int = 30,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = 24,
     out: str = "recipes/results/limits",
 ) -> None:
     """Fit and test each example."""

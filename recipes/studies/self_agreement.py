@@ -63,7 +63,7 @@ class Prompt(NamedTuple):
     wanted: list[Tensor]
     chunks: Mapping[str, Sequence[str]]
     patch: ThoughtPatch
-    judge: Callable[[Mapping[str, str], str], bool] | None = None
+    judge: Callable[[Mapping[str, str], str], bool | None] | None = None
 
 
 def self_agreement(
@@ -194,7 +194,7 @@ def respond(prompt: Prompt, kind: str, model: PreTrainedModel, chunk: str, instr
         "outputs": outputs,
         "margins": margins(evaluation, prompt.wanted, outputs),
         "kl": float(torch.cat([token_kl(a, b) for a, b in zip(prompt.wanted, got, strict=True)]).mean()),
-        "follows": judge and {run: sum(map(judge, evaluation.rows, texts)) for run, texts in both.items()},
+        "follows": judge and {run: sum(map(bool, map(judge, evaluation.rows, texts))) for run, texts in both.items()},
     }
 
 
@@ -288,7 +288,10 @@ def _summary(runs: Sequence[Mapping[str, Any]], against: str) -> str:
 def _divergences(runs: Sequence[Mapping[str, Any]], against: str) -> str:
     """The same in KL and in rules followed, which say more of long outputs; a disturbance's are means of its runs."""
     tasks = list(dict.fromkeys(run["task"] for run in runs if run["kind"] == against))
+    if not tasks:
+        return ""
     kinds = list(dict.fromkeys(run["kind"] for run in runs if run["task"] in tasks))
+    judged = any(run["follows"] for run in runs if run["task"] in tasks)
     rows = []
     for task in tasks:
         own = {kind: [run for run in runs if run["task"] == task and run["kind"] == kind] for kind in kinds}
@@ -296,20 +299,19 @@ def _divergences(runs: Sequence[Mapping[str, Any]], against: str) -> str:
         if own[against][0]["follows"]:
             cells.append(f"{own[against][0]['follows']['undisturbed']}")
             cells += [f"{mean(run['follows']['disturbed'] for run in some):g}" for some in own.values()]
-        rows.append([task, *cells, *[None] * (2 * len(kinds) + 1 - len(cells))])
+        rows.append([task, *cells])
     means = [mean(run["kl"] for run in runs if run["task"] in tasks and run["kind"] == kind) for kind in kinds]
-    rows.append(["mean", *(f"{one:.3f}" for one in means), *[None] * (len(kinds) + 1)])
-    head = [f"KL, {kinds[0]}", *kinds[1:], "rule followed: undisturbed", *kinds]
-    return table([SELF[against], *head], rows)
+    rows.append(["mean", *(f"{one:.3f}" for one in means)])
+    head = [SELF[against], f"KL, {kinds[0]}", *kinds[1:], *(["rule followed: undisturbed", *kinds] if judged else [])]
+    return table(head, [[*row, *[None] * (len(head) - len(row))] for row in rows])
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     """The patch against self-agreement, and every run."""
     parts = ["Share of outputs that are those of the undisturbed instructed model:\n"]
     parts += [_summary(runs, kind) for kind in SELF]
-    if any(run["kind"] == "reworded" for run in runs):
-        parts += ["KL to it along its outputs, nats a token, and outputs that follow the rule:\n"]
-        parts += [_divergences(runs, "reworded")]
+    parts += ["KL to it along its outputs, nats a token, and outputs that follow the rule:\n"]
+    parts += [_divergences(runs, kind) for kind in SELF]
     parts += ["Each run, with the 95 % interval (Wilson):\n", _run_table(runs)]
     return "\n".join(filter(None, parts))
 

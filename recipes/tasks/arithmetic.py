@@ -97,7 +97,7 @@ def arithmetic(
     methods: Sequence[str] = ("mlp_in", "matrix", "vector"),
     steps: int = 6,
     step_size: float = 0.5,
-    pairs_per_step: int | None = None,
+    pairs_per_step: int | None = 20,
     seed: int = 0,
     out: str = "recipes/results/arithmetic",
 ) -> None:

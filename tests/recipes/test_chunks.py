@@ -72,10 +72,15 @@ def test_every_instruction_has_two_other_wordings() -> None:
             ['{"answer": "Canberra"}', " {} "],
             ['["a"]', '{"a": ', 'Sure: {"a": 1}', "Canberra", "3"],
         ),
+        (
+            rules.is_json_so_far,
+            ['{"answer": "Canberra"}', '{"answer": "Canberra is', '{"a": [{"b": 1', '{"a": ', '{"a": "b", "c'],
+            ['["a"]', 'Sure: {"a": 1}', '{"a": 1} and', "Canberra", "{a: 1"],
+        ),
         (rules.is_uppercase, ["CANBERRA IS IT.", "É: 12"], ["Canberra", "123", "", "CANBERRA is it"]),
         (
             rules.refuses,
-            ["I'm sorry, but I can't help with cooking.", "I cannot discuss that", "I can’t talk about it."],
+            ["I'm sorry, but I can't help with cooking.", "I cannot discuss that", "I'm unable to suggest a dinner."],
             ["I can help with cooking.", "Sorry for the delay: boil it.", "You cannot boil an egg without water."],
         ),
     ],
@@ -93,7 +98,8 @@ def test_answers_contain_whole_words() -> None:
     assert not contains("the hamlet", ["ham", "let"])
 
 
-def test_outside_the_topic_a_refusal_is_wrong() -> None:
+def test_a_refusal_is_judged_on_its_topic_alone() -> None:
+    """To answer anything else is right of the plain model, too, and would be half of the score."""
     refuse = instructions_known()["refuse"]
     case = message_case(refuse, 0, 10, 48, fit=6)
     cooking = {pair["input"] for pair in json.loads((FOLDER / f"{refuse['topic']}.json").read_text(encoding="utf-8"))}
@@ -105,7 +111,8 @@ def test_outside_the_topic_a_refusal_is_wrong() -> None:
         {**topical, "plain": yes, "instructed": no, "patched": no},
         {**other, "plain": yes, "instructed": yes, "patched": no},
     ]
-    assert right(case, items) == {"plain": 1, "instructed": 2, "patched": 1}
+    assert right(case, items) == {"of": 1, "plain": 0, "instructed": 1, "patched": 1, "kept": 1}
+    assert right(case, [{**topical, "plain": no, "instructed": yes, "patched": no}])["kept"] == 0  # type: ignore[index]
     assert len(case.given) == 6
     assert not {item["input"] for item in case.given} & {item["input"] for item in case.tested}
     assert right(case._replace(judge=None), items) is None

@@ -35,10 +35,10 @@ CASES: list[tuple[str, Any, list[str], list[str]]] = [
     (
         "language",
         "English",
-        ["It is here.", "A first visit takes 30 minutes.", "7:30", "Oona Tressel"],
+        ["It is here.", "A first visit takes 30 minutes.", "7:30", "Oona Tressel\nHappy gardening!"],
         ["Il est dans la cour.", "Die Karte kostet hier 8 Euro.", " "],
     ),
-    ("language", "French", ["Il est dans la cour."], ["It is in the yard.", "7:30"]),
+    ("language", "French", ["Il est dans la cour.", "45 jours.", "7:30"], ["It is in the yard.", ""]),
     ("refuses", True, ["I cannot discuss that here."], ["Take two.", ""]),
     ("refuses", False, ["At 7:30."], ["I can't help with that.", ""]),
     (
@@ -64,14 +64,14 @@ CASES: list[tuple[str, Any, list[str], list[str]]] = [
     (
         "code_block",
         "python",
-        [CODE, f"\n{CODE}\n"],
-        [f"Here:\n{CODE}", f"{CODE}\n{CODE}", CODE.replace("python", ""), CODE[:-3], "def add(): ..."],
+        [CODE, f"\n{CODE}\n", CODE[:-3], CODE[:-20]],
+        [f"Here:\n{CODE}", f"{CODE}\n{CODE}", CODE.replace("python", ""), "def add(): ..."],
     ),
     (
         "function",
         "add",
-        [CODE, "def add(): ..."],
-        [CODE.replace("add", "plus"), "add", CODE.replace("return", "retu rn")],
+        [CODE, "def add(): ...", CODE[:-20]],
+        [CODE.replace("add", "plus"), "add", "```python\nadd(1, 2)"],
     ),
     ("annotated", True, [CODE], [CODE.replace("b: int", "b"), CODE.replace(" -> int", ""), ""]),
     (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,24 @@ def test_configs_say_what_their_parameters_are() -> None:
         about = parameters(config)
         assert about.keys() == yaml.safe_load(config.read_text(encoding="utf-8")).keys(), config
         assert all(about.values()), config
+
+
+def test_without_its_config_a_recipe_does_the_same() -> None:
+    own = {"arithmetic": {"training"}, "edit_fact": {"data"}, "life": {"about", "tested"}}  # no plain values, or needed
+    for name, config in CONFIGS.items():
+        script = script_of(name)
+        if script.stem != name or name in ("lightning_cli", "scorecard", "versions", "served"):
+            continue
+        found = re.search(r"(?:command_line|auto_cli)\((\w+)\)", script.read_text(encoding="utf-8"))
+        assert found is not None
+        module = import_module(".".join(script.relative_to(ROOT).with_suffix("").parts))
+        wanted = yaml.safe_load(config.read_text(encoding="utf-8"))
+        for key, one in inspect.signature(getattr(module, found[1])).parameters.items():
+            if key in wanted and key not in own.get(name, ()):
+                default, given = (
+                    [*map(str, v)] if isinstance(v, list | tuple) else v for v in (one.default, wanted[key])
+                )
+                assert default == given or sorted(default) == sorted(given), f"{name}: {key}"
 
 
 def test_readme_lists_every_recipe() -> None:
