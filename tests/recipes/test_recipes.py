@@ -79,9 +79,7 @@ def test_without_its_config_a_recipe_does_the_same() -> None:
         wanted = yaml.safe_load(config.read_text(encoding="utf-8"))
         for key, one in inspect.signature(getattr(module, found[1])).parameters.items():
             if key in wanted and key not in own.get(name, ()):
-                default, given = (
-                    [*map(str, v)] if isinstance(v, list | tuple) else v for v in (one.default, wanted[key])
-                )
+                default, given = ([*v] if isinstance(v, list | tuple) else v for v in (one.default, wanted[key]))
                 assert default == given or sorted(default) == sorted(given), f"{name}: {key}"
 
 
