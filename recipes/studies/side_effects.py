@@ -66,6 +66,7 @@ def side_effects(
     runs: list[dict[str, Any]] = []
     settings = {
         "dtype": dtype,
+        "chunks": list(chunks),
         "preserve_weights": list(preserve_weights),
         "count": count,
         "answer_tokens": answer_tokens,
