@@ -38,6 +38,7 @@ __all__ = [
     "outputs_for",
     "register_paths",
     "takes_settings",
+    "text_place",
 ]
 
 SITES = ("attn_out", "mlp_in", "mlp_out")
@@ -323,6 +324,11 @@ def directions_for(long: bool) -> int:
 def outputs_for(long: bool) -> int:
     """The longest output where that is left out, for an instruction, a long one or not."""
     return LONG_OUTPUT_TOKENS if long else OUTPUT_TOKENS
+
+
+def text_place(source: Any) -> str | os.PathLike[str] | None:
+    """The file of a :data:`TextSource`, for what is written to stay clear of it; None of shipped text, or a list."""
+    return source if isinstance(source, (str, os.PathLike)) and source != "default" else None
 
 
 def takes_settings(**where: bool) -> Callable[[_Function], _Function]:

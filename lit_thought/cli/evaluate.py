@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
 from lit_thought.errors import ThoughtError, check_counts
+from lit_thought.settings import text_place
 
 __all__ = ["evaluate_adapter", "report"]
 
@@ -74,8 +76,8 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         raise ThoughtError(f"samples must be a whole number of 0 or more; got {samples}.")
     place = adapter_folder(adapter, argument="adapter")
     if out is not None:
-        read = {"model": loading.place, "adapter": place, "pairs": pairs, "instruction_file": instruction_file}
-        read |= {"check_schema": check_schema, "unrelated": None if unrelated == "default" else unrelated}
+        read: dict[str, Any] = {"model": loading.place, "adapter": place, "pairs": pairs}
+        read |= {"instruction_file": instruction_file, "check_schema": check_schema, "unrelated": text_place(unrelated)}
         check_apart(cache_dir=cache_dir, out=out)
         check_output_folder(out, overwrite, "out", **read)
     patch = ThoughtPatch.load(place)

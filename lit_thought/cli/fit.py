@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lit_thought.cli.model import Dtype, Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
-from lit_thought.settings import DIRECTIONS, FitSettings
+from lit_thought.settings import DIRECTIONS, FitSettings, text_place
 
 __all__ = ["fit", "preserve", "solve"]
 
@@ -59,9 +59,8 @@ def fit(
     from lit_thought.errors import ThoughtError
     from lit_thought.files import check_apart, check_output_folder
 
-    read = {"model": loading.place, "pairs": pairs, "val_pairs": val_pairs, "instruction_file": instruction_file}
-    unrelated = settings["preserve"]
-    read["preserve"] = unrelated if isinstance(unrelated, str) and unrelated != "default" else None
+    read: dict[str, Any] = {"model": loading.place, "pairs": pairs, "val_pairs": val_pairs}
+    read |= {"instruction_file": instruction_file, "preserve": text_place(settings["preserve"])}
     folders = {name: settings[name] for name in ("statistics_dir", "resume_dir", "cache_dir")} | {"out": out}
     check_apart(**folders)
     for name in ("out", "statistics_dir"):
@@ -239,8 +238,8 @@ def preserve(
     check_counts(directions=directions)
     chosen = DEFAULT_SITES if sites is None else check_sites(sites)
     read = load_texts(text_file, "preserve", "text_file")
-    precious = {"model": loading.place, "text_file": None if text_file == "default" else text_file}
-    with atomic_file(out, overwrite, **precious) as file:  # checks its path first
+    place = text_place(text_file)
+    with atomic_file(out, overwrite, model=loading.place, text_file=place) as file:  # checks its path first
         lm, tokenizer = loading.load()
         blocks = find_blocks(lm)
         for name in sites or ():

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lit_thought.cli.model import Loading, read_instruction
 from lit_thought.cli.output import Result, say, timed
-from lit_thought.settings import FitSettings
+from lit_thought.settings import FitSettings, text_place
 
 __all__ = ["inspect", "verify"]
 
@@ -82,8 +82,7 @@ def verify(
     chunk = "You are a pirate. Talk like a pirate.\n" if chunk is None else chunk
     text = load_texts(text_file, "evaluate", "text_file")[0]
     check_texts(chunk, text, tokens)
-    read = {"instruction_file": instruction_file, "text_file": None if text_file == "default" else text_file}
-    read["model"] = loading.place
+    read = {"instruction_file": instruction_file, "text_file": text_place(text_file), "model": loading.place}
     with atomic_file(out, overwrite, **read) if out is not None else nullcontext() as file:  # checks its path first
         lm, tokenizer = loading.load()
         with timed("checking the theorems"):

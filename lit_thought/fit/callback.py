@@ -27,7 +27,7 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Observation, Stage, StreamRunner
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings
+from lit_thought.settings import SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings, text_place
 from lit_thought.statistics.distributed import rank_and_size
 from lit_thought.statistics.resume import UnfinishedFit, check_unfinished
 from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
@@ -177,8 +177,7 @@ class ThoughtCallback(Callback):
 
     def _check_folders(self, model: str | None = None) -> None:
         """Refuse outputs that cannot be written, or would replace the model at this place."""
-        given = self.settings.preserve
-        text = given if isinstance(given, (str, os.PathLike)) and given != "default" else None
+        text = text_place(self.settings.preserve)
         for name, folder in self._outputs.items():
             if folder is not None:
                 check_output_folder(folder, self.overwrite, name, model=model, preserve=text)

@@ -221,9 +221,8 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         yield peak
         peak["bytes"] = torch.cuda.max_memory_allocated(device) - before
         return
-    with suppress(
-        OSError, AttributeError
-    ):  # what earlier fits have freed, and C's allocator keeps, would hide this one's
+    # what earlier fits have freed, and C's allocator keeps, would hide this one's
+    with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     process, done = psutil.Process(), threading.Event()
     before = process.memory_info().rss
