@@ -6,10 +6,11 @@ For each chunk (demonstrations, a system prompt, a document) the model writes in
 their outputs. From these each method makes a change of the model:
 
 - *lit_thought*: its default patch.
-- *LoRA distillation*: AdamW on KL to the instructed model, all linear layers (distillation.py); the learning rate is
-  the one of those tried that is nearest on a fifth of the pairs, held back, after as many seconds as lit_thought takes;
-  once for those seconds, and once for ``times`` as many, or until a measurement on the held-back pairs is no better
-  than the two before it.
+- *LoRA distillation*: AdamW on KL to the instructed model, all linear layers, at the patch's rank (distillation.py), on
+  all pairs. Each learning rate is trained for ``times`` the seconds of lit_thought, or until :data:`PATIENCE`
+  measurements bring no gain on inputs that the model wrote besides, a fifth as many, which no other method has; of all
+  rates and measurements the adapter that is nearest on these counts: once of those up to lit_thought's seconds, and
+  once of all. The seconds are those of that one rate's training, as if it had been known.
 - *least squares alone*: the down projections alone, at full rank, with nothing preserved, as published for documents
   (PatchKV, arXiv 2609.39329), on these pairs.
 - *thought vectors*: the paper's constants (Mazzawi et al. 2025) instead of matrices.
@@ -23,9 +24,10 @@ to the change, side by side in one run. Writes a Markdown and a JSON table.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,12 +38,27 @@ from lit_thought.fit.fitting import fit as fitted
 from lit_thought.fit.preparing import prepare_pairs
 from lit_thought.prompts.alignment import TokenisedPair
 from recipes.chunks.cases import Case, case_of, evaluation_of, known_chunks, right
-from recipes.harness import METHODS, command_line, one_line, shown, table, timed, write_results
+from recipes.harness import (
+    METHODS,
+    command_line,
+    earlier_runs,
+    one_line,
+    provenance,
+    runs_record,
+    shown,
+    table,
+    timed,
+    write_results,
+)
 from recipes.studies.baselines import steering
-from recipes.studies.distillation import distil, distillation_loss, student_logits, teach
+from recipes.studies.distillation import distil, distillation_loss, lora_patch, student_logits, teach
 from recipes.studies.side_effects import Others, unrelated
 
 LONG, SHORT = "LoRA distillation, longer", "LoRA distillation, as long"
+PATIENCE = 3
+"""Measurements without a gain after which training ends."""
+ELSE = 1_000
+"""Added to the seed of the inputs that distillation is followed with."""
 
 
 def rivals(
@@ -53,14 +70,20 @@ def rivals(
     answer_tokens: int = 32,
     seeds: Sequence[int] = (0, 1, 2),
     out: str = "recipes/results/rivals",
+    done: Sequence[str] = (),
 ) -> None:
     """Make and test every change for every chunk."""
     check_counts(count=count, answer_tokens=answer_tokens)
     known_chunks(chunks)
-    lm, tokenizer = load_model(model)
-    runs: list[dict[str, Any]] = []
     settings = {"rates": list(rates), "times": times, "count": count, "answer_tokens": answer_tokens}
-    for name, seed in product(chunks, seeds):
+    runs = earlier_runs(done, shown(model), settings)
+    if runs:  # together, also where nothing is left to do
+        write_results(__file__, out, page(runs), runs_record(shown(model), settings, runs))
+    finished = {(run["chunk"], run["seed"]) for run in runs}
+    lm, tokenizer = load_model(model)
+    for seed, name in product(seeds, chunks):
+        if (name, seed) in finished:
+            continue
         case = case_of(name, seed)
         others = Others(lm, tokenizer, unrelated("other instructions", name, count, seed), answer_tokens)
         evaluation = evaluation_of(lm, tokenizer, case)
@@ -73,8 +96,8 @@ def rivals(
                 "others_instructed": instructed,
             }
             about = {"chunk": name, "seed": seed, "method": method, "tested": len(case.tested)}
-            runs.append({**about, "seconds": seconds, **scored})
-            write_results(__file__, out, page(runs), {"model": shown(model), "settings": settings, "runs": runs})
+            runs.append({**about, "seconds": seconds, **scored, "commit": provenance()["commit"]})
+        write_results(__file__, out, page(runs), runs_record(shown(model), settings, runs))
 
 
 def changes(
@@ -103,50 +126,75 @@ def changes(
     }
     found: dict[str, tuple[ThoughtPatch, float, float | None]]
     found = {name: (*timed(method), None) for name, method in methods.items()}
-    budget = found["lit_thought"][1]
-    cut = max(1, len(data.pairs) // 5)
-    held, pairs = data.tokenised[:cut], data.tokenised[cut:]
-    tried = [(trained(model, pairs, held, rate, budget, seed), rate) for rate in rates]
-    (short, seconds, _), rate = min(tried, key=lambda one: one[0][2])
-    found[SHORT] = short, seconds, rate
-    patch, seconds, _ = trained(model, pairs, held, rate, times * budget, seed)
-    found[LONG] = patch, seconds, rate
+    ours, budget, _ = found["lit_thought"]
+    apart = PairDataModule(
+        *(None, case.chunk, data.template),
+        **{**case.settings, "inputs": max(1, len(data.pairs) // 5), "kind": data.kind, "seed": seed + ELSE},
+        val_pairs=[*case.tested, *data.pairs],
+    )
+    prepare_pairs(apart, model, tokenizer)
+    rank = max(own.A.shape[0] for own in ours.factors.values())
+    train = {"also_at": budget, "max_seconds": times * budget, "rank": rank, "seed": seed}
+    runs = [(trained(model, data.tokenised, apart.tokenised, learning_rate=rate, **train), rate) for rate in rates]
+    for name, seconds in ((SHORT, budget), (LONG, float("inf"))):
+        best, rate = min(((run.best(seconds), rate) for run, rate in runs), key=lambda one: one[0].kl)
+        found[name] = best.patch, best.seconds, rate
     return found
 
 
+class Best(NamedTuple):
+    """The nearest adapter of a training, its KL on the inputs that this is followed with, and how long it took."""
+
+    patch: ThoughtPatch
+    kl: float
+    seconds: float
+
+
+class Trained(NamedTuple):
+    """The measurements of a training, and the adapter at each that was nearer than all before it."""
+
+    history: list[dict[str, float]]
+    kept: dict[int, ThoughtPatch]
+
+    def best(self, seconds: float) -> Best:
+        """The nearest up to the first measurement after some seconds, up to which the training has to go on."""
+        after = (at for at, entry in enumerate(self.history) if entry["seconds"] >= seconds)
+        last = next(after, len(self.history) - 1)
+        at = max(at for at in self.kept if at <= last)
+        return Best(self.kept[at], self.history[at]["kl"], self.history[last]["seconds"])
+
+
 def trained(
-    model: PreTrainedModel,
-    pairs: Sequence[TokenisedPair],
-    held: Sequence[TokenisedPair],
-    rate: float,
-    seconds: float,
-    seed: int,
-) -> tuple[ThoughtPatch, float, float]:
-    """A LoRA that was trained for some seconds, or until two measurements on the held-back pairs are no better than the
-    best; the seconds that it took, and its KL on these."""
-    examples = teach(model, held)
+    model: PreTrainedModel, pairs: Sequence[TokenisedPair], others: Sequence[TokenisedPair], **settings: Any
+) -> Trained:
+    """A LoRA's training on ``pairs``, until :data:`PATIENCE` measurements on ``others`` bring no gain.
+
+    Args:
+        model: the model.
+        pairs: what to train on.
+        others: what to measure KL on.
+        settings: :func:`distil`'s.
+    """
+    examples = teach(model, others)
     seen: list[float] = []
+    kept: dict[int, ThoughtPatch] = {}
 
     def score(student: PreTrainedModel) -> dict[str, float]:
         losses = [
             float(distillation_loss(own.teacher, student_logits(student, [own]).detach())) * len(own.teacher)
             for own in examples
         ]
-        seen.append(sum(losses) / sum(len(own.teacher) for own in examples))
-        return {"kl": seen[-1]}
+        kl = sum(losses) / sum(len(own.teacher) for own in examples)
+        if not seen or kl < min(seen):
+            kept[len(seen)] = copy.deepcopy(lora_patch(student))
+        seen.append(kl)
+        return {"kl": kl}
 
-    found = distil(
-        *(model, pairs, score),
-        learning_rate=rate,
-        batch_size=32,
-        warmup_steps=3,
-        max_steps=10_000,
-        max_seconds=seconds,
-        every=5,
-        finished=lambda figures: len(seen) > 2 and min(seen[-2:]) >= min(seen[:-2]),
-        seed=seed,
-    )
-    return found.patch, found.history[-1]["seconds"], seen[-1]
+    def finished(figures: Mapping[str, float]) -> bool:
+        return len(seen) > PATIENCE and min(seen[-PATIENCE:]) >= min(seen[:-PATIENCE])
+
+    how = {"batch_size": 32, "warmup_steps": 3, "max_steps": 10_000, "every": 5, "finished": finished, **settings}
+    return Trained(distil(model, pairs, score, **how).history, kept)
 
 
 def figures(evaluation: Evaluation, case: Case, patch: ThoughtPatch) -> dict[str, Any]:

@@ -15,19 +15,27 @@ from lit_thought.fit.preparing import prepare_pairs
 from recipes.studies.rivals import LONG, SHORT, page, rivals, trained
 
 
-def test_training_ends_where_the_held_back_pairs_gain_no_more() -> None:
-    """At a rate of zero it never does, so after three measurements, of five steps each; the loss is that of the plain
-    model."""
+def test_training_ends_where_it_gains_no_more_and_the_nearest_adapter_counts() -> None:
+    """At a rate of zero it never gains, so it ends after four measurements, of five steps each, and the first counts;
+    at one that is far too high the last need not be the nearest."""
     model = make_model().float()
     data = PairDataModule(PAIRS, INSTRUCTION, max_new_tokens=3)
     prepare_pairs(data, model, TOKENIZER)
-    patch, seconds, kl = trained(model, data.tokenised[1:], data.tokenised[:1], 0.0, 1000.0, 0)
-    assert all(not own.B.any() for own in patch.factors.values())
-    assert 0 < seconds < 500
-    _, _, nearer = trained(model, data.tokenised[1:], data.tokenised[1:], 0.01, 1000.0, 0)
-    _, _, untrained = trained(model, data.tokenised[1:], data.tokenised[1:], 0.0, 1000.0, 0)
-    assert kl > 0
-    assert nearer < 0.7 * untrained
+    pairs, others = data.tokenised[1:], data.tokenised[:1]
+    still = trained(model, pairs, others, learning_rate=0.0)
+    assert [entry["step"] for entry in still.history] == [5, 10, 15, 20]
+    assert list(still.kept) == [0]
+    assert not any(own.B.any() for own in still.best(1000.0).patch.factors.values())
+    learnt = trained(model, pairs, pairs, learning_rate=0.01, max_steps=60)
+    best = learnt.best(1000.0)
+    assert best.kl == min(entry["kl"] for entry in learnt.history) < 0.7 * still.history[0]["kl"]
+    assert best.seconds == learnt.history[-1]["seconds"]
+    first = learnt.best(0.0)
+    assert (first.kl, first.seconds) == (learnt.history[0]["kl"], learnt.history[0]["seconds"])
+    seen = [own.A for own in first.patch.factors.values()]
+    assert any((before != own.A).any() for own, before in zip(best.patch.factors.values(), seen, strict=True))
+    wild = trained(model, pairs, others, learning_rate=0.3, max_steps=40)
+    assert wild.best(1000.0).kl == min(entry["kl"] for entry in wild.history)
 
 
 def test_unknown_chunks_are_refused_before_the_model_is_loaded() -> None:
