@@ -4,19 +4,21 @@
 
 Eight prompts of 500 to 3,200 tokens, as products have them, each with thirty messages that say what their answers are
 to be checked for (recipes/data/long_prompts). A patch is fitted on the prompt alone, and plain, instructed and patched
-answers are checked by the same rules. Beside them stand the figures of ``evaluate``, what a query costs, measured side
-by side on the same messages (with the prompt read for each query, and with the patch; where the prompt's keys and
-values are kept it is the former without one reading of the prompt), and what making the patch costs against one pass
-over what it was fitted to: the prompt once, and all inputs after it. Writes a Markdown and a JSON table after every
-fit; ``--done`` takes these over.
+answers are checked by the same rules. Beside them stand the figures of ``evaluate``, what a query costs, with answers
+of one length side by side on the same messages (the prompt read anew, its keys and values kept, and with the patch),
+and what making the patch costs against one pass over what it was fitted to: the prompt once, and all inputs after it.
+Writes a Markdown and a JSON table after every fit; ``--done`` takes these over.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from statistics import mean
 from typing import Any
+
+import torch
 
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from lit_thought.errors import check_counts
@@ -38,6 +40,7 @@ from recipes.harness import (
     table,
     write_results,
 )
+from recipes.speed.benchmark_inference import Case, write
 from recipes.studies.instruction_alone import OWN_TEXT_HEAD, own_text_cells
 
 WAYS = ("instructed", "prompt kept", "patched")
@@ -61,15 +64,17 @@ def long_prompts(
     test: int = 30,
     answer_tokens: int = 64,
     timed: int = 8,
+    timed_tokens: int = 32,
     fit: Mapping[str, Any] | None = None,
     unrelated: bool = True,
     out: str = "recipes/results/long_prompts",
     done: Sequence[str] = (),
 ) -> None:
     """Fit and test every prompt and seed."""
-    check_counts(test=test, answer_tokens=answer_tokens, timed=timed)
+    check_counts(test=test, answer_tokens=answer_tokens, timed=timed, timed_tokens=timed_tokens)
     chosen = [load_prompt(name) for name in prompts]
-    settings = {"dtype": dtype, "test": test, "answer_tokens": answer_tokens, "timed": timed, "fit": dict(fit or {})}
+    settings = {"dtype": dtype, "test": test, "answer_tokens": answer_tokens, "timed": timed}
+    settings |= {"timed_tokens": timed_tokens, "fit": dict(fit or {})}
     runs = earlier_runs(done, shown(model), settings)
     if runs:  # together, also where nothing is left to do
         write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
@@ -86,7 +91,7 @@ def long_prompts(
             how = {"max_new_tokens": answer_tokens, **settings["fit"], "seed": seed}
             patch, measured = fit_case(evaluation, case, None, **how)
             run = {"name": own.name, "title": own.title, "seed": seed, **checked(own, measured["items"]), **measured}
-            run["query"] = query_seconds(evaluation, patch, timed)
+            run["query"] = {**query_seconds(evaluation, patch, timed, timed_tokens), "tokens": timed_tokens}
             run["pass_seconds"] = pass_seconds(evaluation, own.chunk, patch)
             runs.append({**run, "machine": machine(lm.device), "commit": provenance()["commit"]})
             write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
@@ -107,33 +112,23 @@ def checked(own: LongPrompt, items: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"rules": {kind: {"stated": n, **{run: followed[run][kind] for run in RUNS}} for kind, n in stated.items()}}
 
 
-def query_seconds(evaluation: Evaluation, patch: ThoughtPatch, timed: int) -> dict[str, float]:
-    """Mean seconds of a query, answered alone, in each of the :data:`WAYS`, and seconds to read the prompt once, which
-    is what a query saves whose prompt's keys and values are kept."""
-    prompts = evaluation.prompts[:timed]
-    model, tokenizer = evaluation.model, evaluation.tokenizer
-    instructed = [prompt.instructed_ids for prompt in prompts]
-    shared = instructed[0][: common_prefix(instructed)]
-
-    def answer(ids: Sequence[int]) -> float:
-        start = Stopwatch.now()
-        generate(model, tokenizer, [ids], max_new_tokens=evaluation.max_new_tokens)
-        return Stopwatch.now() - start
-
-    spent: dict[str, list[float]] = {"instructed": [], "patched": []}
-    for prompt in prompts:
-        spent["instructed"].append(answer(prompt.instructed_ids))
-        with patch.applied(model):
-            spent["patched"].append(answer(prompt.plain_ids))
+@torch.inference_mode()
+def query_seconds(evaluation: Evaluation, patch: ThoughtPatch, timed: int, tokens: int) -> dict[str, float]:
+    """Mean seconds of a query that is answered alone with so many tokens, in each of the :data:`WAYS`, and seconds to
+    read once the prompt whose keys and values may be kept."""
+    model, prompts = evaluation.model, evaluation.prompts
+    shared = common_prefix([prompt.instructed_ids for prompt in prompts])
     start = Stopwatch.now()
-    lead_cache(model, shared)
-    reading = Stopwatch.now() - start
-    return {
-        "instructed": mean(spent["instructed"]),
-        "prompt kept": mean(spent["instructed"]) - reading,
-        "patched": mean(spent["patched"]),
-        "reading": reading,
-    }
+    lead = lead_cache(model, prompts[0].instructed_ids[:shared])
+    spent: dict[str, list[float]] = {"reading": [Stopwatch.now() - start], **{way: [] for way in WAYS}}
+    for prompt in prompts[:timed]:
+        ids = prompt.instructed_ids
+        for way, own in zip(WAYS, ((ids, None), (ids[shared:], lead), (prompt.plain_ids, None)), strict=True):
+            with patch.applied(model) if way == "patched" else nullcontext():
+                start = Stopwatch.now()
+                write(Case(way, shared, model, *own), 1, tokens)
+                spent[way].append(Stopwatch.now() - start)
+    return {what: mean(seconds) for what, seconds in spent.items()}
 
 
 def pass_seconds(evaluation: Evaluation, chunk: str, patch: ThoughtPatch) -> float:
@@ -173,7 +168,10 @@ def answer_line(runs: Sequence[Mapping[str, Any]]) -> str:
         worst = min(known, key=lambda name: known[name])
         line += f": {ratio(runs):.2f} times as many as instructed, {known[worst]:.2f} at least ({worst})"
     query = {way: mean(run["query"][way] for run in runs) for way in WAYS}
-    line += f"; a query takes {query['patched']:.2f} s in the place of {query['instructed']:.2f} s"
+    line += (
+        f"; a query with an answer of {runs[0]['query']['tokens']} tokens takes {query['patched']:.2f} s in the place "
+    )
+    line += f"of {query['instructed']:.2f} s"
     line += f" ({query['prompt kept']:.2f} s where the prompt's keys and values are kept)"
     making = mean(run["seconds"] for run in runs), mean(run["seconds"] / run["pass_seconds"] for run in runs)
     line += f", making the patch {making[0]:.0f} s, {making[1]:.1f} times one pass over its inputs with the prompt"

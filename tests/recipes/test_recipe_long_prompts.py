@@ -14,7 +14,7 @@ from lit_thought.inputs.words import normalised
 from lit_thought.patch.results import RUNS
 from recipes.chunks.long_prompts import FOLDER, RULES, LongPrompt, kept, load_prompt
 from recipes.chunks.rules import contains
-from recipes.studies.long_prompts import answer_line, checked, long_prompts
+from recipes.studies.long_prompts import WAYS, answer_line, checked, long_prompts
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 CALL = '{"tool": "dim", "arguments": {"room": "Hall", "percent": 10}}'
@@ -179,7 +179,7 @@ def test_rules_are_counted_by_kind() -> None:
 
 def made_run(name: str, instructed: int, patched: int, ratio: float | None) -> dict[str, Any]:
     counts = {"stated": 10, "plain": 1, "instructed": instructed, "patched": patched}
-    query = {"instructed": 4.0, "prompt kept": 2.0, "patched": 1.0, "reading": 2.5}
+    query = {"instructed": 4.0, "prompt kept": 2.0, "patched": 1.0, "reading": 2.5, "tokens": 32}
     run = {"name": name, "seed": 0, "rules": {"states": counts}, "query": query, "prompt_tokens": {"saved": 500.0}}
     return run | {"seconds": 60.0, "pass_seconds": 5.0, "perplexity_ratio": ratio}
 
@@ -188,7 +188,7 @@ def test_the_answer_is_of_the_runs() -> None:
     line = answer_line([made_run("a", 8, 4, 1.01), made_run("b", 8, 8, 1.02), made_run("c", 0, 0, None)])
     assert "(patches: 3; tokens saved a query: 500 to 500) follows 12 of 30 rules" in line
     assert "follows 16 and the plain one 3: 0.75 times as many as instructed, 0.50 at least (a, seed 0)" in line
-    assert "a query takes 1.00 s in the place of 4.00 s (2.00 s where the prompt's keys and values are kept)" in line
+    assert "a query with an answer of 32 tokens takes 1.00 s in the place of 4.00 s (2.00 s where the prompt's" in line
     assert (
         "60 s, 12.0 times one pass over its inputs with the prompt, and unrelated perplexity is × 1.0200 at most"
         in line
@@ -207,7 +207,7 @@ def test_long_prompts(tmp_path: Path) -> None:
         data = {"title": name, "rules": {"at_most_words": 9}, "messages": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
         (tmp_path / f"{name}.txt").write_text(f"You are the guide of {name}. Ada rules it.\n", encoding="utf-8")
-    reduced = ["--answer_tokens=3", "--timed=1", "--unrelated=false", "--fit={rank: 4, inputs: 6}"]
+    reduced = ["--answer_tokens=3", "--timed=1", "--timed_tokens=4", "--unrelated=false", "--fit={rank: 4, inputs: 6}"]
     first = [f"--prompts=[{tmp_path / 'oz.json'}]", *reduced]
     one = run_recipe("long_prompts", tmp_path, *first).record
     (run,) = one["runs"]
@@ -219,7 +219,8 @@ def test_long_prompts(tmp_path: Path) -> None:
     assert run["output_kl"]["patched"] < run["output_kl"]["plain"]
     assert run["prompt_tokens"]["saved"] > 5
     assert run["seconds"] > run["pass_seconds"] > 0
-    assert all(run["query"][way] > 0 for way in ("instructed", "patched", "reading"))
+    assert all(run["query"][what] > 0 for what in (*WAYS, "reading"))
+    assert run["query"]["tokens"] == 4
     both = [f"--prompts=[{tmp_path / 'oz.json'},{tmp_path / 'ev.json'}]", "--seeds=[0,1]", *reduced]
     (tmp_path / "more").mkdir()
     more = run_recipe("long_prompts", tmp_path / "more", *both, f"--done=[{tmp_path / 'long_prompts.json'}]")
