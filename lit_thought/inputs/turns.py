@@ -7,17 +7,22 @@ instruction, about anything, and half with it before them, about what it is abou
 
 Keeping, of twice as many, those for which the instruction changes most how the answer begins was tried and gained
 nothing that could be told from noise.
+
+To a model with a long system prompt users write what that is there for: tickets to sort, wishes to a house. Turns and
+questions hardly ever are such messages; behind the prompt as a plain text the model writes lists of them.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 
 from lit_thought.inputs.pen import Distinct, Pen
-from lit_thought.inputs.words import spaced
+from lit_thought.inputs.words import spaced, words
 from lit_thought.prompts.template import PromptTemplate
 
-__all__ = ["OPENINGS", "write_turns"]
+__all__ = ["OPENINGS", "write_messages", "write_turns"]
 
 OPENINGS = (
     *("", "What", "How do I", "Why", "Who", "Can you", "Tell me", "Explain", "Write a", "Give me", "Is", "I", "Hi"),
@@ -30,6 +35,53 @@ SAMPLING = {"temperature": 0.8, "top_k": 50}
 """``top_p`` sorts the vocabulary at each token, which takes as long as the model itself does."""
 ROUNDS = 6
 """Most draws, each of a third more turns than are missing."""
+
+LIST = (
+    "{instruction}\n\n---\nAll of the above are instructions. Below are thirty messages of users, to test with, "
+    'without the answers. They are short and all different.\n\n1. "'
+)
+"""A plain text that goes on with messages, whatever the model's chat template."""
+LISTED, EACH, LISTS = 256, 5, 4
+"""Tokens of a list, messages that one is counted on for, and most rounds of lists."""
+ALIKE = 3
+"""Most messages that begin with the same words, and how many words these are: a prompt that says how answers begin is
+often obeyed in messages, too."""
+LIST_SAMPLING = {**SAMPLING, "temperature": 0.9}
+_ITEM = re.compile(r"\W*\d+[.):]\s*(.*\S)\s*$")
+_QUOTES = "\"'“”„«»「」"
+
+
+def write_messages(pen: Pen, instruction: str, count: int, taken: Distinct) -> list[str]:
+    """What users write to a model with a long system prompt, from lists that go on behind it (:data:`LIST`).
+
+    Args:
+        pen: the model.
+        instruction: the system prompt.
+        count: how many.
+        taken: what is written already.
+
+    Returns:
+        New messages, ``count`` at most: fewer where the model writes too few that are sound.
+    """
+    prompt = pen.tokenizer(LIST.format(instruction=instruction))["input_ids"]
+    kept: list[str] = []
+    begun: Counter[tuple[str, ...]] = Counter()
+
+    def keep(text: str) -> bool:
+        begin = tuple(words(text.lower())[:ALIKE])
+        new = len(words(text)) <= LONGEST and _is_sound(text) and begun[begin] < ALIKE and taken.new(text)
+        begun[begin] += new
+        return new
+
+    for _ in range(LISTS if count > 0 else 0):
+        lists = -(-(count - len(kept)) // EACH)
+        for one in pen.write([prompt] * lists, LISTED, sampling=LIST_SAMPLING):
+            lines = f"1. {one.text}".splitlines()
+            items = map(_ITEM.match, lines if one.finished else lines[:-1])
+            kept += filter(keep, (item[1].strip(f"{_QUOTES} ") for item in items if item))
+        if len(kept) >= count:
+            break
+    return kept[:count]
 
 
 def write_turns(pen: Pen, template: PromptTemplate, instruction: str, count: int, taken: Distinct) -> Iterator[str]:

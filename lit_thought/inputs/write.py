@@ -13,7 +13,7 @@ from lit_thought.inputs.kinds import demonstrations, find_kind, find_template, i
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
 from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, write_questions
-from lit_thought.inputs.turns import write_turns
+from lit_thought.inputs.turns import write_messages, write_turns
 from lit_thought.inputs.words import sentences
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.prompts.template import PromptTemplate
@@ -24,7 +24,8 @@ __all__ = ["Written", "write_pairs"]
 ENOUGH = {"demonstrations": 100, "system": 120}
 """How many inputs there are in all, where that is left to the library."""
 PER_SENTENCE = 8
-"""Questions about each sentence of a document, likewise; half as many about each of a long system prompt, ..."""
+"""Questions about each sentence of a document, likewise; a quarter as many about each of a long system prompt, and as
+many messages that it is there for, ..."""
 MOST = 300
 """... and most of them."""
 ROOM = 32
@@ -151,8 +152,8 @@ def _fits(
 
 
 def _brief_counts(instruction: str, total: int | None, times: float, count: int) -> tuple[int, int]:
-    """How many turns and how many questions there are to be for a long system prompt: half each of a number that is
-    asked for."""
+    """How many turns there are to be for a long system prompt, and how many messages and questions: half each of a
+    number that is asked for."""
     if total is not None:
         return count - count // 2, count // 2
     return count // 2, round(times * min(MOST, PER_SENTENCE * len(sentences(instruction)) // 2))
@@ -161,13 +162,16 @@ def _brief_counts(instruction: str, total: int | None, times: float, count: int)
 def _brief(
     pen: Pen, template: PromptTemplate, instruction: str, turns: int, asked: int, taken: Distinct
 ) -> Iterator[str]:
-    """What users write to a model with a long system prompt: questions about what it says, and turns of any kind, also
-    in the place of questions where the model writes none that can be kept."""
+    """What users write to a model with a long system prompt: messages that it is there for, as many questions about
+    what it says, and turns of any kind, each also in the place of those before it that the model does not write."""
+    messages = write_messages(pen, instruction, asked // 2, taken)
+    yield from messages
     questions: list[str] = []
     with suppress(ThoughtError):
-        questions = write_questions(pen, template, instruction, find_subject(pen, instruction), asked, taken)
+        subject = find_subject(pen, instruction)
+        questions = write_questions(pen, template, instruction, subject, asked - len(messages), taken)
     yield from questions
-    yield from write_turns(pen, template, instruction, turns + asked - len(questions), taken)
+    yield from write_turns(pen, template, instruction, turns + asked - len(messages) - len(questions), taken)
 
 
 def _study(

@@ -29,7 +29,7 @@ from lit_thought.inputs.kinds import LONG, demonstrations, find_kind, find_templ
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
 from lit_thought.inputs.study import ASKING, About, find_subject, recited, repeated, write_questions
-from lit_thought.inputs.turns import OPENINGS, write_turns
+from lit_thought.inputs.turns import OPENINGS, write_messages, write_turns
 from lit_thought.inputs.words import normalised, sentences
 from lit_thought.inputs.write import write_pairs
 from lit_thought.prompts.template import PromptTemplate
@@ -180,6 +180,27 @@ def test_unsound_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unfinished_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "no end in sight", finished=False))
     assert list(write_turns(Pen(tiny(), CHAT), PromptTemplate.chat(), "Be brief.", 5, Distinct())) == []
+
+
+def test_messages_are_the_sound_items_of_lists_behind_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No markup, no repetition, nothing said twice, no last line that may be cut; what is missing is drawn again."""
+    first = (
+        'My bin is full."\n2. “The lamp is out.”\n3. {"office": "roads"}\nMessage\n4) my bin is full\n5. one one one'
+    )
+    texts = iter([f"{first}\n6. A cut", "Is it\n2. " + " ".join(f"w{i}" for i in range(40)) + "\nend", "no list"])
+    numbers = iter(range(100))
+    script = Scripted(lambda _: next(texts, f"a b\n2. number {next(numbers)}\n3. cut"), finished=False)
+    monkeypatch.setattr(pens, "generate", script)
+    found = write_messages(Pen(tiny(), CHAT), "You sort the post.", 12, Distinct(["A b"]))
+    assert found == ["My bin is full.", "The lamp is out.", "Is it", *(f"number {i}" for i in range(3, 8))]
+    assert [len(call["seed"]) for call in script.asked] == [3, 2, 2, 1]
+    assert len(set(script.prompts)) == 1
+    assert "You sort the post." in script.prompts[0]
+    assert write_messages(Pen(tiny(), CHAT), "You sort the post.", 0, Distinct()) == []
+    monkeypatch.setattr(pens, "generate", Scripted(lambda _: "\n9. ".join(f"Hello from OZ: {i}" for i in range(9))))
+    assert len(write_messages(Pen(tiny(), CHAT), "Begin with: Hello from Oz", 8, Distinct())) == 3
+    monkeypatch.setattr(pens, "generate", Scripted(lambda _: "end it.\n2. Now it ends"))
+    assert write_messages(Pen(tiny(), CHAT), "Sort.", 5, Distinct()) == ["end it.", "Now it ends"]
 
 
 # --- documents ------------------------------------------------------------------------------------------------
@@ -529,11 +550,11 @@ def test_a_long_system_prompt_is_fitted_as_a_document_is(kind: str | None, told:
     assert not PairDataModule(own, template="chat", kind="system").is_long(CHAT)
 
 
-@pytest.mark.parametrize(("total", "turns", "asked"), [(None, 60, 16), (21, 11, 10)])
-def test_half_of_what_is_written_for_a_long_system_prompt_are_questions(
-    total: int | None, turns: int, asked: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("total", "turns", "sent", "asked"), [(None, 60, 8, 8), (21, 11, 5, 5)])
+def test_half_of_what_is_written_for_a_long_system_prompt_is_about_it(
+    total: int | None, turns: int, sent: int, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four about each sentence; turns in their place where the model writes none."""
+    """Two about each sentence, and as many messages; each in the place of those that the model writes none of."""
     text = "You answer about the bridge of Harl. " + "It has an arch of stone and no toll at all. " * 2 + "word " * 160
     assert len(sentences(text)) == 4
     monkeypatch.setattr(write, "context_window", lambda model: 1000)
@@ -543,7 +564,12 @@ def test_half_of_what_is_written_for_a_long_system_prompt_are_questions(
         seen.append((document, count))
         return [f"question {i}" for i in range(count)]
 
+    def messages(pen: Any, instruction: str, count: int, taken: Any) -> list[str]:
+        assert (instruction, count) == (text, sent)
+        return [f"message {i}" for i in range(count)]
+
     monkeypatch.setattr(write, "write_questions", questions)
+    monkeypatch.setattr(write, "write_messages", messages)
     numbers = iter(range(10_000))
     monkeypatch.setattr(pens, "generate", Scripted(lambda _: f"a sound turn, number {next(numbers)}"))
     done: list[tuple[int, int]] = []
@@ -551,15 +577,21 @@ def test_half_of_what_is_written_for_a_long_system_prompt_are_questions(
     assert found.kind == "system"
     texts = [pair["input"] for pair in found.pairs]
     assert [text for text in texts if text.startswith("question")] == [f"question {i}" for i in range(asked)]
-    assert len(texts) == turns + asked
+    assert [text for text in texts if text.startswith("message")] == [f"message {i}" for i in range(sent)]
+    count = turns + sent + asked
+    assert len(texts) == count
     assert seen == [(text, asked)]
-    assert done[-1] == (turns + asked, turns + asked)
+    assert done[-1] == (count, count)
+    monkeypatch.setattr(write, "write_messages", lambda *_: ["one message"])
+    seen.clear()
+    assert len(write.write_pairs(tiny(), CHAT, text, total=total).pairs) == count
+    assert seen == [(text, sent + asked - 1)]
 
     def none(*_: Any) -> list[str]:
         raise ThoughtError("inputs: none")
 
     monkeypatch.setattr(write, "write_questions", none)
-    assert len(write.write_pairs(tiny(), CHAT, text, total=total).pairs) == turns + asked
+    assert len(write.write_pairs(tiny(), CHAT, text, total=total).pairs) == count
 
 
 def test_a_document_s_requests_and_sentences_are_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
