@@ -41,7 +41,7 @@ LIST = (
     'without the answers. They are short and all different.\n\n1. "'
 )
 """A plain text that goes on with messages, whatever the model's chat template."""
-LISTED, EACH, LISTS = 256, 5, 4
+LISTED, EACH, LISTS = 256, 3, 2
 """Tokens of a list, messages that one is counted on for, and most rounds of lists."""
 ALIKE = 3
 """Most messages that begin with the same words, and how many words these are: a prompt that says how answers begin is

@@ -192,8 +192,8 @@ def test_messages_are_the_sound_items_of_lists_behind_the_prompt(monkeypatch: py
     script = Scripted(lambda _: next(texts, f"a b\n2. number {next(numbers)}\n3. cut"), finished=False)
     monkeypatch.setattr(pens, "generate", script)
     found = write_messages(Pen(tiny(), CHAT), "You sort the post.", 12, Distinct(["A b"]))
-    assert found == ["My bin is full.", "The lamp is out.", "Is it", *(f"number {i}" for i in range(3, 8))]
-    assert [len(call["seed"]) for call in script.asked] == [3, 2, 2, 1]
+    assert found == ["My bin is full.", "The lamp is out.", "Is it", *(f"number {i}" for i in range(3, 7))]
+    assert [len(call["seed"]) for call in script.asked] == [4, 3]
     assert len(set(script.prompts)) == 1
     assert "You sort the post." in script.prompts[0]
     assert write_messages(Pen(tiny(), CHAT), "You sort the post.", 0, Distinct()) == []
