@@ -7,7 +7,9 @@ to be checked for (recipes/data/long_prompts). A patch is fitted on the prompt a
 answers are checked by the same rules. Beside them stand the figures of ``evaluate``, what a query costs, with answers
 of one length side by side on the same messages (the prompt read anew, its keys and values kept, and with the patch),
 and what making the patch costs against one pass over what it was fitted to: the prompt once, and all inputs after it.
-Writes a Markdown and a JSON table after every fit; ``--done`` takes these over.
+Under other system messages, how many of the plain model's tokens stay its likeliest, along its own answers
+(side_effects.py), with the prompt before them and with the patch. Writes a Markdown and a JSON table after every fit;
+``--done`` takes these over.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ from recipes.harness import (
 )
 from recipes.speed.benchmark_inference import Case, write
 from recipes.studies.instruction_alone import OWN_TEXT_HEAD, own_text_cells
+from recipes.studies.side_effects import Others
+from recipes.studies.side_effects import unrelated as unrelated_prompts
 
+ANSWERED = 32
+"""Longest answer under another system message, in tokens."""
 WAYS = ("instructed", "prompt kept", "patched")
 """How a query is answered: with the prompt read anew, after the prompt's keys and values, without the prompt."""
 
@@ -65,21 +71,23 @@ def long_prompts(
     answer_tokens: int = 64,
     timed: int = 8,
     timed_tokens: int = 32,
+    count: int = 40,
     fit: Mapping[str, Any] | None = None,
     unrelated: bool = True,
     out: str = "recipes/results/long_prompts",
     done: Sequence[str] = (),
 ) -> None:
     """Fit and test every prompt and seed."""
-    check_counts(test=test, answer_tokens=answer_tokens, timed=timed, timed_tokens=timed_tokens)
+    check_counts(test=test, answer_tokens=answer_tokens, timed=timed, timed_tokens=timed_tokens, count=count)
     chosen = [load_prompt(name) for name in prompts]
     settings = {"dtype": dtype, "test": test, "answer_tokens": answer_tokens, "timed": timed}
-    settings |= {"timed_tokens": timed_tokens, "fit": dict(fit or {})}
+    settings |= {"timed_tokens": timed_tokens, "count": count, "fit": dict(fit or {})}
     runs = earlier_runs(done, shown(model), settings)
     if runs:  # together, also where nothing is left to do
         write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
     finished = {(run["name"], run["seed"]) for run in runs}
     lm, tokenizer = load_model(model, dtype=dtype)
+    others: Others | None = None
     for own in chosen:
         waiting = [seed for seed in seeds if (own.name, seed) not in finished]
         if not waiting:
@@ -87,12 +95,15 @@ def long_prompts(
         case = prompt_case(own.name, own.chunk, [row["input"] for row in own.messages[:test]], answer_tokens)
         check = (lambda text, rules=own.rules: all(kept(text, rules).values())) if own.rules else None
         evaluation = evaluation_of(lm, tokenizer, case, unrelated, check=check)
+        others = others or Others(lm, tokenizer, unrelated_prompts("other instructions", "", count, 0), ANSWERED)
+        instructed = others.compared(own.chunk, None)["agreement"]
         for seed in waiting:
             how = {"max_new_tokens": answer_tokens, **settings["fit"], "seed": seed}
             patch, measured = fit_case(evaluation, case, None, **how)
             run = {"name": own.name, "title": own.title, "seed": seed, **checked(own, measured["items"]), **measured}
             run["query"] = {**query_seconds(evaluation, patch, timed, timed_tokens), "tokens": timed_tokens}
             run["pass_seconds"] = pass_seconds(evaluation, own.chunk, patch)
+            run["others"] = {"instructed": instructed, "patched": others.compared(None, patch)["agreement"]}
             runs.append({**run, "machine": machine(lm.device), "commit": provenance()["commit"]})
             write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
 
@@ -176,7 +187,10 @@ def answer_line(runs: Sequence[Mapping[str, Any]]) -> str:
     making = mean(run["seconds"] for run in runs), mean(run["seconds"] / run["pass_seconds"] for run in runs)
     line += f", making the patch {making[0]:.0f} s, {making[1]:.1f} times one pass over its inputs with the prompt"
     worse = [run["perplexity_ratio"] for run in runs if run["perplexity_ratio"] is not None]
-    return line + (f", and unrelated perplexity is × {max(worse):.4f} at most." if worse else ".")
+    line += f", unrelated perplexity is × {max(worse):.4f} at most" if worse else ""
+    others = {which: mean(run["others"][which] for run in runs) for which in ("patched", "instructed")}
+    line += f", and under other system messages {others['patched']:.3f} of the plain model's tokens stay "
+    return line + f"({others['instructed']:.3f} with the prompt before them)."
 
 
 def _two(value: float | None) -> str | None:
@@ -187,12 +201,13 @@ def _rules_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """One line for each run: rules followed, and the figures of its answers."""
     head = ["prompt", "rules", *(f"followed: {which}" if which == RUNS[0] else which for which in RUNS)]
     head += ["patched ÷ instructed", "same output", "KL, plain", "patched", *OWN_TEXT_HEAD]
+    head += ["tokens that stay under other system messages: instructed", "patched"]
     rows = []
     for run in runs:
         cells = [f"{run['name']}, seed {run['seed']}", *(total(run, which) for which in ("stated", *RUNS))]
         cells += [_two(ratio([run])), _two(run["fidelity"])]
         cells += [f"{run['output_kl'][which]:.3f}" for which in ("plain", "patched")]
-        rows.append([*cells, *own_text_cells(run)])
+        rows.append([*cells, *own_text_cells(run), *(f"{run['others'][which]:.3f}" for which in RUNS[1:])])
     return table(head, rows)
 
 

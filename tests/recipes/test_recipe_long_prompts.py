@@ -181,6 +181,7 @@ def made_run(name: str, instructed: int, patched: int, ratio: float | None) -> d
     counts = {"stated": 10, "plain": 1, "instructed": instructed, "patched": patched}
     query = {"instructed": 4.0, "prompt kept": 2.0, "patched": 1.0, "reading": 2.5, "tokens": 32}
     run = {"name": name, "seed": 0, "rules": {"states": counts}, "query": query, "prompt_tokens": {"saved": 500.0}}
+    run |= {"others": {"instructed": 0.8, "patched": 0.9}}
     return run | {"seconds": 60.0, "pass_seconds": 5.0, "perplexity_ratio": ratio}
 
 
@@ -189,11 +190,9 @@ def test_the_answer_is_of_the_runs() -> None:
     assert "(patches: 3; tokens saved a query: 500 to 500) follows 12 of 30 rules" in line
     assert "follows 16 and the plain one 3: 0.75 times as many as instructed, 0.50 at least (a, seed 0)" in line
     assert "a query with an answer of 32 tokens takes 1.00 s in the place of 4.00 s (2.00 s where the prompt's" in line
-    assert (
-        "60 s, 12.0 times one pass over its inputs with the prompt, and unrelated perplexity is × 1.0200 at most"
-        in line
-    )
-    assert answer_line([made_run("c", 0, 0, None)]).endswith("with the prompt.")
+    assert "60 s, 12.0 times one pass over its inputs with the prompt, unrelated perplexity is × 1.0200 at most" in line
+    assert line.endswith("0.900 of the plain model's tokens stay (0.800 with the prompt before them).")
+    assert "with the prompt, and under other" in answer_line([made_run("c", 0, 0, None)])
 
 
 @pytest.mark.slow
@@ -207,7 +206,14 @@ def test_long_prompts(tmp_path: Path) -> None:
         data = {"title": name, "rules": {"at_most_words": 9}, "messages": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
         (tmp_path / f"{name}.txt").write_text(f"You are the guide of {name}. Ada rules it.\n", encoding="utf-8")
-    reduced = ["--answer_tokens=3", "--timed=1", "--timed_tokens=4", "--unrelated=false", "--fit={rank: 4, inputs: 6}"]
+    reduced = [
+        "--answer_tokens=3",
+        "--timed=1",
+        "--timed_tokens=4",
+        "--count=2",
+        "--unrelated=false",
+        "--fit={rank: 4, inputs: 6}",
+    ]
     first = [f"--prompts=[{tmp_path / 'oz.json'}]", *reduced]
     one = run_recipe("long_prompts", tmp_path, *first).record
     (run,) = one["runs"]
@@ -221,6 +227,7 @@ def test_long_prompts(tmp_path: Path) -> None:
     assert run["seconds"] > run["pass_seconds"] > 0
     assert all(run["query"][what] > 0 for what in (*WAYS, "reading"))
     assert run["query"]["tokens"] == 4
+    assert all(0 <= run["others"][which] <= 1 for which in ("instructed", "patched"))
     both = [f"--prompts=[{tmp_path / 'oz.json'},{tmp_path / 'ev.json'}]", "--seeds=[0,1]", *reduced]
     (tmp_path / "more").mkdir()
     more = run_recipe("long_prompts", tmp_path / "more", *both, f"--done=[{tmp_path / 'long_prompts.json'}]")
