@@ -26,13 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought import PromptTemplate, ThoughtPatch, load_model
 from lit_thought.errors import check_counts
 from lit_thought.model.loading import evaluating
-from lit_thought.prompts.batches import forward_inputs, pad
+from lit_thought.prompts.batches import common_prefix
 from lit_thought.prompts.pairs import load_pairs
 from lit_thought.runs.generate import Generation, generate
+from lit_thought.runs.streams import lead_cache
 from recipes.chunks.cases import case_of, evaluation_of, fit_case, known_chunks
 from recipes.chunks.rules import contains
 from recipes.chunks.system_prompts import FOLDER, instructions_known
 from recipes.harness import DATA, command_line, panels, save_figure, shown, table, write_results
+from recipes.studies.distillation import last_logits
 
 TEMPLATE = PromptTemplate.chat()
 KINDS = ("sums", "knowledge", "other instructions", "languages", "code")
@@ -165,14 +167,17 @@ class Others:
 
     @torch.inference_mode()
     def _agreement(self, prompts: Sequence[Sequence[int]], size: int = 8) -> Iterator[list[bool]]:
+        shared = common_prefix(prompts)
+        lead = lead_cache(self.model, prompts[0][:shared]) if shared else None
         for first in range(0, len(prompts), size):
             rows = list(zip(prompts[first : first + size], self.answers[first : first + size], strict=True))
-            batch = pad([[*prompt, *answer.tokens] for prompt, answer in rows], 0, "right")
-            likeliest = self.model(**forward_inputs(batch.to(self.model.device), 0)).logits.argmax(-1).tolist()
-            for (prompt, answer), row in zip(rows, likeliest, strict=True):
-                start = len(prompt) - 1
-                said = row[start : start + len(answer.tokens)]
-                yield [a == b for a, b in zip(said, answer.tokens, strict=True)]
+            texts, counts = [], []
+            for prompt, answer in rows:
+                texts.append([*prompt, *answer.tokens[:-1]])
+                counts.append(len(answer.tokens))
+            likeliest = last_logits(self.model, texts, counts, lead).argmax(-1).split(counts)
+            for (_, answer), said in zip(rows, likeliest, strict=True):
+                yield [a == b for a, b in zip(said.tolist(), answer.tokens, strict=True)]
 
 
 HEAD = ["chunk", "ρ", "nearer by", "unrelated ×", *KINDS, "mean"]
