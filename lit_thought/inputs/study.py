@@ -307,6 +307,10 @@ class About:
         letters (or pairs of characters), without the subject's."""
         return {stem: word for stem, (word, _) in _saying(text).items() if stem not in self.given}
 
+    def mentions(self, text: str) -> bool:
+        """Whether a word that says something is one of the document's."""
+        return not self.stems.isdisjoint(_saying(text))
+
     def told(self, question: str, answer: str) -> set[str]:
         """The beginnings of the words with which an answer says something of the document that is not in its question;
         none where it has a name or number that is not in the document, or fewer words of it than others."""

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from lit_thought.inputs.pen import Distinct, Pen
+from lit_thought.inputs.study import About
 from lit_thought.inputs.words import spaced, words
 from lit_thought.prompts.template import PromptTemplate
 
@@ -61,9 +62,11 @@ def write_messages(pen: Pen, instruction: str, count: int, taken: Distinct) -> l
         taken: what is written already.
 
     Returns:
-        New messages, ``count`` at most: fewer where the model writes too few that are sound.
+        New messages, ``count`` at most: fewer where the model writes too few that are sound, and none where it writes
+        about anything, with no word of the system prompt in most of them, as very small models do.
     """
     prompt = pen.tokenizer(LIST.format(instruction=instruction))["input_ids"]
+    about = About(instruction, "")
     kept: list[str] = []
     begun: Counter[tuple[str, ...]] = Counter()
 
@@ -79,6 +82,8 @@ def write_messages(pen: Pen, instruction: str, count: int, taken: Distinct) -> l
             lines = f"1. {one.text}".splitlines()
             items = map(_ITEM.match, lines if one.finished else lines[:-1])
             kept += filter(keep, (item[1].strip(f"{_QUOTES} ") for item in items if item))
+        if 2 * sum(map(about.mentions, kept)) < len(kept):
+            return []
         if len(kept) >= count:
             break
     return kept[:count]

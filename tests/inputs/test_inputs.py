@@ -184,23 +184,28 @@ def test_unfinished_turns_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_messages_are_the_sound_items_of_lists_behind_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """No markup, no repetition, nothing said twice, no last line that may be cut; what is missing is drawn again."""
-    first = (
-        'My bin is full."\n2. “The lamp is out.”\n3. {"office": "roads"}\nMessage\n4) my bin is full\n5. one one one'
-    )
+    first = 'My basket is full."\n2. “The lantern is out.”\n3. {"a": "b"}\nAnd\n4) my basket is full\n5. one one one'
     texts = iter([f"{first}\n6. A cut", "Is it\n2. " + " ".join(f"w{i}" for i in range(40)) + "\nend", "no list"])
     numbers = iter(range(100))
     script = Scripted(lambda _: next(texts, f"a b\n2. number {next(numbers)}\n3. cut"), finished=False)
     monkeypatch.setattr(pens, "generate", script)
-    found = write_messages(Pen(tiny(), CHAT), "You sort the post.", 12, Distinct(["A b"]))
-    assert found == ["My bin is full.", "The lamp is out.", "Is it", *(f"number {i}" for i in range(3, 7))]
+    prompt = "You sort the post. A number is a basket; a lantern, too."
+    found = write_messages(Pen(tiny(), CHAT), prompt, 12, Distinct(["A b"]))
+    assert found == ["My basket is full.", "The lantern is out.", "Is it", *(f"number {i}" for i in range(3, 7))]
     assert [len(call["seed"]) for call in script.asked] == [4, 3]
     assert len(set(script.prompts)) == 1
-    assert "You sort the post." in script.prompts[0]
-    assert write_messages(Pen(tiny(), CHAT), "You sort the post.", 0, Distinct()) == []
+    assert prompt in script.prompts[0]
+    assert write_messages(Pen(tiny(), CHAT), prompt, 0, Distinct()) == []
     monkeypatch.setattr(pens, "generate", Scripted(lambda _: "\n9. ".join(f"Hello from OZ: {i}" for i in range(9))))
     assert len(write_messages(Pen(tiny(), CHAT), "Begin with: Hello from Oz", 8, Distinct())) == 3
-    monkeypatch.setattr(pens, "generate", Scripted(lambda _: "end it.\n2. Now it ends"))
-    assert write_messages(Pen(tiny(), CHAT), "Sort.", 5, Distinct()) == ["end it.", "Now it ends"]
+
+
+def test_messages_of_a_finished_list_count_and_those_about_anything_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Scripted(lambda _: "Empty my basket.\n2. Who won?\n3. Baskets stink\n4. Good night")
+    monkeypatch.setattr(pens, "generate", script)
+    said = ["Empty my basket.", "Who won?", "Baskets stink", "Good night"]
+    assert write_messages(Pen(tiny(), CHAT), "You empty each basket of the town.", 5, Distinct()) == said
+    assert write_messages(Pen(tiny(), CHAT), "You sell bread. Open at night.", 5, Distinct()) == []
 
 
 # --- documents ------------------------------------------------------------------------------------------------
