@@ -179,10 +179,8 @@ def answer_line(runs: Sequence[Mapping[str, Any]]) -> str:
         worst = min(known, key=lambda name: known[name])
         line += f": {ratio(runs):.2f} times as many as instructed, {known[worst]:.2f} at least ({worst})"
     query = {way: mean(run["query"][way] for run in runs) for way in WAYS}
-    line += (
-        f"; a query with an answer of {runs[0]['query']['tokens']} tokens takes {query['patched']:.2f} s in the place "
-    )
-    line += f"of {query['instructed']:.2f} s"
+    line += f"; a query with an answer of {runs[0]['query']['tokens']} tokens takes {query['patched']:.2f} s"
+    line += f" in the place of {query['instructed']:.2f} s"
     line += f" ({query['prompt kept']:.2f} s where the prompt's keys and values are kept)"
     making = mean(run["seconds"] for run in runs), mean(run["seconds"] / run["pass_seconds"] for run in runs)
     line += f", making the patch {making[0]:.0f} s, {making[1]:.1f} times one pass over its inputs with the prompt"
