@@ -43,6 +43,7 @@ from recipes.harness import (
     METHODS,
     command_line,
     earlier_runs,
+    machine,
     one_line,
     provenance,
     runs_record,
@@ -97,7 +98,8 @@ def rivals(
                 "others_instructed": instructed,
             }
             about = {"chunk": name, "seed": seed, "method": method, "tested": len(case.tested)}
-            runs.append({**about, "seconds": seconds, **scored, "commit": provenance()["commit"]})
+            where = {"machine": machine(lm.device), "commit": provenance()["commit"]}
+            runs.append({**about, "seconds": seconds, **scored, **where})
         write_results(__file__, out, page(runs), runs_record(shown(model), settings, runs))
 
 
@@ -243,6 +245,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
             cells = [f"{method} ({', '.join(f'{rate:g}' for rate in rates)})" if rates else method]
             rows.append([*cells, *(spread([figure(run) for run in same], form) for figure, form in FIGURES)])
         parts.append(f"## {one_line(chunk, 60)}\n\n{said}\n\n{table(HEAD, rows)}")
+    parts.append("\n".join(f"Measured on {name}." for name in dict.fromkeys(run["machine"] for run in runs)))
     return "\n".join(parts)
 
 

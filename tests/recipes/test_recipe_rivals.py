@@ -46,15 +46,16 @@ def test_unknown_chunks_are_refused_before_the_model_is_loaded() -> None:
 def test_a_chunk_without_a_rule_has_nothing_that_is_right() -> None:
     run = {"chunk": "poet", "method": "lit_thought", "tested": 20, "right": None, "own_kl": 0.1, "fidelity": 0.5}
     run |= {"output_kl": {"plain": 0.4, "patched": 0.1}, "perplexity_ratio": 1.0, "rank": 16, "seconds": 2.0}
-    run |= {"others": 0.9, "others_instructed": 0.8, "rate": None}
+    run |= {"others": 0.9, "others_instructed": 0.8, "rate": None, "machine": "an abacus"}
     found = page([run]).splitlines()
     assert found[2] == "With the chunk in the prompt, 0.800 of the tokens under other system messages stay."
-    assert found[-1] == "| lit_thought | 75.0% | 0.100 | 0.50 | – | 1.0000 | 0.900 | 16 | 2 |"
+    assert found[-1] == "Measured on an abacus."
+    assert found[-3] == "| lit_thought | 75.0% | 0.100 | 0.50 | – | 1.0000 | 0.900 | 16 | 2 |"
 
 
 def test_of_several_seeds_there_are_the_mean_and_the_ends() -> None:
     run = {"chunk": "json", "method": SHORT, "tested": 20, "own_kl": 0.1, "fidelity": 0.5, "rank": 16, "others": 0.9}
-    run |= {"others_instructed": 0.8, "perplexity_ratio": 1.0}
+    run |= {"others_instructed": 0.8, "perplexity_ratio": 1.0, "machine": "an abacus"}
     runs = [
         {**run, "output_kl": {"plain": 1.0, "patched": kl}, "right": {"plain": 0, "instructed": 9, "patched": n}}
         | {"seconds": seconds, "rate": rate}
@@ -63,7 +64,7 @@ def test_of_several_seeds_there_are_the_mean_and_the_ends() -> None:
     found = page(runs).splitlines()
     assert found[2].startswith("The instructed model has 9 of 20 right, the plain one 0. With the chunk")
     assert found[2].endswith("Of 3 seeds, the mean (the least to the most).")
-    cells = [cell.strip() for cell in found[-1].strip("|").split("|")]
+    cells = [cell.strip() for cell in found[-3].strip("|").split("|")]
     assert cells[0] == f"{SHORT} (0.001, 0.01)"
     assert cells[1] == "80.0% (70.0% to 90.0%)"
     assert cells[4] == "7.7 (7 to 8)"
