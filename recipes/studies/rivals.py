@@ -9,9 +9,9 @@ their outputs. From these each method makes a change of the model:
 - *LoRA distillation*: AdamW on KL to the instructed model, all linear layers at rank 16 (distillation.py; at a
   document's 128 it comes less near), on all pairs. Each learning rate is trained for ``times`` the seconds of
   lit_thought, or until :data:`PATIENCE` measurements bring no gain on inputs that the model wrote besides, a fifth as
-  many, which no other method has; of all rates and measurements the adapter that is nearest on these counts: once of
-  those up to lit_thought's seconds, and once of all. The seconds are those of that one rate's training, as if it had
-  been known.
+  many where it finds so many more, which no other method has; of all rates and measurements the adapter that is nearest
+  on these counts: once of those up to lit_thought's seconds, and once of all. The seconds are those of that one rate's
+  training, as if it had been known.
 - *least squares alone*: the down projections alone, at full rank, with nothing preserved, as published for documents
   (PatchKV, arXiv 2609.39329), on these pairs.
 - *thought vectors*: the paper's constants (Mazzawi et al. 2025) instead of matrices.
