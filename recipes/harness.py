@@ -358,3 +358,8 @@ def machine(device: torch.device) -> str:
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     threads = torch.get_num_threads()
     return f"{name}, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def measured_on(runs: Iterable[Mapping[str, Any]]) -> str:
+    """A line for each ``machine`` of some runs."""
+    return "\n".join(f"Measured on {name}." for name in dict.fromkeys(run["machine"] for run in runs))

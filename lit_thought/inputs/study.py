@@ -38,6 +38,8 @@ _WORD = re.compile(f"{LETTER}(?:(?:{LETTER}|[,.])*{LETTER})?")
 _ENDS = re.compile("([?？؟\u037e]|か。?|(?<=[\u0370-\u03ff\u1f00-\u1fff]);)$")
 """How questions end, the Greek ones with what looks like a semicolon."""
 SAMPLING = {"temperature": 0.6, "top_k": 50}
+LIST_SAMPLING = {"temperature": 0.9, "top_k": 50}
+"""Of lists, whose items are to differ."""
 LONGEST = 24
 """Words of a question, and tokens of one that asks for a word, and of its answer; longer questions are dropped."""
 OPENING, GUESSES = 4, 8
@@ -243,7 +245,7 @@ def _listed(pen: Pen, template: PromptTemplate, document: str, subject: str, cou
     asked = [wording.format(subject=subject) for _ in range(LISTS) for wording in ASKING]
     asked = asked[: max(len(ASKING), -(-2 * count // LISTED))] if count else []
     prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in asked]
-    lists = pen.write(prompts, LISTED * 16, sampling={"temperature": 0.9, "top_k": 50})
+    lists = pen.write(prompts, LISTED * 16, sampling=LIST_SAMPLING)
     lines = [line.strip() for one in lists for line in one.text.splitlines()]
     return [re.sub(r"^\W*(\d+[.):]\s*)?\W*", "", line).rstrip("*_ ") for line in lines]
 

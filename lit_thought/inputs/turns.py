@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from lit_thought.inputs.pen import Distinct, Pen
-from lit_thought.inputs.study import About
+from lit_thought.inputs.study import LIST_SAMPLING, About
 from lit_thought.inputs.words import spaced, words
 from lit_thought.prompts.template import PromptTemplate
 
@@ -47,7 +47,6 @@ LISTED, EACH, LISTS = 256, 3, 2
 ALIKE = 3
 """Most messages that begin with the same words, and how many words these are: a prompt that says how answers begin is
 often obeyed in messages, too."""
-LIST_SAMPLING = {**SAMPLING, "temperature": 0.9}
 _ITEM = re.compile(r"\W*\d+[.):]\s*(.*\S)\s*$")
 _QUOTES = "\"'“”„«»「」"
 

@@ -36,6 +36,7 @@ from recipes.harness import (
     command_line,
     earlier_runs,
     machine,
+    measured_on,
     provenance,
     runs_record,
     shown,
@@ -96,14 +97,14 @@ def long_prompts(
         check = (lambda text, rules=own.rules: all(kept(text, rules).values())) if own.rules else None
         evaluation = evaluation_of(lm, tokenizer, case, unrelated, check=check)
         others = others or Others(lm, tokenizer, unrelated_prompts("other instructions", "", count, 0), ANSWERED)
-        instructed = others.compared(own.chunk, None)["agreement"]
+        instructed = others.agreement(own.chunk, None)
         for seed in waiting:
             how = {"max_new_tokens": answer_tokens, **settings["fit"], "seed": seed}
             patch, measured = fit_case(evaluation, case, None, **how)
             run = {"name": own.name, "title": own.title, "seed": seed, **checked(own, measured["items"]), **measured}
             run["query"] = {**query_seconds(evaluation, patch, timed, timed_tokens), "tokens": timed_tokens}
             run["pass_seconds"] = pass_seconds(evaluation, own.chunk, patch)
-            run["others"] = {"instructed": instructed, "patched": others.compared(None, patch)["agreement"]}
+            run["others"] = {"instructed": instructed, "patched": others.agreement(None, patch)}
             runs.append({**run, "machine": machine(lm.device), "commit": provenance()["commit"]})
             write_results(__file__, out, _page(runs), runs_record(shown(model), settings, runs))
 
@@ -244,7 +245,7 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     """The answer, and what it rests on."""
     parts = [f"**{answer_line(runs)}**\n", f"## Rules\n\n{_rules_table(runs)}"]
     parts += [f"## Rules by kind\n\n{_kinds_table(runs)}", f"## Costs\n\n{_costs_table(runs)}"]
-    parts.append("\n".join(f"Measured on {name}." for name in dict.fromkeys(run["machine"] for run in runs)))
+    parts.append(measured_on(runs))
     return "\n".join(parts)
 
 

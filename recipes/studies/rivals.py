@@ -44,6 +44,7 @@ from recipes.harness import (
     command_line,
     earlier_runs,
     machine,
+    measured_on,
     one_line,
     provenance,
     runs_record,
@@ -89,12 +90,12 @@ def rivals(
         case = case_of(name, seed)
         others = Others(lm, tokenizer, unrelated("other instructions", name, count, seed), answer_tokens)
         evaluation = evaluation_of(lm, tokenizer, case)
-        instructed = others.compared(case.chunk, None)["agreement"]
+        instructed = others.agreement(case.chunk, None)
         for method, (patch, seconds, rate) in changes(lm, tokenizer, case, rates, times, seed).items():
             scored = figures(evaluation, case, patch)
             scored |= {
                 "rate": rate,
-                "others": others.compared(None, patch)["agreement"],
+                "others": others.agreement(None, patch),
                 "others_instructed": instructed,
             }
             about = {"chunk": name, "seed": seed, "method": method, "tested": len(case.tested)}
@@ -245,7 +246,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
             cells = [f"{method} ({', '.join(f'{rate:g}' for rate in rates)})" if rates else method]
             rows.append([*cells, *(spread([figure(run) for run in same], form) for figure, form in FIGURES)])
         parts.append(f"## {one_line(chunk, 60)}\n\n{said}\n\n{table(HEAD, rows)}")
-    parts.append("\n".join(f"Measured on {name}." for name in dict.fromkeys(run["machine"] for run in runs)))
+    parts.append(measured_on(runs))
     return "\n".join(parts)
 
 

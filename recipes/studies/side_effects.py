@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -149,35 +150,41 @@ class Others:
     def _answers(self, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         return generate(self.model, self.tokenizer, prompts, max_new_tokens=self.answer_tokens, keep_special=True)
 
+    def agreement(self, chunk: str | None, patch: ThoughtPatch | None) -> float:
+        """How often the likeliest token of the model with a chunk in its prompt, or patched, is the one that the
+        original wrote, along its answers."""
+        with self._changed(patch):
+            return mean(self._hits(self._ids(chunk)))
+
     def compared(self, chunk: str | None, patch: ThoughtPatch | None) -> dict[str, Any]:
-        """The model with a chunk in its prompt, or patched, against the original: ``agreement`` of its likeliest token
-        with each that the original wrote, ``same`` answers, and ``right`` ones, where that can be told, with those of
-        the original (``right_before``)."""
-        prompts = self._ids(chunk)
-        with evaluating(self.model), nullcontext() if patch is None else patch.applied(self.model):
-            agrees = [hit for hits in self._agreement(prompts) for hit in hits]
-            answers = self._answers(prompts)
+        """The model with a chunk in its prompt, or patched, against the original: :meth:`agreement`, ``same`` answers,
+        and ``right`` ones, where that can be told, with those of the original (``right_before``)."""
+        with self._changed(patch):
+            answers = self._answers(self._ids(chunk))
         same = [own.tokens == before.tokens for own, before in zip(answers, self.answers, strict=True)]
-        found = {"agreement": mean(agrees), "same": mean(same), "prompts": len(prompts)}
+        found = {"agreement": self.agreement(chunk, patch), "same": mean(same), "prompts": len(answers)}
         if self.prompts[0].accepted:
             for key, texts in (("right", answers), ("right_before", self.answers)):
                 judged = [contains(one.text, own.accepted) for one, own in zip(texts, self.prompts, strict=True)]
                 found[key] = mean(judged)
         return found
 
+    @contextmanager
+    def _changed(self, patch: ThoughtPatch | None) -> Iterator[None]:
+        with evaluating(self.model), nullcontext() if patch is None else patch.applied(self.model):
+            yield
+
     @torch.inference_mode()
-    def _agreement(self, prompts: Sequence[Sequence[int]], size: int = 8) -> Iterator[list[bool]]:
+    def _hits(self, prompts: Sequence[Sequence[int]], size: int = 8) -> Iterator[bool]:
         shared = common_prefix(prompts)
         lead = lead_cache(self.model, prompts[0][:shared]) if shared else None
+        written = [answer.tokens for answer in self.answers]
         for first in range(0, len(prompts), size):
-            rows = list(zip(prompts[first : first + size], self.answers[first : first + size], strict=True))
-            texts, counts = [], []
-            for prompt, answer in rows:
-                texts.append([*prompt, *answer.tokens[:-1]])
-                counts.append(len(answer.tokens))
-            likeliest = last_logits(self.model, texts, counts, lead).argmax(-1).split(counts)
-            for (_, answer), said in zip(rows, likeliest, strict=True):
-                yield [a == b for a, b in zip(said.tolist(), answer.tokens, strict=True)]
+            answers = written[first : first + size]
+            rows = zip(prompts[first : first + size], answers, strict=True)
+            texts = [[*prompt, *answer[:-1]] for prompt, answer in rows]
+            likeliest = last_logits(self.model, texts, [len(answer) for answer in answers], lead).argmax(-1)
+            yield from (found == token for found, token in zip(likeliest.tolist(), chain(*answers), strict=True))
 
 
 HEAD = ["chunk", "ρ", "nearer by", "unrelated ×", *KINDS, "mean"]
