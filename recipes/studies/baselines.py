@@ -83,7 +83,7 @@ def baselines(
             "thought vector": partial(patch, **METHODS["vector"]),
             "thought matrix and vector": partial(patch, **METHODS["mlp_in"]),
             "contrastive steering": partial(steer, contrast=mixed_up(trial.split.shown, seed)),
-            "function vector": partial(steer, strengths=(1.0,)),
+            "function vector": steer,
             "LoRA distillation": partial(distilled, trial, given, train),
             "lit_thought": partial(patch, **METHODS["both"]),
         }
@@ -123,12 +123,10 @@ def steering(
     inputs: Sequence[Mapping[str, str]],
     template: str | PromptTemplate = TEMPLATE,
     contrast: str | None = None,
-    strengths: Sequence[float] = STRENGTHS,
 ) -> ThoughtPatch:
     """The mean difference at the last token of the prompt, at one block's output.
 
-    Block and strength are chosen on the last third of the inputs, which the vectors have not seen; a strength of 1
-    alone leaves the block to be chosen.
+    Block and strength are chosen on the last third of the inputs, which the vectors have not seen.
 
     Args:
         model, tokenizer: the model.
@@ -136,13 +134,12 @@ def steering(
         inputs: pairs without outputs.
         template: how they make prompts.
         contrast: what the instruction is set against; the plain prompt when left out.
-        strengths: factors to try.
     """
     cut = 2 * len(inputs) // 3
     chunk: dict[str, Any] = {"instruction": instruction, "template": template}
     vectors = thought_vectors(model, tokenizer, pairs=inputs[:cut], contrast=contrast, tokens="last", **chunk)
     tried = []
-    for strength in strengths:
+    for strength in STRENGTHS:
         block, kl = best_block(model, tokenizer, vectors, pairs=inputs[cut:], scale=strength, **chunk)
         tried.append((kl[block], strength, block))
     _, strength, block = min(tried)

@@ -176,7 +176,7 @@ def comparison(trials: Sequence[Trial], methods: Sequence[str]) -> tuple[str, di
         for name in (*methods, "function vector"):
             vector = name == "function vector"
             own = (trial.model, trial.tokenizer, trial.split.instruction, trial.split.fit)
-            patch = steering(*own, strengths=(1.0,)) if vector else trial.fit(**METHODS[name])
+            patch = steering(*own) if vector else trial.fit(**METHODS[name])
             result = evaluation.score(patch)
             del result["items"]
             results.setdefault(name, {})[task] = result
