@@ -109,10 +109,10 @@ class FitSettings:
             "auto" for as many as help on inputs that are held back; left out, those that are given, and where none are
             the usual number.
         kind: what the instruction is, for inputs that the model writes: demonstrations (the next inputs of the list),
-            system (what users write, and of a long one what it is there for, and questions about it) or document
-            (questions about it, and the text itself); documents, and system prompts of 200 tokens or more (long
-            instructions), have a rank and sites of their own, where these are left out; left out, what its form says,
-            for inputs that the model writes.
+            system (what users write, and of a long one what it is there for, questions about it, and its sentences) or
+            document (questions about it, and the text itself); documents, and system prompts of 200 tokens or more
+            (long instructions), have a rank and sites of their own, where these are left out; left out, what its form
+            says, for inputs that the model writes.
         sites: where to patch each block: attn_out, mlp_in (the paper's), mlp_out or several of them. A block that
             lacks one goes without (mlp_out in a mixture of experts); left out, attn_out and mlp_out, and mlp_out alone
             for a long instruction (kind).

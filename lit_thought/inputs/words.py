@@ -22,6 +22,8 @@ _UNSPACED = re.compile(
 _FULL = re.compile("[。！？][」』”’）]?$")
 _END = re.compile("(?<=[.!?؟।۔])\\s+|(?<=[。！？។။])(?![。！？」』”’）])\\s*|(?<=[。！？][」』”’）])\\s*")
 """Between sentences."""
+_LEADS = re.compile(r"[:：]$|^\W*\d{1,3}[.)]$")
+"""What is no sentence, but leads to the next: the number of a list's item, too."""
 
 
 def spaced(text: str) -> str:
@@ -65,8 +67,8 @@ def _is_said(character: str) -> bool:
 
 def sentences(text: str) -> list[str]:
     """A text's sentences: cut after a full stop, a question mark or an exclamation mark before white space (after the
-    full-width ones without), and at line breaks; no headings (``# …``), and nothing that leads to what comes next
-    (``…:``)."""
+    full-width ones without), and at line breaks; no headings (``# …``), no numbers of a list's items (``1.``), and
+    nothing that leads to what comes next (``…:``)."""
     lines = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
     parts = [part.strip() for line in lines for part in _END.split(line)]
-    return [part for part in parts if re.search(r"\w", part) and not part.endswith((":", "："))]
+    return [part for part in parts if re.search(r"\w", part) and not _LEADS.search(part)]

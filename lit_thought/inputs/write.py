@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -117,15 +117,20 @@ def write_pairs(
         else:
             count = max((round(times * ENOUGH[kind]) if total is None else total) - len(given), 0)
             if kind == "demonstrations":
-                texts = continue_list(pen, chosen, instruction, shown, count, taken)
+                found = _alone(continue_list(pen, chosen, instruction, shown, count, taken))
             elif is_long(tokenizer, instruction):
-                turns, asked = _brief_counts(instruction, total, times, count)
-                count = turns + asked
-                texts = _brief(pen, chosen, instruction, turns, asked, taken)
+                subject = find_subject(pen, instruction)
+                told = _new(recited(instruction, subject), (*given, *apart))
+                turns, asked = count // 2, round(times * min(MOST, PER_SENTENCE * len(sentences(instruction)) // 2))
+                if total is not None:
+                    told = told[: count // 6]
+                    turns, asked = count - count // 2, count // 2 - len(told)
+                count = turns + asked + len(told)
+                found = _brief(pen, chosen, instruction, subject, turns, asked, told, taken)
             else:
-                texts = write_turns(pen, chosen, instruction, count, taken)
-            for text in texts:
-                pairs.append({"input": text})
+                found = _alone(write_turns(pen, chosen, instruction, count, taken))
+            for pair in found:
+                pairs.append(pair)
                 if advance is not None:
                     advance(len(pairs), count)
     if 2 * length + NEAR + longest > limit:  # an output may be the text itself
@@ -151,27 +156,38 @@ def _fits(
     return max(len(tokens.plain_ids), len(tokens.instructed_ids)) + (0 if "output" in pair else longest) <= limit
 
 
-def _brief_counts(instruction: str, total: int | None, times: float, count: int) -> tuple[int, int]:
-    """How many turns there are to be for a long system prompt, and how many messages and questions: half each of a
-    number that is asked for."""
-    if total is not None:
-        return count - count // 2, count // 2
-    return count // 2, round(times * min(MOST, PER_SENTENCE * len(sentences(instruction)) // 2))
+def _new(pairs: Sequence[dict[str, str]], there: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The pairs that are not there: by their inputs alone, where they are without outputs."""
+    known = [{"input": pair["input"], "output": pair.get("output")} for pair in there]
+    inputs = {pair["input"] for pair in there}
+    return [pair for pair in pairs if (pair not in known if "output" in pair else pair["input"] not in inputs)]
+
+
+def _alone(texts: Iterable[str]) -> Iterator[dict[str, str]]:
+    return ({"input": text} for text in texts)
 
 
 def _brief(
-    pen: Pen, template: PromptTemplate, instruction: str, turns: int, asked: int, taken: Distinct
-) -> Iterator[str]:
+    pen: Pen,
+    template: PromptTemplate,
+    instruction: str,
+    subject: str,
+    turns: int,
+    asked: int,
+    told: Sequence[dict[str, str]],
+    taken: Distinct,
+) -> Iterator[dict[str, str]]:
     """What users write to a model with a long system prompt: messages that it is there for, as many questions about
-    what it says, and turns of any kind, each also in the place of those before it that the model does not write."""
+    what it says, and turns of any kind, each also in the place of those before it that the model does not write; and
+    each of its sentences told, without which too few of its facts are."""
     messages = write_messages(pen, instruction, asked // 2, taken)
-    yield from messages
+    yield from _alone(messages)
     questions: list[str] = []
     with suppress(ThoughtError):
-        subject = find_subject(pen, instruction)
         questions = write_questions(pen, template, instruction, subject, asked - len(messages), taken)
-    yield from questions
-    yield from write_turns(pen, template, instruction, turns + asked - len(messages) - len(questions), taken)
+    yield from _alone(questions)
+    yield from told
+    yield from _alone(write_turns(pen, template, instruction, turns + asked - len(messages) - len(questions), taken))
 
 
 def _study(
@@ -186,15 +202,12 @@ def _study(
 ) -> list[dict[str, str]]:
     """Questions, requests and the text itself: of a number that is asked for, half are questions at least."""
     subject = find_subject(pen, document)
-    there = [{name: pair[name] for name in ("input", "output") if name in pair} for pair in (*given, *apart)]
-    inputs = {pair["input"] for pair in there}
-    others = [{"input": one} for wording in REQUESTS if (one := wording.format(subject=subject)) not in inputs]
-    others += [one for one in (*recited(document, subject), *repeated(document, subject)) if one not in there]
+    requests = [{"input": one.format(subject=subject)} for one in REQUESTS]
+    others = _new([*requests, *recited(document, subject), *repeated(document, subject)], (*given, *apart))
     if total is None:
         count = round(times * min(MOST, PER_SENTENCE * len(sentences(document))))
     else:
         wanted = max(total - len(given), 0)
         others = others[: wanted // 2]
         count = wanted - len(others)
-    questions = write_questions(pen, template, document, subject, count, taken)
-    return [{"input": one} for one in questions] + others
+    return [*_alone(write_questions(pen, template, document, subject, count, taken)), *others]

@@ -220,12 +220,8 @@ def test_sentences_subject_and_what_is_recited() -> None:
         "Who crosses it pays a toll of two pence?",
         "- The keeper lives in the northern tower.",
     ]
-    assert sentences(" Oz has 1.5 queens.  Who? Ada!\n\nSo:\n# Oz\nGood") == [
-        "Oz has 1.5 queens.",
-        "Who?",
-        "Ada!",
-        "Good",
-    ]
+    said = ["Oz has 1.5 queens.", "Who?", "Ada!", "Good", "The king is 3.", "1871."]
+    assert sentences(" Oz has 1.5 queens.  Who? Ada!\n\nSo:\n# Oz\n1. Good\n- 2) \n12. The king is 3. 1871.") == said
     assert find_subject(pen, DOCUMENT) == "The Harl bridge"
     told = recited(DOCUMENT, "the bridge")
     assert [pair["output"] for pair in told] == parts
@@ -555,11 +551,12 @@ def test_a_long_system_prompt_is_fitted_as_a_document_is(kind: str | None, told:
     assert not PairDataModule(own, template="chat", kind="system").is_long(CHAT)
 
 
-@pytest.mark.parametrize(("total", "turns", "sent", "asked"), [(None, 60, 8, 8), (21, 11, 5, 5)])
+@pytest.mark.parametrize(("total", "turns", "sent", "asked", "told"), [(None, 60, 8, 8, 4), (21, 11, 3, 4, 3)])
 def test_half_of_what_is_written_for_a_long_system_prompt_is_about_it(
-    total: int | None, turns: int, sent: int, asked: int, monkeypatch: pytest.MonkeyPatch
+    total: int | None, turns: int, sent: int, asked: int, told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two about each sentence, and as many messages; each in the place of those that the model writes none of."""
+    """Two about each sentence, and as many messages; each in the place of those that the model writes none of. Each
+    sentence is told besides, and of a number that is asked for a sixth at most."""
     text = "You answer about the bridge of Harl. " + "It has an arch of stone and no toll at all. " * 2 + "word " * 160
     assert len(sentences(text)) == 4
     monkeypatch.setattr(write, "context_window", lambda model: 1000)
@@ -580,11 +577,14 @@ def test_half_of_what_is_written_for_a_long_system_prompt_is_about_it(
     done: list[tuple[int, int]] = []
     found = write.write_pairs(tiny(), CHAT, text, total=total, advance=lambda one, of: done.append((one, of)))
     assert found.kind == "system"
-    texts = [pair["input"] for pair in found.pairs]
+    retellings = recited(text, "a sound turn, number 0")[:told]
+    assert [pair for pair in found.pairs if pair in retellings] == retellings
+    assert len(retellings) == told
+    texts = [pair["input"] for pair in found.pairs if pair not in retellings]
     assert [text for text in texts if text.startswith("question")] == [f"question {i}" for i in range(asked)]
     assert [text for text in texts if text.startswith("message")] == [f"message {i}" for i in range(sent)]
-    count = turns + sent + asked
-    assert len(texts) == count
+    count = turns + sent + asked + told
+    assert len(found.pairs) == count
     assert seen == [(text, asked)]
     assert done[-1] == (count, count)
     monkeypatch.setattr(write, "write_messages", lambda *_: ["one message"])
