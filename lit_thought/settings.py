@@ -109,7 +109,7 @@ class FitSettings:
             "auto" for as many as help on inputs that are held back; left out, those that are given, and where none are
             the usual number.
         kind: what the instruction is, for inputs that the model writes: demonstrations (the next inputs of the list),
-            system (what users write, and of a long one what it is there for, questions about it, and its sentences) or
+            system (what users write, and of a long one what it is there for, questions about it, and its facts) or
             document (questions about it, and the text itself); documents, and system prompts of 200 tokens or more
             (long instructions), have a rank and sites of their own, where these are left out; left out, what its form
             says, for inputs that the model writes.

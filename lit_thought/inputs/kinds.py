@@ -5,7 +5,7 @@ kind               inputs
 =================  ===============================================================================================
 ``demonstrations``  a list of inputs and outputs in the form of the template: the next inputs of the list
 ``system``          tells how to answer: what users write to the model, with it and without; of a long one, what it is
-                    there for, questions about it, and its sentences, too
+                    there for, questions about it, and its facts, too
 ``document``        a text to know: questions about it, requests, and the text itself
 =================  ===============================================================================================
 """

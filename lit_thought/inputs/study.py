@@ -29,6 +29,7 @@ __all__ = [
     "REQUESTS",
     "About",
     "find_subject",
+    "has_fact",
     "recited",
     "repeated",
     "write_questions",
@@ -332,6 +333,14 @@ def _saying(text: str) -> dict[str, tuple[str, bool]]:
             if exact or len(word) > SHORT or is_pair(word):
                 found.setdefault(_stem(word), (word, exact))
     return found
+
+
+def has_fact(text: str, subject: str) -> bool:
+    """Whether a sentence has a name or number that is not the subject's. One of a script without capitals always has,
+    as its names look like other words."""
+    given = _stems(subject)
+    named = any(exact and stem not in given for stem, (_, exact) in _saying(text).items())
+    return named or text.upper() == text.lower()
 
 
 def recited(document: str, subject: str) -> list[dict[str, str]]:

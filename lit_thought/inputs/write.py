@@ -12,7 +12,7 @@ from lit_thought.errors import ThoughtError
 from lit_thought.inputs.kinds import demonstrations, find_kind, find_template, is_long
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
-from lit_thought.inputs.study import REQUESTS, find_subject, recited, repeated, write_questions
+from lit_thought.inputs.study import REQUESTS, find_subject, has_fact, recited, repeated, write_questions
 from lit_thought.inputs.turns import write_messages, write_turns
 from lit_thought.inputs.words import sentences
 from lit_thought.model.loading import context_window, evaluating
@@ -120,7 +120,8 @@ def write_pairs(
                 found = _alone(continue_list(pen, chosen, instruction, shown, count, taken))
             elif is_long(tokenizer, instruction):
                 subject = find_subject(pen, instruction)
-                told = _new(recited(instruction, subject), (*given, *apart))
+                facts = [one for one in recited(instruction, subject) if has_fact(one["output"], subject)]
+                told = _new(facts, (*given, *apart))
                 turns, asked = count // 2, round(times * min(MOST, PER_SENTENCE * len(sentences(instruction)) // 2))
                 if total is not None:
                     told = told[: count // 6]
@@ -179,7 +180,8 @@ def _brief(
 ) -> Iterator[dict[str, str]]:
     """What users write to a model with a long system prompt: messages that it is there for, as many questions about
     what it says, and turns of any kind, each also in the place of those before it that the model does not write; and
-    each of its sentences told, without which too few of its facts are."""
+    its sentences that have facts told, as too few of these are known otherwise; rules are better left to be
+    followed."""
     messages = write_messages(pen, instruction, asked // 2, taken)
     yield from _alone(messages)
     questions: list[str] = []

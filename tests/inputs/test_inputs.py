@@ -28,7 +28,7 @@ from lit_thought.inputs import write
 from lit_thought.inputs.kinds import LONG, demonstrations, find_kind, find_template
 from lit_thought.inputs.lists import continue_list
 from lit_thought.inputs.pen import Distinct, Pen
-from lit_thought.inputs.study import ASKING, About, find_subject, recited, repeated, write_questions
+from lit_thought.inputs.study import ASKING, About, find_subject, has_fact, recited, repeated, write_questions
 from lit_thought.inputs.turns import OPENINGS, write_messages, write_turns
 from lit_thought.inputs.words import normalised, sentences
 from lit_thought.inputs.write import write_pairs
@@ -226,6 +226,9 @@ def test_sentences_subject_and_what_is_recited() -> None:
     told = recited(DOCUMENT, "the bridge")
     assert [pair["output"] for pair in told] == parts
     assert {p["input"] for p in told} == {"Tell me about the bridge."}
+    facts = ["Oz has 2 queens.", "It is open on Friday.", "桥是石头的。", "पुल पत्थर का है।"]
+    rules = ["Be short.", "Harl is old.", "Answer about the Harl bridge.", '{"tool": "light"}']
+    assert [one for one in (*facts, *rules) if has_fact(one, "the Harl bridge")] == facts
     again = repeated(DOCUMENT, "the bridge", length=16)
     assert " ".join(pair["output"] for pair in again) == " ".join(parts)
     for pair in again:
@@ -551,14 +554,14 @@ def test_a_long_system_prompt_is_fitted_as_a_document_is(kind: str | None, told:
     assert not PairDataModule(own, template="chat", kind="system").is_long(CHAT)
 
 
-@pytest.mark.parametrize(("total", "turns", "sent", "asked", "told"), [(None, 60, 8, 8, 4), (21, 11, 3, 4, 3)])
+@pytest.mark.parametrize(("total", "turns", "sent", "asked", "told"), [(None, 60, 18, 18, 6), (21, 11, 3, 4, 3)])
 def test_half_of_what_is_written_for_a_long_system_prompt_is_about_it(
     total: int | None, turns: int, sent: int, asked: int, told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two about each sentence, and as many messages; each in the place of those that the model writes none of. Each
-    sentence is told besides, and of a number that is asked for a sixth at most."""
-    text = "You answer about the bridge of Harl. " + "It has an arch of stone and no toll at all. " * 2 + "word " * 160
-    assert len(sentences(text)) == 4
+    sentence with a fact is told besides, and of a number that is asked for a sixth at most."""
+    text = "You answer about the bridge of Harl. It has 9 arches. Ada built it in May. Be short. " * 2 + "word " * 160
+    assert len(sentences(text)) == 9
     monkeypatch.setattr(write, "context_window", lambda model: 1000)
     seen: list[tuple[str, int]] = []
 
@@ -577,7 +580,10 @@ def test_half_of_what_is_written_for_a_long_system_prompt_is_about_it(
     done: list[tuple[int, int]] = []
     found = write.write_pairs(tiny(), CHAT, text, total=total, advance=lambda one, of: done.append((one, of)))
     assert found.kind == "system"
-    retellings = recited(text, "a sound turn, number 0")[:told]
+    facts = [
+        one for one in recited(text, "a sound turn, number 0") if one["output"] not in ("Be short.", "word " * 160)
+    ]
+    retellings = facts[:told]
     assert [pair for pair in found.pairs if pair in retellings] == retellings
     assert len(retellings) == told
     texts = [pair["input"] for pair in found.pairs if pair not in retellings]
