@@ -33,7 +33,7 @@ OPENINGS = (
 LONGEST = 32
 """Tokens of a turn; longer ones are dropped."""
 SAMPLING = {"temperature": 0.8, "top_k": 50}
-"""``top_p`` sorts the vocabulary at each token, which takes as long as the model itself does."""
+"""``top_p`` alone sorts the vocabulary at each token, which takes as long as the model itself does."""
 ROUNDS = 6
 """Most draws, each of a third more turns than are missing."""
 

@@ -54,6 +54,8 @@ _NEVER = ("suppress_tokens", "begin_suppress_tokens")
 """Tokens that are not to be written, a model's own as its end tokens are."""
 _OTHERS = ("eos_token_id", "min_new_tokens", *_NEVER, "logits_processor")
 _SUPPORTED = ("do_sample", *_WARPERS, *_READING, *_OTHERS)
+_NEAR = 4
+"""Times ``top_k`` tokens among which all are that are as likely as the last of these, in logits of any dtype."""
 STRETCH = 8
 """Tokens after which the prompts that have come to an end leave a batch."""
 _WIDER, _CACHED, _READ = 4, 2**30, 2**12
@@ -115,10 +117,16 @@ class _Sampler(LogitsProcessor):
     """Leaves each row one token, drawn from its distribution with the row's own generator.
 
     A row's draws so depend on its prompt, its seed and nothing else: not on the batch, its order or the device.
+
+    Args:
+        warpers: what shapes the distribution.
+        seeds: one for each row.
+        top_k: how many tokens these leave at most, ties apart; only :data:`_NEAR` times as many are looked at, as the
+            sums over all of a large vocabulary take about as long as the model's step. All, where it is 0.
     """
 
-    def __init__(self, warpers: LogitsProcessorList, seeds: Sequence[int]) -> None:
-        self.warpers = warpers
+    def __init__(self, warpers: LogitsProcessorList, seeds: Sequence[int], top_k: int = 0) -> None:
+        self.warpers, self.near = warpers, _NEAR * top_k
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -126,10 +134,15 @@ class _Sampler(LogitsProcessor):
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        total = self.warpers(cast(Any, input_ids), cast(Any, scores)).double().softmax(-1).cumsum(-1)
+        near, places = scores, None
+        if 0 < self.near < scores.shape[1]:
+            places = scores.topk(self.near).indices.sort().values  # in the vocabulary's order, as draws go by sums
+            near = scores.gather(1, places)
+        total = self.warpers(cast(Any, input_ids), cast(Any, near)).double().softmax(-1).cumsum(-1)
         drawn = [torch.rand((), generator=own, dtype=torch.float64, device="cpu") for own in self.generators]
         place = torch.stack(drawn).to(total).unsqueeze(1) * total[:, -1:]
         token = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
+        token = token if places is None else places.gather(1, token)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
@@ -237,7 +250,7 @@ def generate(
         ids = torch.cat([ahead.expand(len(members), -1), rest.ids], dim=1)
         mask = torch.cat([torch.ones_like(ids[:, :shared]), rest.mask.long()], dim=1)
         start, written = ids.shape[1], 0
-        sampler = _Sampler(warpers, [seeds[i] for i in members]) if sampled else None
+        sampler = _Sampler(warpers, [seeds[i] for i in members], shaping.get("top_k") or 0) if sampled else None
         arguments: dict[str, Any] = {"synced_gpus": is_sharded(model)}
         if processors := [*own, *([sampler] if sampler is not None else [])]:
             arguments["logits_processor"] = LogitsProcessorList(processors)

@@ -14,6 +14,7 @@ from models import FAMILIES, make_model, make_tokenizer
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
     TemperatureLogitsWarper,
@@ -24,7 +25,7 @@ from transformers import (
 
 from lit_thought.errors import ThoughtError
 from lit_thought.model.calls import cache_arguments
-from lit_thought.runs.generate import Generation, generate
+from lit_thought.runs.generate import Generation, _Sampler, generate
 from lit_thought.runs.room import with_room
 from lit_thought.runs.streams import lead_cache
 
@@ -312,6 +313,22 @@ def test_samples_have_the_distribution_that_transformers_warpers_make(shaping: d
     drawn = np.bincount([int(g.text) for g in found], minlength=len(expected)) / count
     assert not drawn[expected == 0].any()
     assert np.abs(drawn - expected).sum() / 2 < 0.08 + 0.5 * (expected < 1 / count).dot(expected)
+
+
+@pytest.mark.parametrize("shaping", [{"top_k": 5}, {"top_k": 5, "temperature": 0.7, "min_p": 0.2}])
+def test_top_k_draws_what_all_of_the_vocabulary_would_give(shaping: dict) -> None:
+    """By the sums over all of it, in float64, where several tokens are as likely as the fifth."""
+    logits = (torch.randn(40, 3000, generator=torch.Generator().manual_seed(0)) * 3).bfloat16().float()
+    logits[:, ::500] = logits.topk(5).values[:, -1:]
+    names = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "min_p": MinPLogitsWarper}
+    warpers = LogitsProcessorList([names[name](shaping[name]) for name in names if name in shaping])
+    drawn = _Sampler(warpers, range(40), top_k=5)(torch.zeros(40, 1), logits)
+    uniform = [
+        torch.rand((), generator=torch.Generator().manual_seed(i), dtype=torch.float64).item() for i in range(40)
+    ]
+    for row, place, found in zip(warpers(torch.zeros(40, 1), logits).double().numpy(), uniform, drawn, strict=True):
+        sums = np.exp(row - row.max()).cumsum()
+        assert (found == 0).nonzero().flatten().tolist() == [int(np.searchsorted(sums, place * sums[-1], side="right"))]
 
 
 CHECKPOINTS = [
