@@ -116,17 +116,14 @@ def _cut(text: str, stop: str | None) -> tuple[str, bool]:
 class _Sampler(LogitsProcessor):
     """Leaves each row one token, drawn from its distribution with the row's own generator.
 
-    A row's draws so depend on its prompt, its seed and nothing else: not on the batch, its order or the device.
-
-    Args:
-        warpers: what shapes the distribution.
-        seeds: one for each row.
-        top_k: how many tokens these leave at most, ties apart; only :data:`_NEAR` times as many are looked at, as the
-            sums over all of a large vocabulary take about as long as the model's step. All, where it is 0.
+    A row's draws so depend on its prompt, its seed and nothing else: not on the batch, its order or the device. Where
+    ``top_k`` is among the warpers, only :data:`_NEAR` times as many tokens are looked at, as sums over all of a large
+    vocabulary take about as long as the model's step.
     """
 
-    def __init__(self, warpers: LogitsProcessorList, seeds: Sequence[int], top_k: int = 0) -> None:
-        self.warpers, self.near = warpers, _NEAR * top_k
+    def __init__(self, warpers: LogitsProcessorList, seeds: Sequence[int]) -> None:
+        self.warpers = warpers
+        self.near = sum(_NEAR * one.top_k for one in warpers if isinstance(one, TopKLogitsWarper))
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -250,7 +247,7 @@ def generate(
         ids = torch.cat([ahead.expand(len(members), -1), rest.ids], dim=1)
         mask = torch.cat([torch.ones_like(ids[:, :shared]), rest.mask.long()], dim=1)
         start, written = ids.shape[1], 0
-        sampler = _Sampler(warpers, [seeds[i] for i in members], shaping.get("top_k") or 0) if sampled else None
+        sampler = _Sampler(warpers, [seeds[i] for i in members]) if sampled else None
         arguments: dict[str, Any] = {"synced_gpus": is_sharded(model)}
         if processors := [*own, *([sampler] if sampler is not None else [])]:
             arguments["logits_processor"] = LogitsProcessorList(processors)

@@ -322,7 +322,7 @@ def test_top_k_draws_what_all_of_the_vocabulary_would_give(shaping: dict) -> Non
     logits[:, ::500] = logits.topk(5).values[:, -1:]
     names = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "min_p": MinPLogitsWarper}
     warpers = LogitsProcessorList([names[name](shaping[name]) for name in names if name in shaping])
-    drawn = _Sampler(warpers, range(40), top_k=5)(torch.zeros(40, 1), logits)
+    drawn = _Sampler(warpers, range(40))(torch.zeros(40, 1), logits)
     uniform = [
         torch.rand((), generator=torch.Generator().manual_seed(i), dtype=torch.float64).item() for i in range(40)
     ]
