@@ -101,7 +101,6 @@ def export_merged(
         _check_mergeable(patch, model)
         if dtype is None or dtype == model.dtype:
             with applied(patch, model, check=False):
-                _check_finite(model)
                 own = copy.copy(model)  # saving writes to the config
                 own.config = copy.deepcopy(model.config)
                 own.save_pretrained(out)

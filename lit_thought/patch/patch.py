@@ -68,7 +68,8 @@ class ThoughtPatch(Change):
             check: refuse a model with another fingerprint than the one the patch was made for.
 
         Raises:
-            PatchError: see ``validate``; also if this patch, or its equal, is applied already.
+            PatchError: see ``validate``; also if this patch, or its equal, is applied already, or a sum would leave the
+                range of the weight's dtype (float16's ends at 65504).
         """
         weights.apply(self, model, check)
 

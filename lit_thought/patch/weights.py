@@ -400,7 +400,12 @@ def _add(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
         else:
             delta = own_rows(addition.B.to(value.device, dtype), value) @ addition.A.to(value.device, dtype)
         own: Tensor = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
-        total = own.to(dtype) + delta
+        total = (own.to(dtype) + delta).to(own.dtype)
+        if not bool(total.isfinite().all()):
+            raise PatchError(
+                f"{own.dtype} cannot hold {name!r} with the patch on it: a value overflows. Load the model in a dtype "
+                "of a larger range, torch.float32 or torch.bfloat16, or scale the patch down."
+            )
         with _writing(own):
             own.copy_(total)
 

@@ -237,17 +237,29 @@ def test_half_precision_sums_are_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_removal_is_exact_at_the_ends_of_a_half_precision_range(dtype: torch.dtype) -> None:
-    """Negative zero, subnormals, and sums that overflow or vanish."""
+    """Negative zero, subnormals, the largest numbers, and sums that vanish."""
     model = make_model("llama", dtype)
     patch = make_patch(model, marked=False)
     info = torch.finfo(dtype)
-    ends = torch.tensor([-0.0, info.smallest_normal / 4, -info.tiny, info.max, info.min, float("inf")]).to(dtype)
+    ends = torch.tensor([-0.0, info.smallest_normal / 4, -info.tiny, info.max, info.min]).to(dtype)
     for path in patch.targets:
         model.get_submodule(path).weight.data[:, : len(ends)] = ends
     before = snapshot(model)
-    huge = ThoughtPatch({path: Factors(factors.A * 1e18, factors.B * 1e18) for path, factors in patch.factors.items()})
-    with patch.applied(model), huge.applied(model), (1e-6 * patch).applied(model):
+    with patch.applied(model), (1e-6 * patch).applied(model):
         assert not same(model, before)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_beyond_the_dtype_is_refused_and_nothing_changes(dtype: torch.dtype) -> None:
+    """Infinite weights would answer with NaN. The last target overflows, so the first ones have to go back."""
+    model = make_model("llama", dtype)
+    patch, before = make_patch(model), snapshot(model)
+    *_, last = patch.factors
+    huge = Factors(patch.factors[last].A * 1e20, patch.factors[last].B * 1e20)
+    assert huge.delta().abs().max() > torch.finfo(dtype).max
+    with pytest.raises(PatchError, match=f"{dtype} cannot hold '{last}.weight' with the patch on it"):
+        ThoughtPatch({**patch.factors, last: huge}).apply_(model)
     assert same(model, before)
 
 
