@@ -179,6 +179,9 @@ def answer_line(runs: Sequence[Mapping[str, Any]]) -> str:
     if known:
         worst = min(known, key=lambda name: known[name])
         line += f": {ratio(runs):.2f} times as many as instructed, {known[worst]:.2f} at least ({worst})"
+    if counts["instructed"] > counts["plain"]:
+        share = (counts["patched"] - counts["plain"]) / (counts["instructed"] - counts["plain"])
+        line += f", and {share:.2f} of those that the prompt adds"
     query = {way: mean(run["query"][way] for run in runs) for way in WAYS}
     line += f"; a query with an answer of {runs[0]['query']['tokens']} tokens takes {query['patched']:.2f} s"
     line += f" in the place of {query['instructed']:.2f} s"
@@ -226,17 +229,18 @@ def _costs_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """One line for each run: what a query and what the patch costs."""
     head = ["prompt", "tokens saved a query", *(f"seconds a query: {way}" if way == WAYS[0] else way for way in WAYS)]
     head += ["saved", "seconds to read the prompt", "inputs written", "taken for", "seconds to make the patch"]
-    head += ["of these writing", "one pass over its inputs, s", "making ÷ pass", "queries until it pays"]
+    head += ["of these writing", "one pass over its inputs, s", "making ÷ pass"]
+    head += ["queries until it pays", "where the prompt is kept"]
     rows = []
     for run in runs:
         query, inputs = run["query"], run["inputs"]
-        saved = query["instructed"] - query["patched"]
+        saved, beside_kept = (query[way] - query["patched"] for way in ("instructed", "prompt kept"))
         cells = [f"{run['name']}, seed {run['seed']}", f"{run['prompt_tokens']['saved']:,.0f}"]
         cells += [*(_two(query[way]) for way in WAYS), _two(saved), _two(query["reading"])]
         cells += [inputs["count"], inputs["kind"], f"{run['seconds']:.0f}"]
         cells += [f"{run['seconds_by_part'].get('write', 0):.0f}", f"{run['pass_seconds']:.1f}"]
         cells.append(f"{run['seconds'] / run['pass_seconds']:.1f}")
-        cells.append(f"{run['seconds'] / saved:,.0f}" if saved > 0 else None)
+        cells += [f"{run['seconds'] / each:,.0f}" if each > 0 else None for each in (saved, beside_kept)]
         rows.append(cells)
     return table(head, rows)
 

@@ -1,4 +1,4 @@
-"""The ceiling, measured: how often the instructed model agrees with itself when its prompt is disturbed.
+"""How often the instructed model agrees with itself when its prompt is disturbed, beside the patch.
 
     python -m recipes.studies.self_agreement --config recipes/studies/self_agreement.yaml
 
