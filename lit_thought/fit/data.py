@@ -286,13 +286,10 @@ class PairDataModule(LightningDataModule):
             check_context(tokens, limit, i)
             self.tokenised[i] = tokens
 
-    def select(
-        self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], answer_weight: float, device: torch.device
-    ) -> None:
+    def select(self, indices: Sequence[int], answer_weight: float, device: torch.device) -> None:
         """Make :attr:`batches` of this process's share of some of the pairs, once they are tokenised.
 
         Args:
-            tokenizer: the model's tokenizer.
             indices: of the pairs, the same on every process; they may repeat.
             answer_weight: weight of the output's tokens and the token before them.
             device: where the process group's tensors live.
@@ -301,9 +298,8 @@ class PairDataModule(LightningDataModule):
         self.batches = make_batches(
             [self.tokenised[i] for i in own],
             self.settings.batch_size,
-            tokenizer.pad_token_id or 0,
-            [self.instructions[i] for i in own],
-            answer_weight,
+            groups=[self.instructions[i] for i in own],
+            answer_weight=answer_weight,
         )
         self.num_batches = max(gather_json(len(self.batches), device))
 

@@ -71,7 +71,7 @@ def prepare_pairs(
     data.complete(tokenizer, write_outputs(data, model, tokenizer, progress), limit)
     weight = data.settings.settled().answer_weight
     assert weight is not None
-    data.select(tokenizer, range(len(data.pairs)), weight, model.device)
+    data.select(range(len(data.pairs)), weight, model.device)
 
 
 def write_inputs(
@@ -373,7 +373,7 @@ class Preparation:
         self.storage = Storage(self.estimate.place)
 
     def _select(self, indices: Sequence[int]) -> None:
-        self.data.select(self.module.tokenizer, indices, self._answer_weight, self.module.device)
+        self.data.select(indices, self._answer_weight, self.module.device)
         self._weighed = False
 
     @property

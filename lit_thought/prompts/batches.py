@@ -18,7 +18,10 @@ from torch import Tensor
 
 from lit_thought.prompts.alignment import TokenisedPair
 
-__all__ = ["PairBatch", "TokenBatch", "common_prefix", "forward_inputs", "make_batches", "pad"]
+__all__ = ["PAD", "PairBatch", "TokenBatch", "common_prefix", "forward_inputs", "make_batches", "pad"]
+
+PAD = 0
+"""Padding: it is masked, so any token that every model has. A tokenizer's own may be one that its model has not."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,13 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all sequences share, leaving each at least one token of its own."""
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(shared, min(map(len, sequences)) - 1)
+    return max(0, min(shared, min(map(len, sequences)) - 1))
 
 
 def make_batches(
     pairs: Sequence[TokenisedPair],
     batch_size: int,
-    pad_id: int,
+    pad_id: int = PAD,
     groups: Sequence[Any] | None = None,
     answer_weight: float = 1.0,
 ) -> list[PairBatch]:
@@ -115,7 +118,7 @@ def make_batches(
     Args:
         pairs: tokenised pairs.
         batch_size: pairs a batch.
-        pad_id: any token id.
+        pad_id: any token of the model.
         groups: one hashable key a pair (its instruction); only pairs of one group share a lead.
         answer_weight: weight of the output's tokens and of the token before them; others weigh 1.
 

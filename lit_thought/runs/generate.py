@@ -32,7 +32,7 @@ from transformers import (
 from lit_thought.errors import ThoughtError, did_you_mean, is_out_of_memory
 from lit_thought.model.calls import cache_arguments, head_reads
 from lit_thought.model.sharding import is_sharded
-from lit_thought.prompts.batches import common_prefix, pad
+from lit_thought.prompts.batches import PAD, common_prefix, pad
 from lit_thought.runs.room import with_room
 from lit_thought.runs.streams import lead_cache
 
@@ -81,15 +81,35 @@ class Generation:
     tokens: tuple[int, ...] = ()
 
 
-class _StopAtText(StoppingCriteria):
-    """Stops each row once its new text contains ``stop`` after some non-blank text."""
+class _Reader:
+    """What new tokens say up to ``stop``, which must follow some non-blank text, and whether it was there. Special
+    tokens are looked at where ``stop`` has one, and left out of the text unless they are to be kept."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stop: str) -> None:
-        self.tokenizer, self.prompt_length, self.stop = tokenizer, prompt_length, stop
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | None, keep_special: bool) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        special: list[str] = []
+        if stop:
+            added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+            special = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.keep = keep_special or any(token in (stop or "") for token in special)
+        self.dropped = special if self.keep and not keep_special else []
+
+    def __call__(self, tokens: list[int]) -> tuple[str, bool]:
+        text, stopped = _cut(str(self.tokenizer.decode(tokens, skip_special_tokens=not self.keep)), self.stop)
+        for token in self.dropped:
+            text = text.replace(token, "")
+        return text, stopped
+
+
+class _StopAtText(StoppingCriteria):
+    """Stops each row once its new tokens say ``stop``."""
+
+    def __init__(self, read: _Reader, prompt_length: int) -> None:
+        self.read, self.prompt_length = read, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        return torch.tensor([_cut(text, self.stop)[1] for text in texts], device=input_ids.device)
+        stopped = [self.read(new)[1] for new in input_ids[:, self.prompt_length :].tolist()]
+        return torch.tensor(stopped, device=input_ids.device)
 
 
 class _Report(StoppingCriteria):
@@ -194,7 +214,7 @@ def generate(
         model: a causal LM; its training mode and generation config are not changed.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
-        stop: a text that ends a generation, besides the model's end-of-sequence tokens.
+        stop: a text that ends a generation, besides the model's end-of-sequence tokens; special tokens may be in it.
         max_new_tokens: most tokens to write for each prompt.
         batch_size: prompts a batch; up to four times as many where they share a beginning and are short, since a step
             runs one token of each.
@@ -212,14 +232,15 @@ def generate(
         One :class:`Generation` for each prompt, in order.
 
     Raises:
-        ThoughtError: when there is no prompt, or an option is not one of these or has a wrong value.
+        ThoughtError: when there is no prompt, one has no tokens, or an option is not one of these or has a wrong value.
     """
     if not prompts:
         raise ThoughtError("prompts is empty; expected at least one.")
+    if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
+        raise ThoughtError(f"prompts[{empty[0]}] is empty; expected one token at least, which a model goes on from.")
     given = dict(options or {})
     check_options(given)
     device = next(model.parameters()).device
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     by_place = _counts_places(model)
     shared = 0 if by_place else common_prefix(prompts)
     lead = lead_cache(model, prompts[0][:shared]) if shared else None
@@ -231,18 +252,15 @@ def generate(
     rows = _rows(prompts, shared, lead, max_new_tokens, batch_size)
     batches = _batches(prompts, rows, same_length or any(name in given for name in _READING))
     results: dict[int, Generation] = {}
-
-    def text_of(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=not keep_special))
-
+    reader = _Reader(tokenizer, stop, keep_special)
     with _explained(options):
         ends = _as_set(given["eos_token_id"]) if "eos_token_id" in given else end_tokens(model, tokenizer)
         never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
-        meant = {"do_sample": False, "pad_token_id": pad_id, **never, **given, "eos_token_id": sorted(ends) or None}
+        meant = {"do_sample": False, "pad_token_id": PAD, **never, **given, "eos_token_id": sorted(ends) or None}
         acting = [name for name, value in shaping.items() if value is not None and value != _NEUTRAL.get(name)]
         warpers = LogitsProcessorList([_WARPERS[name](shaping[name]) for name in acting])
     for members in batches:
-        rest = pad([prompts[i][shared:] for i in members], pad_id, "left").to(device)
+        rest = pad([prompts[i][shared:] for i in members], PAD, "left").to(device)
         ahead = torch.tensor([list(prompts[0][:shared])], dtype=torch.long, device=device)
         ids = torch.cat([ahead.expand(len(members), -1), rest.ids], dim=1)
         mask = torch.cat([torch.ones_like(ids[:, :shared]), rest.mask.long()], dim=1)
@@ -257,7 +275,7 @@ def generate(
             arguments |= cache_arguments(model, cache)
         while members:
             length = max_new_tokens - written if cache is None else min(STRETCH, max_new_tokens - written)
-            criteria: list[StoppingCriteria] = [_StopAtText(tokenizer, start, stop)] if stop else []
+            criteria: list[StoppingCriteria] = [_StopAtText(reader, start)] if stop else []
             if progress is not None:
                 criteria.append(_Report(progress, len(results), start, max_new_tokens))
             if criteria:
@@ -269,7 +287,7 @@ def generate(
                         input_ids=ids, attention_mask=mask, generation_config=config, **arguments
                     )
             written += length
-            read = [_read(new, ends, stop, text_of) for new in output[:, start:].tolist()]
+            read = [_read(new, ends, reader) for new in output[:, start:].tolist()]
             results |= {
                 i: one for i, one in zip(members, read, strict=True) if one.finished or written == max_new_tokens
             }
@@ -295,13 +313,13 @@ def _stretch(options: Mapping[str, Any], written: int, length: int) -> dict[str,
     return {**there, "begin_suppress_tokens": None} if written else there
 
 
-def _read(new: list[int], ends: set[int], stop: str | None, text_of: Callable[[list[int]], str]) -> Generation:
+def _read(new: list[int], ends: set[int], read: _Reader) -> Generation:
     """What a row's new tokens say up to its end, after which comes padding."""
     ended = next((k for k, token in enumerate(new) if token in ends), None)
-    text, stopped = _cut(text_of(new[:ended]), stop)
+    text, stopped = read(new[:ended])
     count = len(new) if ended is None else ended + 1
     if stopped:
-        count = next(k for k in range(1, count + 1) if _cut(text_of(new[:k]), stop)[1])
+        count = next(k for k in range(1, count + 1) if read(new[:k])[1])
     return Generation(text.strip(), stopped or ended is not None, tuple(new[:count]))
 
 

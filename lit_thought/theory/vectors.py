@@ -206,7 +206,7 @@ def _batches(
                 sink=False,
             )
         )
-    return make_batches(tokenised, batch_size, tokenizer.pad_token_id or 0, instructions)
+    return make_batches(tokenised, batch_size, groups=instructions)
 
 
 def _contrasted(positive: TokenisedPair, negative: TokenisedPair) -> TokenisedPair:

@@ -151,7 +151,7 @@ def _observe(trial: Trial, *parts: range) -> list[dict[tuple[int, str], tuple[Te
     lm, data = trial.model, trial.prepared()
     found = []
     for members in parts:
-        data.select(trial.tokenizer, members, 10.0, lm.device)
+        data.select(members, 10.0, lm.device)
         runner = StreamRunner(lm, find_blocks(lm), SITES, "teacher-forced")
         seen = {}
         for stage in runner.stages:

@@ -205,6 +205,31 @@ def test_stop_string(batch_size: int) -> None:
     assert [len(g.tokens) for g in found[2:5]] == [len(TOKENIZER(" dog")["input_ids"]) + 1, 12, 12]
 
 
+@pytest.mark.parametrize("keep_special", [False, True])
+def test_a_stop_string_may_have_special_tokens(keep_special: bool) -> None:
+    """As that of a chat's form written by hand has, where the end of a turn does not end the model's output."""
+    texts = [" cold<|e|>\n<|s|>user\nbig<|e|>\n", " hot<|s|> tea<|e|>\n<|s|>", " fox<|e|> dog"]
+    prompts = [[5, 6, 7, 8, *range(20, 20 + i), 500 + i] for i in range(len(texts))]
+    options = forced(make_model("llama"), texts)
+    found = generate(
+        make_model("llama"),
+        TOKENIZER,
+        prompts,
+        stop="<|e|>\n",
+        max_new_tokens=16,
+        options=options,
+        keep_special=keep_special,
+    )
+    kept = ["cold", "hot<|s|> tea", "fox<|e|> dog"]
+    assert [one.text for one in found] == (kept if keep_special else [re.sub(r"<\|.\|>", "", text) for text in kept])
+    assert all(one.finished for one in found)
+    assert [TOKENIZER.decode(one.tokens) for one in found] == [
+        " cold<|e|>\n",
+        " hot<|s|> tea<|e|>\n",
+        " fox<|e|> dog</s>",
+    ]
+
+
 def test_rows_stop_by_themselves() -> None:
     """Once every row has stopped, nothing more is run."""
     model, steps = make_model("llama"), []
@@ -484,3 +509,15 @@ def test_options_that_cannot_work_are_refused_by_name(options: dict, said: str) 
 def test_no_prompt_is_refused() -> None:
     with pytest.raises(ThoughtError, match="prompts is empty"):
         generate(talkative("llama"), TOKENIZER, [])
+    with pytest.raises(ThoughtError, match=r"prompts\[1\] is empty; expected one token at least"):
+        generate(talkative("llama"), TOKENIZER, [[5, 6], [], [7]])
+
+
+def test_a_pad_token_that_the_model_has_not_is_not_used() -> None:
+    class Padded(SpellOut):
+        pad_token_id = 10_000
+
+    model = talkative("llama")
+    assert generate(model, Padded(), PROMPTS, max_new_tokens=6) == generate(
+        model, SpellOut(), PROMPTS, max_new_tokens=6
+    )
