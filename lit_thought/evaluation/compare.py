@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +35,7 @@ from lit_thought.prompts.pairs import load_pairs, pair_instructions
 from lit_thought.prompts.template import DEFAULT_TEMPLATE, PromptTemplate
 from lit_thought.prompts.unrelated import load_texts
 from lit_thought.runs.generate import Generation, generate
-from lit_thought.runs.logits import batch_logits
+from lit_thought.runs.logits import batch_logits, logit_parts
 from lit_thought.settings import TextSource
 
 __all__ = [
@@ -315,19 +314,20 @@ class Evaluation:
     def _divergences(self, patch: ThoughtPatch) -> dict[str, dict[str, float]]:
         """KL and agreement of the plain and the patched run with the instructed one, over all compared tokens and
         over those that predict the output or its end (the tokens that ``answer_weight`` makes heavier)."""
-        batches = output_batches(self.tokenizer, self.completed, self.instructions, self.batch_size)
+        batches = output_batches(self.completed, self.instructions, self.batch_size)
         runs = ("plain", "patched")
         prefixes = ("", "output_")
         metrics = {(run, prefix): TokenDivergence(sync_on_compute=False) for run in runs for prefix in prefixes}
         leads: dict[str, dict[int, Any]] = {run: {} for run in RUNS}
         shown = {"desc": "Comparing token by token", "unit": "batch", "disable": not self.progress, "leave": False}
-        for batch, output in tqdm(batches, **shown):
-            wanted = batch_logits(self.model, batch, "target", leads["instructed"])
-            for run in runs:
-                with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
-                    got = batch_logits(self.model, batch, "plain", leads[run])
-                for prefix, weights in zip(prefixes, (batch.weights, output), strict=True):
-                    metrics[run, prefix].to(wanted.device).update(wanted, got, weights.to(wanted.device))
+        for batch in tqdm(batches, **shown):
+            for part, _ in logit_parts(self.model, batch, batch.weights > 0):
+                wanted = batch_logits(self.model, part, "target", leads["instructed"])
+                for run in runs:
+                    with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
+                        got = batch_logits(self.model, part, "plain", leads[run])
+                    for prefix, weights in zip(prefixes, (part.weights, part.answers), strict=True):
+                        metrics[run, prefix].to(wanted.device).update(wanted, got, weights.to(wanted.device))
         computed = {key: metric.compute() for key, metric in metrics.items()}
         return {
             prefix + name: {run: float(computed[run, prefix][name]) for run in runs}
@@ -338,18 +338,19 @@ class Evaluation:
     def _own_divergence(self, patch: ThoughtPatch, outputs: Sequence[Generation]) -> dict[str, float | None]:
         """KL of the patched and the instructed run, in both directions, where the patched model wrote its outputs."""
         pairs = [_continued(*own) for own in zip(self.prompts, (output.tokens for output in outputs), strict=True)]
-        batches = output_batches(self.tokenizer, pairs, self.instructions, self.batch_size)
+        batches = output_batches(pairs, self.instructions, self.batch_size)
         metrics = {name: TokenDivergence(sync_on_compute=False) for name in ("kl", "kl_reverse")}
         leads: dict[str, dict[int, Any]] = {"instructed": {}, "patched": {}}
         shown = {"desc": "Comparing on its own text", "unit": "batch", "disable": not self.progress, "leave": False}
-        for batch, weights in tqdm(batches, **shown):
-            own = weights > 0
-            instructed = batch_logits(self.model, batch, "target", leads["instructed"], own)
-            with patch.applied(self.model, check=False):
-                patched = batch_logits(self.model, batch, "plain", leads["patched"], own)
-            runs, weights = (patched, instructed), weights[own].to(patched.device)
-            for metric, (reference, other) in zip(metrics.values(), (runs, runs[::-1]), strict=True):
-                metric.to(patched.device).update(reference, other, weights)
+        for batch in tqdm(batches, **shown):
+            for part, _ in logit_parts(self.model, batch, batch.answers > 0):
+                own = part.answers > 0
+                instructed = batch_logits(self.model, part, "target", leads["instructed"], own)
+                with patch.applied(self.model, check=False):
+                    patched = batch_logits(self.model, part, "plain", leads["patched"], own)
+                runs, weights = (patched, instructed), part.answers[own].to(patched.device)
+                for metric, (reference, other) in zip(metrics.values(), (runs, runs[::-1]), strict=True):
+                    metric.to(patched.device).update(reference, other, weights)
         values = {name: float(metric.compute()["kl"]) for name, metric in metrics.items()}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
@@ -395,16 +396,10 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def output_batches(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenisedPair], instructions: Sequence[str], batch_size: int
-) -> list[tuple[PairBatch, Tensor]]:
-    """Batches of completed pairs, and how many pairs' outputs, or their ends, each compared token predicts, (n,).
-
-    These are the tokens that ``answer_weight`` makes heavier. Attention sinks, which the instructed run does not have,
-    are left out.
-    """
-    batches = make_batches(pairs, batch_size, tokenizer.pad_token_id or 0, instructions)
-    return [(batch, batch.answers) for batch in batches if batch.plain is not batch.target]
+def output_batches(pairs: Sequence[TokenisedPair], instructions: Sequence[str], batch_size: int) -> list[PairBatch]:
+    """Batches of completed pairs, without attention sinks, which the instructed run does not have."""
+    batches = make_batches(pairs, batch_size, groups=instructions)
+    return [batch for batch in batches if batch.plain is not batch.target]
 
 
 def _match(texts: Sequence[str], references: Sequence[str]) -> float:

@@ -55,13 +55,13 @@ class HeldBack:
         self.model = model
         every = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
         self.text = pad(every[:: max(1, len(every) // _WINDOWS)][:_WINDOWS], 0, "right").to(model.device)
-        self.batches = output_batches(tokenizer, pairs, instructions, batch_size)
+        self.batches = output_batches(pairs, instructions, batch_size)
         self.owners = _owners(self.batches)
-        if not any(bool(weights.any()) for _, weights in self.batches):
+        if not any(bool(batch.answers.any()) for batch in self.batches):
             raise ThoughtError('the held-back pairs have empty outputs, on which "auto" could compare nothing.')
         leads: dict[int, Any] = {}
         with evaluating(model):
-            self.wanted = [batch_logits(model, batch, "target", leads, weights > 0) for batch, weights in self.batches]
+            self.wanted = [batch_logits(model, batch, "target", leads, batch.answers > 0) for batch in self.batches]
             self.original = self._text_logits()
 
     @torch.no_grad()
@@ -71,11 +71,11 @@ class HeldBack:
         total = torch.zeros(1 + max(int(owner.max()) for owner in self.owners if len(owner)), dtype=torch.float64)
         count, leads = torch.zeros_like(total), {}  # type: tuple[Tensor, dict[int, Any]]
         with evaluating(self.model), patch.applied(self.model, check=False):
-            for (batch, weights), owner, wanted in zip(self.batches, self.owners, self.wanted, strict=True):
-                own = weights > 0
+            for batch, owner, wanted in zip(self.batches, self.owners, self.wanted, strict=True):
+                own = batch.answers > 0
                 got = batch_logits(self.model, batch, "plain", leads, own)
-                total.index_add_(0, owner[own], token_kl(wanted, got).double().cpu() * weights[own])
-                count.index_add_(0, owner[own], weights[own])
+                total.index_add_(0, owner[own], token_kl(wanted, got).double().cpu() * batch.answers[own])
+                count.index_add_(0, owner[own], batch.answers[own])
         return (total / count)[count > 0]
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class HeldBack:
         return logits[self.text.mask]
 
 
-def _owners(batches: Sequence[tuple[PairBatch, Tensor]]) -> list[Tensor]:
+def _owners(batches: Sequence[PairBatch]) -> list[Tensor]:
     """Of each batch's compared tokens, (n,), the number of the pair that they are of.
 
     A pair alone in its group is nearly all in its lead; its last token, in the batch that follows, is of the same pair.
@@ -98,12 +98,12 @@ def _owners(batches: Sequence[tuple[PairBatch, Tensor]]) -> list[Tensor]:
     owners: list[Tensor] = []
     leads: dict[int, int] = {}
     free = 0
-    for batch, weights in batches:
+    for batch in batches:
         rows, width = batch.plain.ids.shape if batch.plain is not None else (1, 1)
         first = free
         if rows == 1 and batch.lead in leads:
             first = leads[batch.lead]
-        elif batch.lead is None and bool(weights.any()):
+        elif batch.lead is None and bool(batch.answers.any()):
             leads[batch.index] = first
         free = max(free, first + rows)
         owners.append(first + batch.plain_rows // width)

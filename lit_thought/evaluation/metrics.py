@@ -11,6 +11,9 @@ from torchmetrics import Metric
 
 __all__ = ["TextMatch", "TokenDivergence", "agrees_for", "repetition", "token_kl"]
 
+_NUMBERS = 2**22
+"""Most logits to compare at a time: several times as many numbers are there meanwhile."""
+
 
 class TextMatch(Metric):
     """Share of texts that are equal to their references, after stripping white space.
@@ -84,9 +87,12 @@ def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
     Returns:
         (n,).
     """
-    wide = torch.promote_types(reference.dtype, torch.float32)
-    p, q = reference.to(wide).log_softmax(-1), logits.to(wide).log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    wide, rows = torch.promote_types(reference.dtype, torch.float32), max(1, _NUMBERS // max(1, reference.shape[1]))
+    found = []
+    for one, other in zip(reference.split(rows), logits.split(rows), strict=True):
+        p, q = one.to(wide).log_softmax(-1), other.to(wide).log_softmax(-1)
+        found.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(found)
 
 
 class TokenDivergence(Metric):

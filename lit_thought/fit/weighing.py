@@ -7,28 +7,25 @@ itself on the many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.loading import evaluating
 from lit_thought.model.sharding import is_sharded
-from lit_thought.prompts.batches import PairBatch, TokenBatch
-from lit_thought.runs.logits import batch_logits
+from lit_thought.prompts.batches import PairBatch
+from lit_thought.runs.logits import batch_logits, logit_parts
 from lit_thought.statistics.distributed import gather_json
 
 __all__ = ["weighed_by_change"]
 
 EVEN, MOST = 0.2, 20.0
 """The share of an answer token's weight that does not depend on the change, and the change of most weight, in means."""
-_NUMBERS = 2**24
-"""Most logits of a run at a time."""
 
 
 @torch.no_grad()
@@ -53,7 +50,7 @@ def weighed_by_change(
     Returns:
         The same batches with other weights, float64.
     """
-    runs = [part for batch in batches if _matters(batch) for part in _parts(batch, _limit(model))]
+    runs = [part for batch in batches if _matters(batch) for part in logit_parts(model, batch, batch.answers > 0)]
     total = max(gather_json(len(runs), model.device))
     found = {batch.index: torch.zeros_like(batch.answers) for batch in batches}
     leads: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
@@ -86,40 +83,6 @@ def weighed_by_change(
 def _matters(batch: PairBatch) -> bool:
     """Whether a batch has answers, or may be the lead of one that has."""
     return bool(batch.answers.any()) or (batch.lead is None and len(batch.target.ids) == 1)
-
-
-def _limit(model: PreTrainedModel) -> int:
-    """Most answer tokens at a time."""
-    return max(1, _NUMBERS // int(model.config.get_text_config().vocab_size))
-
-
-def _parts(batch: PairBatch, limit: int) -> Iterator[tuple[PairBatch, Tensor]]:
-    """A batch in parts of some rows each, with no more answer tokens than the limit where a row has no more itself, and
-    which of the batch's compared tokens are the part's, (n,)."""
-    if batch.plain is None or batch.plain is batch.target or len(batch.plain.ids) != len(batch.target.ids):
-        yield batch, torch.arange(len(batch.answers))
-        return
-    rows, lengths = len(batch.plain.ids), (batch.plain.ids.shape[1], batch.target.ids.shape[1])
-    owners = batch.plain_rows // lengths[0]
-    counts = torch.zeros(rows, dtype=torch.float64).index_add_(0, owners, (batch.answers > 0).double()).tolist()
-    first = 0
-    while first < rows:
-        last, taken = first + 1, counts[first]
-        while last < rows and taken + counts[last] <= limit:
-            taken += counts[last]
-            last += 1
-        chosen = ((owners >= first) & (owners < last)).nonzero()[:, 0]
-        part = replace(
-            batch,
-            plain=TokenBatch(batch.plain.ids[first:last], batch.plain.mask[first:last]),
-            target=TokenBatch(batch.target.ids[first:last], batch.target.mask[first:last]),
-            plain_rows=batch.plain_rows[chosen] - first * lengths[0],
-            target_rows=batch.target_rows[chosen] - first * lengths[1],
-            answers=batch.answers[chosen],
-            weights=batch.weights[chosen],
-        )
-        yield part, chosen
-        first = last
 
 
 def _idle(model: PreTrainedModel, times: int) -> None:

@@ -19,6 +19,7 @@ from fits import INSTRUCTION, PAIRS, TEXTS, Untouched, make_patch, mixed_model, 
 from models import FAMILIES, make_model, make_tokenizer
 from report_run import LONG_RESULT
 from scipy.special import log_softmax
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_thought.errors import PatchError, ThoughtError
@@ -28,6 +29,7 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS
 from lit_thought.patch.verdict import warnings
 from lit_thought.prompts.template import PromptTemplate
+from lit_thought.runs import logits
 from lit_thought.solve.factors import Factors
 
 LIMIT = 6
@@ -307,6 +309,53 @@ def test_batch_size_does_not_matter() -> None:
         assert many[key] == (value if value is None else pytest.approx(value, rel=1e-6)), key
 
 
+def test_logits_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than the limit at a time where a row has no more itself, and the same figures."""
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch = make_patch(model, rank=4)
+    sizes: list[int] = []
+    take = evaluation.batch_logits
+
+    def taken(*given: Any) -> Tensor:
+        found = take(*given)
+        sizes.append(len(found))
+        return found
+
+    monkeypatch.setattr(evaluation, "batch_logits", taken)
+    whole, most = compare(model, tokenizer, patch, batch_size=32), max(sizes)
+    sizes.clear()
+    monkeypatch.setattr(logits, "_NUMBERS", 16 * model.config.vocab_size)
+    parts = compare(model, tokenizer, patch, batch_size=32)
+    assert max(sizes) <= 16 < most
+    for name in ("kl", "agreement", "output_kl", "output_agreement"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-9)
+    assert parts["own_text"] == {name: pytest.approx(value, rel=1e-9) for name, value in whole["own_text"].items()}
+
+
+def test_the_cache_of_one_instruction_is_kept_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    patch, kept, take = make_patch(model, rank=4), [0], evaluation.batch_logits
+
+    def taken(model: Any, batch: Any, side: Any, leads: dict[int, Any], *chosen: Any) -> Tensor:
+        found = take(model, batch, side, leads, *chosen)
+        kept.append(len(leads))
+        return found
+
+    monkeypatch.setattr(evaluation, "batch_logits", taken)
+    pairs = [{"input": text, "instruction": f"Talk like pirate {i}.\n"} for i, text in enumerate(INPUTS)]
+    compare(model, tokenizer, patch, pairs=pairs, instruction=None)
+    assert max(kept) == 1
+
+
+def test_a_pad_token_that_the_model_has_not_is_not_used() -> None:
+    model, tokenizer, padded = readable(make_model()), make_tokenizer(), make_tokenizer()
+    padded.add_tokens([f"<{i}>" for i in range(model.config.vocab_size)])
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    assert padded.pad_token_id >= model.config.vocab_size
+    patch = make_patch(model, rank=4)
+    assert compare(model, padded, patch) == compare(model, tokenizer, patch)
+
+
 def test_chat_prompts() -> None:
     model, tokenizer = readable(make_model()), make_tokenizer()
     patch = make_patch(model, template="chat", rank=4)
@@ -425,7 +474,7 @@ def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     untouched.check()
     assert result == compare(model.eval(), tokenizer, patch, unrelated=TEXTS)
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **given: Any) -> None:
         raise RuntimeError("pulled the plug")
 
     untouched = Untouched(model)

@@ -11,6 +11,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor, multiprocessing
 
+from lit_thought.evaluation import metrics
 from lit_thought.evaluation.metrics import TextMatch, TokenDivergence, token_kl
 
 TEXTS = ["cold", " small\n", "Down", "", "bad", "fox"]
@@ -54,7 +55,10 @@ def test_text_match() -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
 )
-def test_token_kl(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("numbers", [1, 50, 2**22])
+def test_token_kl(dtype: torch.dtype, tolerance: float, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens are compared at a time."""
+    monkeypatch.setattr(metrics, "_NUMBERS", numbers)
     reference, logits = some_logits(dtype=dtype)
     p, q = (log_softmax(x.double().numpy(), axis=-1) for x in (reference, logits))
     wanted = (np.exp(p) * (p - q)).sum(-1)

@@ -24,6 +24,7 @@ from lit_thought.model.blocks import find_blocks
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import make_batches
 from lit_thought.prompts.template import PromptTemplate
+from lit_thought.runs import logits
 from lit_thought.runs.logits import batch_logits
 
 WEIGHT = 5.0
@@ -73,7 +74,7 @@ def test_weights_are_those_by_hand(
     family: str, template: str, batch_size: int, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the batches, and the parts in which they are run; the caller's model stays as it was."""
-    monkeypatch.setattr(weighing, "_NUMBERS", numbers)
+    monkeypatch.setattr(logits, "_NUMBERS", numbers)
     monkeypatch.setattr(weighing, "MOST", 1.5)  # which some of these changes exceed
     model = build(family)
     model.train()
@@ -137,12 +138,12 @@ def test_logits_of_some_tokens_are_those_of_a_full_forward(family: str) -> None:
         chosen = torch.rand(len(batch.answers), generator=torch.Generator().manual_seed(0)) < 0.5
         found = batch_logits(model, batch, "target", leads, chosen)
         assert seen.pop() == found.numel()
-        for place, logits in zip(batch.target_rows[chosen].tolist(), found, strict=True):
+        for place, row_logits in zip(batch.target_rows[chosen].tolist(), found, strict=True):
             row, column = divmod(place, batch.target.ids.shape[1])
             ids = batch.target.ids[row : row + 1, : column + 1]
             if batch.lead is not None:
                 ids = torch.cat([batches[batch.lead].target.ids, ids], dim=1)
-            torch.testing.assert_close(logits, model(ids).logits[0, -1], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(row_logits, model(ids).logits[0, -1], rtol=1e-9, atol=1e-9)
             seen.clear()
     handle.remove()
 
