@@ -60,12 +60,17 @@ def demonstrations(template: PromptTemplate, instruction: str) -> list[Demonstra
 
     Returns:
         At least two, each of which is one line for each field; none, where what is no demonstration is more than half
-        of the instruction, and for chat templates and templates that hold the instruction elsewhere than at the start.
+        of the instruction, and for chat templates and templates that hold the instruction elsewhere than at the start;
+        nor in a template of fields and blanks alone, in whose form any lines are, where the first one tells the model
+        who it is ("You are …").
     """
     if template.is_chat or "{instruction}" in template.text:
         return []
-    before, _, between, _, after = (re.escape(part) for part in _FIELDS.split(template.text.lstrip()))
-    between = re.sub(r"(\\ )+$", r"[ \\t]*", between)
+    parts = _FIELDS.split(template.text.lstrip())[::2]
+    if not any(part.strip() for part in parts) and _OPENING.match(instruction):  # any lines are in such a form
+        return []
+    before, between, after = map(re.escape, parts)
+    between = re.sub(r"(\\ )+$", r"[ \\t]*" if between.strip("\\ ") else r"[ \\t]+", between)
     end = f"{after}|$" if after else "\n|$"
     found = [
         Demonstration(one[1].strip(), one[2].strip(), one.span())

@@ -175,7 +175,7 @@ def find_subject(pen: Pen, document: str) -> str:
     head, _, rest = document.strip().partition("\n")
     heading = head.lstrip("# ").strip()
     short = len(heading.split()) <= 10 and len(spaced(heading).split()) <= 30
-    if rest.strip() and short and heading[-1:] not in ".!?:。！？：":
+    if rest.strip() and short and re.search(r"\w", heading) and heading[-1] not in ".!?:,;。！？：，；、":
         return heading
     parts = sentences(document)
     views = (parts, parts[:OPENING])
@@ -215,7 +215,7 @@ def write_questions(
     def keep(questions: Iterable[str], most: int) -> None:
         new = [one for one in questions if about.asks(one) and taken.new(one)]
         prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in new]
-        for question, answer in zip(new, pen.write(prompts, LONGEST), strict=True):
+        for question, answer in zip(new, pen.write(prompts, LONGEST, stop=template.stop), strict=True):
             if len(kept) < most and (found := about.told(question, answer.text)):
                 kept.append(question)
                 told.update(found)

@@ -95,6 +95,16 @@ def test_no_demonstrations(instruction: str) -> None:
     assert demonstrations(PromptTemplate(), instruction) == []
 
 
+def test_demonstrations_in_a_template_of_fields_and_blanks() -> None:
+    """Any lines are in such a form; a text that tells the model who it is has none."""
+    rules = "You are a pirate.\nTalk like a pirate.\nBe short.\nNever say sorry.\n"
+    assert demonstrations(PromptTemplate(LINES), rules) == []
+    assert find_kind(CHAT, rules, PromptTemplate(LINES)) == "system"
+    assert len(demonstrations(PromptTemplate(LINES), LIST)) == 2
+    found = demonstrations(PromptTemplate("{input} {output}\n"), "hot cold\nbig small\n")
+    assert [(one.input, one.output) for one in found] == [("hot", "cold"), ("big", "small")]
+
+
 def test_template_by_the_form_of_the_instruction() -> None:
     listed = "Q: big\nA: small\nQ: up\nA: down\n"
     assert find_template(CHAT, "You are a pirate.", None).is_chat
@@ -264,6 +274,14 @@ def test_the_subject_is_what_more_sentences_are_about(monkeypatch: pytest.Monkey
     assert find_subject(Pen(tiny(), TOKENIZER), text) == "nine arches"
 
 
+@pytest.mark.parametrize("start", ["---\ntitle: Bridges\n---\n", "Dear team,\n", "***\n", "各位，\n"])
+def test_what_is_no_heading_is_not_the_subject(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pens, "generate", Scripted(lambda prompt: "the bridge of Harl"))
+    text = DOCUMENT.partition("\n\n")[2]
+    assert find_subject(Pen(tiny(), TOKENIZER), start + text) == "the bridge of Harl"
+    assert find_subject(Pen(tiny(), TOKENIZER), "The toll (1871)\n" + text) == "The toll (1871)"
+
+
 def asked_for(prompt: str) -> str | None:
     """The word that a question is to ask for."""
     found = re.search(r'(?:answer is|hear of|has) "([^"]+)"|Answer: (\S+)\nQuestion:$', prompt.split("<end>")[0])
@@ -377,6 +395,27 @@ def test_the_same_questions_about_a_document_in_batches_of_any_size(monkeypatch:
 def test_questions_name_the_subject_and_nothing_foreign(question: str, wanted: bool) -> None:
     text = "The land is old. Its queen is Ada. It borders mountains and rivers."
     assert About(text, "the land of Oz").asks(question) == wanted
+
+
+def test_answers_to_questions_end_where_the_template_s_outputs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base model goes on with questions of its own, about anything; what is fitted to is cut before them."""
+
+    class Cutting(Scripted):
+        def __call__(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
+            found = super().__call__(model, tokenizer, prompts, **options)
+            stop = options["stop"] or "never"
+            return [Generation(one.text.partition(stop)[0], one.finished) for one in found]
+
+    numbers = iter(range(10_000))
+
+    def write(prompt: str) -> str:
+        if asked_for(prompt):
+            return f"What is number {next(numbers)} of the Harl bridge?"
+        return "Ada Venn\nQ: Who built Tower Bridge in London?\nA: Horace Jones in 1894\n"
+
+    monkeypatch.setattr(pens, "generate", Cutting(write))
+    pen = Pen(tiny(), TOKENIZER)
+    assert len(write_questions(pen, PromptTemplate(), DOCUMENT, "the Harl bridge", 4, Distinct())) == 4
 
 
 def test_a_document_without_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
