@@ -149,8 +149,8 @@ class FitSettings:
             holds back.
         offload: where the streams are kept between uses: device (also False), cpu (main memory; also True), disk (a
             temporary file) or auto, the first of them where they fit; the patch is the same.
-        memory_budget: GB that the fit may take besides the model; left out, 0.8 of what is free. A fit that cannot
-            keep to it is refused before it starts.
+        memory_budget: GB that each process of the fit may take besides the model; left out, 0.8 of what is free. A fit
+            that cannot keep to it is refused before it starts.
         resume_dir: folder for the finished stages of this fit; interrupted, the same call goes on from there.
         statistics_dir: folder to keep the statistics of every stage in, to solve again at other settings.
         cache_dir: where each model's preservation statistics are kept ($LIT_THOUGHT_CACHE, ~/.cache/lit_thought).

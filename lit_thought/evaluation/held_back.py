@@ -17,7 +17,7 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.alignment import TokenisedPair
 from lit_thought.prompts.batches import PairBatch, forward_inputs, pad
 from lit_thought.prompts.unrelated import text_windows
-from lit_thought.runs.logits import batch_logits
+from lit_thought.runs.logits import batch_logits, logit_parts
 
 __all__ = ["HeldBack"]
 
@@ -28,7 +28,7 @@ _WINDOW, _WINDOWS = 128, 2
 class HeldBack:
     """Held-back pairs, and what the instructed model makes of them; unrelated text, and what the original one does.
 
-    Their logits are kept: of the tokens that predict the outputs, and of 256 tokens of text.
+    Their logits are kept, of the tokens that predict the outputs in main memory, and of 256 tokens of text.
 
     Args:
         model: the model, without a patch.
@@ -55,27 +55,30 @@ class HeldBack:
         self.model = model
         every = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
         self.text = pad(every[:: max(1, len(every) // _WINDOWS)][:_WINDOWS], 0, "right").to(model.device)
-        self.batches = output_batches(pairs, instructions, batch_size)
-        self.owners = _owners(self.batches)
-        if not any(bool(batch.answers.any()) for batch in self.batches):
+        batches = output_batches(pairs, instructions, batch_size)
+        if not any(bool(batch.answers.any()) for batch in batches):
             raise ThoughtError('the held-back pairs have empty outputs, on which "auto" could compare nothing.')
+        self.parts: list[tuple[PairBatch, Tensor]] = []
+        for batch, owner in zip(batches, _owners(batches), strict=True):
+            self.parts += [(part, owner[of]) for part, of in logit_parts(model, batch, batch.answers > 0)]
         leads: dict[int, Any] = {}
         with evaluating(model):
-            self.wanted = [batch_logits(model, batch, "target", leads, batch.answers > 0) for batch in self.batches]
+            self.wanted = [batch_logits(model, part, "target", leads, part.answers > 0).cpu() for part, _ in self.parts]
             self.original = self._text_logits()
 
     @torch.no_grad()
     def divergences(self, patch: ThoughtPatch) -> Tensor:
         """KL(instructed ‖ patched) of each pair, (pairs,) float64: the mean over the tokens that predict the output or
         its end, in nats."""
-        total = torch.zeros(1 + max(int(owner.max()) for owner in self.owners if len(owner)), dtype=torch.float64)
+        total = torch.zeros(1 + max(int(owner.max()) for _, owner in self.parts if len(owner)), dtype=torch.float64)
         count, leads = torch.zeros_like(total), {}  # type: tuple[Tensor, dict[int, Any]]
         with evaluating(self.model), patch.applied(self.model, check=False):
-            for batch, owner, wanted in zip(self.batches, self.owners, self.wanted, strict=True):
-                own = batch.answers > 0
-                got = batch_logits(self.model, batch, "plain", leads, own)
-                total.index_add_(0, owner[own], token_kl(wanted, got).double().cpu() * batch.answers[own])
-                count.index_add_(0, owner[own], batch.answers[own])
+            for (part, owner), wanted in zip(self.parts, self.wanted, strict=True):
+                own = part.answers > 0
+                got = batch_logits(self.model, part, "plain", leads, own)
+                found = token_kl(wanted.to(got.device), got).double().cpu()
+                total.index_add_(0, owner[own], found * part.answers[own])
+                count.index_add_(0, owner[own], part.answers[own])
         return (total / count)[count > 0]
 
     @torch.no_grad()

@@ -27,7 +27,16 @@ from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.batches import PairBatch
 from lit_thought.runs.runner import Observation, Stage, StreamRunner
 from lit_thought.runs.streams import SitePatch
-from lit_thought.settings import SITES, FitSettings, check_blocks, check_parts, check_rank, takes_settings, text_place
+from lit_thought.settings import (
+    SITES,
+    FitSettings,
+    check_blocks,
+    check_parts,
+    check_rank,
+    directions_for,
+    takes_settings,
+    text_place,
+)
 from lit_thought.statistics.distributed import rank_and_size
 from lit_thought.statistics.resume import UnfinishedFit, check_unfinished
 from lit_thought.statistics.stage import SolvedStages, StageSettings, StageSums
@@ -162,12 +171,13 @@ class ThoughtCallback(Callback):
         self._check_folders(model_place(module.model))
         blocks = find_blocks(module.model)
         check_blocks(settings.blocks, len(blocks))
-        sites, stages = chosen_stages(blocks, settings, data.is_long(module.tokenizer))
+        long = data.is_long(module.tokenizer)
+        sites, stages = chosen_stages(blocks, settings, long)
         data.check_step(settings.pairs_per_step, module.tokenizer)
         if settings.rank != "usual":
             check_rank(settings.rank, largest_rank(blocks, stages))
         if preserved:
-            self.preserved.check(module.model, module.tokenizer, settings, blocks, sites)
+            self.preserved.check(module.model, module.tokenizer, settings, blocks, sites, directions_for(long))
         return stages
 
     @property

@@ -6,7 +6,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from lightning.pytorch import Trainer
@@ -27,7 +27,8 @@ def fit(module: ThoughtModule, data: PairDataModule, callback: ThoughtCallback, 
         ThoughtError: for bad input.
     """
     device = module.model.device
-    with _quiet_lightning():
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # Lightning sets another for good
+    with _quiet_lightning(), current:
         trainer = Trainer(
             accelerator="cpu" if device.type == "cpu" else device.type,
             devices=1 if device.index is None else [device.index],

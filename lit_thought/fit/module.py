@@ -122,12 +122,28 @@ class ThoughtModule(LightningModule):
         not to warn of it."""
         self._mode.enter_context(_without_advice())
         self._mode.enter_context(evaluating(self.model))
-        self._home = None if is_sharded(self.model) else self.model.device
+
+    @property
+    def _is_lent(self) -> bool:
+        """Whether a trainer is at work, which moves the module to its device and at the end to the CPU, and the model
+        is one to be brought back, which a sharded one is not."""
+        model = self._modules.get("model")  # not one that is still to be loaded
+        sharded = isinstance(model, PreTrainedModel) and is_sharded(model)
+        return self._trainer is not None and self._trainer.state.stage is not None and not sharded
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As for any module; of a fit, which brings the model to its device by this, where it came from is kept."""
+        if self._is_lent and self._home is None:
+            self._home = self.model.device
+        return super().to(*args, **kwargs)
 
     def cpu(self) -> Self:
-        """To the CPU; at the end of a fit, where Lightning calls this, to the device that the model came from."""
+        """To the CPU; at the end of a fit, where Lightning calls this once or twice, to where the model came from,
+        which it has not left if the fit was refused before it began."""
+        if not self._is_lent:
+            return super().cpu()
         home, self._home = self._home, None
-        return super().cpu() if home is None else self.to(home)
+        return self if home is None else super().to(home)
 
     def training_step(self, batch: PairBatch | None, batch_idx: int) -> dict[str, Observation] | None:
         """Observe the current site of the current block on one batch; nothing where another process has more."""

@@ -35,7 +35,7 @@ from lit_thought.runs.streams import SitePatch
 from lit_thought.settings import DEFAULT_SITES, LONG_SITES, FitSettings, directions_for
 from lit_thought.statistics.distributed import gather_json, share
 from lit_thought.statistics.manifest import Manifest
-from lit_thought.statistics.preserve_file import Preservation
+from lit_thought.statistics.preserve_file import Preservation, config_hash
 from lit_thought.statistics.resume import UnfinishedFit
 from lit_thought.statistics.saved import StatisticsWriter
 from lit_thought.timing import Stopwatch
@@ -296,12 +296,14 @@ class Preparation:
             identity = common_fingerprint(model)
         if settings.resume_dir is not None:
             kept, summing = self._kept(), settings.statistics_dir is not None
-            hooks, processes = hook_names(model), trainer.world_size
-            whole = identity_of(kept, self.preserved.texts, [identity, *hooks], data, processes, summing)
+            ours, processes = [identity, config_hash(model), *hook_names(model)], trainer.world_size
+            if data.val_pairs:  # whose figures are of the scaled patch
+                kept |= {"scale": settings.scale}
+            whole = identity_of(kept, self.preserved.texts, ours, tokenizer, data, processes, summing)
             self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
             if self.unfinished.inputs is not None:
                 data.restore(self.unfinished.inputs)
-        self.preserved.check(model, tokenizer, settings, self.blocks, self.sites, identity)
+        self.preserved.check(model, tokenizer, settings, self.blocks, self.sites, self.directions, identity)
         if data.settings.generate and data.known is None and (data.missing or data.to_write):
             try_options(data, model, tokenizer)
         with self.stopwatch("write"):

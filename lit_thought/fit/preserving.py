@@ -9,11 +9,14 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_thought.errors import ThoughtError
+from lit_thought.files import cache_folder, check_writable
 from lit_thought.model.blocks import Block
 from lit_thought.model.sharding import is_sharded
 from lit_thought.patch.weights import patched_fingerprint
 from lit_thought.prompts.unrelated import chat_windows, load_texts, text_windows
 from lit_thought.settings import FitSettings, TextSource
+from lit_thought.statistics.distributed import gather_json
 from lit_thought.statistics.preserve import cached_file, entry_of, preservation, preservation_bar, site_sizes, window_of
 from lit_thought.statistics.preserve_file import Preservation, is_preservation_file
 
@@ -88,13 +91,14 @@ class PreservationSource:
         settings: FitSettings,
         blocks: Sequence[Block],
         sites: Sequence[str],
+        directions: int,
         identity: str | None = None,
     ) -> None:
-        """Refuse, before any long work, a file of another model or without a site of the fit, and texts of the caller's
-        that are too short.
+        """Refuse, before any long work, a file of another model or without a site of the fit, texts of the caller's
+        that are too short, and a cache that cannot be written where it has not what the fit needs.
 
         Args:
-            model, tokenizer, settings, blocks, sites: those of the fit.
+            model, tokenizer, settings, blocks, sites, directions: those of the fit.
             identity: the model's :func:`~lit_thought.patch.weights.patched_fingerprint`, where it is known.
 
         Raises:
@@ -105,6 +109,19 @@ class PreservationSource:
             self.file.check_sites(site_sizes(blocks, sites))
         elif not self.chats:
             self.windows(model, tokenizer, settings, False)
+        if not self or settings.preserve_weight == 0 or (self.file is not None and settings.statistics_dir is None):
+            return
+        try:
+            check_writable(cache_folder(settings.cache_dir), "cache_dir")
+        except ThoughtError:
+            if self.file is not None:
+                there = [entry_of(settings.cache_dir, self.file.digest)]
+            else:  # with chats or without, as the form of the prompts may not be known yet
+                every = [self.windows(model, tokenizer, settings, apart) for apart in (False, True)]
+                where = (settings.cache_dir, identity or patched_fingerprint(model), sites, directions)
+                there = [cached_file(model, blocks, texts + chats, *where) for texts, chats in every]
+            if not any(file.is_file() for file in there):
+                raise
 
     def place(self, asked: Asked) -> str:
         """A sentence that says whether the unrelated text's statistics are there, and where they are kept; empty where
@@ -129,9 +146,13 @@ class PreservationSource:
         first = trainer.local_rank == 0
         together = is_sharded(asked.model) and self.file is None
         found: tuple[Preservation | None, bool | None] = (None, None)
+        failure: ThoughtError | None = None
         if first or together:
-            found = self._load(asked, show and first, first)
-        trainer.strategy.barrier("preserve")
+            try:
+                found = self._load(asked, show and first, first)
+            except ThoughtError as error:  # which the others, who wait here, are to raise, too
+                failure = error
+        gather_json(failure, asked.model.device)
         if not (first or together):
             found = self._load(asked, False, True)
         return found
@@ -153,9 +174,13 @@ class PreservationSource:
             )
 
     def _copied(self, file: Preservation, settings: FitSettings, device: torch.device) -> tuple[Preservation, bool]:
-        """A file's copy in the cache, where the statistics of the fit find it later; and that nothing was computed."""
+        """The file's statistics, and that nothing was computed: where those of the fit are kept, of a copy in the
+        cache, in which they find it later."""
         entry = entry_of(settings.cache_dir, file.digest)
-        if not entry.is_file() or entry.read_bytes() != file.path.read_bytes():
+        if settings.statistics_dir is None:
+            entry = file.path
+            file.check_numbers()
+        elif not entry.is_file() or entry.read_bytes() != file.path.read_bytes():
             file.check_numbers()
             file.save(entry, overwrite=True)
         return Preservation(entry, device), True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lit_thought
 from lit_thought.fit.data import PairDataModule
@@ -61,6 +62,7 @@ def identity_of(
     settings: Mapping[str, Any],
     texts: Sequence[str] | None,
     identity: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
     data: PairDataModule,
     processes: int,
     summing: bool,
@@ -70,13 +72,16 @@ def identity_of(
     Args:
         settings: what :func:`kept_settings` gives.
         texts: unrelated texts to preserve.
-        identity: the model's fingerprint, and the hooks that are on it.
+        identity: the model's fingerprint, its configuration's, and the hooks that are on it.
+        tokenizer: the model's, whose words and chat template make the prompts.
         data: the pairs.
         processes: of the fit.
         summing: whether it keeps its sums.
     """
     return {
         "model": list(identity),
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "chat_template": tokenizer.chat_template,
         "settings": {name: value for name, value in settings.items() if name not in OF_THE_PAIRS},
         "pairs": data.given,
         "instructions": [data.instruction, *pair_instructions(data.given, data.instruction)],
@@ -87,6 +92,16 @@ def identity_of(
         "processes": processes,
         "statistics": summing,  # stages are kept with their sums, too
     }
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what makes tokens of a text; how the last call padded and cut them is not in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        made: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    else:
+        made = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 
 def _instructions(data: PairDataModule, store: bool) -> dict[str, Any]:

@@ -222,6 +222,11 @@ def _check_weights(model: PreTrainedModel) -> None:
                 f"model: the weight {name!r} is on the meta device (offloaded to memory or disk by a device_map, or "
                 f"not loaded). {_ON_ONE}"
             )
+        if device.type == "mps":
+            raise UnsupportedModelError(
+                f"model: the weight {name!r} is on {device}, which has no float64 numbers; expected a CPU or a CUDA "
+                "GPU. Load it on the CPU: load_model(name, device='cpu')."
+            )
     if len(places) > 1:
         shown = ", ".join(f"{name!r} on {device}" for device, name in places.items())
         raise UnsupportedModelError(f"model: its weights are on several devices ({shown}). {_ON_ONE}")

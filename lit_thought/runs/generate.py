@@ -155,7 +155,9 @@ class _Sampler(LogitsProcessor):
         if 0 < self.near < scores.shape[1]:
             places = scores.topk(self.near).indices.sort().values  # in the vocabulary's order, as draws go by sums
             near = scores.gather(1, places)
-        total = self.warpers(cast(Any, input_ids), cast(Any, near)).double().softmax(-1).cumsum(-1)
+        each = self.warpers(cast(Any, input_ids), cast(Any, near)).double().softmax(-1)
+        exact = torch.are_deterministic_algorithms_enabled()  # CUDA's sums over a vector are none of these
+        total = (each.cpu() if exact else each).cumsum(-1).to(scores.device)
         drawn = [torch.rand((), generator=own, dtype=torch.float64, device="cpu") for own in self.generators]
         place = torch.stack(drawn).to(total).unsqueeze(1) * total[:, -1:]
         token = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)

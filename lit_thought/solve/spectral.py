@@ -81,7 +81,8 @@ def top_eigenvectors(matrix: Tensor, rank: int | float | None) -> tuple[Tensor, 
     values, vectors = eigh(matrix)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if isinstance(rank, float):
-        explained = values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+        some = values.cpu()  # CUDA's sums over a vector are none of its deterministic algorithms
+        explained = some.cumsum(0) / some.sum().clamp_min(torch.finfo(values.dtype).tiny)
         rank = min(len(values), int((explained < rank).sum()) + 1) if float(values.sum()) > 0 else 1
     return values[:rank], vectors[:, :rank]
 

@@ -112,9 +112,12 @@ def pair_kl(model: Any, patch: ThoughtPatch, pair: TokenisedPair) -> float:
     return float((np.exp(wanted) * (wanted - got)).sum(-1)[heavy].mean())
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
+@pytest.mark.parametrize(("batch_size", "numbers"), [(1, 2**26), (2, 2**26), (32, 2**26), (32, 1)])
 @pytest.mark.parametrize("instructions", [["a b c"] * 5, ["a b c", "d e", "a b c", "a b c", "French fox"]])
-def test_divergence_of_each_pair_and_drift_are_those_of_whole_runs(instructions: list[str], batch_size: int) -> None:
+def test_divergence_of_each_pair_and_drift_are_those_of_whole_runs(
+    instructions: list[str], batch_size: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_thought.runs.logits._NUMBERS", numbers)
     model, template = make_model("llama"), PromptTemplate.parse("Q: {input}\nA: {output}")  # ends in the output
     pairs = [
         template.tokenise(TOKENIZER, chunk + "\n", pair["input"], pair["output"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from command_line import fit_arguments, make_files
 from fits import INSTRUCTION, PAIRS, TOKENIZER, distance, readable
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from models import make_model
 
@@ -62,6 +62,21 @@ def test_it_ends_as_an_error_with_the_cure(callbacks: list, options: dict, done:
     with pytest.raises(ThoughtError, match=rf"stopped after ({done}) stages .* Pass resume_dir"):
         fit(tmp_path, tuple(callbacks), **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"max_time": {"seconds": 0}}, {"fast_dev_run": True}], ids=["stopped", "refused"])
+def test_the_model_stays_where_it_was(options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning brings the module to the CPU at its end, and once more when that raises; it may have been on a GPU."""
+    moved: list[Any] = []
+    monkeypatch.setattr(LightningModule, "cpu", lambda module: moved.append(module) or module)
+    with pytest.raises(ThoughtError):
+        fit(tmp_path, **options)
+    assert not moved
+    fit(tmp_path)
+    assert not moved
+    module = ThoughtModule(make_model("llama"), TOKENIZER)
+    assert module.cpu() is module  # its owner's own wish
+    assert moved == [module]
 
 
 def test_with_resume_dir_the_same_call_goes_on(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ FITS: dict[str, dict[str, Any]] = {
 }
 BROKEN: dict[str, dict[str, Any]] = {
     "not finite": {"pairs": PAIRS, "broken": {"rank": 1, "how": "nan"}},
+    "not preserved": {"pairs": PAIRS, "thought": {"preserve": TEXTS[::-1]}, "broken": {"how": "preserve"}},
     "rank 1 fails": {"pairs": PAIRS, "broken": {"rank": 1, "how": "raise", "busy": 0}, "output": "never"},
     "rank 0 fails": {"pairs": PAIRS, "broken": {"rank": 0, "how": "raise", "busy": 2}, "output": "never"},
 }
@@ -141,7 +142,7 @@ class Watch(Callback):
             _spy(StageSums, "reduce", self._reduced),
             _spy(StageSums, "solve", lambda run, sums, *rest: self.seen["solved"].append(sums.name) or run()),
             _spy(ThoughtPatch, "save_adapter", lambda run, *rest, **_: self._count("written") or run()),
-            _spy(preserve, "_compute", lambda run, *rest: self._count("computed") or run()),
+            _spy(preserve, "_compute", self._computed),
         ]
         if self.exact:
             self._spies += _unrounded()
@@ -176,6 +177,12 @@ class Watch(Callback):
 
     def _count(self, what: str) -> None:
         self.seen[what] += 1
+
+    def _computed(self, run: Callable[[], Any], *rest: Any) -> Any:
+        self._count("computed")
+        if self.broken is not None and self.broken["how"] == "preserve":
+            raise ThoughtError(MESSAGE.format(self.seen["rank"]))
+        return run()
 
     def _reduced(self, run: Callable[[], None], sums: StageSums, owner: int, device: torch.device) -> None:
         parts = [part for part in (sums.matrix, sums.vector) if part is not None]
@@ -415,7 +422,7 @@ def main(path: str) -> None:
         launch = {**({} if name in plan.get("noisy", ()) else QUIET), "devices": plan["devices"], "strategy": strategy}
         if name in FITS:
             fit(name, FITS[name], folder, folder, plan.get("shuffled", True), **launch)
-        elif name == "not finite":
+        elif name in ("not finite", "not preserved"):
             with noted(folder, name):
                 fit(name, BROKEN[name], folder, folder, False, **launch)
         elif name == "collectives":

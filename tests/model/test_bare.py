@@ -204,6 +204,18 @@ def test_weights_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch)
         make_patch(model)
 
 
+def test_weights_without_float64_are_refused() -> None:
+    class Apple(nn.Parameter):
+        device = torch.device("mps:0")
+
+    model = small()
+    for name, value in list(model.named_parameters()):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], Apple(value.detach().clone(), requires_grad=False))
+    with pytest.raises(UnsupportedModelError, match=r"on mps:0, which has no float64 .*load_model\(name, device='cpu'"):
+        make_patch(model)
+
+
 def doors(patch: ThoughtPatch, vectors: ThoughtPatch, folder: Path) -> dict[str, Callable[[Any], Any]]:
     """Everything public that takes a model, beside fits."""
     saved = SavedStatistics.load(folder / "statistics")

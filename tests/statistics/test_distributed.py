@@ -56,7 +56,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 def two(launch: Launch) -> Run:
     """By torchrun, one fit with all that Lightning writes and shows."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return launch(2, "thought_ddp", [*script.FITS, "not finite", "rank 1 fails"], *torchrun, noisy=["stored"])
+    return launch(
+        2, "thought_ddp", [*script.FITS, "not finite", "not preserved", "rank 1 fails"], *torchrun, noisy=["stored"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +246,13 @@ def test_errors_of_the_solve_are_raised_by_all(two: Run) -> None:
     assert texts[0].startswith("SingularSystemError: block 1, mlp_out")
     assert [seen["error"][0] for seen in two.seen("not finite")] == ["SingularSystemError"] * 2
     assert all((1, "mlp_out", "matrix") not in seen["patch"] for seen in two.seen("not finite"))
+
+
+def test_an_error_of_the_process_that_preserves_is_raised_by_all(two: Run) -> None:
+    """The others wait for what it computes."""
+    texts = [(two.folder / f"not preserved-{rank}.txt").read_text() for rank in (0, 1)]
+    assert texts == ["ThoughtError: process 0 broke down"] * 2
+    assert [seen["computed"] for seen in two.seen("not preserved")] == [1, 0]
 
 
 # --- sums and messages -------------------------------------------------------------------------------------

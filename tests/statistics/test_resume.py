@@ -16,10 +16,11 @@ import pytest
 import torch
 from fits import ROUNDING, distance, make_patch
 from interrupted_fit import PAIRS, Interrupted, Solves, fit
-from models import make_model
+from models import make_model, make_tokenizer
 from patches import make_patch as random_patch
 from quantised import quantise_
 
+from lit_thought import transmute
 from lit_thought.errors import ThoughtError
 from lit_thought.fit import preparing
 from lit_thought.model.blocks import find_blocks
@@ -195,6 +196,51 @@ def test_a_patch_beside_quantised_layers_makes_another_fit(tmp_path: Path, monke
     with random_patch(model).applied(model), pytest.raises(ThoughtError, match="belongs to another fit"):
         make_patch(model, **settings)
     assert distance(make_patch(model, **settings), make_patch(model, **settings)) <= ROUNDING
+
+
+def test_stages_of_other_prompts_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call, behind another chat template, another tokenizer, another configuration."""
+    model, tokenizer = make_model("llama").float(), make_tokenizer()
+
+    def go_on(**settings: Any) -> Any:
+        usual = {"pairs": PAIRS, "rank": 2, "preserve": None, "template": "chat", "progress": False}
+        return transmute(model, tokenizer, "Be a pirate.", resume_dir=tmp_path / "unfinished", **{**usual, **settings})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageSums, "solve", Solves(3))
+        with pytest.raises(Interrupted):
+            go_on()
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<|s|>", "<|s|> ")
+    assert tokenizer.chat_template != template
+    with pytest.raises(ThoughtError, match="belongs to another fit"):
+        go_on()
+    tokenizer.chat_template = template
+    tokenizer, own = make_tokenizer(bos=True), tokenizer
+    with pytest.raises(ThoughtError, match="belongs to another fit"):
+        go_on()
+    tokenizer = own
+    tokenizer(["hot", "cold water"], padding=True)  # which the tokenizer keeps, and no prompt depends on
+    model.config.rms_norm_eps *= 2
+    with pytest.raises(ThoughtError, match="belongs to another fit"):
+        go_on()
+    model.config.rms_norm_eps /= 2
+    assert go_on().rank == 2
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_a_cache_that_cannot_be_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual one, which nobody named. A fit that keeps nothing there does not ask for it."""
+    monkeypatch.setattr(preparing, "write_inputs", lambda *args: pytest.fail("inputs are written"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ThoughtError, match=r"cache_dir=.* is a file"):
+        transmute(make_model("llama"), make_tokenizer(), "Be a pirate.", inputs=3, max_new_tokens=3, progress=False)
+    monkeypatch.undo()
+    monkeypatch.setenv("LIT_THOUGHT_CACHE", str(tmp_path / "file"))
+    make_patch(make_model("llama"), cache_dir=None, preserve=None)
 
 
 @pytest.mark.parametrize("name", ["resume_dir", "cache_dir"])
