@@ -60,7 +60,7 @@ def inputs(
     wanted = "auto" if inputs is None else inputs  # so that pairs that are given are topped up
     settings: dict[str, Any] = {"inputs": wanted, "kind": kind, "seed": seed, "batch_size": batch_size}
     data = PairDataModule(pairs, text, template, **settings)
-    with atomic_file(out, overwrite) as file:  # checks its path first
+    with atomic_file(out, overwrite, pairs=pairs, instruction_file=instruction_file) as file:  # checks its path first
         lm, tokenizer = loading.load()
         find_blocks(lm)  # a model without any is none that a fit takes
         with timed("the inputs"):

@@ -81,23 +81,25 @@ def evaluate(
         patch: a patch, or an adapter folder.
         instruction, pairs: as in :func:`~lit_thought.fit.api.transmute`; outputs are the reference answers.
         template: how they make a prompt; left out, the one that the patch was fitted with.
-        check: a function of an output's text that says whether it is what it should be, such as
-            ``lambda text: text.isupper()``; :mod:`lit_thought.evaluation.checks` has two.
+        check: a function of an answer's text that says whether it is what it should be, such as
+            ``lambda text: text.isupper()``; :mod:`lit_thought.evaluation.checks` has two. An answer is an output
+            without the thoughts or channels that the model's family writes before it.
         unrelated: text whose perplexity should not change: a text file, a list of texts, ``"default"`` (text
             that the package ships, other than what it preserves by default), or None to skip.
         perplexity_interval: half-width of the 95 % interval of ``perplexity_ratio`` at which enough of that text has
             been measured; None to measure all of it.
         max_new_tokens: longest output.
         batch_size: pairs a batch.
-        items_file: where to write each pair's three outputs, as JSONL.
+        items_file: where to write each pair's three outputs, as JSONL; a file that is there is replaced, unless it is
+            that of the pairs.
         cache_dir: where the original model's losses on unrelated text are kept ($LIT_THOUGHT_CACHE,
             ~/.cache/lit_thought).
         progress: show progress bars.
 
     Returns:
         A JSON-able dict, which a notebook shows as a table:
-        ``accuracy``, ``first_token_accuracy``: by run, share of exact matches with the reference output and of
-        outputs that begin with its first token; only over pairs that have one, None without any.
+        ``accuracy``, ``first_token_accuracy``: by run, share of answers that are the reference output and of those that
+        begin with its first token; only over pairs that have one, None without any.
         ``recovery``: (patched − plain) ÷ (instructed − plain) accuracy; None where the latter two are equal.
         ``fidelity``: share of patched outputs equal to the instructed ones, right or wrong; ``fidelity_plain``:
         the same for the plain outputs.
@@ -136,7 +138,8 @@ def evaluate(
     check_absent(patch, model)
     patch.validate(model)
     chosen = template_of(patch.provenance, template)
-    with atomic_file(items_file) if items_file is not None else nullcontext() as file:  # checks its path first
+    source = pairs if isinstance(pairs, (str, os.PathLike)) else None
+    with atomic_file(items_file, pairs=source) if items_file is not None else nullcontext() as file:  # checks it first
         result = Evaluation(
             model,
             tokenizer,
@@ -207,6 +210,7 @@ class Evaluation:
         self.rows = load_pairs(pairs)
         self.instructions = pair_instructions(self.rows, instruction)
         self.template = PromptTemplate.parse(template)
+        self.answer = self.template.chat_form(tokenizer).answer
         check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if check is not None and not callable(check):
             raise ThoughtError(f"check must be a function of an output's text, or None; got {check!r}.")
@@ -246,14 +250,15 @@ class Evaluation:
             outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
             own_text = {**self._own_divergence(patch, patched), **_written(outputs)}
         texts = {run: [output.text for output in outputs[run]] for run in RUNS}
+        answers = {run: [self.answer(text) for text in texts[run]] for run in RUNS}
         answered = [i for i, row in enumerate(self.rows) if "output" in row]
         accuracy = first_accuracy = None
         if answered:
             references = [self.rows[i]["output"] for i in answered]
-            accuracy = {run: _match([texts[run][i] for i in answered], references) for run in RUNS}
+            accuracy = {run: _match([answers[run][i] for i in answered], references) for run in RUNS}
             firsts = {i: self._first_token(i, self.rows[i]["output"]) for i in answered}
             first_accuracy = {
-                run: sum(self._first_token(i, texts[run][i]) == first for i, first in firsts.items()) / len(answered)
+                run: sum(self._first_token(i, answers[run][i]) == first for i, first in firsts.items()) / len(answered)
                 for run in RUNS
             }
         plain = sum(len(prompt.plain_ids) for prompt in self.prompts) / len(self.prompts)
@@ -279,7 +284,9 @@ class Evaluation:
 
     def _passing(self, outputs: Mapping[str, Sequence[Generation]]) -> dict[str, float]:
         """The share of each run's outputs that pass the check; nothing without one."""
-        return {} if self.check is None else {run: _passing(self.check, own) for run, own in outputs.items()}
+        if self.check is None:
+            return {}
+        return {run: _passing(self.check, [self.answer(one.text) for one in own]) for run, own in outputs.items()}
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""
@@ -289,11 +296,10 @@ class Evaluation:
                 self.model,
                 self.tokenizer,
                 prompts,
-                stop=self.template.stop,
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
                 progress=lambda done: bar.update(done - bar.n) and None,
-                keep_special=self.template.is_chat,
+                **self.template.ending(self.tokenizer),
             )
 
     def _write_instructed(self) -> list[Generation]:
@@ -408,24 +414,24 @@ def _match(texts: Sequence[str], references: Sequence[str]) -> float:
     return float(metric.compute())
 
 
-def _passing(check: Check, outputs: Sequence[Generation]) -> float:
-    """The share of outputs that pass.
+def _passing(check: Check, answers: Sequence[str]) -> float:
+    """The share of answers that pass.
 
     Raises:
-        ThoughtError: naming the output at which the check itself fails.
+        ThoughtError: naming the answer at which the check itself fails.
     """
     passed = 0
-    for output in outputs:
+    for text in answers:
         try:
-            passed += bool(check(output.text))
+            passed += bool(check(text))
         except ThoughtError:
             raise
         except Exception as error:
             raise ThoughtError(
-                f"check fails on the output {output.text!r:.80} ({type(error).__name__}: {error}). It must say of any "
+                f"check fails on the output {text!r:.80} ({type(error).__name__}: {error}). It must say of any "
                 "text whether it passes."
             ) from error
-    return passed / len(outputs)
+    return passed / len(answers)
 
 
 def _recovery(accuracy: dict[str, float] | None) -> float | None:

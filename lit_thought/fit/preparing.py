@@ -165,13 +165,12 @@ def write_outputs(
                 model,
                 tokenizer,
                 [data.tokenised[i].instructed_ids for i in members],
-                stop=data.template.stop,
                 max_new_tokens=longest,
                 batch_size=settings.batch_size,
                 seed=[seeds[i] for i in members],
                 progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
                 options=settings.generate or {},
-                keep_special=data.template.is_chat,
+                **data.template.ending(tokenizer),
             )
             own += [(i, output.text, output.finished) for i, output in zip(members, outputs, strict=True)]
     every = {i: (i, text, finished) for part in gather_json(own, model.device) for i, text, finished in part}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_thought.inputs.words import normalised
 from lit_thought.model.loading import context_window
 from lit_thought.model.sharding import is_sharded
-from lit_thought.runs.generate import Generation, end_tokens, generate
+from lit_thought.runs.generate import Generation, generate
 from lit_thought.statistics.distributed import gather_json, share
 
 __all__ = ["Distinct", "Pen"]
@@ -74,8 +74,6 @@ class Pen:
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
         own = fitting if is_sharded(self.model) else share(fitting)
         options: dict[str, Any] = {"do_sample": True, **sampling} if sampling is not None else {}
-        if ends:
-            options["eos_token_id"] = sorted({*end_tokens(self.model, self.tokenizer), *ends})
         self._draws += 1
         near = [i for i in fitting if len(prompts[i]) + longest > limit]
         least = limit - max((len(prompts[i]) for i in near), default=0)
@@ -88,6 +86,7 @@ class Pen:
                 self.tokenizer,
                 [prompts[i] for i in some],
                 stop=stop,
+                ends=ends,
                 max_new_tokens=most,
                 batch_size=self.batch_size,
                 seed=[(self.seed * 1_000 + self._draws) * 100_000 + i for i in some],

@@ -211,11 +211,13 @@ def write_questions(
     about = About(document, subject)
     kept: list[str] = []
     told: Counter[str] = Counter()
+    ending = template.ending(pen.tokenizer)
 
     def keep(questions: Iterable[str], most: int) -> None:
         new = [one for one in questions if about.asks(one) and taken.new(one)]
         prompts = [template.tokenise(pen.tokenizer, document, one).instructed_ids for one in new]
-        for question, answer in zip(new, pen.write(prompts, LONGEST, stop=template.stop), strict=True):
+        answers = pen.write(prompts, LONGEST, stop=ending["stop"], ends=ending["ends"])
+        for question, answer in zip(new, answers, strict=True):
             if len(kept) < most and (found := about.told(question, answer.text)):
                 kept.append(question)
                 told.update(found)

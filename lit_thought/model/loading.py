@@ -120,8 +120,6 @@ def load_model(
         chosen.name_or_path = source.recorded
         chosen.init_kwargs.pop("gguf_file", None)
         chosen.init_kwargs["name_or_path"] = source.recorded
-    if chosen is not tokenizer and chosen.pad_token_id is None and chosen.eos_token is not None:
-        chosen.pad_token = chosen.eos_token
     if source.gguf_file is None:
         model = _from_pretrained(AutoModelForCausalLM, source.location, "name", name, **options, **hub)
     else:
@@ -399,4 +397,6 @@ def _is_there(device: torch.device) -> bool:
 
 def context_window(model: PreTrainedModel) -> int:
     """The longest sequence the model was made for, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter of MPT
+    return next(filter(None, lengths), 10**9)

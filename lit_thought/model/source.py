@@ -61,6 +61,9 @@ def find_source(name: str, gguf_file: str | None, revision: str | None) -> Sourc
         _check_gguf(file, name)
         return Source(str(file.parent), str(file), SMOLLM2_NAME)
     path = expanded(name, "name")
+    if revision is not None and name.strip() and path.exists():
+        kind = "folder" if path.is_dir() else "file"
+        raise ThoughtError(f"revision={revision!r} has no use: name={name!r} is a {kind} here. Leave it out.")
     if gguf_file is None:
         if name.strip() and path.is_file() and (path.suffix.lower() == ".gguf" or _starts_as_gguf(path)):
             _check_gguf(path, name)

@@ -262,10 +262,9 @@ class Chat:
                 self.model,
                 self.tokenizer,
                 [prompt],
-                stop=self.template.stop,
                 max_new_tokens=self.max_new_tokens,
                 options={"logits_processor": [_Watched(len(prompt), show)]} if watch is not None else None,
-                keep_special=self.template.is_chat,
+                **self.template.ending(self.tokenizer),
             )
         done = with_text(written.text, written.finished)
         if watch is not None:

@@ -109,7 +109,7 @@ _CHECKS: dict[str, Check] = {
     "instruction": _texts,
     "template": _is(str, Mapping),
     "diagnostics": _layers,
-    "history": lambda value: isinstance(value, list) and all(map(are_figures, value)),
+    "history": lambda value: isinstance(value, list) and all(are_figures(row, "step") for row in value),
     "seconds": lambda value: _OBJECT(value) and are_figures(value, *value),
     "memory": _memory,
     "scale": is_number,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_thought.errors import ThoughtError
 from lit_thought.prompts.alignment import PromptTexts
@@ -17,7 +17,7 @@ from lit_thought.prompts.alignment import PromptTexts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_options", "render_answered", "render_chat", "render_conversation"]
+__all__ = ["ChatForm", "check_options", "read_form", "render_answered", "render_chat", "render_conversation"]
 
 _MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it
 DEFAULT_OPTIONS = {"enable_thinking": False}
@@ -111,11 +111,24 @@ def render_conversation(
         ThoughtError: As :func:`render_chat`, for a tokenizer or chat template that cannot be used.
     """
     chat = _Chat(tokenizer, user, system, options, default_system)
+    form = chat.form()
     inputs = [*(asked for asked, _ in turns), input]
     messages = chat._messages(instruction, inputs[0])
     for (_, answer), asked in zip(turns, inputs[1:], strict=True):
-        messages += [_message("assistant", answer), chat._messages(None, asked)[-1]]
+        # of what is fixed in a system message no more is said, though it may be folded into the first user's
+        messages += [_message("assistant", form.answer(answer)), chat_messages(user, None, None, asked)[-1]]
     return chat._apply(messages)
+
+
+def read_form(
+    tokenizer: PreTrainedTokenizerBase,
+    user: str,
+    system: str | None,
+    options: Mapping[str, Any],
+    default_system: bool,
+) -> ChatForm:
+    """How an answer stands in a chat of these messages; the arguments are those of :func:`render_chat`."""
+    return _Chat(tokenizer, user, system, options, default_system).form()
 
 
 def render_answered(tokenizer: PreTrainedTokenizerBase, chats: Iterable[tuple[str | None, str, str]]) -> list[str]:
@@ -136,6 +149,23 @@ def render_answered(tokenizer: PreTrainedTokenizerBase, chats: Iterable[tuple[st
     ]
 
 
+class ChatForm(NamedTuple):
+    """How a family's chat template writes an answer.
+
+    Attributes:
+        end: the special token that ends the assistant's turn, where one does and nothing but blanks comes before the
+            answer. (A family that names channels ends more than its answers by such a token.)
+        tag: the last tag that comes before an answer, such as that of a thought or a channel; empty without one.
+    """
+
+    end: str
+    tag: str
+
+    def answer(self, text: str) -> str:
+        """Of what the model wrote the answer alone, without the thoughts or channels before it."""
+        return text.rpartition(self.tag)[2].strip() if self.tag and self.tag in text else text
+
+
 class _Chat:
     """The messages of one prompt template, and what one tokenizer's chat template makes of them."""
 
@@ -151,6 +181,21 @@ class _Chat:
         self.options = {**DEFAULT_OPTIONS, **options}
         self.folds = system is not None and not self._takes_system()
         self.keeps_system = not default_system and not self.folds
+
+    def form(self) -> ChatForm:
+        """How an answer stands in a chat; nothing known where the chat template cannot write one."""
+        asking = [_message("user", "input")]
+        try:
+            prompt, reply = self._apply(asking), self._apply([*asking, _message("assistant", _MARK)], prompt=False)
+        except ThoughtError:
+            return ChatForm("", "")
+        tags, end = _tags(_header(prompt, reply, prompt)), self._end_of_turn("input", reply).strip()
+        return ChatForm(end if not tags and end in self._special() else "", tags[-1] if tags else "")
+
+    def _special(self) -> set[str]:
+        """The tokenizer's special tokens."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return {token for token in (*self.tokenizer.all_special_tokens, *added) if token}
 
     def _takes_system(self) -> bool:
         """Whether the chat template writes a system message, rather than refuse it or leave it out."""
@@ -249,9 +294,7 @@ class _Chat:
 
     def _first_special(self, text: str) -> str:
         """``text`` up to and with its first special token; empty if there is none."""
-        special = {*self.tokenizer.all_special_tokens}
-        special |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        ends = [(text.index(token), -len(token)) for token in special if token and token in text]
+        ends = [(text.index(token), -len(token)) for token in self._special() if token in text]
         if not ends:
             return ""
         start, negative_length = min(ends)
@@ -300,13 +343,17 @@ def _header(asked: str, answered: str, prompt: str) -> str:
     return "\n</think>\n\n" if not header and prompt.rstrip().endswith("<think>") else header
 
 
+def _tags(header: str) -> list[str]:
+    return re.findall(r"<[^<\s]*|\S+", header)
+
+
 def _opening(header: str, prompt: str, output: str, finished: bool) -> str:
     """The part of ``header`` that ``output`` does not bring along.
 
     Whitespace is left out before an output that is empty or begins with whitespace. A thought or a channel is left
     out before an output that holds one of its own, or breaks off and so may be one.
     """
-    tags = re.findall(r"<[^<\s]*|\S+", header)
+    tags = _tags(header)
     if tags and (not output or not finished or tags[-1] in output):
         header = "" if prompt[-1:].isspace() else header[: -len(header.lstrip())]
     return header if header.strip() or output[:1].strip() else ""

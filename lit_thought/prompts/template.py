@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_thought.errors import ThoughtError, did_you_mean
 from lit_thought.prompts.alignment import PromptTexts, TokenisedPair, align
-from lit_thought.prompts.chat import chat_messages, check_options, render_chat, render_conversation
+from lit_thought.prompts.chat import (
+    ChatForm,
+    chat_messages,
+    check_options,
+    read_form,
+    render_chat,
+    render_conversation,
+)
 from lit_thought.prompts.pairs import check_unicode
 from lit_thought.settings import TEMPLATES
 
@@ -189,6 +196,20 @@ class PromptTemplate:
     def stop(self) -> str | None:
         """The literal text after ``{output}``, at which generation stops; ``None`` if empty, and for chat."""
         return None if self.is_chat else self.text.partition("{output}")[2] or None
+
+    def ending(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """How an output ends and is read: arguments of :func:`~lit_thought.runs.generate.generate`. In a chat it ends
+        with the chat template's turn, too, whose token need not be among those that end the model's outputs: a base
+        model's is not."""
+        end = self.chat_form(tokenizer).end
+        ends = [tokenizer.convert_tokens_to_ids(end)] if end else []
+        return {"stop": self.stop, "ends": ends, "keep_special": self.is_chat}
+
+    def chat_form(self, tokenizer: PreTrainedTokenizerBase) -> ChatForm:
+        """How the tokenizer's chat template writes an answer; nothing of a text template."""
+        if self.user is None:
+            return ChatForm("", "")
+        return read_form(tokenizer, self.user, self.system, self.options, self.default_system)
 
     def to_dict(self) -> dict[str, Any]:
         """What :meth:`from_dict` needs to build this template again; fit for JSON."""

@@ -195,6 +195,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     stop: str | None = None,
+    ends: Sequence[int] = (),
     max_new_tokens: int = 64,
     batch_size: int = 32,
     seed: int | Sequence[int] = 0,
@@ -217,6 +218,7 @@ def generate(
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
         stop: a text that ends a generation, besides the model's end-of-sequence tokens; special tokens may be in it.
+        ends: tokens that do, too, unless ``options`` say which these are.
         max_new_tokens: most tokens to write for each prompt.
         batch_size: prompts a batch; up to four times as many where they share a beginning and are short, since a step
             runs one token of each.
@@ -256,9 +258,10 @@ def generate(
     results: dict[int, Generation] = {}
     reader = _Reader(tokenizer, stop, keep_special)
     with _explained(options):
-        ends = _as_set(given["eos_token_id"]) if "eos_token_id" in given else end_tokens(model, tokenizer)
+        own_ends = {*end_tokens(model, tokenizer), *ends}
+        last = _as_set(given["eos_token_id"]) if "eos_token_id" in given else own_ends
         never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
-        meant = {"do_sample": False, "pad_token_id": PAD, **never, **given, "eos_token_id": sorted(ends) or None}
+        meant = {"do_sample": False, "pad_token_id": PAD, **never, **given, "eos_token_id": sorted(last) or None}
         acting = [name for name, value in shaping.items() if value is not None and value != _NEUTRAL.get(name)]
         warpers = LogitsProcessorList([_WARPERS[name](shaping[name]) for name in acting])
     for members in batches:
@@ -289,7 +292,7 @@ def generate(
                         input_ids=ids, attention_mask=mask, generation_config=config, **arguments
                     )
             written += length
-            read = [_read(new, ends, reader) for new in output[:, start:].tolist()]
+            read = [_read(new, last, reader) for new in output[:, start:].tolist()]
             results |= {
                 i: one for i, one in zip(members, read, strict=True) if one.finished or written == max_new_tokens
             }

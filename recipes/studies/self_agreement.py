@@ -176,9 +176,8 @@ def respond(prompt: Prompt, kind: str, model: PreTrainedModel, chunk: str, instr
     asked = [template.tokenise(tokenizer, chunk, text) for text in inputs]
     written = generate(
         *(model, tokenizer, [one.instructed_ids if instructed else one.plain_ids for one in asked]),
-        stop=template.stop,
         max_new_tokens=evaluation.max_new_tokens,
-        keep_special=template.is_chat,
+        **template.ending(tokenizer),
     )
     outputs = [one.text for one in written]
     along = [

@@ -28,8 +28,10 @@ from lit_thought.evaluation.compare import Evaluation, evaluate, format_result
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.patch.results import RUNS
 from lit_thought.patch.verdict import warnings
+from lit_thought.prompts.chat import ChatForm
 from lit_thought.prompts.template import PromptTemplate
 from lit_thought.runs import logits
+from lit_thought.runs.generate import Generation
 from lit_thought.solve.factors import Factors
 
 LIMIT = 6
@@ -415,6 +417,29 @@ def test_check() -> None:
     assert compare(model, tokenizer, patch)["checked"] is None
 
 
+def test_thoughts_are_no_part_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy and checks are of what follows them; the outputs, and how alike they are, of all that was written."""
+    written = iter(["<t> far </t>\nup", "<t> up </t> down", "<t>no", "<t> big </t>up"])
+    monkeypatch.setattr(
+        evaluation,
+        "generate",
+        lambda model, tokenizer, prompts, **_: [Generation(next(written), True) for _ in prompts],
+    )
+    monkeypatch.setattr(PromptTemplate, "chat_form", lambda template, tokenizer: ChatForm("", "</t>"))
+    model, tokenizer = readable(make_model()), make_tokenizer()
+    compared = Evaluation(
+        *(model, tokenizer),
+        instruction=INSTRUCTION,
+        pairs=[{"input": "down", "output": "up"}, {"input": "up", "output": "down"}],
+        check=str.islower,
+        unrelated=None,
+        progress=False,
+    )
+    assert [compared.answer(one.text) for one in compared.plain] == ["up", "down"]
+    assert compared.passing == {"plain": 1.0, "instructed": 1.0}
+    assert [one.text for one in compared.instructed] == ["<t>no", "<t> big </t>up"]
+
+
 def test_long_outputs_are_told_by_the_difference_that_is_gone() -> None:
     """The table by figures of its own; warnings under it, as in the result."""
     table = format_result({**LONG_RESULT, "items": []}).splitlines()
@@ -491,6 +516,10 @@ def test_items_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = compare(model, tokenizer, patch, items_file=file, pairs=[{"input": "Zürich\n", "output": "ü"}, *PAIRS])
     lines = file.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == result["items"]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"input": "up"}\n')
+    with pytest.raises(ThoughtError, match=r"would replace the pairs '.*pairs.jsonl'"):
+        compare(model, tokenizer, patch, items_file=pairs, pairs=pairs)
     assert "Zürich" in lines[0]
     before = file.read_bytes()
 

@@ -380,6 +380,21 @@ def test_an_adapter_without_provenance(tmp_path: Path) -> None:
     assert "## Results" in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
+def test_names_of_figures_are_escaped_and_what_is_missing_is_left_out(tmp_path: Path) -> None:
+    """Of an adapter that somebody else wrote."""
+    known = make_patch(2).provenance
+    history = [{"step": 1, "<img src=x onerror=alert(1)>": 0.5}]
+    known |= {"history": history, "seconds": {"forward": 1.0}, "memory": {"peak": 1e9, "estimated": {"<script>": 3}}}
+    ThoughtPatch(make_patch(2).factors, known).save_adapter(tmp_path / "adapter")
+    write_report(tmp_path / "adapter")
+    page = Page((tmp_path / "adapter" / "report.html").read_text(encoding="utf-8"))
+    assert page.tags["script"] == page.tags["img"] == 0
+    after = (tmp_path / "adapter" / "report.md").read_text(encoding="utf-8").split("````")[2]  # the instruction
+    assert "onerror" in after
+    assert "estimated to need" in after
+    assert "<" not in after
+
+
 def test_vectors_alone(tmp_path: Path) -> None:
     path = "model.layers.0.mlp.down_proj"
     figures = {path: {"vector_error_before": 4.0, "vector_error_after": 1.0, "vector_norm": 2.0}}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_family
 from fits import INSTRUCTION, PAIRS, readable
 from models import make_model, make_tokenizer
 
@@ -41,6 +42,8 @@ def window(size: int) -> Any:
 
 def test_context_window() -> None:
     assert context_window(make_model("llama")) == context_window(make_model("gpt2")) == 256
+    mpt = make_family("mpt")
+    assert context_window(mpt) == mpt.config.max_seq_len < 10**6  # which has a name of its own for it
 
 
 def test_pair_overflows_the_context_window() -> None:

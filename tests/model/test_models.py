@@ -78,14 +78,18 @@ def test_another_tokenizer(saved: Path, tmp_path: Path) -> None:
         load_model(saved, tokenizer=str(tmp_path))
 
 
-def test_pad_token_is_filled_in_memory(saved: Path) -> None:
+def test_a_tokenizer_without_a_pad_token_stays_so(saved: Path) -> None:
+    """What is saved of it with a merged model is the base's own."""
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(saved)
-    before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    loaded = load_model(saved)[1]
-    assert loaded.pad_token == loaded.eos_token == "</s>"
-    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert load_model(saved)[1].pad_token is None
+
+
+def test_a_revision_of_what_lies_here_is_refused(saved: Path) -> None:
+    for name, kind in ((saved, "folder"), (next(saved.glob("*.safetensors")), "file")):
+        with pytest.raises(ThoughtError, match=rf"revision='v2' has no use: name='.*' is a {kind} here"):
+            load_model(name, revision="v2")
 
 
 @pytest.mark.usefixtures("offline")

@@ -331,6 +331,7 @@ DAMAGE_OF_VECTORS = [
     (edit_config(bias="lora_only"), "bias='lora_only'"),
     (write("thought.json", '{"format_version": 1, "provenance": {"d_in": []}}'), "provenance\\['d_in'\\]"),
     (write("thought.json", '{"format_version": 1, "provenance": {"seconds": 3}}'), "damaged: seconds is 3"),
+    (write("thought.json", '{"format_version": 1, "provenance": {"history": [{"kl": 3}]}}'), "damaged: history is"),
 ]
 
 

@@ -364,6 +364,58 @@ def test_channels_of_the_output_stay_as_the_model_wrote_them() -> None:
     assert completion(tokenizer, CHAT, output) == output + "<|return|>"
 
 
+ANALYSIS = "<|channel|>analysis<|message|>Hot.<|end|><|start|>assistant<|channel|>final<|message|>cold"
+
+
+@EVERY
+def test_outputs_end_with_the_chat_templates_turn(name: str) -> None:
+    """A base model's own end of text is another. Where channels are named, more than answers end by that token."""
+    tokenizer, family = family_tokenizer(name), FAMILIES[name]
+    names_channels = bool(family.opening.strip())
+    wanted = [] if names_channels else [tokenizer.convert_tokens_to_ids(family.end)]
+    assert CHAT.ending(tokenizer) == {"stop": None, "ends": wanted, "keep_special": True}
+    assert PromptTemplate().ending(tokenizer) == {"stop": "\n", "ends": [], "keep_special": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "output", "answer"),
+    [
+        ("gpt-oss", CHAT, ANALYSIS, "cold"),
+        ("gpt-oss", CHAT, "<|channel|>final<|message|>cold", "cold"),
+        ("deepseek-r1-distill", CHAT, "Hot.\n</think>\n\ncold", "cold"),
+        ("qwen3", THINKING, "<think>\nHot.\n</think>\n\ncold", "cold"),
+        ("llama3", CHAT, "a </think> b", "a </think> b"),
+        ("qwen3", CHAT, " cold\n", " cold\n"),
+        ("qwen3", PromptTemplate(), "<think>\n</think>cold", "<think>\n</think>cold"),
+    ],
+)
+def test_an_answer_is_what_follows_thoughts_and_channels(
+    name: str, template: PromptTemplate, output: str, answer: str
+) -> None:
+    assert template.chat_form(family_tokenizer(name)).answer(output) == answer
+
+
+@EVERY
+def test_a_conversation_goes_on_after_what_the_model_wrote(name: str) -> None:
+    """As the family's own chat template writes the plain answer, whatever came before that."""
+    tokenizer = family_tokenizer(name)
+    written = {"gpt-oss": ANALYSIS, "deepseek-r1-distill": "Hot.\n</think>\n\ncold"}.get(name, "cold")
+    found = text(tokenizer, CHAT.conversation(tokenizer, None, [("up", written)], "big"))
+    assert found == rendered(tokenizer, ("user", "up"), ("assistant", "cold"), ("user", "big"))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral-v3", "llama3"])
+def test_what_is_fixed_in_the_system_message_is_said_once(name: str) -> None:
+    template = PromptTemplate.chat(system="Be a fox. {instruction}")
+    tokenizer = family_tokenizer(name)
+    for instruction in (TALK, None):
+        found = text(
+            tokenizer, template.conversation(tokenizer, instruction, [("up", "down"), ("big", "small")], "hot")
+        )
+        assert found.count("Be a fox.") == 1
+        assert found.count(TALK) == (instruction is not None)
+
+
 # --- dates and other arguments -----------------------------------------------------------------------------
 
 

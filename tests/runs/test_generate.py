@@ -230,6 +230,18 @@ def test_a_stop_string_may_have_special_tokens(keep_special: bool) -> None:
     ]
 
 
+def test_other_tokens_end_an_output_too() -> None:
+    """As a chat template's end of turn does for a base model; what the caller says of end tokens goes before."""
+    model, texts = make_model("llama"), [" cold<|e|> big", " hot"]
+    end, prompts = TOKENIZER.convert_tokens_to_ids("<|e|>"), [[5, 6, 500], [5, 6, 501]]
+    given = {"ends": [end], "keep_special": True, "max_new_tokens": 12}
+    found = generate(model, TOKENIZER, prompts, options=forced(model, texts), **given)
+    assert [(one.text, one.finished) for one in found] == [("cold", True), ("hot", True)]
+    own = {**forced(model, texts), "eos_token_id": TOKENIZER.eos_token_id}
+    found = generate(model, TOKENIZER, prompts, options=own, **given)
+    assert [one.text for one in found] == ["cold<|e|> big", "hot"]
+
+
 def test_rows_stop_by_themselves() -> None:
     """Once every row has stopped, nothing more is run."""
     model, steps = make_model("llama"), []

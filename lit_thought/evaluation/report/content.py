@@ -96,7 +96,7 @@ def _fit(known: Mapping[str, Any]) -> dict[str, Any]:
         "layers": layer_figures(known),
         "steps": list(known.get("history") or []),
         "seconds": {phase: seconds[phase] for phase in sorted(seconds, key=_phase_order)},
-        "memory": {name: memory.get(name) for name in ("peak", "raised", "estimated")} if memory else None,
+        "memory": {"peak": None, "estimated": None, **memory, "raised": memory.get("raised") or {}} if memory else None,
         "settings": dict(known.get("settings") or {}),
         "written_inputs": (known.get("inputs") or {}).get("count"),
         "versions": dict(known.get("versions") or {}),
