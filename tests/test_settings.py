@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fits import INSTRUCTION, PAIRS, make_patch
 from models import make_model
 
-from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, transmute
+from lit_thought import PairDataModule, ThoughtCallback, ThoughtError, settings, transmute
 from lit_thought.cli import COMMANDS
 from lit_thought.cli.parser import command_parser
 from lit_thought.fit.selection import AUTO
@@ -98,3 +99,22 @@ def test_the_signature_names_the_settings_that_are_taken() -> None:
     assert function(1, rank=2) == {"first": 1, "last": 0, "rank": 2}
     with pytest.raises(TypeError, match="seed"):
         function(1, seed=3)
+
+
+def test_the_page_says_what_is_taken_where_settings_are_left_out() -> None:
+    """Of demonstrations, short system messages, and long ones or documents."""
+    page = (Path(__file__).parents[1] / "recipes/site/pages/how_to/only_an_instruction.md").read_text(encoding="utf-8")
+    lines = page.partition("| setting |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = {cells[0]: cells[1:] for line in lines for cells in [[cell.strip() for cell in line.strip("| ").split("|")]]}
+    both, alone = (", ".join(f"`{name}`" for name in sites) for sites in (settings.DEFAULT_SITES, settings.LONG_SITES))
+    few, many = f"{settings.DIRECTIONS} directions", f"{settings.LONG_DIRECTIONS:,} directions"
+    ridge, larger = f"{settings.RIDGE:g}", f"{settings.LARGER_PRESERVE_WEIGHT:g}"
+    outputs = settings.OUTPUT_TOKENS, settings.LONG_OUTPUT_TOKENS
+    assert rows == {
+        "`rank`": [f"{settings.RANK}", f"{settings.RANK}", f"{settings.LONG_RANK}"],
+        "`sites`": [both, both, alone],
+        f"`ridge`, for up to {settings.FEW_ANSWERS} tokens of answers": [ridge] * 3,
+        "`preserve_weight`, likewise": [larger, f"{settings.PRESERVE_WEIGHT:g}", larger],
+        "preserved": [f"text and chats, {few}", f"text, {few}", f"text, {many}"],
+        "`max_new_tokens`": [f"{outputs[0]}", f"{outputs[0]}", f"{outputs[1]}"],
+    }
