@@ -44,8 +44,9 @@ def evaluate_adapter(  # not evaluate: jsonargparse looks for the name in the pa
         instruction: the instruction; the one the adapter was made from when left out.
         instruction_file: a UTF-8 text file to read it from instead.
         template: as for fit; the adapter's own when left out.
-        check: a regular expression that an output should match, anywhere in it, such as '^[A-Z]'.
-        check_schema: a JSON schema that an output should follow, as a file; the output is JSON from beginning to end.
+        check: a regular expression that an answer should match, anywhere in it, such as '^[A-Z]'; an answer is an
+            output without the thoughts or channels before it.
+        check_schema: a JSON schema that an answer should follow, as a file; it is JSON from beginning to end.
         unrelated: text file to measure perplexity on; "default" for text that the package ships, null to skip.
         perplexity_interval: half-width of the 95 % interval of the perplexities' ratio at which enough of that text has
             been measured; null to measure all of it.

@@ -1,4 +1,4 @@
-"""Checks of an output's text, for ``evaluate``: a regular expression, a JSON schema."""
+"""Checks of an answer's text, for ``evaluate``: a regular expression, a JSON schema."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_thought.files import expanded, parse_json, read_json
 __all__ = ["Check", "follows", "matches"]
 
 Check = Callable[[str], bool]
-"""Whether an output is what it should be."""
+"""Whether an answer is what it should be."""
 _VALUES = ("const", "enum", "default", "examples")
 """Keywords of a schema that hold values rather than schemas."""
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")

@@ -123,7 +123,8 @@ def evaluate(
         tokens, and the losses (:func:`~lit_thought.evaluation.perplexity.window_losses`).
         ``prompt_tokens``: mean per query, plain and instructed, and ``saved``.
         ``warnings``: sentences on what these figures would hide (:func:`~lit_thought.patch.verdict.warnings`).
-        ``items``: input, reference and the three outputs of each pair; ``pairs``: how many.
+        ``items``: input, reference and the three outputs of each pair, and where the model's family writes thoughts or
+        channels the three ``answers`` without them; ``pairs``: how many.
 
     Raises:
         ThoughtError: for bad input, such as another instruction than that of a patch that keeps a hash of it, or no
@@ -210,10 +211,10 @@ class Evaluation:
         self.rows = load_pairs(pairs)
         self.instructions = pair_instructions(self.rows, instruction)
         self.template = PromptTemplate.parse(template)
-        self.answer = self.template.chat_form(tokenizer).answer
+        self.form = self.template.chat_form(tokenizer)
         check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if check is not None and not callable(check):
-            raise ThoughtError(f"check must be a function of an output's text, or None; got {check!r}.")
+            raise ThoughtError(f"check must be a function of an answer's text, or None; got {check!r}.")
         self.check = check
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         texts = load_texts(unrelated, "evaluate", "unrelated") if unrelated is not None else None
@@ -250,7 +251,7 @@ class Evaluation:
             outputs = {"plain": self.plain, "instructed": self.instructed, "patched": patched}
             own_text = {**self._own_divergence(patch, patched), **_written(outputs)}
         texts = {run: [output.text for output in outputs[run]] for run in RUNS}
-        answers = {run: [self.answer(text) for text in texts[run]] for run in RUNS}
+        answers = {run: [self.form.answer(text) for text in texts[run]] for run in RUNS}
         answered = [i for i, row in enumerate(self.rows) if "output" in row]
         accuracy = first_accuracy = None
         if answered:
@@ -277,6 +278,7 @@ class Evaluation:
             "prompt_tokens": {"plain": plain, "instructed": instructed, "saved": instructed - plain},
             "items": [
                 {"input": row["input"], "reference": row.get("output"), **{run: texts[run][i] for run in RUNS}}
+                | ({"answers": {run: answers[run][i] for run in RUNS}} if self.form.header else {})
                 for i, row in enumerate(self.rows)
             ],
         }
@@ -286,7 +288,7 @@ class Evaluation:
         """The share of each run's outputs that pass the check; nothing without one."""
         if self.check is None:
             return {}
-        return {run: _passing(self.check, [self.answer(one.text) for one in own]) for run, own in outputs.items()}
+        return {run: _passing(self.check, [self.form.answer(one.text) for one in own]) for run, own in outputs.items()}
 
     def _write(self, run: str, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         """Greedy outputs of the model as it is now."""
@@ -327,7 +329,7 @@ class Evaluation:
         leads: dict[str, dict[int, Any]] = {run: {} for run in RUNS}
         shown = {"desc": "Comparing token by token", "unit": "batch", "disable": not self.progress, "leave": False}
         for batch in tqdm(batches, **shown):
-            for part, _ in logit_parts(self.model, batch, batch.weights > 0):
+            for part, _ in logit_parts(self.model, batch, torch.ones(len(batch.weights), dtype=torch.bool)):
                 wanted = batch_logits(self.model, part, "target", leads["instructed"])
                 for run in runs:
                     with patch.applied(self.model, check=False) if run == "patched" else nullcontext():
@@ -428,7 +430,7 @@ def _passing(check: Check, answers: Sequence[str]) -> float:
             raise
         except Exception as error:
             raise ThoughtError(
-                f"check fails on the output {text!r:.80} ({type(error).__name__}: {error}). It must say of any "
+                f"check fails on the answer {text!r:.80} ({type(error).__name__}: {error}). It must say of any "
                 "text whether it passes."
             ) from error
     return passed / len(answers)

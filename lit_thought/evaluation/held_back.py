@@ -15,7 +15,7 @@ from lit_thought.evaluation.metrics import token_kl
 from lit_thought.model.loading import context_window, evaluating
 from lit_thought.patch.patch import ThoughtPatch
 from lit_thought.prompts.alignment import TokenisedPair
-from lit_thought.prompts.batches import PairBatch, forward_inputs, pad
+from lit_thought.prompts.batches import PAD, PairBatch, forward_inputs, pad
 from lit_thought.prompts.unrelated import text_windows
 from lit_thought.runs.logits import batch_logits, logit_parts
 
@@ -54,7 +54,7 @@ class HeldBack:
     ) -> None:
         self.model = model
         every = text_windows(tokenizer, texts, min(_WINDOW, context_window(model)))
-        self.text = pad(every[:: max(1, len(every) // _WINDOWS)][:_WINDOWS], 0, "right").to(model.device)
+        self.text = pad(every[:: max(1, len(every) // _WINDOWS)][:_WINDOWS], PAD, "right").to(model.device)
         batches = output_batches(pairs, instructions, batch_size)
         if not any(bool(batch.answers.any()) for batch in batches):
             raise ThoughtError('the held-back pairs have empty outputs, on which "auto" could compare nothing.')

@@ -23,7 +23,7 @@ from lit_thought.model.discovery import wider
 from lit_thought.model.loading import context_window, fingerprint
 from lit_thought.model.sharding import is_sharded
 from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.prompts.batches import forward_inputs, pad
+from lit_thought.prompts.batches import PAD, forward_inputs, pad
 from lit_thought.prompts.unrelated import text_windows
 from lit_thought.solve.intervals import perplexity_ratio
 
@@ -188,7 +188,7 @@ def window_losses(
     step = max(1, min(batch_size, _LOGITS // size))
     for start in range(0, len(windows), step):
         batch = windows[start : start + step]
-        tokens = pad(batch, 0, "right").to(model.device)
+        tokens = pad(batch, PAD, "right").to(model.device)
         logits = model(**forward_inputs(tokens, 0), use_cache=False).logits
         each = []
         for row, ids, length in zip(logits, tokens.ids, map(len, batch), strict=True):

@@ -177,7 +177,8 @@ class ThoughtCallback(Callback):
         if settings.rank != "usual":
             check_rank(settings.rank, largest_rank(blocks, stages))
         if preserved:
-            self.preserved.check(module.model, module.tokenizer, settings, blocks, sites, directions_for(long))
+            how = (settings, blocks, sites, directions_for(long), not data.is_chat(module.tokenizer))
+            self.preserved.check(module.model, module.tokenizer, *how)
         return stages
 
     @property

@@ -137,6 +137,13 @@ class PairDataModule(LightningDataModule):
         template = find_template(tokenizer, self.instruction, self.given_template)
         return find_kind(tokenizer, self.instruction, template)
 
+    def is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether prompts go through the chat template, also where that is found with the inputs to be written."""
+        if not self.to_write:
+            return self.template.is_chat
+        assert self.instruction is not None
+        return find_template(tokenizer, self.instruction, self.given_template).is_chat
+
     def is_long(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether the instruction is much to know, where its :meth:`form` is known: a document, or a long system
         prompt."""

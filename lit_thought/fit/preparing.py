@@ -302,7 +302,8 @@ class Preparation:
             self.unfinished = UnfinishedFit(settings.resume_dir, whole, first, settings.store_instruction)
             if self.unfinished.inputs is not None:
                 data.restore(self.unfinished.inputs)
-        self.preserved.check(model, tokenizer, settings, self.blocks, self.sites, self.directions, identity)
+        apart = not data.is_chat(tokenizer)
+        self.preserved.check(model, tokenizer, settings, self.blocks, self.sites, self.directions, apart, identity)
         if data.settings.generate and data.known is None and (data.missing or data.to_write):
             try_options(data, model, tokenizer)
         with self.stopwatch("write"):
@@ -313,7 +314,6 @@ class Preparation:
             for told in filter(None, (data.is_no_chat(tokenizer), data.saves_nothing()) if first else ()):
                 _log.warning(told)
             self._plan(len(data.missing) * data.longest(tokenizer))
-        apart = not data.template.is_chat
         windows = self.preserved.windows(model, tokenizer, settings, apart)
         asked = Asked(model, self.blocks, self.sites, settings, identity, self.directions, *windows)
         if show and first:

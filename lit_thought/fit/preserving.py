@@ -92,6 +92,7 @@ class PreservationSource:
         blocks: Sequence[Block],
         sites: Sequence[str],
         directions: int,
+        apart: bool,
         identity: str | None = None,
     ) -> None:
         """Refuse, before any long work, a file of another model or without a site of the fit, texts of the caller's
@@ -99,6 +100,7 @@ class PreservationSource:
 
         Args:
             model, tokenizer, settings, blocks, sites, directions: those of the fit.
+            apart: as for :meth:`windows`.
             identity: the model's :func:`~lit_thought.patch.weights.patched_fingerprint`, where it is known.
 
         Raises:
@@ -115,12 +117,12 @@ class PreservationSource:
             check_writable(cache_folder(settings.cache_dir), "cache_dir")
         except ThoughtError:
             if self.file is not None:
-                there = [entry_of(settings.cache_dir, self.file.digest)]
-            else:  # with chats or without, as the form of the prompts may not be known yet
-                every = [self.windows(model, tokenizer, settings, apart) for apart in (False, True)]
+                entry = entry_of(settings.cache_dir, self.file.digest)
+            else:
+                texts, chats = self.windows(model, tokenizer, settings, apart)
                 where = (settings.cache_dir, identity or patched_fingerprint(model), sites, directions)
-                there = [cached_file(model, blocks, texts + chats, *where) for texts, chats in every]
-            if not any(file.is_file() for file in there):
+                entry = cached_file(model, blocks, texts + chats, *where)
+            if not entry.is_file():
                 raise
 
     def place(self, asked: Asked) -> str:
@@ -146,13 +148,17 @@ class PreservationSource:
         first = trainer.local_rank == 0
         together = is_sharded(asked.model) and self.file is None
         found: tuple[Preservation | None, bool | None] = (None, None)
-        failure: ThoughtError | None = None
+        failure: Exception | None = None
         if first or together:
             try:
                 found = self._load(asked, show and first, first)
-            except ThoughtError as error:  # which the others, who wait here, are to raise, too
+            except Exception as error:  # of which the others, who wait here, are to be told
                 failure = error
-        gather_json(failure, asked.model.device)
+        try:
+            gather_json(failure and _told(failure), asked.model.device)
+        finally:
+            if failure is not None:
+                raise failure
         if not (first or together):
             found = self._load(asked, False, True)
         return found
@@ -184,3 +190,8 @@ class PreservationSource:
             file.check_numbers()
             file.save(entry, overwrite=True)
         return Preservation(entry, device), True
+
+
+def _told(error: Exception) -> ThoughtError:
+    """An error of one process, for all others."""
+    return error if isinstance(error, ThoughtError) else ThoughtError(f"preserve: {type(error).__name__}: {error}")

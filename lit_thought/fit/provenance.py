@@ -101,7 +101,8 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         made: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]
     else:
         made = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    return hashlib.sha256(json.dumps([made, special], sort_keys=True).encode()).hexdigest()
 
 
 def _instructions(data: PairDataModule, store: bool) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["gathered", "is_sharded", "own_rows", "unhooked", "whole"]
+__all__ = ["anywhere", "gathered", "is_sharded", "own_rows", "unhooked", "whole"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -25,6 +26,17 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 def is_sharded(value: nn.Module | Tensor) -> bool:
     """Whether a module is FSDP2's, or a tensor is a DTensor."""
     return hasattr(value, "unshard" if isinstance(value, nn.Module) else "full_tensor")
+
+
+def anywhere(found: bool, value: Tensor) -> bool:
+    """Whether it was found of any process's part of a tensor; all processes that have one ask together."""
+    if not is_sharded(value):
+        return found
+    sharded: Any = value
+    flag = torch.tensor(float(found), device=sharded.device_mesh.device_type)
+    for group in sharded.device_mesh.get_all_groups():
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group)
+    return bool(flag)
 
 
 @contextmanager

@@ -194,6 +194,7 @@ def _are_shares(figures: Mapping[str, float]) -> bool:
 def _is_item(value: Any) -> bool:
     item = _mapping(value)
     texts = [item.get(key) for key in ("input", *RUNS)]
+    texts += [_mapping(item["answers"]).get(run) for run in RUNS] if "answers" in item else []
     return all(isinstance(text, str) for text in texts) and isinstance(item.get("reference"), str | None)
 
 
@@ -244,7 +245,7 @@ def three_way(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], sam
         samples: how many of the items to keep, the first ones.
     """
     answered = [item for item in items if item.get("reference") is not None]
-    right = {run: [_same(item[run], item["reference"]) for item in answered] for run in RUNS}
+    right = {run: [_same(item.get("answers", item)[run], item["reference"]) for item in answered] for run in RUNS}
     faithful = {run: [_same(item[run], item["instructed"]) for item in items] for run in ("plain", "patched")}
     first = result.get("first_token_accuracy") or {}
     own = result.get("own_text") or {}

@@ -29,7 +29,7 @@ from lit_thought.errors import PatchError
 from lit_thought.model.bare import uncompiled, unwrap
 from lit_thought.model.layers import is_linear, layer_shape, sits_beside
 from lit_thought.model.loading import fingerprint, fingerprint_with, model_name
-from lit_thought.model.sharding import is_sharded, own_rows
+from lit_thought.model.sharding import anywhere, is_sharded, own_rows
 from lit_thought.patch.change import Change
 from lit_thought.patch.provenance import beneath
 from lit_thought.solve.factors import Factors
@@ -194,7 +194,7 @@ def apply(change: Change, model: nn.Module, check: bool = True) -> None:
             originals[name] = None if value is None else value.detach().clone()
     try:
         for name, layer in layers.items():
-            _add(name, layer, additions[name])
+            _add(name, layer, additions[name], bounded=True)
     except BaseException:
         _rebuild(layers, originals, [other for _, other in state.changes])
         raise
@@ -380,9 +380,13 @@ def _clear_beside(name: str, layer: nn.Module) -> None:
         hook.handle.remove()
 
 
-def _add(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+def _add(name: str, layer: nn.Module, addition: Factors | Tensor, bounded: bool = False) -> None:
     """``W += B A`` (transposed for Conv1D) or ``b += v``, in float32 or better, rounded to the dtype once; or beside
-    the layer."""
+    the layer.
+
+    Raises:
+        PatchError: where that is ``bounded``, if a sum leaves the range of the dtype.
+    """
     if sits_beside(layer):
         _add_beside(name, layer, addition)
         return
@@ -401,7 +405,7 @@ def _add(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
             delta = own_rows(addition.B.to(value.device, dtype), value) @ addition.A.to(value.device, dtype)
         own: Tensor = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
         total = (own.to(dtype) + delta).to(own.dtype)
-        if not bool(total.isfinite().all()):
+        if bounded and anywhere(not bool(total.isfinite().all()), value):
             raise PatchError(
                 f"{own.dtype} cannot hold {name!r} with the patch on it: a value overflows. Load the model in a dtype "
                 "of a larger range, torch.float32 or torch.bfloat16, or scale the patch down."

@@ -109,7 +109,6 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 def make_batches(
     pairs: Sequence[TokenisedPair],
     batch_size: int,
-    pad_id: int = PAD,
     groups: Sequence[Any] | None = None,
     answer_weight: float = 1.0,
 ) -> list[PairBatch]:
@@ -118,7 +117,6 @@ def make_batches(
     Args:
         pairs: tokenised pairs.
         batch_size: pairs a batch.
-        pad_id: any token of the model.
         groups: one hashable key a pair (its instruction); only pairs of one group share a lead.
         answer_weight: weight of the output's tokens and of the token before them; others weigh 1.
 
@@ -127,18 +125,18 @@ def make_batches(
     """
     keys = list(groups) if groups is not None else [None] * len(pairs)
     batches: list[PairBatch] = []
-    _add_sinks(batches, pairs, pad_id)
+    _add_sinks(batches, pairs)
     for key in dict.fromkeys(keys):
         members = [pair for pair, k in zip(pairs, keys, strict=True) if k == key]
-        _add_group(batches, members, batch_size, pad_id, answer_weight)
+        _add_group(batches, members, batch_size, answer_weight)
     return batches
 
 
-def _add_sinks(batches: list[PairBatch], pairs: Sequence[TokenisedPair], pad_id: int) -> None:
+def _add_sinks(batches: list[PairBatch], pairs: Sequence[TokenisedPair]) -> None:
     """Attention sinks without BOS should stay what the original model makes of them, alone at position 0."""
     counts = Counter(pair.plain_ids[0] for pair in pairs if pair.sink)
     if counts:
-        tokens = pad([[token] for token in counts], pad_id, "right")
+        tokens = pad([[token] for token in counts], PAD, "right")
         rows = torch.arange(len(counts))
         weights = torch.tensor([float(n) for n in counts.values()], dtype=torch.float64)
         batches.append(PairBatch(len(batches), None, tokens, tokens, rows, rows, weights, torch.zeros_like(weights)))
@@ -148,7 +146,6 @@ def _add_group(
     batches: list[PairBatch],
     pairs: list[TokenisedPair],
     batch_size: int,
-    pad_id: int,
     answer_weight: float,
 ) -> None:
     plain_lead, target_lead = _lead_lengths(pairs)
@@ -160,8 +157,8 @@ def _add_group(
             PairBatch(
                 len(batches),
                 None,
-                pad([pairs[0].plain_ids[:plain_lead]], pad_id, "right") if plain_lead else None,
-                pad([pairs[0].instructed_ids[:target_lead]], pad_id, "right"),
+                pad([pairs[0].plain_ids[:plain_lead]], PAD, "right") if plain_lead else None,
+                pad([pairs[0].instructed_ids[:target_lead]], PAD, "right"),
                 torch.tensor([p for p, _ in shared], dtype=torch.long),
                 torch.tensor([q for _, q in shared], dtype=torch.long),
                 *_weights(answers, len(pairs), answer_weight),
@@ -171,8 +168,8 @@ def _add_group(
     for start in range(0, len(ordered), batch_size):
         members = ordered[start : start + batch_size]
         # on the right: padding between a lead and its followers would use up a sliding window
-        plain = pad([pair.plain_ids[plain_lead:] for pair in members], pad_id, "right")
-        target = pad([pair.instructed_ids[target_lead:] for pair in members], pad_id, "right")
+        plain = pad([pair.plain_ids[plain_lead:] for pair in members], PAD, "right")
+        target = pad([pair.instructed_ids[target_lead:] for pair in members], PAD, "right")
         plain_rows, target_rows, answers = [], [], []
         for row, pair in enumerate(members):
             plain_start = row * plain.ids.shape[1] - plain_lead

@@ -155,15 +155,21 @@ class ChatForm(NamedTuple):
     Attributes:
         end: the special token that ends the assistant's turn, where one does and nothing but blanks comes before the
             answer. (A family that names channels ends more than its answers by such a token.)
-        tag: the last tag that comes before an answer, such as that of a thought or a channel; empty without one.
+        header: what comes right before an answer: the end of a thought, the name of a channel; empty without one.
+        start: how a thought or a channel begins; where the prompt has begun one, nothing.
     """
 
-    end: str
-    tag: str
+    end: str = ""
+    header: str = ""
+    start: str = ""
 
     def answer(self, text: str) -> str:
-        """Of what the model wrote the answer alone, without the thoughts or channels before it."""
-        return text.rpartition(self.tag)[2].strip() if self.tag and self.tag in text else text
+        """Of what the model wrote the answer alone, without the thoughts or channels before it; nothing of an output
+        that breaks off in these."""
+        _, found, after = text.rpartition(self.header) if self.header else ("", "", text)
+        if found:
+            return after.strip()
+        return "" if self.header and text.lstrip().startswith(self.start) else text
 
 
 class _Chat:
@@ -188,9 +194,14 @@ class _Chat:
         try:
             prompt, reply = self._apply(asking), self._apply([*asking, _message("assistant", _MARK)], prompt=False)
         except ThoughtError:
-            return ChatForm("", "")
-        tags, end = _tags(_header(prompt, reply, prompt)), self._end_of_turn("input", reply).strip()
-        return ChatForm(end if not tags and end in self._special() else "", tags[-1] if tags else "")
+            return ChatForm()
+        header, end = _header(prompt, reply, prompt).strip(), self._end_of_turn("input", reply).strip()
+        tags = _tags(header)
+        if not tags:
+            return ChatForm(end if end in self._special() else "")
+        closes, begun = tags[-1].startswith("</"), prompt.rstrip().endswith("<think>")
+        start = re.match(r"<[^<>\s]*>", header)
+        return ChatForm("", tags[-1] if closes else header, "" if begun or start is None else start[0])
 
     def _special(self) -> set[str]:
         """The tokenizer's special tokens."""

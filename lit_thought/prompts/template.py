@@ -208,7 +208,7 @@ class PromptTemplate:
     def chat_form(self, tokenizer: PreTrainedTokenizerBase) -> ChatForm:
         """How the tokenizer's chat template writes an answer; nothing of a text template."""
         if self.user is None:
-            return ChatForm("", "")
+            return ChatForm()
         return read_form(tokenizer, self.user, self.system, self.options, self.default_system)
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from lit_thought.prompts.batches import PAD, common_prefix, pad
 from lit_thought.runs.room import with_room
 from lit_thought.runs.streams import lead_cache
 
-__all__ = ["Generation", "check_options", "end_tokens", "generate"]
+__all__ = ["Generation", "check_options", "generate"]
 
 _WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "temperature": TemperatureLogitsWarper,
@@ -258,7 +258,7 @@ def generate(
     results: dict[int, Generation] = {}
     reader = _Reader(tokenizer, stop, keep_special)
     with _explained(options):
-        own_ends = {*end_tokens(model, tokenizer), *ends}
+        own_ends = {*_end_tokens(model, tokenizer), *ends}
         last = _as_set(given["eos_token_id"]) if "eos_token_id" in given else own_ends
         never = {name: getattr(model.generation_config, name, None) for name in _NEVER}
         meant = {"do_sample": False, "pad_token_id": PAD, **never, **given, "eos_token_id": sorted(last) or None}
@@ -412,7 +412,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: boo
     return batches
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens at which ``model.generate`` ends a sequence, and the tokenizer's own."""
     config = model.generation_config if model.generation_config is not None else model.config.get_text_config()
     return {*_as_set(getattr(config, "eos_token_id", None)), *_as_set(tokenizer.eos_token_id)}

@@ -28,7 +28,7 @@ from lit_thought.model.discovery import wider
 from lit_thought.model.loading import context_window, model_name
 from lit_thought.model.sharding import gathered, is_sharded
 from lit_thought.patch.weights import patched_fingerprint
-from lit_thought.prompts.batches import pad
+from lit_thought.prompts.batches import PAD, pad
 from lit_thought.runs.streams import Stream
 from lit_thought.settings import DEFAULT_SITES, DIRECTIONS
 from lit_thought.solve.nystrom import Sketch
@@ -191,7 +191,7 @@ def _compute(
     keep: bool,
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
     device = next(model.parameters()).device
-    tokens = [pad(windows[i : i + batch_size], 0, "right").to(device) for i in range(0, len(windows), batch_size)]
+    tokens = [pad(windows[i : i + batch_size], PAD, "right").to(device) for i in range(0, len(windows), batch_size)]
     with gathered(model):
         streams = [Stream(model, blocks, batch) for batch in tokens]
     kept: dict[tuple[int, str], dict[str, Tensor]] = {}

@@ -113,8 +113,8 @@ class UnfinishedFit:
             raise ThoughtError(f"resume_dir: {file.name} is not readable ({error}). Delete the folder.") from error
         if not is_text_of(fit, self._identity):
             raise ThoughtError(
-                f"resume_dir={str(self.folder)!r} belongs to another fit: the model, the instruction, the pairs or a "
-                "setting differ. Choose another folder, or delete it to start anew."
+                f"resume_dir={str(self.folder)!r} belongs to another fit: the model, its configuration or tokenizer, "
+                "the instruction, the pairs or a setting differ. Choose another folder, or delete it to start anew."
             )
         if digest is None and not (_are_outputs(outputs) and _are_inputs(inputs)):
             raise ThoughtError(f"resume_dir: {file.name} is damaged: it holds no outputs. Delete the folder.")

@@ -126,7 +126,7 @@ def test_a_check_that_fails_is_told_before_a_patch_is_measured(monkeypatch: pyte
         "unrelated": None,
         "progress": False,
     }
-    with pytest.raises(ThoughtError, match=r"check fails on the output '.*' \(JSONDecodeError"):
+    with pytest.raises(ThoughtError, match=r"check fails on the answer '.*' \(JSONDecodeError"):
         evaluate(model, tokenizer, random_patch(model), check=lambda text: json.loads(text)["a"], **asked)
 
 

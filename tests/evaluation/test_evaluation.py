@@ -26,7 +26,7 @@ from lit_thought.errors import PatchError, ThoughtError
 from lit_thought.evaluation import compare as evaluation
 from lit_thought.evaluation.compare import Evaluation, evaluate, format_result
 from lit_thought.patch.patch import ThoughtPatch
-from lit_thought.patch.results import RUNS
+from lit_thought.patch.results import RUNS, three_way
 from lit_thought.patch.verdict import warnings
 from lit_thought.prompts.chat import ChatForm
 from lit_thought.prompts.template import PromptTemplate
@@ -418,26 +418,26 @@ def test_check() -> None:
 
 
 def test_thoughts_are_no_part_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracy and checks are of what follows them; the outputs, and how alike they are, of all that was written."""
-    written = iter(["<t> far </t>\nup", "<t> up </t> down", "<t>no", "<t> big </t>up"])
-    monkeypatch.setattr(
-        evaluation,
-        "generate",
-        lambda model, tokenizer, prompts, **_: [Generation(next(written), True) for _ in prompts],
-    )
-    monkeypatch.setattr(PromptTemplate, "chat_form", lambda template, tokenizer: ChatForm("", "</t>"))
+    """Accuracy and checks are of what follows them; how alike outputs are is of all that was written."""
+    runs = {"plain": ["<t> far </t>\nup", "<t> up </t> down"], "instructed": ["<t>no", "<t> big </t>down"]}
+    runs["patched"] = ["<t> far </t>up", "<t> big </t>down"]
+    written = iter([*runs["plain"], *runs["instructed"], *runs["patched"]])
+
+    def write(model: Any, tokenizer: Any, prompts: Sequence[Any], **given: Any) -> list[Generation]:
+        return [Generation(next(written), True, (5, 6)) for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "generate", write)
+    monkeypatch.setattr(PromptTemplate, "chat_form", lambda template, tokenizer: ChatForm("", "</t>", "<t>"))
     model, tokenizer = readable(make_model()), make_tokenizer()
-    compared = Evaluation(
-        *(model, tokenizer),
-        instruction=INSTRUCTION,
-        pairs=[{"input": "down", "output": "up"}, {"input": "up", "output": "down"}],
-        check=str.islower,
-        unrelated=None,
-        progress=False,
-    )
-    assert [compared.answer(one.text) for one in compared.plain] == ["up", "down"]
-    assert compared.passing == {"plain": 1.0, "instructed": 1.0}
-    assert [one.text for one in compared.instructed] == ["<t>no", "<t> big </t>up"]
+    pairs = [{"input": "down", "output": "up"}, {"input": "up", "output": "down"}]
+    check = {"up", "down"}.__contains__
+    result = compare(model, tokenizer, make_patch(model, rank=2), pairs=pairs, check=check)
+    wanted = {"plain": 1.0, "instructed": 0.5, "patched": 1.0}
+    assert result["accuracy"] == result["checked"] == wanted
+    assert (result["fidelity_plain"], result["fidelity"]) == (0.0, 0.5)
+    assert result["items"][0]["instructed"] == "<t>no"
+    table = {row["key"]: row["runs"] for row in three_way(result, result["items"])["table"]}
+    assert {run: cell["value"] for run, cell in table["accuracy"].items()} == wanted
 
 
 def test_long_outputs_are_told_by_the_difference_that_is_gone() -> None:
@@ -564,7 +564,7 @@ def test_refusals_come_before_the_model_runs(tmp_path: Path) -> None:
         ({"unrelated": TEXTS, "perplexity_interval": 0.0}, "perplexity_interval must be a finite number above 0"),
         ({"unrelated": TEXTS, "perplexity_interval": math.nan}, "perplexity_interval must be a finite number above 0"),
         ({"unrelated": TEXTS, "cache_dir": "a\0b"}, "cache_dir="),
-        ({"check": "^[A-Z]"}, r"check must be a function of an output's text, or None; got '\^\[A-Z\]'"),
+        ({"check": "^[A-Z]"}, r"check must be a function of an answer's text, or None; got '\^\[A-Z\]'"),
         ({"items_file": tmp_path}, "is a folder; expected a file"),
     ):
         with pytest.raises(ThoughtError, match=message):

@@ -203,7 +203,7 @@ def long_batches(template: str = "start", batch_size: int = 4) -> list[PairBatch
         prompts.tokenise(TOKENIZER, INSTRUCTION * 3, text, pair["output"])
         for text, pair in zip(texts, PAIRS, strict=True)
     ]
-    return make_batches(pairs, batch_size, 0)
+    return make_batches(pairs, batch_size)
 
 
 @pytest.mark.slow

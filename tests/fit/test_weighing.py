@@ -80,7 +80,7 @@ def test_weights_are_those_by_hand(
     model.train()
     untouched = Untouched(model)
     pairs = tokenised(template)
-    batches = make_batches(pairs, batch_size, 0, answer_weight=WEIGHT)
+    batches = make_batches(pairs, batch_size, answer_weight=WEIGHT)
     found = weighed_by_change(model, batches, WEIGHT)
     untouched.check()
     wanted = by_hand(model.eval(), pairs, 1.5)
@@ -94,7 +94,7 @@ def test_weights_are_those_by_hand(
 
 def test_the_mean_weight_of_answers_stays() -> None:
     assert MOST > 10
-    batches = make_batches(tokenised(), 3, 0, answer_weight=WEIGHT)
+    batches = make_batches(tokenised(), 3, answer_weight=WEIGHT)
     found = weighed_by_change(make_model(), batches, WEIGHT)
     before, after = (sum(float((b.weights * (b.answers > 0)).sum()) for b in own) for own in (batches, found))
     assert after == pytest.approx(before, rel=1e-9)
@@ -103,10 +103,10 @@ def test_the_mean_weight_of_answers_stays() -> None:
 def test_nothing_to_weigh_leaves_the_weights() -> None:
     """Without outputs, and where the chunk changes nothing."""
     model = make_model()
-    batches = make_batches(tokenised(answers=False), 3, 0, answer_weight=WEIGHT)
+    batches = make_batches(tokenised(answers=False), 3, answer_weight=WEIGHT)
     assert from_batches(weighed_by_change(model, batches, WEIGHT)) == from_batches(batches)
     model.get_output_embeddings().weight.data.zero_()  # every token is as likely, whatever was read
-    batches = make_batches(tokenised(), 3, 0, answer_weight=WEIGHT)
+    batches = make_batches(tokenised(), 3, answer_weight=WEIGHT)
     assert from_batches(weighed_by_change(model, batches, WEIGHT)) == from_batches(batches)
 
 
@@ -114,7 +114,7 @@ def test_nothing_to_weigh_leaves_the_weights() -> None:
 def test_the_estimate_counts_what_weighing_takes(family: str, template: str) -> None:
     """Against PyTorch's own count, less attention's, which grows with the prompts and not with the weights."""
     model = make_model(family)
-    batches = make_batches(tokenised(template), 4, 0)
+    batches = make_batches(tokenised(template), 4)
     with FlopCounterMode(display=False) as counter:
         weighed_by_change(model, batches, WEIGHT)
     counts = {str(one): count for one, count in counter.get_flop_counts()["Global"].items()}
@@ -130,7 +130,7 @@ def test_the_estimate_counts_what_weighing_takes(family: str, template: str) -> 
 def test_logits_of_some_tokens_are_those_of_a_full_forward(family: str) -> None:
     """With the output embedding's own hooks called for them alone; softcapping is the model's."""
     model = build(family)
-    batches = make_batches(tokenised(), 4, 0)
+    batches = make_batches(tokenised(), 4)
     seen: list[int] = []
     handle = model.get_output_embeddings().register_forward_hook(lambda *args: seen.append(args[2].numel()))
     leads: dict[int, Any] = {}

@@ -129,7 +129,7 @@ def case(family: str) -> Case:
 def test_the_chunk_is_a_lead_that_all_pairs_share() -> None:
     """So that the fits below go the usual way: the chunk runs once, and what follows reads its keys and values."""
     prompts = SHORT.prompts(tokenizer())
-    lead, *others = make_batches(prompts, 32, tokenizer().pad_token_id)
+    lead, *others = make_batches(prompts, 32)
     assert lead.plain is not None
     assert len(lead.plain.ids) == len(lead.target.ids) == 1
     assert lead.target.ids.shape[1] - lead.plain.ids.shape[1] >= 14

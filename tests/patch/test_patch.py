@@ -73,11 +73,11 @@ def test_failure_midway_puts_everything_back(count: int, monkeypatch: pytest.Mon
     before = snapshot(model)
     genuine, calls = weights._add, []
 
-    def failing(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+    def failing(name: str, layer: nn.Module, addition: Factors | Tensor, **given: Any) -> None:
         calls.append(name)
         if len(calls) == count:
             raise MemoryError("no room")
-        genuine(name, layer, addition)
+        genuine(name, layer, addition, **given)
 
     monkeypatch.setattr(weights, "_add", failing)
     with pytest.raises(MemoryError):
@@ -260,6 +260,20 @@ def test_a_sum_beyond_the_dtype_is_refused_and_nothing_changes(dtype: torch.dtyp
     assert huge.delta().abs().max() > torch.finfo(dtype).max
     with pytest.raises(PatchError, match=f"{dtype} cannot hold '{last}.weight' with the patch on it"):
         ThoughtPatch({**patch.factors, last: huge}).apply_(model)
+    assert same(model, before)
+
+
+def test_removal_is_exact_where_the_others_alone_would_leave_the_range() -> None:
+    model = make_model("llama", torch.float16)
+    path, before = next(iter(output_projections(model))), snapshot(model)
+    d_out, d_in = output_projections(model)[path]
+    one = ThoughtPatch({path: Factors(torch.ones(1, d_in), torch.full((d_out, 1), -4e4))})
+    other = ThoughtPatch({path: Factors(torch.ones(1, d_in), torch.full((d_out, 1), 9e4))})
+    one.apply_(model)
+    other.apply_(model)
+    one.remove_(model)
+    assert bool(model.get_submodule(path).weight.isinf().all())  # what the other alone would have made
+    other.remove_(model)
     assert same(model, before)
 
 

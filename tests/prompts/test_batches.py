@@ -82,7 +82,7 @@ def test_batches_hold_each_compared_token_once(
     if not pairs:
         return
     groups = [row[2] for row in rows][: len(pairs)] if grouped else None
-    batches = make_batches(pairs, batch_size, PAD, groups, answer_weight)
+    batches = make_batches(pairs, batch_size, groups, answer_weight)
     assert from_batches(batches) == pytest.approx(from_pairs(pairs, answer_weight))
     assert [batch.index for batch in batches] == list(range(len(batches)))
     for batch in batches:
@@ -133,14 +133,14 @@ def test_any_alignment_whatever(rows: list[list[tuple[int, int]]], batch_size: i
                 plain.append(token)
         positions = list(zip(*matched, strict=True)) or [(), ()]
         pairs.append(TokenisedPair(tuple(plain), tuple(target), *positions, False, (len(plain),) * 2, False))
-    batches = make_batches(pairs, batch_size, PAD)
+    batches = make_batches(pairs, batch_size)
     assert from_batches(batches) == pytest.approx(from_pairs(pairs, 1.0))
 
 
 def test_the_chunk_is_run_once_and_its_tokens_weigh_as_many_as_share_them() -> None:
     rows = [(word, "cold", "Talk like a pirate.") for word in ("hot", "big", "up", "good", "x")]
     pairs = tokenise("middle", True, rows)
-    lead, *followers = make_batches(pairs, 2, PAD)
+    lead, *followers = make_batches(pairs, 2)
     chunk = len(pairs[0].instructed_ids) - len(pairs[0].plain_ids)
     assert lead.plain is not None
     assert lead.plain.ids[0, 0] == lead.target.ids[0, 0] == tokenizer(True).bos_token_id
@@ -154,8 +154,8 @@ def test_the_chunk_is_run_once_and_its_tokens_weigh_as_many_as_share_them() -> N
 def test_groups_share_no_lead_with_each_other() -> None:
     rows = [(word, None, text) for text in ("Antonyms.", "Antonyms of words.") for word in ("hot", "big", "up")]
     pairs = tokenise("start", False, rows)
-    together = make_batches(pairs, 8, PAD)
-    apart = make_batches(pairs, 8, PAD, groups=[row[2] for row in rows])
+    together = make_batches(pairs, 8)
+    apart = make_batches(pairs, 8, groups=[row[2] for row in rows])
     assert len({batch.lead for batch in together if batch.lead is not None}) == 1
     assert len({batch.lead for batch in apart if batch.lead is not None}) == 2
     shared = {batch.index: batch.target.ids.shape[1] for batch in apart if is_shared(apart, batch) and batch.index}
@@ -168,7 +168,7 @@ def test_sinks_are_one_batch_with_their_counts() -> None:
     pairs = tokenise("start", False, rows)
     other = PromptTemplate("{input}\nA: {output}\n").tokenise(tokenizer(False), "Antonyms.", "up", "down")
     assert all(pair.sink for pair in [*pairs, other])
-    sinks = make_batches([*pairs, other], 2, PAD)[0]
+    sinks = make_batches([*pairs, other], 2)[0]
     assert sinks.plain is sinks.target
     assert sinks.target.ids.tolist() == [[pairs[0].plain_ids[0]], [other.plain_ids[0]]]
     assert sinks.weights.tolist() == [3, 1]
@@ -178,7 +178,7 @@ def test_sinks_are_one_batch_with_their_counts() -> None:
 def test_no_padding_between_a_lead_and_its_followers() -> None:
     """It would count against a sliding window."""
     pairs = tokenise("start", True, [("hot", "cold", "Antonyms."), ("the lazy dog", "a pirate", "Antonyms.")])
-    batches = make_batches(pairs, 2, PAD)
+    batches = make_batches(pairs, 2)
     assert batches[-1].lead is not None
     assert bool(batches[-1].target.mask[:, 0].all())
 
@@ -205,7 +205,7 @@ def test_pad(side: str) -> None:
 
 def test_batches_move_as_one() -> None:
     pairs = tokenise("start", True, [("hot", "cold", "Antonyms."), ("big", "small", "Antonyms.")])
-    for batch in make_batches(pairs, 2, PAD):
+    for batch in make_batches(pairs, 2):
         moved = batch.to("meta")
         assert moved.weights is batch.weights  # their sum is wanted on the host
         tensors = [moved.target.ids, moved.target.mask, moved.plain_rows, moved.target_rows]

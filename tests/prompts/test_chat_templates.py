@@ -384,6 +384,11 @@ def test_outputs_end_with_the_chat_templates_turn(name: str) -> None:
         ("gpt-oss", CHAT, "<|channel|>final<|message|>cold", "cold"),
         ("deepseek-r1-distill", CHAT, "Hot.\n</think>\n\ncold", "cold"),
         ("qwen3", THINKING, "<think>\nHot.\n</think>\n\ncold", "cold"),
+        ("gpt-oss", CHAT, "<|channel|>analysis<|message|>Hot is", ""),  # which breaks off
+        ("gpt-oss", CHAT, "cold", "cold"),
+        ("deepseek-r1-distill", CHAT, "Hot is", ""),
+        ("qwen3", THINKING, "<think>\nHot is", ""),
+        ("qwen3", THINKING, "cold", "cold"),
         ("llama3", CHAT, "a </think> b", "a </think> b"),
         ("qwen3", CHAT, " cold\n", " cold\n"),
         ("qwen3", PromptTemplate(), "<think>\n</think>cold", "<think>\n</think>cold"),

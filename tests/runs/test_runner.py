@@ -121,7 +121,7 @@ def run(
     chosen: Sequence[int] | None = None,
     start: Mapping[tuple[int, str], SitePatch] | None = None,
 ) -> list[Sums]:
-    batches = make_batches(pairs, batch_size, 0, answer_weight=ANSWER_WEIGHT)
+    batches = make_batches(pairs, batch_size, answer_weight=ANSWER_WEIGHT)
     runner = StreamRunner(model, find_blocks(model), sites, order, Storage(place), chosen, start)  # type: ignore[arg-type]
     assert runner.num_stages == len(patches)
     stages = []
@@ -227,7 +227,7 @@ def test_pairs_that_share_no_token() -> None:
         target = (*ids[:2], 400, 401 + i, *ids[2:])
         positions = tuple(range(length)), tuple(p if p < 2 else p + 2 for p in range(length))
         pairs.append(TokenisedPair(ids, target, *positions, False, (length, length), True))
-    assert all(batch.lead is None for batch in make_batches(pairs, 3, 0))
+    assert all(batch.lead is None for batch in make_batches(pairs, 3))
     for order in ("sequential", "teacher-forced"):
         check(make_model("mistral"), pairs, SITES, batch_size=3, order=order)
 
@@ -280,7 +280,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_half_precision_model_is_compared_in_single_precision() -> None:
     model = make_model("llama", torch.bfloat16)
-    batches = make_batches(make_pairs(), 2, 0)
+    batches = make_batches(make_pairs(), 2)
     patches = make_patches(find_blocks(model), SITES)
     runner = StreamRunner(model, find_blocks(model), SITES, start={(0, "mlp_in"): narrow(patches[1])})
     for patch in patches:
@@ -524,7 +524,7 @@ def walk(
 
     start = {(block, site): patch(block, site) for block, site in stages} if started else {}
     reference.install(start)
-    batches = make_batches(pairs, 2, 0, answer_weight=ANSWER_WEIGHT)
+    batches = make_batches(pairs, 2, answer_weight=ANSWER_WEIGHT)
     runner = StreamRunner(model, blocks, sites, order, start=start)  # type: ignore[arg-type]
     assert [tuple(stage) for stage in runner.stages] == list(stages)
     for block, site in stages:
@@ -610,7 +610,7 @@ def test_blocks_with_experts(
 def test_a_block_does_not_run_again_where_its_output_is_known(family: str, sites: tuple[str, ...]) -> None:
     """A patch whose effect on the output is linear is added to the output that was seen without it."""
     model = make_family(family)
-    blocks, batch = find_blocks(model), make_batches(make_pairs(bos=True)[:2], 2, 0)[0]
+    blocks, batch = find_blocks(model), make_batches(make_pairs(bos=True)[:2], 2)[0]
     assert batch.plain is not None
     runner = StreamRunner(model, blocks, sites)
     while runner.stage + 1 < runner.num_stages and runner.stages[runner.stage + 1].block == 0:
@@ -651,7 +651,7 @@ def test_the_rest_of_a_block_after_attention(family: str, mlp: str | None) -> No
 
 def test_attention_runs_once_in_each_stream_where_the_block_can_go_on_from_it() -> None:
     model = make_family("llama", torch.float64)
-    blocks, batch = find_blocks(model), make_batches(make_pairs(bos=True)[:2], 2, 0)[0]
+    blocks, batch = find_blocks(model), make_batches(make_pairs(bos=True)[:2], 2)[0]
     runner, calls = StreamRunner(model, blocks, BOTH), 0
 
     def count(*args: Any) -> None:
