@@ -137,11 +137,11 @@ def test_failure_midway_takes_everything_off(count: int, monkeypatch: pytest.Mon
     before, patched, hooked = packed_bytes(model), logits(model), hooks(model)
     genuine, calls = weights._add, []
 
-    def failing(name: str, layer: nn.Module, addition: Factors | Tensor) -> None:
+    def failing(name: str, layer: nn.Module, addition: Factors | Tensor, **given: Any) -> None:
         calls.append(name)
         if len(calls) == count:
             raise MemoryError("no room")
-        genuine(name, layer, addition)
+        genuine(name, layer, addition, **given)
 
     monkeypatch.setattr(weights, "_add", failing)
     with pytest.raises(MemoryError):
