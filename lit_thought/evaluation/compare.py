@@ -211,7 +211,7 @@ class Evaluation:
         self.rows = load_pairs(pairs)
         self.instructions = pair_instructions(self.rows, instruction)
         self.template = PromptTemplate.parse(template)
-        self.form = self.template.chat_form(tokenizer)
+        self.form, self.ending = self.template.chat_form(tokenizer), self.template.ending(tokenizer)
         check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if check is not None and not callable(check):
             raise ThoughtError(f"check must be a function of an answer's text, or None; got {check!r}.")
@@ -301,7 +301,7 @@ class Evaluation:
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
                 progress=lambda done: bar.update(done - bar.n) and None,
-                **self.template.ending(self.tokenizer),
+                **self.ending,
             )
 
     def _write_instructed(self) -> list[Generation]:

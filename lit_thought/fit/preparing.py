@@ -157,7 +157,7 @@ def write_outputs(
         missing.setdefault(data.instructions[i], []).append(i)
     total = sum(map(len, missing.values()))
     own: list[Written] = []
-    settings, longest = data.settings, data.longest(tokenizer)
+    settings, longest, ending = data.settings, data.longest(tokenizer), data.template.ending(tokenizer)
     with tqdm(total=total, desc="Generating outputs", unit="pair", disable=not progress or total == 0) as bar:
         for members in missing.values():
             before = bar.n
@@ -170,7 +170,7 @@ def write_outputs(
                 seed=[seeds[i] for i in members],
                 progress=lambda done, before=before: bar.update(before + done - bar.n),  # type: ignore[misc]
                 options=settings.generate or {},
-                **data.template.ending(tokenizer),
+                **ending,
             )
             own += [(i, output.text, output.finished) for i, output in zip(members, outputs, strict=True)]
     every = {i: (i, text, finished) for part in gather_json(own, model.device) for i, text, finished in part}

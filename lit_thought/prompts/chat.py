@@ -17,7 +17,15 @@ from lit_thought.prompts.alignment import PromptTexts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatForm", "check_options", "read_form", "render_answered", "render_chat", "render_conversation"]
+__all__ = [
+    "ChatForm",
+    "check_options",
+    "read_form",
+    "render_answered",
+    "render_chat",
+    "render_conversation",
+    "special_tokens",
+]
 
 _MARK = "LITTHOUGHTMARK"  # stands in for a string to find where a chat template puts it
 DEFAULT_OPTIONS = {"enable_thinking": False}
@@ -120,6 +128,12 @@ def render_conversation(
     return chat._apply(messages)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The texts of a tokenizer's special tokens."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {token for token in (*tokenizer.all_special_tokens, *added) if token}
+
+
 def read_form(
     tokenizer: PreTrainedTokenizerBase,
     user: str,
@@ -198,15 +212,10 @@ class _Chat:
         header, end = _header(prompt, reply, prompt).strip(), self._end_of_turn("input", reply).strip()
         tags = _tags(header)
         if not tags:
-            return ChatForm(end if end in self._special() else "")
+            return ChatForm(end if end in special_tokens(self.tokenizer) else "")
         closes, begun = tags[-1].startswith("</"), prompt.rstrip().endswith("<think>")
         start = re.match(r"<[^<>\s]*>", header)
         return ChatForm("", tags[-1] if closes else header, "" if begun or start is None else start[0])
-
-    def _special(self) -> set[str]:
-        """The tokenizer's special tokens."""
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        return {token for token in (*self.tokenizer.all_special_tokens, *added) if token}
 
     def _takes_system(self) -> bool:
         """Whether the chat template writes a system message, rather than refuse it or leave it out."""
@@ -305,7 +314,7 @@ class _Chat:
 
     def _first_special(self, text: str) -> str:
         """``text`` up to and with its first special token; empty if there is none."""
-        ends = [(text.index(token), -len(token)) for token in self._special() if token in text]
+        ends = [(text.index(token), -len(token)) for token in special_tokens(self.tokenizer) if token in text]
         if not ends:
             return ""
         start, negative_length = min(ends)

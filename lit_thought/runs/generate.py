@@ -33,6 +33,7 @@ from lit_thought.errors import ThoughtError, did_you_mean, is_out_of_memory
 from lit_thought.model.calls import cache_arguments, head_reads
 from lit_thought.model.sharding import is_sharded
 from lit_thought.prompts.batches import PAD, common_prefix, pad
+from lit_thought.prompts.chat import special_tokens
 from lit_thought.runs.room import with_room
 from lit_thought.runs.streams import lead_cache
 
@@ -87,10 +88,7 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | None, keep_special: bool) -> None:
         self.tokenizer, self.stop = tokenizer, stop
-        special: list[str] = []
-        if stop:
-            added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-            special = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        special = sorted(special_tokens(tokenizer), key=len, reverse=True) if stop else []
         self.keep = keep_special or any(token in (stop or "") for token in special)
         self.dropped = special if self.keep and not keep_special else []
 
